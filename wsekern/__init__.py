@@ -1,0 +1,63 @@
+"""Kernels for a wafer-scale engine, seen by JAX as a 2D mesh of PEs.
+
+`import wsekern as wk`. This package imports none of the folders above it.
+
+Sizes are named once, here: M K N of a matrix product; B T S N K H of attention (batch, query
+length, key length, heads, key-value heads, head size). One PE's tile of them is Mt, Kt, Nt, ...
+
+Names are loaded when first used, so that `import wsekern` costs nothing and the number of emulated
+devices can still be set.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsekern.emulation import emulate_devices as emulate_devices
+    from wsekern.hardware import A100 as A100
+    from wsekern.hardware import H100 as H100
+    from wsekern.hardware import H200 as H200
+    from wsekern.hardware import TPU_V5E as TPU_V5E
+    from wsekern.hardware import WSE1 as WSE1
+    from wsekern.hardware import WSE2 as WSE2
+    from wsekern.hardware import WSE3 as WSE3
+    from wsekern.kernels.attention import attention as attention
+    from wsekern.kernels.embedding import embedding as embedding
+    from wsekern.kernels.loss import cross_entropy as cross_entropy
+    from wsekern.kernels.matmul import matmul as matmul
+    from wsekern.kernels.norm import layer_norm as layer_norm
+    from wsekern.kernels.norm import rms_norm as rms_norm
+    from wsekern.kernels.rotary import rotary as rotary
+    from wsekern.wafer import Wafer as Wafer
+
+_HOMES = {
+    "emulate_devices": "emulation",
+    "A100": "hardware",
+    "H100": "hardware",
+    "H200": "hardware",
+    "TPU_V5E": "hardware",
+    "WSE1": "hardware",
+    "WSE2": "hardware",
+    "WSE3": "hardware",
+    "Wafer": "wafer",
+    "attention": "kernels.attention",
+    "cross_entropy": "kernels.loss",
+    "embedding": "kernels.embedding",
+    "layer_norm": "kernels.norm",
+    "matmul": "kernels.matmul",
+    "rms_norm": "kernels.norm",
+    "rotary": "kernels.rotary",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wsekern' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"wsekern.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

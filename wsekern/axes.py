@@ -1,0 +1,9 @@
+"""This file is the names of the mesh axes, spelt once.
+
+A grid of PEs is `height x width`, with (0, 0) in the north-west, as on the wafer.
+"""
+
+ROWS = "y"  # the row index, north to south
+COLS = "x"  # the column index, west to east
+WAFERS = "wafer"  # which wafer, where several work together
+AXES = (WAFERS, ROWS, COLS)  # outermost first

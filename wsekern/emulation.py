@@ -1,0 +1,46 @@
+"""This file is CPU devices by the number, made before jax starts; it imports no jax itself."""
+
+import os
+import sys
+
+_FLAG = "--xla_force_host_platform_device_count"
+
+
+def emulate_devices(count: int) -> None:
+    """Makes the CPU look like `count` devices, so that a mesh runs on any machine.
+
+    Call it before jax's backend starts, which the first array or `jax.devices()` does. It sets
+    `XLA_FLAGS` for this process and its children, keeping the other flags found there, and `NPROC`
+    to twice the devices unless it is larger already: with fewer threads than that, jax 0.10 hangs
+    in a loop of about a hundred un-blocked calls of a program with a collective.
+
+    Args:
+      count: how many devices are needed; a backend that already has as many is left alone.
+
+    Raises:
+      ValueError: `count` is not positive.
+      RuntimeError: jax's backend has already started with fewer devices.
+    """
+    if count < 1:
+        raise ValueError(f"emulate_devices: count is {count}, it must be 1 or more")
+    threads = max(2 * count, int(os.environ.get("NPROC") or 0))
+    os.environ["NPROC"] = str(threads)
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_FLAG)]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_FLAG}={count}"])
+    if "jax" in sys.modules:
+        _tell_imported_jax(count)
+
+
+def _tell_imported_jax(count: int) -> None:
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend has started: what it has is what there is
+        have = len(jax.devices("cpu"))
+        if have < count:
+            raise RuntimeError(
+                f"emulate_devices: {count} CPU devices are needed, but jax has already started "
+                f"with {have}; call wsekern.emulate_devices({count}) before the first array or "
+                f"jax.devices(), or start with XLA_FLAGS={_FLAG}={count} NPROC={2 * count} set"
+            ) from None

@@ -1,0 +1,192 @@
+"""This file is what a machine is: wafer-scale engines, and the accelerators they are compared with.
+
+Figures are of one wafer or one device, each with its source. The clock is kept apart from cycles:
+published work turns the same cycles into seconds at 0.85 and at 1.1 GHz.
+"""
+
+import dataclasses
+
+KIB = 1024
+GB = 10**9
+TERA = 10**12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A wafer-scale engine: a grid of PEs and the fabric between them."""
+
+    name: str
+    system: str  # the product that the wafer is sold in
+    grid_height: int  # PEs of the wafer, north to south
+    grid_width: int
+    usable_height: int  # the largest rectangle that one program can have
+    usable_width: int
+    fmacs_float32: int  # fused multiply-adds of one PE in one cycle
+    fmacs_float16: int  # of float16 and bfloat16 operands: the SIMD lanes
+    clock_hz: float  # a default; say your own where it matters
+    power_watts: float | None  # the system under load; None: not published
+    # One PE has 48 KB of SRAM in eight banks, reads two 8-byte words and writes one a cycle: Hot
+    # Chips 33 and 34 talks (S. Lie, 2021 and 2022). 893,064 PEs x 24 B x 0.85 GHz are the 18.2 PB/s
+    # that the roofline of the ASPLOS 2026 stencil compiler paper draws.
+    sram_bytes: int = 48 * KIB
+    read_bytes_per_cycle: int = 16
+    write_bytes_per_cycle: int = 8
+    # A link carries one 32-bit word a cycle in each direction, a hop takes one cycle and the ramp
+    # between PE and router two: Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024.
+    link_bytes_per_cycle: int = 4
+    hop_cycles: int = 1
+    ramp_cycles: int = 2
+    colors: int = 24  # routes that a router tells apart; same source
+
+    def __post_init__(self):
+        if self.usable_height > self.grid_height or self.usable_width > self.grid_width:
+            raise ValueError(
+                f"Machine {self.name}: the usable {self.usable_height}x{self.usable_width} is "
+                f"larger than its grid, {self.grid_height}x{self.grid_width}"
+            )
+
+    @property
+    def usable_pes(self) -> int:
+        """PEs that one program can have."""
+        return self.usable_height * self.usable_width
+
+    def fmacs_per_cycle(self, dtype: str) -> int:
+        """Fused multiply-adds that one PE does in one cycle on operands of `dtype`.
+
+        Raises:
+          ValueError: there is no figure for `dtype`.
+        """
+        lanes = {
+            "float32": self.fmacs_float32,
+            "float16": self.fmacs_float16,
+            "bfloat16": self.fmacs_float16,
+        }
+        if dtype not in lanes:
+            raise ValueError(f"{self.name}: no figure for dtype={dtype!r}, only for {list(lanes)}")
+        return lanes[dtype]
+
+    def peak_flops(self, dtype: str, clock_hz: float | None = None) -> float:
+        """FLOP/s of all usable PEs, two a fused multiply-add; no sparsity is counted.
+
+        Args:
+          dtype: "float32", "float16" or "bfloat16".
+          clock_hz: cycles a second; by default the machine's own.
+
+        Raises:
+          ValueError: there is no figure for `dtype`.
+        """
+        return 2.0 * self.fmacs_per_cycle(dtype) * self.usable_pes * (clock_hz or self.clock_hz)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One GPU or TPU chip, to compare with and to measure the fraction of its peak on."""
+
+    name: str
+    kind: str  # a part of what JAX calls it, in lower case (`device.device_kind`)
+    bfloat16_flops: float  # dense peak, FLOP/s
+    float32_flops: float | None  # without reduced-precision tricks; None: not published
+    memory_bytes: int
+    memory_bytes_per_second: float
+    power_watts: float | None  # limit of the board; None: not published
+
+
+# Grids stand as published, "750 x 994", read as height x width. The vendor's tools count
+# columns first, so their west is the north of this library; a mesh has no preferred turn, and a
+# program may lie on the wafer either way.
+
+# WSE-1: 400,000 cores, 18 GB, 16 nm (Hot Chips 31). The grid is the one that Rocki et al., "Fast
+# Stencil-Code Computation on a Wafer-Scale Processor", SC 2020, computed on; the whole one is
+# larger and was not read in a source. Four-way float16 SIMD: same paper. Power: CS-1 data sheet.
+WSE1 = Machine(
+    name="WSE-1",
+    system="CS-1",
+    grid_height=600,
+    grid_width=595,
+    usable_height=600,
+    usable_width=595,
+    fmacs_float32=1,
+    fmacs_float16=4,
+    clock_hz=0.85e9,  # WSE-2's; none was published for this wafer
+    power_watts=20_000.0,
+)
+
+# WSE-2: 850,000 cores, 40 GB, 7 nm (Hot Chips 33, 34). The compiler's grid is 757 x 996; with the
+# framework that copies to and from the host seven of the 757 and two of the 996 are taken (SDK
+# documentation). Power: average in a 25-point stencil run, Jacquelin, Araya-Polo and Meng,
+# "Scalable Distributed High-Order Stencil Computations", SC 2022.
+WSE2 = Machine(
+    name="WSE-2",
+    system="CS-2",
+    grid_height=757,
+    grid_width=996,
+    usable_height=750,
+    usable_width=994,
+    fmacs_float32=1,
+    fmacs_float16=4,
+    clock_hz=0.85e9,  # SDK examples and HPDC 2024; WaferLLM (OSDI 2025) counts at 1.1e9
+    power_watts=22_800.0,
+)
+
+# WSE-3: 900,000 cores, 44 GB, 5 nm, eight float16 lanes (Hot Chips 36). The compiler's grid is
+# 762 x 1172; the usable rectangle follows from it by WSE-2's rule. Power: of the system, as quoted
+# in the press; no measurement is published.
+WSE3 = Machine(
+    name="WSE-3",
+    system="CS-3",
+    grid_height=762,
+    grid_width=1172,
+    usable_height=755,
+    usable_width=1170,
+    fmacs_float32=1,
+    fmacs_float16=8,
+    clock_hz=0.85e9,  # gives the 1.52 PFLOP/s float32 roof of the ASPLOS 2026 paper
+    power_watts=23_000.0,
+)
+
+# NVIDIA's data sheets for the SXM boards, dense figures.
+A100 = Accelerator(
+    name="A100 SXM 80 GB",
+    kind="a100",
+    bfloat16_flops=312 * TERA,
+    float32_flops=19.5 * TERA,
+    memory_bytes=80 * GB,
+    memory_bytes_per_second=2039 * GB,
+    power_watts=400.0,
+)
+H100 = Accelerator(
+    name="H100 SXM",
+    kind="h100",
+    bfloat16_flops=989.4 * TERA,
+    float32_flops=66.9 * TERA,
+    memory_bytes=80 * GB,
+    memory_bytes_per_second=3350 * GB,
+    power_watts=700.0,
+)
+H200 = Accelerator(
+    name="H200 SXM",
+    kind="h200",
+    bfloat16_flops=989.4 * TERA,
+    float32_flops=66.9 * TERA,
+    memory_bytes=141 * GB,
+    memory_bytes_per_second=4800 * GB,
+    power_watts=700.0,
+)
+# Google Cloud's documentation of TPU v5e; JAX calls the chip "TPU v5 lite".
+TPU_V5E = Accelerator(
+    name="TPU v5e",
+    kind="v5 lite",
+    bfloat16_flops=197 * TERA,
+    float32_flops=None,
+    memory_bytes=16 * GB,
+    memory_bytes_per_second=819 * GB,
+    power_watts=None,
+)
+
+MACHINES = (WSE1, WSE2, WSE3)
+ACCELERATORS = (A100, H100, H200, TPU_V5E)
+
+
+def accelerator(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls `device_kind`; None where it is not known here."""
+    return next((chip for chip in ACCELERATORS if chip.kind in device_kind.lower()), None)

@@ -1,0 +1,67 @@
+"""This file is how whole arrays of any size come to lie on a grid: their spec, padding and cropping.
+
+An operand is `[..., rows, cols]`. Its rows lie along y, its columns along x, its first leading
+dimension, if it has one, over the wafers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from wsekern import readings
+from wsekern.axes import COLS, ROWS, WAFERS
+
+if TYPE_CHECKING:
+    from wsekern.wafer import Wafer
+
+
+def tiled(ndim: int, *trailing: str | None) -> P:
+    """The spec of an operand: its last dimensions as `trailing` says, by default rows and columns.
+
+    What leads them is unsplit, but for the first of it, which lies over the wafers.
+    """
+    trailing = trailing or (ROWS, COLS)
+    leading = ndim - len(trailing)
+    return P(*([WAFERS] + [None] * (leading - 1) if leading else []), *trailing)
+
+
+def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ...]:
+    """`shape` with every dimension rounded up to a multiple of the PEs along it."""
+    sizes = list(shape)
+    for d, entry in enumerate(spec):
+        parts = 1
+        for axis in readings.axes_of(entry):
+            parts *= wafer.axis_size(axis)
+        sizes[d] = -(-sizes[d] // parts) * parts
+    return tuple(sizes)
+
+
+def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float = 0) -> jax.Array:
+    """`array` grown at its far ends with `fill`, until every dimension divides by its PEs."""
+    wanted = padded_shape(array.shape, spec, wafer)
+    if wanted == array.shape:
+        return array
+    widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
+    return jnp.pad(array, widths, constant_values=fill)
+
+
+def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax.Array:
+    """The first `shape` of a padded `array`, which is laid out by `spec`."""
+    if array.shape == tuple(shape):
+        return array
+    if wafer.reading == "devices" and readings.explicit(wafer):
+        # An Explicit dimension cannot be cut to a size that does not divide: gather it first.
+        kept = [
+            None if a != b else s
+            for a, b, s in zip(array.shape, shape, _full(spec, array), strict=True)
+        ]
+        array = readings.constrain(wafer, array, P(*kept))
+    return array[tuple(slice(0, length) for length in shape)]
+
+
+def _full(spec: P, array: jax.Array) -> list:
+    return [*spec, *[None] * (array.ndim - len(spec))]

@@ -1,0 +1,267 @@
+"""This file is how one kernel becomes a program, in each of the three readings of a wafer.
+
+Devices and abstract: `jax.shard_map` over a mesh. Virtual: every dimension is split into (grid,
+tile), and the kernel runs under one `jax.vmap` with an axis name for each axis of the grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from wsekern.axes import AXES
+from wsekern.context import within
+
+if TYPE_CHECKING:
+    from wsekern.wafer import Wafer
+
+
+@dataclasses.dataclass(frozen=True)
+class Specs:
+    """The specs of operands and of results, hashable whatever pytrees they came as."""
+
+    operands: tuple
+    results: tuple
+
+    @classmethod
+    def of(cls, in_specs: Any, out_specs: Any) -> Specs:
+        operands, results = (_flatten_specs(s) for s in (in_specs, out_specs))
+        return cls(operands, results)
+
+    @property
+    def in_specs(self) -> Any:
+        return jax.tree.unflatten(self.operands[1], self.operands[0])
+
+    @property
+    def out_specs(self) -> Any:
+        return jax.tree.unflatten(self.results[1], self.results[0])
+
+
+def axes_of(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    """The axes that one entry of a spec splits its dimension over."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def program(
+    wafer: Wafer, kernel: Callable, specs: Specs, replicated_by_construction: bool
+) -> Callable:
+    """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
+    key = _key(kernel)
+    if key is None:
+        return _Program(wafer, kernel, specs, replicated_by_construction)
+    return _kept_program(_Keyed(key, kernel), wafer, specs, replicated_by_construction)
+
+
+def check_divides(wafer: Wafer, what: str, array: Any, spec: P) -> None:
+    """Raises ValueError where a dimension of `array` does not divide by the PEs along it."""
+    shape = jnp.shape(array)
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"{what}: an operand of shape {shape} has {len(shape)} dimensions, its spec {spec} "
+            f"has {len(spec)}"
+        )
+    for d, entry in enumerate(spec):
+        parts = 1
+        for axis in axes_of(entry):
+            if axis not in AXES:
+                raise ValueError(f"{what}: {axis!r} in {spec} is not one of {AXES}")
+            parts *= wafer.axis_size(axis)
+        if shape[d] % parts:
+            raise ValueError(
+                f"{what}: dimension {d} of an operand of shape {shape} does not divide by the "
+                f"{parts} PEs along {entry!r}; pad it to {-(-shape[d] // parts) * parts}"
+            )
+
+
+def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
+    """`array` laid out by `spec`, under jit, as the mesh's axis types want it said."""
+    sharding = NamedSharding(wafer.grid, wafer.mesh_spec(spec))
+    if explicit(wafer):
+        return jax.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def explicit(wafer: Wafer) -> bool:
+    """Whether the mesh's axes are Explicit: shardings are then part of an array's type."""
+    kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
+    return kinds[wafer.names[-1][1]] == AxisType.Explicit
+
+
+class _Program:
+    """A kernel over whole arrays: checks what it is handed, then calls one jitted function."""
+
+    def __init__(self, wafer, kernel, specs, replicated_by_construction):
+        self.wafer = wafer
+        self.specs = specs
+        run = _virtual if wafer.reading == "virtual" else _sharded
+        self.call = jax.jit(run(wafer, kernel, specs, not replicated_by_construction))
+
+    def __call__(self, *operands):
+        specs = _broadcast(self.specs.in_specs, operands, "in_specs")
+        for operand, spec in zip(jax.tree.leaves(operands), specs, strict=True):
+            check_divides(self.wafer, "Wafer.map", operand, spec)
+            _check_placed(self.wafer, operand)
+        return self.call(*operands)
+
+
+def _sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
+    def per_pe(*tiles):
+        with within(wafer):
+            return kernel(*tiles)
+
+    def whole(*operands):
+        named = functools.partial(jax.tree.map, wafer.mesh_spec)
+        if explicit(wafer):
+            flat, tree = jax.tree.flatten(operands)
+            wanted = _broadcast(specs.in_specs, operands, "in_specs")
+            operands = tree.unflatten(
+                [constrain(wafer, a, s) for a, s in zip(flat, wanted, strict=True)]
+            )
+        return jax.shard_map(
+            per_pe,
+            mesh=wafer.mesh,
+            in_specs=named(specs.in_specs),
+            out_specs=named(specs.out_specs),
+            axis_names={name for _, name in wafer.names},
+            check_vma=check,
+        )(*operands)
+
+    return whole
+
+
+def _virtual(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
+    del check  # nothing to turn off: index 0 is taken of a replicated result
+
+    def per_pe(*tiles):
+        with within(wafer):
+            return kernel(*tiles)
+
+    def whole(*operands):
+        flat, tree = jax.tree.flatten(operands)
+        in_specs = _broadcast(specs.in_specs, operands, "in_specs")
+        split = [_split(wafer, a, s) for a, s in zip(flat, in_specs, strict=True)]
+        run = lambda *tiles: per_pe(*tree.unflatten(tiles))  # noqa: E731
+        for axis in reversed(wafer.axes):  # the outermost axis is mapped last
+            mapped = tuple(0 if axis in _named(s) else None for s in in_specs)
+            run = jax.vmap(run, mapped, 0, axis_name=axis, axis_size=wafer.axis_size(axis))
+        results = run(*split)
+        out_specs = _broadcast(specs.out_specs, results, "out_specs")
+        flat, tree = jax.tree.flatten(results)
+        return tree.unflatten([_join(wafer, a, s) for a, s in zip(flat, out_specs, strict=True)])
+
+    return whole
+
+
+def _split(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
+    """`array` with one leading dimension for each axis of the grid that `spec` names."""
+    sizes: list[int] = []
+    leading: dict[str, int] = {}
+    tile: list[int] = []
+    for d, length in enumerate(jnp.shape(array)):
+        entry = axes_of(spec[d]) if d < len(spec) else ()
+        for axis in entry:
+            leading[axis] = len(sizes)
+            sizes.append(wafer.axis_size(axis))
+            length //= wafer.axis_size(axis)
+        tile.append(len(sizes))
+        sizes.append(length)
+    order = [leading[axis] for axis in wafer.axes if axis in leading]
+    return jnp.reshape(array, sizes).transpose(*order, *tile)
+
+
+def _join(wafer: Wafer, blocks: jax.Array, spec: P) -> jax.Array:
+    """The whole array from blocks with one leading dimension for every axis of the grid."""
+    named = _named(spec)
+    blocks = blocks[tuple(slice(None) if axis in named else 0 for axis in wafer.axes)]
+    leading = [axis for axis in wafer.axes if axis in named]
+    order, shape = [], []
+    for d, length in enumerate(blocks.shape[len(leading) :]):
+        split = [a for a in (axes_of(spec[d]) if d < len(spec) else ()) if a in leading]
+        order += [leading.index(axis) for axis in split] + [len(leading) + d]
+        for axis in split:
+            length *= wafer.axis_size(axis)
+        shape.append(length)
+    return blocks.transpose(order).reshape(shape)
+
+
+def _named(spec: P) -> set[str]:
+    return {axis for entry in spec for axis in axes_of(entry)}
+
+
+def _broadcast(specs: Any, tree: Any, what: str) -> list[P]:
+    """One spec for each leaf of `tree`, from a pytree prefix of specs."""
+    try:
+        full = jax.tree.map(lambda s, sub: jax.tree.map(lambda _: s, sub), specs, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"Wafer.map: {what}={specs} does not match the structure of what it describes, "
+            f"{jax.tree.structure(tree)}"
+        ) from error
+    return jax.tree.leaves(full)
+
+
+def _check_placed(wafer: Wafer, operand: Any) -> None:
+    if wafer.reading != "devices" or isinstance(operand, jax.core.Tracer):
+        return
+    if not isinstance(operand, jax.Array) or not operand.committed:
+        return
+    here = set(wafer.grid.devices.flat)
+    if operand.sharding.device_set != here:
+        raise ValueError(
+            f"Wafer.map: an operand of shape {operand.shape} is committed to "
+            f"{len(operand.sharding.device_set)} device(s) ({operand.sharding}), which are not the "
+            f"wafer's {len(here)}; move it with wafer.shard(array, spec)"
+        )
+
+
+def _flatten_specs(specs: Any) -> tuple:
+    leaves, tree = jax.tree.flatten(specs)
+    for leaf in leaves:
+        if not isinstance(leaf, P):
+            raise ValueError(
+                f"Wafer.map: {leaf!r} stands where a jax.sharding.PartitionSpec belongs; "
+                "P() is whole on every PE"
+            )
+    return tuple(leaves), tree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keyed:
+    key: Hashable
+    kernel: Callable = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_program(kernel: _Keyed, wafer, specs, replicated_by_construction) -> _Program:
+    return _Program(wafer, kernel.kernel, specs, replicated_by_construction)
+
+
+def _key(value: Any) -> Hashable | None:
+    """What makes two kernels the same program; None where that cannot be told.
+
+    A partial is its function and arguments; a function made afresh at each call is its code and all
+    that it closes over.
+    """
+    if isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        keys = tuple(_key(part) for part in parts)
+        return None if None in keys else (*keys, tuple(value.keywords), len(value.args))
+    if isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        keys = tuple(_key(part) for part in held)
+        return None if None in keys else (value.__code__, id(value.__globals__), keys)
+    try:
+        hash(value)
+    except TypeError:
+        return None
+    # 1 == 1.0 == True: equal, yet different programs.
+    return (type(value), value)

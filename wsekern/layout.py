@@ -1,4 +1,4 @@
-"""This file is how whole arrays of any size come to lie on a grid: their spec, padding and cropping.
+"""This file is how whole arrays of any size lie on a grid: their spec, padding and cropping.
 
 An operand is `[..., rows, cols]`. Its rows lie along y, its columns along x, its first leading
 dimension, if it has one, over the wafers.

@@ -6,6 +6,7 @@ dimension, if it has one, over the wafers.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -29,14 +30,16 @@ def tiled(ndim: int, *trailing: str | None) -> P:
     return P(*([WAFERS] + [None] * (leading - 1) if leading else []), *trailing)
 
 
+def parts(spec: P, wafer: Wafer) -> int:
+    """In how many parts `spec` divides an array, over all its dimensions."""
+    return math.prod(_along(entry, wafer) for entry in spec)
+
+
 def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ...]:
     """`shape` with every dimension rounded up to a multiple of the PEs along it."""
     sizes = list(shape)
     for d, entry in enumerate(spec):
-        parts = 1
-        for axis in readings.axes_of(entry):
-            parts *= wafer.axis_size(axis)
-        sizes[d] = -(-sizes[d] // parts) * parts
+        sizes[d] = -(-sizes[d] // _along(entry, wafer)) * _along(entry, wafer)
     return tuple(sizes)
 
 
@@ -61,6 +64,10 @@ def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax
         ]
         array = readings.constrain(wafer, array, P(*kept))
     return array[tuple(slice(0, length) for length in shape)]
+
+
+def _along(entry: None | str | tuple[str, ...], wafer: Wafer) -> int:
+    return math.prod(wafer.axis_size(axis) for axis in readings.axes_of(entry))
 
 
 def _full(spec: P, array: jax.Array) -> list:

@@ -1,0 +1,81 @@
+"""This file is the peer of `models.decoder`: the same mathematics in plain jnp, for jit alone.
+
+It reads the same parameters, so that both start from one state; where they lie on a mesh, XLA's
+partitioner decides what moves, helped by the constraints on activations that `constrain` makes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.config import DecoderConfig
+
+Constrain = Callable[[jax.Array, str], jax.Array]
+
+
+def loss(
+    params: Any,
+    tokens: jax.Array,
+    targets: jax.Array,
+    config: DecoderConfig,
+    constrain: Constrain,
+) -> jax.Array:
+    """The mean cross-entropy, in nats a token.
+
+    Args:
+      params: the state of a `Decoder` with config `config`, in the dtype to compute in.
+      tokens: int `[B, T]`.
+      targets: int `[B, T]`, each the token after.
+      config: RMSNorm, rotary positions, SwiGLU, a tied head.
+      constrain: given an activation and what it is ("residual", "gathered", "wide" or "heads"),
+        lays it out.
+    """
+    x = constrain(jnp.take(params["embedding"][...], tokens, axis=0), "residual")
+    angles = _angles(config, tokens.shape[1])
+
+    def layer(x, block):
+        return _block(x, block, config, angles, constrain), None
+
+    x, _ = jax.lax.scan(layer, x, params["blocks"])
+    x = _rms_norm(x, params["norm"]["scale"][...], config.norm_eps)
+    logits = constrain(x, "gathered") @ params["embedding"][...].T
+    logits = constrain(logits, "wide").astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def _block(x, block, config, angles, constrain):
+    attention, feed_forward = block["attention"], block["feed_forward"]
+    B, T, _ = x.shape
+    h = constrain(_rms_norm(x, block["attention_norm"]["scale"][...], config.norm_eps), "gathered")
+    q, k, v = (
+        constrain((h @ attention[name]["weight"][...]).reshape(B, T, -1, config.d_head), "heads")
+        for name in ("query", "key", "value")
+    )
+    o = jax.nn.dot_product_attention(_rotate(q, angles), _rotate(k, angles), v, is_causal=True)
+    x = constrain(x + o.reshape(B, T, -1) @ attention["out"]["weight"][...], "residual")
+    h = _rms_norm(x, block["feed_forward_norm"]["scale"][...], config.norm_eps)
+    h = constrain(h, "gathered")
+    gate, up = (constrain(h @ feed_forward[n]["weight"][...], "wide") for n in ("gate", "up"))
+    return constrain(x + (jax.nn.silu(gate) * up) @ feed_forward["down"]["weight"][...], "residual")
+
+
+def _rms_norm(x, scale, eps):
+    x32 = x.astype(jnp.float32)
+    rstd = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return (x32 * rstd * scale[None, None]).astype(x.dtype)
+
+
+def _angles(config, T):
+    half = config.d_head // 2
+    inverse = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(T, dtype=jnp.float32)[:, None] * inverse[None]
+    return jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+
+
+def _rotate(x, angles):
+    cos, sin = angles
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -1,0 +1,149 @@
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from training import config
+from training.config import TrainingConfig, parse, parse_grid
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("text", "grid"), [("2x4", (1, 2, 4)), ("3x2X1", (3, 2, 1))])
+def test_a_grid_is_read_with_wafers_first(text, grid):
+    assert parse_grid(text) == grid
+
+
+@pytest.mark.parametrize("text", ["2", "2x", "x4", "2x4x1x1", "2x-4", "2x4.0", "two", "2x²"])
+def test_a_malformed_grid_is_refused(text):
+    with pytest.raises(ValueError, match="write HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH"):
+        parse_grid(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"wafer": "0x4"}, "wafer='0x4' has a side of 0"),
+        ({"steps": 0}, "steps=0 does not fit; it must be 1 or more"),
+        ({"batch": -1}, "batch=-1 does not fit"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 does not fit; it must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan does not fit"),
+        ({"clip_norm": float("inf")}, "clip_norm=inf does not fit"),
+        ({"min_learning_rate": 0.1}, "min_learning_rate=0.1 is above learning_rate=0.001"),
+        ({"beta2": 1.0}, "beta2=1.0 does not fit; it must be from 0 to below 1"),
+        ({"validation_fraction": 0.0}, "between 0 and 1"),
+        ({"decay_fraction": 1.5}, "above 0 and at most 1"),
+        ({"batch": 12, "microbatch": 5}, "not a multiple of microbatch=5; use batch=10 or 15"),
+        ({"wafer": "2x1x1", "batch": 7}, "batch=7 is not a multiple of the 2 wafers.*use 6 or 8"),
+        ({"wafer": "4x1x1", "batch": 8, "microbatch": 2}, "microbatch=2 is not .* use 4"),
+        ({"steps": 2.5}, "steps=2.5 is not of type int"),
+        ({"steps": True}, "steps=True is not of type int"),
+        ({"data": "text"}, r"data='text' is not of type tuple\[str, ...\]"),
+        ({"tokens": "words"}, r"tokens='words' is not of type Literal\['bytes', 'characters'\]"),
+        ({"microbatch": "all"}, "microbatch='all' is not of type int | None"),
+        ({"preset": ""}, "preset is empty"),
+    ],
+)
+def test_refuses_by_field_value_and_mend(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**fields)
+
+
+def test_derived_sizes():
+    run = TrainingConfig(wafer="2x3x4", batch=12, microbatch=4, learning_rate=0.5)
+    assert (run.grid, run.pes, run.passes) == ((2, 3, 4), 24, 3)
+    assert run.final_learning_rate == 0.05
+    assert run.run_dir == pathlib.Path("runs/nano")
+    assert dataclasses.replace(run, out="here", microbatch=None).run_dir == pathlib.Path("here")
+
+
+def test_a_saved_configuration_is_loaded_as_it_was(tmp_path):
+    run = TrainingConfig(steps=7, data=("a", "b"), microbatch=None, platform="cpu", resume=True)
+    config.save(run, tmp_path / "config.json")
+    assert config.load(tmp_path / "config.json") == dataclasses.replace(run, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stesp": 3}', "'stesp' is not a name of a choice; did you mean 'steps'"),
+        ('{"steps": "3"}', "steps='3' is not of type int"),
+        ("[3]", "it holds a list"),
+        ("{", "config.json'"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.load(path)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"steps": 5, "seed": 3, "data": ["x"]}))
+    run = parse(["--config", str(path), "--seed", "0", "--data", "a", "b"])
+    assert (run.steps, run.seed, run.batch, run.data) == (5, 0, 12, ("a", "b"))
+
+
+def test_a_resumed_run_starts_from_what_its_folder_saved(tmp_path):
+    config.save(TrainingConfig(steps=5, batch=6, out="elsewhere"), tmp_path / config.FILE_NAME)
+    run = parse(["--resume", "--out", str(tmp_path), "--steps", "9"])
+    assert (run.steps, run.batch, run.run_dir, run.resume) == (9, 6, tmp_path, True)
+    assert parse(["--out", str(tmp_path)]).batch == 12
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--presett", "nano"], "--preset STR"),
+        (["--steps", "many"], "--steps"),
+        (["--wafer", "2by4"], "wafer='2by4' is not a grid"),
+        (["--platform", "abacus"], "'--platform'"),
+        (["--config", "missing.json"], "missing.json' is not a file"),
+    ],
+)
+def test_a_bad_command_line_is_named_with_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_differences_are_named_field_by_field():
+    saved = TrainingConfig(seed=1, steps=10, resume=False)
+    now = TrainingConfig(seed=2, steps=20, resume=True)
+    assert config.differences(saved, now) == [
+        "steps: 10 was saved, 20 is given",
+        "seed: 1 was saved, 2 is given",
+    ]
+
+
+def test_a_resumed_run_may_change_where_it_runs_but_not_what_it_learns():
+    saved = TrainingConfig()
+    moved = TrainingConfig(wafer="1x1", steps=400, out="there", log_every=1)
+    assert len(config.check_resume(saved, moved)) == 4
+    with pytest.raises(ValueError, match="batch: 12 was.*seed: 0 was.*--out") as error:
+        config.check_resume(saved, TrainingConfig(wafer="1x1", batch=24, seed=1))
+    assert "wafer" not in str(error.value)
+
+
+def test_every_field_that_may_change_exists():
+    names = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert names >= config.MAY_CHANGE
+
+
+def test_the_command_line_needs_no_jax():
+    script = "import sys, training.config; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_shakespeare_example_has_the_published_setting():
+    run = parse(["--config", str(ROOT / "examples/shakespeare.json"), "--data", "text"])
+    assert (run.tokens, run.context, run.batch, run.steps) == ("characters", 64, 12, 2000)
+    assert (run.learning_rate, run.final_learning_rate) == (1e-3, 1e-4)
+    assert (run.warmup, run.beta2) == (100, 0.99)

@@ -167,7 +167,7 @@ def _split(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
     tile: list[int] = []
     for d, length in enumerate(jnp.shape(array)):
         entry = axes_of(spec[d]) if d < len(spec) else ()
-        for axis in entry:
+        for axis in (a for a in entry if a in wafer.axes):
             leading[axis] = len(sizes)
             sizes.append(wafer.axis_size(axis))
             length //= wafer.axis_size(axis)

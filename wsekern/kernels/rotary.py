@@ -1,0 +1,70 @@
+"""This file is rotary position embedding: pairs of features turn with the position.
+
+J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. Feature i is
+paired with feature i + H/2, as in GPT-NeoX and Llama.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from wsekern.wafer import Wafer
+
+
+def rotary(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "*B T"] | None = None,
+    *,
+    theta: float = 10_000.0,
+    frequencies: Float[Array, " H/2"] | None = None,
+    wafer: Wafer | None = None,
+) -> Float[Array, "B T N H"]:
+    """`x` with its features i and i + H/2 turned by `position * frequencies[i]`.
+
+    Every element needs only what its own PE has: nothing is sent. Computed in float32, returned in
+    `x`'s dtype; both modes of differentiation.
+
+    Args:
+      x: queries or keys, laid out `P("wafer", "y", "x", None)`.
+      positions: of each token, `[T]` or `[B, T]`; by default 0 to T - 1.
+      theta: the base: frequency i is `theta ** (-2 i / H)`, in radians a position.
+      frequencies: the H/2 frequencies themselves, instead of `theta`.
+      wafer: accepted as by every operation; the program is the same on each.
+
+    Raises:
+      ValueError: the shapes do not fit, H is odd, or the positions are not integers.
+    """
+    _check(x, positions, frequencies)
+    T, half = x.shape[1], x.shape[3] // 2
+    if frequencies is None:
+        frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if positions is None:
+        positions = jnp.arange(T)
+    positions = positions.astype(jnp.float32).reshape(-1, T, 1, 1)
+    angles = positions * frequencies.astype(jnp.float32).reshape(1, 1, 1, half)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _check(x, positions, frequencies):
+    if x.ndim != 4:
+        raise ValueError(
+            f"rotary: x is {x.shape}, it must have four dimensions: batch, sequence, heads, head "
+            "size"
+        )
+    B, T, _, H = x.shape
+    if H % 2:
+        raise ValueError(f"rotary: x is {x.shape}: its head size ({H}) must be even")
+    if positions is not None and positions.shape not in ((T,), (B, T)):
+        raise ValueError(
+            f"rotary: positions is {positions.shape} and x is {x.shape}: it must be ({T},) or "
+            f"({B}, {T})"
+        )
+    if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"rotary: positions is {positions.dtype}; cast it to an integer dtype")
+    if frequencies is not None and frequencies.shape != (H // 2,):
+        raise ValueError(
+            f"rotary: frequencies is {frequencies.shape} and x is {x.shape}: it must be "
+            f"({H // 2},), half the head size"
+        )

@@ -1,0 +1,55 @@
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+
+from models.decoder import Decoder
+from models.llama import NANO
+from models.presets import PRESETS, find_preset
+
+
+def count(config):
+    shapes = jax.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # Meta's model cards; GPT-2's smallest is 124,439,808 in its release.
+    [("8b", 8_030_261_248), ("70b", 70_553_706_496), ("gpt2-124m", 124_439_808)],
+)
+def test_published_parameter_counts(name, parameters):
+    assert count(find_preset(name)) == parameters
+
+
+def test_flops_are_six_a_parameter_and_token_but_for_attention():
+    config = dataclasses.replace(NANO, tied=False)
+    weights = count(config) - config.vocab * config.d_model  # the lookup multiplies nothing
+    norms = (2 * config.layers + 1) * config.d_model
+    scores = 3 * 2 * config.layers * config.d_attention * 64
+    assert config.flops_per_token(64) == 6 * (weights - norms) + scores
+
+
+def test_an_unknown_preset_gets_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean 'nano'"):
+        find_preset("nanno")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 0}, "layers=0 must be 1 or more"),
+        ({"d_model": 130}, "d_model=130 is not a multiple of heads=4"),
+        ({"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
+        ({"d_model": 132}, "even head size, it is 33"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(NANO, **change)
+
+
+def test_every_preset_builds_its_shapes():
+    for config in PRESETS.values():
+        assert count(config) > 0

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+from sharding.explain import explain, table
+from sharding.state import initialise, lay_out, logical, logical_shape, named_leaves
+
+
+class Pair(nnx.Module):
+    """Sizes that divide by nothing."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (7, 5)), axes=("vocab", "in"))
+        self.scale = nnx.Param(jnp.ones(5), axes=("feature",))
+
+
+def make():
+    params = nnx.state(Pair(nnx.Rngs(0)))
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "moments": OPTIMISER.init(params)}
+
+
+OPTIMISER = optax.adamw(1e-2)
+
+
+def test_values_are_the_same_on_every_wafer(wafer):
+    alone = named_leaves(initialise(make, None))
+    here = named_leaves(logical(initialise(make, wafer)))
+    for name, leaf in alone.items():
+        np.testing.assert_array_equal(
+            jax.tree.leaves(leaf)[0], jax.device_get(jax.tree.leaves(here[name])[0]), err_msg=name
+        )
+
+
+def test_parameters_and_moments_lie_alike_and_padded():
+    wafer = wk.Wafer.devices(2, 4)
+    leaves = named_leaves(initialise(make, wafer))
+    for name in ("params/table", "moments/0/mu/table", "moments/0/nu/table"):
+        assert leaves[name].shape == (8, 6)
+        assert logical_shape(leaves[name]) == (7, 5)
+        assert leaves[name].get_value().sharding.spec == P("x", "y")
+        assert leaves[name].get_value().addressable_shards[0].data.shape == (2, 3)
+    assert leaves["step"].sharding.is_fully_replicated
+
+
+def test_no_device_ever_holds_a_whole_array():
+    """Initialisation is one program whose largest value on a device is a tile of the parameters."""
+    wafer = wk.Wafer.devices(4, 4)
+    big = lambda: nnx.state(_Big(nnx.Rngs(0)))  # noqa: E731
+    shardings = lay_out(jax.eval_shape(big), wafer)
+    memory = jax.jit(big, out_shardings=shardings).lower().compile().memory_analysis()
+    whole = 512 * 512 * 4
+    assert (
+        memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 2
+    )  # random bits take three tiles
+
+
+class _Big(nnx.Module):
+    def __init__(self, rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (512, 512)), axes=("in", "out"))
+
+
+def test_the_padding_stays_zero_through_a_step(full_wafer):
+    state = initialise(make, full_wafer)
+
+    @jax.jit
+    def step(state):
+        loss = lambda p: (logical(p)["table"][...] ** 2).sum() + logical(p)["scale"][...].sum()  # noqa: E731
+        grads = jax.grad(loss)(state["params"])
+        updates, moments = OPTIMISER.update(grads, state["moments"], state["params"])
+        return optax.apply_updates(state["params"], updates), moments
+
+    params, moments = step(state)
+    for leaf in named_leaves({"params": params, "moments": moments}).values():
+        if not isinstance(leaf, nnx.Variable):
+            continue
+        value = np.array(leaf.get_value())
+        value[tuple(slice(0, n) for n in logical_shape(leaf))] = 0
+        assert not value.any()
+
+
+def test_explain_counts_bytes_and_padding():
+    rows = {row.name: row for row in explain(jax.eval_shape(make), wk.Wafer.devices(2, 4))}
+    row = rows["params/table"]
+    assert (row.shape, row.spec, row.bytes_per_device) == ((7, 5), P("x", "y"), 2 * 3 * 4)
+    assert row.padding == pytest.approx(48 / 35 - 1)
+    assert rows["step"].bytes_per_device == 4
+    assert table(list(rows.values())).row_count == len(rows) + 1

@@ -1,0 +1,81 @@
+"""This file is one step of training: loss, gradient, update, as one program on one train state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import wsekern as wk
+from sharding.state import logical
+
+# {"step": int32, "params": nnx.State, "optimiser": optax's state}
+TrainState = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+def initial_state(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimiser: optax.GradientTransformation,
+    seed: int,
+) -> TrainState:
+    """The state before the first step; pass it to `sharding.state.initialise` as a thunk."""
+    params = nnx.state(make_model(nnx.Rngs(seed)))
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "optimiser": optimiser.init(params),
+    }
+
+
+def mean_loss(
+    graph: nnx.GraphDef, params: nnx.State, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
+) -> Float[Array, ""]:
+    """The mean cross-entropy of `targets` given `inputs`, in nats a token."""
+    model = nnx.merge(graph, logical(params))
+    return wk.cross_entropy(model(inputs), targets).mean()
+
+
+def train_step(
+    graph: nnx.GraphDef, optimiser: optax.GradientTransformation, parts: int = 1
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """A function of a state and a batch, for `jax.jit`: the next state, and what was measured.
+
+    Args:
+      graph: the model without its parameters (`nnx.graphdef`).
+      optimiser: what turns gradients into updates.
+      parts: into how many micro-batches the batch is divided; their gradients are summed in
+        float32, so that the update is that of the whole batch and the memory that of one part.
+    """
+
+    def gradient(params, inputs, targets):
+        loss = lambda p: mean_loss(graph, p, inputs, targets)  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    def accumulated(params, inputs, targets):
+        # Part j takes every parts-th sequence, so that each wafer keeps working on its own.
+        split = lambda a: a.reshape(-1, parts, a.shape[1]).swapaxes(0, 1)  # noqa: E731
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        first = (jnp.zeros((), jnp.float32), zeros)
+        total, _ = jax.lax.scan(add, first, (split(inputs), split(targets)))
+        return jax.tree.map(lambda t: t / parts, total)
+
+    def step(state, inputs, targets):
+        compute = gradient if parts == 1 else accumulated
+        loss, gradients = compute(state["params"], inputs, targets)
+        updates, moments = optimiser.update(gradients, state["optimiser"], state["params"])
+        after = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(state["params"], updates),
+            "optimiser": moments,
+        }
+        return after, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+
+    return step

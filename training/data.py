@@ -1,0 +1,313 @@
+"""This file is the tokens: text tokenized once into a cached memory map, and batches drawn from it.
+
+A batch is a function of the seed and the step alone, so a run resumes on any number of hosts.
+Random bits: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from training.corpus import Document, find_sources, read_documents, read_text, split_documents
+
+Tokens = Literal["bytes", "characters"]
+Pair = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]  # inputs, and what comes after each
+
+_FORMAT = 1  # of the cache; raise it when the same text gives other tokens
+_ABOUT = "corpus.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Tokenized text in two parts that share no file; the tokens stay on disk until they are read.
+
+    Make one with `open_corpus`.
+    """
+
+    train: Integer[np.ndarray, " N"]  # a read-only memory map of uint8 or uint16
+    validation: Integer[np.ndarray, " V"]
+    vocab: int  # how many different tokens there may be
+    name: str  # of the text, for people
+    alphabet: str | None  # character of each token; None: tokens are bytes
+    fingerprint: str  # of all tokens: two corpora that train alike have the same
+    skipped: tuple[str, ...]  # a line for each file found that holds no text
+
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """The tokens of `text`, int32.
+
+        Raises:
+          ValueError: `text` has characters that the vocabulary lacks.
+        """
+        if self.alphabet is None:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        missing = sorted(set(text) - set(self.alphabet))
+        if missing:
+            raise ValueError(
+                f"{''.join(missing)!r} is not in the {self.vocab} characters of {self.name}; leave "
+                "these characters out, or use tokens='bytes'"
+            )
+        return _tokenize(text, self.alphabet).astype(np.int32)
+
+    def decode(self, tokens: Int[np.ndarray, " T"] | Sequence[int]) -> str:
+        """The text of `tokens`; bytes that are no UTF-8, such as a character's half, as U+FFFD."""
+        if self.alphabet is None:
+            return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
+        return "".join(self.alphabet[token] for token in np.asarray(tokens))
+
+
+def open_corpus(
+    sources: str | Sequence[str] | None = None,
+    *,
+    tokens: Tokens = "bytes",
+    context: int,
+    validation_fraction: float = 0.1,
+    cache: str | pathlib.Path | None = None,
+) -> Corpus:
+    """The tokens of `sources`, made the first time and from then on mapped from the cache.
+
+    The cache is good while paths, sizes and times of change of all files are the same. Several
+    processes may open the same corpus at once.
+
+    Args:
+      sources: files, directories and glob patterns of UTF-8 text; None: the Python sources of the
+        interpreter's standard library, about 30 MB.
+      tokens: what a token is. The vocabulary of characters is those in the text, sorted.
+      context: length of a sequence, tokens; each part must hold one and the token after it.
+      validation_fraction: share of the bytes for validation: whole files, or the end of the single
+        file that there is.
+      cache: folder of all cached corpora; None: $WSEKERN_CACHE or else ~/.cache/wsekern.
+
+    Raises:
+      FileNotFoundError: a source is not there.
+      ValueError: a named file is empty, unreadable or no text, or there is too little text.
+      OSError: the cache cannot be written.
+    """
+    if tokens not in typing.get_args(Tokens):
+        raise ValueError(f"tokens={tokens!r} is not one of {typing.get_args(Tokens)}")
+    data = (sources,) if isinstance(sources, str) else tuple(sources or ())
+    name, found = find_sources(data)
+    stamps = [(source.stamp(), source.named) for source in found]
+    key = json.dumps([_FORMAT, tokens, validation_fraction, data, stamps])
+    home = pathlib.Path(cache or os.environ.get("WSEKERN_CACHE") or "~/.cache/wsekern").expanduser()
+    folder = home / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    corpus = _cached(folder)
+    if corpus is None:
+        documents, skipped = read_documents(found)
+        parts = split_documents(documents, validation_fraction)
+        about = {"name": name, "skipped": skipped, "alphabet": _alphabet(documents, tokens)}
+        corpus = _store(folder, parts, validation_fraction, about)
+    _check_long_enough(corpus, context)
+    return corpus
+
+
+def batch(
+    tokens: Integer[np.ndarray, " N"],
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    context: int,
+    host: tuple[int, int] = (0, 1),
+) -> Pair:
+    """One host's rows of the batch that belongs to (`seed`, `step`): sequences at random places.
+
+    All hosts' rows one after another are the same batch, whatever their number.
+
+    Args:
+      tokens: a part of a corpus.
+      seed: of the run; with the step, all that the places depend on.
+      step: which batch.
+      batch: sequences over all hosts.
+      context: length of a sequence, tokens.
+      host: this host's index, and how many there are.
+
+    Raises:
+      ValueError: `batch` does not divide over the hosts.
+    """
+    rows = _rows_of_host(batch, host)
+    # Raw bits: their sequence is Philox's definition, the same in every release of numpy.
+    bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch)
+    starts = (bits % np.uint64(len(tokens) - context)).astype(np.int64)
+    return _sequences(tokens, starts[rows], context)
+
+
+def evaluation_batches(
+    tokens: Integer[np.ndarray, " N"],
+    *,
+    batch: int,
+    context: int,
+    batches: int,
+    host: tuple[int, int] = (0, 1),
+) -> Iterator[Pair]:
+    """The same sequences at every call: spread evenly over all of `tokens`, none overlapping.
+
+    There are fewer batches where the tokens do not fill that many; where they do not even fill one,
+    its sequences repeat.
+
+    Args:
+      tokens: a part of a corpus.
+      batch: sequences over all hosts.
+      context: length of a sequence, tokens.
+      batches: how many batches to give at most.
+      host: this host's index, and how many there are.
+
+    Raises:
+      ValueError: `batch` does not divide over the hosts.
+    """
+    rows = _rows_of_host(batch, host)
+    windows = (len(tokens) - 1) // context
+    batches = max(1, min(batches, windows // batch))
+    for first in range(0, batches * batch, batch):
+        numbers = np.arange(first, first + batch)
+        if windows >= batch:
+            numbers = numbers * windows // (batches * batch)
+        yield _sequences(tokens, (numbers % windows)[rows] * context, context)
+
+
+def _rows_of_host(batch: int, host: tuple[int, int]) -> slice:
+    index, count = host
+    if batch % count or not 0 <= index < count:
+        raise ValueError(
+            f"batch={batch} does not divide over host={host} (index, hosts); use a batch that is a "
+            "multiple of the hosts"
+        )
+    share = batch // count
+    return slice(index * share, (index + 1) * share)
+
+
+def _sequences(tokens: np.ndarray, starts: np.ndarray, context: int) -> Pair:
+    rows = np.asarray(tokens)[starts[:, None] + np.arange(context + 1)].astype(np.int32)
+    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+def _alphabet(documents: Sequence[Document], tokens: Tokens) -> str | None:
+    if tokens == "bytes":
+        return None
+    characters: set[str] = set()
+    for document in documents:
+        characters.update(read_text(document.path))
+    if len(characters) > 1 << 16:
+        raise ValueError(
+            f"the text has {len(characters)} different characters, more than the {1 << 16} that "
+            "16-bit tokens tell apart; use tokens='bytes'"
+        )
+    return "".join(sorted(characters))
+
+
+def _tokenize(text: str, alphabet: str | None) -> np.ndarray:
+    if alphabet is None:
+        return np.frombuffer(text.encode(), np.uint8)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    order = np.frombuffer(alphabet.encode("utf-32-le"), np.uint32)  # sorted, as alphabets are
+    return np.searchsorted(order, points).astype(_dtype(alphabet))
+
+
+def _dtype(alphabet: str | None) -> type[np.unsignedinteger]:
+    return np.uint8 if alphabet is None or len(alphabet) <= 256 else np.uint16
+
+
+def _store(
+    folder: pathlib.Path,
+    parts: tuple[list[Document], list[Document]],
+    validation_fraction: float,
+    about: dict[str, Any],
+) -> Corpus:
+    """Writes the corpus beside `folder` and then renames: others see all of it or nothing."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial"))
+        try:
+            _write(partial, parts, validation_fraction, about)
+            _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache {folder.parent} cannot be written ({error}); set WSEKERN_CACHE to a folder "
+            "that can, with room for the text"
+        ) from error
+    corpus = _cached(folder)
+    if corpus is None:
+        raise OSError(f"the cache {folder} changed while it was read; remove it and try again")
+    return corpus
+
+
+def _write(
+    folder: pathlib.Path,
+    parts: tuple[list[Document], list[Document]],
+    validation_fraction: float,
+    about: dict[str, Any],
+) -> None:
+    arrays_of: list[Iterable[np.ndarray]] = [
+        (_tokenize(read_text(document.path), about["alphabet"]) for document in part)
+        for part in parts
+    ]
+    if not parts[1]:
+        [whole] = arrays_of[0]
+        cut = int(len(whole) * (1 - validation_fraction))
+        arrays_of = [[whole[:cut]], [whole[cut:]]]
+    digest = hashlib.sha256(repr(about["alphabet"]).encode())
+    for name, arrays in zip(("train", "validation"), arrays_of, strict=True):
+        with (folder / f"{name}.bin").open("wb") as file:
+            for array in arrays:
+                file.write(array.tobytes())
+                digest.update(array.tobytes())
+            about[name] = file.tell()
+        digest.update(str(about[name]).encode())  # where the one part ends
+    about["fingerprint"] = digest.hexdigest()
+    (folder / _ABOUT).write_text(json.dumps(about))
+
+
+def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    if _cached(folder) is not None:  # another process was quicker
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # broken, if it is there at all
+    with contextlib.suppress(OSError):  # another process was quicker after all
+        partial.rename(folder)
+
+
+def _cached(folder: pathlib.Path) -> Corpus | None:
+    try:
+        about = json.loads((folder / _ABOUT).read_text())
+        alphabet = about["alphabet"]
+        parts = {
+            name: _mapped(folder / f"{name}.bin", about[name], _dtype(alphabet))
+            for name in ("train", "validation")
+        }
+    except (OSError, ValueError, KeyError):
+        return None
+    return Corpus(
+        **parts,
+        vocab=256 if alphabet is None else len(alphabet),
+        name=about["name"],
+        alphabet=alphabet,
+        fingerprint=about["fingerprint"],
+        skipped=tuple(about["skipped"]),
+    )
+
+
+def _mapped(path: pathlib.Path, size: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, not {size}")
+    return np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)  # no map is empty
+
+
+def _check_long_enough(corpus: Corpus, context: int) -> None:
+    for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(tokens) <= context:
+            raise ValueError(
+                f"the {name} part of {corpus.name} has {len(tokens)} tokens, fewer than one "
+                f"sequence of context={context} and the token after it; give more text, a smaller "
+                "context or another validation_fraction"
+            )

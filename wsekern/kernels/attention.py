@@ -123,12 +123,9 @@ def _per_pe(
     q = tile.blocked_queries(q, plan.kv_heads, plan.q_blocks)
     kv = tile.blocked_keys(k, v, plan.k_blocks)
     if plan.algorithm == "ring":
-        running = ring.ring_attention(q, kv, plan.rule)
+        out, lse = tile.finish(ring.ring_attention(q, kv, plan.rule), q.dtype)
     else:
-        q_starts = ring.starts(q, fabric.axis_index(ROWS))
-        kv = fabric.all_gather(kv, ROWS)
-        running = tile.absorb(tile.nothing_yet(q), q, kv, q_starts, ring.starts(kv, 0), plan.rule)
-    out, lse = tile.finish(running, q.dtype)
+        out, lse = _gathered_attention(q, kv, plan.rule)
     n, B, K, G, c = lse.shape
     return tile.unblocked_queries(out), lse.transpose(1, 2, 3, 0, 4).reshape(B, K * G, n * c)
 
@@ -150,14 +147,41 @@ def _per_pe_gradients(
     if plan.algorithm == "ring":
         dq, dkv = ring.ring_gradients(rows, kv, plan.rule)
     else:
-        q_starts = ring.starts(rows[0], fabric.axis_index(ROWS))
-        kv = fabric.all_gather(kv, ROWS)
-        dq = fabric.varying(jnp.zeros(rows[0].shape, jnp.float32))
-        dkv = fabric.varying(jnp.zeros(kv.shape, jnp.float32))
-        dq, dkv = tile.gradients(dq, dkv, rows, kv, q_starts, ring.starts(kv, 0), plan.rule)
-        dkv = fabric.reduce_scatter(dkv, ROWS)
+        dq, dkv = _gathered_gradients(rows, kv, plan.rule)
     dk, dv = tile.unblocked_keys(dkv.astype(k.dtype))
-    return tile.unblocked_queries(dq.astype(q.dtype)), dk, dv
+    dq = dq.astype(q.dtype).transpose(0, 1, 2, 4, 5, 3)
+    return tile.unblocked_queries(dq), dk, dv
+
+
+def _gathered_attention(q, kv, rule):
+    kv = _joined(fabric.all_gather(kv, ROWS))
+    q_starts, k_starts = ring.starts(q, fabric.axis_index(ROWS)), ring.starts(kv, 0)
+    if len(q) == len(kv) == 1:
+        out, lse = tile.whole(q[0], kv[0], q_starts[0], 0, rule)
+        return out[None], lse[None]
+    running = tile.absorb(tile.nothing_yet(q), q, kv, q_starts, k_starts, rule)
+    return tile.finish(running, q.dtype)
+
+
+def _gathered_gradients(rows, kv, rule):
+    kv = fabric.all_gather(kv, ROWS)
+    blocks, kv = len(kv), _joined(kv)
+    q_starts, k_starts = ring.starts(rows[0], fabric.axis_index(ROWS)), ring.starts(kv, 0)
+    if len(rows[0]) == len(kv) == 1:
+        row, q_start = jax.tree.map(lambda x: x[0], (rows, q_starts))
+        dq, dkv = tile.gradients_of_block(row, kv[0], q_start, 0, rule)
+        dq, dkv = dq[None], dkv[None]
+    else:
+        dq, dkv = ring.no_gradients(rows[0], kv)
+        dq, dkv = tile.gradients(dq, dkv, rows, kv, q_starts, k_starts, rule)
+    return dq, fabric.reduce_scatter(tile.parted(dkv, blocks), ROWS)
+
+
+def _joined(kv):
+    n, c = kv.shape[0], kv.shape[-2]
+    return tile.joined(
+        kv, min(m for m in range(1, n + 1) if n % m == 0 and n // m * c <= max(c, _BLOCK))
+    )
 
 
 def _local(q, k, v, causal, scale):
@@ -169,9 +193,8 @@ def _local(q, k, v, causal, scale):
         and q.shape[-1] <= 128
         and (q.shape[1] == k.shape[1] or not causal)
     )
-    kernel = "cudnn" if served else None
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, implementation=kernel
+        q, k, v, is_causal=causal, scale=scale, implementation="cudnn" if served else None
     )
 
 

@@ -37,7 +37,7 @@ def ring_attention(
 
 def ring_gradients(
     rows: tuple, kv: Float[Array, "nk 2 B K c H"], rule: tile.Rule
-) -> tuple[Float[Array, "nq B K G c H"], Float[Array, "nk 2 B K c H"]]:
+) -> tuple[Float[Array, "nq B K H G c"], Float[Array, "nk 2 B K c H"]]:
     """Gradients of queries, and of keys and values, in float32; p + 1 shifts.
 
     The gradient of a tile of keys and values follows it one step behind, so that its travel too
@@ -53,10 +53,14 @@ def ring_gradients(
         dq, dkv = tile.gradients(dq, dkv, rows, kv, q_starts, k_starts, rule)
         return (dq, coming, dkv), None
 
-    dq = fabric.varying(jnp.zeros(rows[0].shape, jnp.float32))
-    dkv = fabric.varying(jnp.zeros(kv.shape, jnp.float32))
+    dq, dkv = no_gradients(rows[0], kv)
     (dq, _, dkv), _ = lax.scan(step, (dq, kv, dkv), jnp.arange(p))
     return dq, fabric.shift(dkv, ROWS)
+
+
+def no_gradients(q, kv):
+    dq = jnp.zeros(q.swapaxes(-3, -1).swapaxes(-2, -1).shape, jnp.float32)
+    return fabric.varying((dq, jnp.zeros(kv.shape, jnp.float32)))
 
 
 def starts(x: Float[Array, "n ..."], place) -> jnp.ndarray:

@@ -69,6 +69,45 @@ def unblocked_keys(kv: Float[Array, "nk 2 B K c H"]) -> tuple[jax.Array, jax.Arr
     return k, v
 
 
+def joined(kv: Float[Array, "nk 2 B K c H"], blocks: int) -> Float[Array, "_ 2 B K _ H"]:
+    """Keys and values in fewer, longer blocks."""
+    n, _, B, K, c, H = kv.shape
+    kv = kv.reshape(blocks, n // blocks, 2, B, K, c, H).transpose(0, 2, 3, 4, 1, 5, 6)
+    return kv.reshape(blocks, 2, B, K, n // blocks * c, H)
+
+
+def parted(kv: Float[Array, "_ 2 B K _ H"], blocks: int) -> Float[Array, "nk 2 B K c H"]:
+    """The inverse of `joined`."""
+    n, _, B, K, c, H = kv.shape
+    kv = kv.reshape(n, 2, B, K, blocks // n, n * c // blocks, H).transpose(0, 4, 1, 2, 3, 5, 6)
+    return kv.reshape(blocks, 2, B, K, n * c // blocks, H)
+
+
+def whole(
+    q: Float[Array, "B K G c H"],
+    kv: Float[Array, "2 B K c H"],
+    q_start: jax.Array | int,
+    k_start: jax.Array | int,
+    rule: Rule,
+) -> tuple[Float[Array, "B K G c H"], Float[Array, "B K G c"]]:
+    """Attention of one block of queries to one block that holds all keys, and the log-sum-exp.
+
+    Args:
+      q: queries.
+      kv: keys and values.
+      q_start: the position of the first query.
+      k_start: the position of the first key.
+      rule: which key a query may see; every query sees one.
+    """
+    k, v = kv
+    scores = _masked(_dot("bkgth,bksh->bkgts", q, k), q_start, k_start, rule)
+    peak = scores.max(-1)
+    weights = jnp.exp(scores - peak[..., None])
+    total = weights.sum(-1)
+    out = _dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v) / total[..., None]
+    return out.astype(q.dtype), peak + jnp.log(total)
+
+
 def nothing_yet(q: Float[Array, "nq B K G c H"]) -> Running:
     """A softmax over no keys."""
     rows = jnp.zeros(q.shape[:-1], jnp.float32)
@@ -99,7 +138,10 @@ def absorb(
 
         def one_key_block(running, block):
             kv, k_start = block
-            step = lambda running: _absorb_block(running, q, kv, q_start, k_start, rule)  # noqa: E731
+
+            def step(running):
+                return _absorb_block(running, q, kv, q_start, k_start, rule)
+
             return _where_seen(step, running, q, q_start, k_start, rule), None
 
         return None, _scan(one_key_block, running, (kv, k_starts))[0]
@@ -114,7 +156,7 @@ def finish(running: Running, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def gradients(
-    dq: Float[Array, "nq B K G c H"],
+    dq: Float[Array, "nq B K H G c"],
     dkv: Float[Array, "nk 2 B K c H"],
     rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     kv: Float[Array, "nk 2 B K c H"],
@@ -141,7 +183,11 @@ def gradients(
 
         def one_query_block(dkv, block):
             dq, rows, q_start = block
-            step = lambda grads: _gradients_block(*grads, rows, kv, q_start, k_start, rule)  # noqa: E731
+
+            def step(grads):
+                new = gradients_of_block(rows, kv, q_start, k_start, rule)
+                return jax.tree.map(jnp.add, grads, new)
+
             dq, dkv = _where_seen(step, (dq, dkv), rows[0], q_start, k_start, rule)
             return dkv, dq
 
@@ -153,7 +199,7 @@ def gradients(
 
 def _absorb_block(running, q, kv, q_start, k_start, rule):
     k, v = kv
-    scores = _scores(q, k, q_start, k_start, rule)
+    scores = _masked(_dot("bkgth,bksh->bkgts", q, k), q_start, k_start, rule)
     peak = jnp.maximum(running.peak, scores.max(-1))
     weights = jnp.exp(scores - peak[..., None])
     fade = jnp.exp(running.peak - peak)
@@ -163,28 +209,41 @@ def _absorb_block(running, q, kv, q_start, k_start, rule):
     )
 
 
-def _gradients_block(dq, dkv, rows, kv, q_start, k_start, rule):
+def gradients_of_block(
+    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    kv: Float[Array, "2 B K c H"],
+    q_start: jax.Array | int,
+    k_start: jax.Array | int,
+    rule: Rule,
+) -> tuple[Float[Array, "B K H G c"], Float[Array, "2 B K c H"]]:
+    """What one block of queries and one of keys add to the gradients, in float32.
+
+    Scores stand with keys as rows, and the gradient of queries comes transposed: so three of the
+    five products need no transpose of a block of scores, and the others none at all.
+    """
     q, dout, lse, dot = rows
     k, v = kv
-    weights = jnp.exp(_scores(q, k, q_start, k_start, rule) - lse[..., None])
-    dv = _dot("bkgts,bkgth->bksh", weights.astype(dout.dtype), dout)
-    dweights = _dot("bkgth,bksh->bkgts", dout, v)
-    dscores = (weights * (dweights - dot[..., None]) * rule.scale).astype(q.dtype)
-    dk = _dot("bkgts,bkgth->bksh", dscores, q)
-    return dq + _dot("bkgts,bksh->bkgth", dscores, k), dkv + jnp.stack([dk, dv])
+    scores = _masked(_dot("bksh,bkgth->bksgt", k, q), q_start, k_start, rule, queries=4, keys=2)
+    weights = jnp.exp(scores - lse[:, :, None])
+    dv = _dot("bksgt,bkgth->bksh", weights.astype(dout.dtype), dout)
+    dweights = _dot("bksh,bkgth->bksgt", v, dout)
+    dscores = (weights * (dweights - dot[:, :, None]) * rule.scale).astype(q.dtype)
+    dk = _dot("bksgt,bkgth->bksh", dscores, q)
+    dq = _dot("bkhs,bksgt->bkhgt", k.swapaxes(-1, -2), dscores)
+    return dq, jnp.stack([dk, dv])
 
 
-def _scores(q, k, q_start, k_start, rule):
-    scores = _dot("bkgth,bksh->bkgts", q, k) * rule.scale
-    shape = scores.shape[-2:]
-    key = k_start + lax.broadcasted_iota(jnp.int32, shape, 1)
-    seen = None
-    if rule.causal:
-        seen = key <= q_start + lax.broadcasted_iota(jnp.int32, shape, 0)
+def _masked(scores, q_start, k_start, rule, queries=3, keys=4):
+    """Scores, scaled, where the query sees the key, else -inf; `queries`, `keys`: their axes."""
+    scores = scores * rule.scale
+    if not rule.causal and rule.keys is None:
+        return scores
+    shape = [n if axis in (queries, keys) else 1 for axis, n in enumerate(scores.shape)]
+    key = k_start + lax.broadcasted_iota(jnp.int32, shape, keys)
+    last = q_start + lax.broadcasted_iota(jnp.int32, shape, queries)
     if rule.keys is not None:
-        real = key < rule.keys
-        seen = real if seen is None else seen & real
-    return scores if seen is None else jnp.where(seen[None, None, None], scores, -jnp.inf)
+        last = jnp.minimum(last, rule.keys - 1) if rule.causal else rule.keys - 1
+    return jnp.where(key <= last, scores, -jnp.inf)
 
 
 def _where_seen(step, carry, q, q_start, k_start, rule):

@@ -1,0 +1,56 @@
+# Set-up is part of every command: each makes the environment that it needs, unless it is fresh.
+# PYTHON=python3.12 picks another interpreter, which gets an environment of its own.
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help train test quick lint suite typed clean FORCE
+.NOTPARALLEL:
+
+# A command counts if it runs: a version manager's shim can stand on PATH for nothing.
+new_enough = $(shell $(1) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)
+candidates := python3.11 python3 python3.12 python3.13 python3.14
+ifdef PYTHON
+  VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+else
+  PYTHON := $(firstword $(foreach p,$(candidates),$(if $(filter True,$(call new_enough,$(p))),$(p))))
+  VENV := .venv
+endif
+ifneq ($(call new_enough,$(PYTHON)),True)
+  $(error Python 3.11 or newer is needed, found '$(PYTHON)'; name one with PYTHON=...)
+endif
+python := $(VENV)/bin/python
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: $(VENV)/installed-viz ## train a small language model; ARGS='--steps 1000' adds flags
+	$(python) -m training --preset nano --wafer 2x4 --steps 300 $(ARGS)
+
+test: lint suite typed ## lint, check types, run every test
+
+quick: $(VENV)/installed-test ## run the tests that are not slow; ARGS='-k ring' goes to pytest
+	$(python) -m pytest -m 'not slow' $(ARGS)
+
+lint: $(VENV)/installed-test ## style, formatting and types, over all folders
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+suite: $(VENV)/installed-test ## run every test
+	$(python) -m pytest $(ARGS)
+
+typed: $(VENV)/installed-test ## run the kernels' tests with every shape in a signature checked
+	$(python) -m pytest tests/wsekern/kernels -m 'not refuses and not slow' \
+	  --jaxtyping-packages=wsekern,beartype.beartype $(ARGS)
+
+clean: ## remove environments and caches; runs stay
+	rm -rf .venv .venv-* .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The last line runs only if all before it did, so an interrupted installation is taken up again.
+$(VENV)/installed-%: pyproject.toml constraints.txt $(if $(wildcard $(python)),,FORCE)
+	@echo "installing into $(VENV), which takes about a minute the first time"
+	@$(python) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(python) install --quiet pip; }
+	@$(python) -m pip install --quiet --disable-pip-version-check -e '.[$*]' -c constraints.txt
+	@touch $@

@@ -44,12 +44,21 @@ def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ..
 
 
 def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float = 0) -> jax.Array:
-    """`array` grown at its far ends with `fill`, until every dimension divides by its PEs."""
+    """`array` grown at its far ends with `fill`, until every dimension divides by its PEs.
+
+    On Explicit axes it is laid out by `spec` too: a gradient must have its operand's very type.
+
+    Raises:
+      ValueError: the array lies on other devices.
+    """
+    readings.check_placed(wafer, array)
     wanted = padded_shape(array.shape, spec, wafer)
-    if wanted == array.shape:
-        return array
-    widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
-    return jnp.pad(array, widths, constant_values=fill)
+    if wanted != array.shape:
+        widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
+        array = jnp.pad(array, widths, constant_values=fill)
+    if wafer.reading == "devices" and readings.explicit(wafer):
+        array = readings.constrain(wafer, array, spec)
+    return array
 
 
 def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax.Array:

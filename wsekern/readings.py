@@ -81,6 +81,21 @@ def check_divides(wafer: Wafer, what: str, array: Any, spec: P) -> None:
             )
 
 
+def check_placed(wafer: Wafer, operand: Any) -> None:
+    """Raises ValueError where `operand` is committed to devices that are not the wafer's."""
+    if wafer.reading != "devices" or isinstance(operand, jax.core.Tracer):
+        return
+    if not isinstance(operand, jax.Array) or not operand.committed:
+        return
+    here = set(wafer.grid.devices.flat)
+    if operand.sharding.device_set != here:
+        raise ValueError(
+            f"an operand of shape {operand.shape} is committed to "
+            f"{len(operand.sharding.device_set)} device(s) ({operand.sharding}), which are not the "
+            f"wafer's {len(here)}; move it with wafer.shard(array, spec)"
+        )
+
+
 def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
     """`array` laid out by `spec`, under jit, as the mesh's axis types want it said."""
     sharding = NamedSharding(wafer.grid, wafer.mesh_spec(spec))
@@ -108,7 +123,7 @@ class _Program:
         specs = _broadcast(self.specs.in_specs, operands, "in_specs")
         for operand, spec in zip(jax.tree.leaves(operands), specs, strict=True):
             check_divides(self.wafer, "Wafer.map", operand, spec)
-            _check_placed(self.wafer, operand)
+            check_placed(self.wafer, operand)
         return self.call(*operands)
 
 
@@ -206,20 +221,6 @@ def _broadcast(specs: Any, tree: Any, what: str) -> list[P]:
             f"{jax.tree.structure(tree)}"
         ) from error
     return jax.tree.leaves(full)
-
-
-def _check_placed(wafer: Wafer, operand: Any) -> None:
-    if wafer.reading != "devices" or isinstance(operand, jax.core.Tracer):
-        return
-    if not isinstance(operand, jax.Array) or not operand.committed:
-        return
-    here = set(wafer.grid.devices.flat)
-    if operand.sharding.device_set != here:
-        raise ValueError(
-            f"Wafer.map: an operand of shape {operand.shape} is committed to "
-            f"{len(operand.sharding.device_set)} device(s) ({operand.sharding}), which are not the "
-            f"wafer's {len(here)}; move it with wafer.shard(array, spec)"
-        )
 
 
 def _flatten_specs(specs: Any) -> tuple:

@@ -1,8 +1,8 @@
 """This file is normalisation over features that are split along x.
 
-RMSNorm: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019. LayerNorm: J. L. Ba,
-J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016. Moments of parts are joined as in T. F.
-Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+RMSNorm: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019. LayerNorm: J. L.
+Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016. Moments of parts are joined as in T.
+F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
 Sample Variances", 1979.
 """
 

@@ -1,0 +1,315 @@
+import json
+import os
+import resource
+import shutil
+import threading
+import types
+from collections import namedtuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+from training import checkpoint
+from training.checkpoint import Checkpoints
+
+SPECS = {"w": P("y", "x"), "b": P("x"), "deep": {"n": P(), "half": P(None, "y")}}
+GRIDS = [(2, 4), (4, 2), (1, 1)]
+
+
+def shardings(height, width):
+    wafer = wk.Wafer.devices(height, width)
+    return jax.tree.map(wafer.sharding, SPECS, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def values(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "w": rng.standard_normal((16, 32)).astype(np.float32),
+        "b": rng.standard_normal(8).astype(np.float32),
+        "deep": {
+            "n": np.int32(2**31 - 1 - seed),
+            # every bfloat16 there is, of NaN and -0 too
+            "half": np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16).reshape(64, -1),
+        },
+    }
+
+
+def state(height=2, width=4, seed=0):
+    return jax.device_put(values(seed), shardings(height, width))
+
+
+def template(height=2, width=4):
+    return jax.tree.map(
+        lambda value, sharding: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding),
+        values(),
+        shardings(height, width),
+    )
+
+
+def bits(array):
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def assert_same(got, want):
+    def check(a, b):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+    jax.tree.map(check, got, want)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoints of steps 10, 20 and 30, and the one that looks at it."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, state(seed=step), {"step": step})
+        assert checkpoints.wait() == []
+        yield checkpoints
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_state_comes_back_bit_for_bit_on_any_mesh(saved, grid):
+    step, got, extra = saved.restore(template(*grid))
+    assert (step, extra, saved.skipped) == (30, {"step": 30}, [])
+    assert_same(got, values(30))
+    for leaf, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(shardings(*grid)), strict=True):
+        assert leaf.sharding == sharding
+
+
+def test_an_older_step_on_demand(saved):
+    step, got, _ = saved.restore(template(), step=10)
+    assert step == 10
+    assert_same(got, values(10))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 15, it has \[10, 20, 30\]"):
+        saved.restore(template(), step=15)
+
+
+def test_keys_named_tuples_scalars_and_empty_arrays(tmp_path):
+    Pair = namedtuple("Pair", "key count")
+    before = [
+        Pair(jax.random.key(7), jnp.uint32(2**32 - 1)),
+        jax.random.split(jax.random.key(1, impl="rbg"), 3),
+        jax.random.PRNGKey(3),
+        jnp.zeros((0, 4)),
+        np.arange(3.0),
+    ]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(1, before, {}, wait=True) == []
+        _, after, _ = checkpoints.restore(before)
+    assert isinstance(after[0], Pair) and isinstance(after[4], np.ndarray)
+    raw = lambda leaf: (  # noqa: E731
+        jax.random.key_data(leaf)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+    )
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(raw(a), raw(b))
+
+
+def test_padding_is_not_saved_and_comes_back_as_zeros(tmp_path):
+    logical = {"w": (7, 10), "n": ()}
+    on_3x3 = {"w": jnp.full((9, 12), 5.0), "n": jnp.int32(1)}
+    on_3x3["w"] = jax.device_put(on_3x3["w"], wk.Wafer.devices(3, 3).sharding(P("y", "x")))
+    sharding = wk.Wafer.devices(2, 4).sharding(P("y", "x"))
+    on_2x4 = {
+        "w": jax.ShapeDtypeStruct((8, 12), "float32", sharding=sharding),
+        "n": jax.ShapeDtypeStruct((), "int32"),
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, on_3x3, {}, logical_shapes=logical, wait=True)
+        _, got, _ = checkpoints.restore(on_2x4, logical_shapes=logical)
+        want = np.zeros((8, 12))
+        want[:7, :10] = 5
+        np.testing.assert_array_equal(got["w"], want)
+        with pytest.raises(ValueError, match=r"w is float32\[7, 10\], wanted is float32\[8, 12\]"):
+            checkpoints.restore(on_2x4)
+        with pytest.raises(ValueError, match=r"w is \(9, 12\), of which \(10, 2\) is no part"):
+            checkpoints.save(2, on_3x3, {}, logical_shapes={"w": (10, 2), "n": ()})
+
+
+def test_a_save_neither_waits_for_the_disk_nor_minds_donation(tmp_path, monkeypatch):
+    disk = threading.Event()
+    write = checkpoint._write
+
+    def slow(*arguments):
+        assert disk.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    following = jax.jit(lambda s: jax.tree.map(lambda a: a * 0, s), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(1, first := state(), {}) == []
+        after = following(first)
+        assert first["w"].is_deleted() and not np.any(after["w"])
+        assert checkpoints.steps() == []
+        disk.set()
+        assert checkpoints.wait() == []
+        assert_same(checkpoints.restore(template())[1], values())
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(step, {"a": jnp.ones(3) * step}, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 4]
+        checkpoints.restore({"a": jnp.ones(3)}, step=3)
+        checkpoints.save(4, {"a": jnp.zeros(3)}, {}, wait=True)
+        np.testing.assert_array_equal(checkpoints.restore({"a": jnp.ones(3)})[1]["a"], 0)
+    assert sorted(os.listdir(tmp_path)) == ["3", "4"]
+
+
+def test_a_resumed_run_removes_the_course_that_it_left(saved):
+    saved.save(15, state(seed=15), {}, wait=True)
+    assert saved.steps() == [10, 15]
+
+
+def test_saving_the_same_again_writes_nothing(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_write", None)
+    assert saved.save(30, state(seed=30), {"step": 30}, wait=True) == []
+
+
+def flip(path, count=64):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    for i in range(middle - count // 2, middle + count // 2):
+        content[i] ^= 0xFF
+    path.write_bytes(content)
+
+
+def file_of(folder, leaf):
+    [array] = folder.glob(f"arrays/*.{leaf}")
+    return max((p for p in array.iterdir()), key=lambda p: p.stat().st_size)
+
+
+def test_flipped_bytes_are_caught_and_the_leaf_named(saved):
+    flip(file_of(saved.directory / "30", "w"))
+    step, got, _ = saved.restore(template())
+    assert step == 20
+    assert_same(got, values(20))
+    [line] = saved.skipped
+    assert line.startswith("step 30: ") and " w " in line
+
+
+def test_changed_numbers_are_caught_where_the_store_sees_nothing(saved):
+    """The array is replaced by another sound one: only the checksum can tell."""
+    mine, other = (file_of(saved.directory / step, "deep.n").parent for step in ("30", "20"))
+    shutil.rmtree(mine)
+    shutil.copytree(other, mine)
+    assert saved.restore(template())[0] == 20
+    assert saved.skipped == ["step 30: the checksum of deep/n differs: its bytes have changed"]
+
+
+def test_an_empty_step_folder_is_passed_over(saved):
+    (saved.directory / "40").mkdir()
+    assert saved.restore(template())[0] == 30
+    [line] = saved.skipped
+    assert "step 40: its manifest.json cannot be read (No such file" in line
+    assert saved.steps() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "not UTF-8"])
+def test_a_damaged_manifest_is_passed_over(saved, damage):
+    path = saved.directory / "30" / "manifest.json"
+    text = path.read_text()
+    damaged = {"cut": text[: len(text) // 2], "changed": text.replace('"step": 30', '"step": 31')}
+    path.write_bytes(b"\xff" if damage == "not UTF-8" else damaged[damage].encode())
+    assert saved.restore(template())[0] == 20
+    assert saved.skipped[0].startswith("step 30: its manifest")
+
+
+def test_a_missing_array_and_a_renamed_step_are_passed_over(saved):
+    shutil.rmtree(file_of(saved.directory / "30", "w").parent)
+    (saved.directory / "20").rename(saved.directory / "25")
+    assert saved.restore(template())[0] == 10
+    assert "step 30: w cannot be read" in saved.skipped[0]
+    assert saved.skipped[1] == "step 25: its manifest is that of step 20"
+
+
+def test_another_model_is_named_leaf_by_leaf(saved):
+    other = template() | {"w": jax.ShapeDtypeStruct((16, 64), "float32"), "new": jnp.ones(2)}
+    other.pop("b")
+    with pytest.raises(ValueError, match="no checkpoint in .* can be restored") as error:
+        saved.restore(other)
+    assert (
+        "step 20: it is of another state: it lacks new; b is not part of the state; "
+        "w is float32[16, 32], wanted is float32[16, 64]" in str(error.value)
+    )
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "100").mkdir()
+    (tmp_path / "100" / "weights.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="step 100: .*another program wrote it"):
+        Checkpoints(tmp_path).restore(template())
+    (tmp_path / "100" / "manifest.json").write_text(json.dumps({"files": []}))
+    with pytest.raises(ValueError, match="step 100: its manifest is damaged or foreign"):
+        Checkpoints(tmp_path).restore(template())
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        Checkpoints(tmp_path / "nowhere").restore(template())
+
+
+def test_a_full_disk_costs_no_good_step(tmp_path):
+    """No file may pass 1,000 bytes: what a write to a full disk meets, for any user."""
+    big = {"w": state()["w"]}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, big, {}, wait=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            assert checkpoints.save(2, big, {}) == []
+            [trouble] = checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "step 2 was not written" in trouble and "File too large" in trouble
+        assert "it needs 0.0 MB" in trouble and "the last good one is step 1" in trouble
+        assert os.listdir(tmp_path) == ["1"]
+        assert checkpoints.save(3, big, {}, wait=True) == []
+        assert checkpoints.steps() == [3]
+
+
+def test_what_was_written_wrong_is_seen_before_an_older_step_is_removed(tmp_path, monkeypatch):
+    save = checkpoint.ocp.Checkpointer.save
+
+    def damaging(self, directory, **options):
+        save(self, directory, **options)
+        flip(file_of(directory.parent, "w"))
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state(), {}, wait=True)
+        monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", damaging)
+        [trouble] = checkpoints.save(2, state(), {}, wait=True)
+        assert "the checkpoint of step 2 was not written" in trouble
+        assert checkpoints.restore(template())[0] == 1
+
+
+def test_left_overs_of_a_killed_process_go_with_the_next_save(saved):
+    (saved.directory / "25.partial").mkdir()
+    assert saved.restore(template())[0] == 30
+    saved.save(40, state(), {}, wait=True)
+    assert sorted(os.listdir(saved.directory)) == ["20", "30", "40"]
+
+
+def test_room_and_rights_are_looked_at_first(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "deep" / "checkpoints")
+    checkpoints.check_writable(template())
+    assert list(checkpoints.directory.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
+    with pytest.raises(OSError, match=r"two checkpoints need 0.3 MB, but .* has 0.0 MB free"):
+        checkpoints.check_writable(template())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written to .*Not a directory.*another --out"):
+        Checkpoints(tmp_path / "file" / "checkpoints").check_writable()
+
+
+def test_refuses_what_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="extra cannot be saved as JSON"):
+        Checkpoints(tmp_path).save(1, {}, {"array": jnp.ones(2)})
+    with pytest.raises(ValueError, match="keep=0 must be 1 or more"):
+        Checkpoints(tmp_path, keep=0)

@@ -1,0 +1,143 @@
+"""This file is what a checkpoint says of itself: every leaf of the state, with its checksum.
+
+The array store alone gives back flipped bytes as other numbers, without a word.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array of a state, as it is kept in a checkpoint: without padding."""
+
+    path: str  # in the state, such as "params/w"
+    stored: str  # the array's name on disk
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str  # of the array's bytes, in row-major order
+    key: str | None = None  # the generator's name, where the leaf is a random key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checkpoint's step, its leaves, and what was saved beside them."""
+
+    step: int
+    leaves: tuple[Leaf, ...]
+    extra: dict[str, Any]
+
+    def to_json(self) -> str:
+        """As JSON, with a checksum of its own.
+
+        Raises:
+          ValueError: `extra` holds what JSON cannot.
+        """
+        fields = {"format": _FORMAT, **dataclasses.asdict(self)}
+        try:
+            return json.dumps({**fields, "sha256": _checksum(fields)}, indent=1)
+        except TypeError as error:
+            raise ValueError(
+                f"extra cannot be saved as JSON ({error}); use numbers, texts, lists and dicts"
+            ) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """The manifest that `to_json` wrote.
+
+        Raises:
+          ValueError: it is cut short or changed, or of another format.
+        """
+        try:
+            fields = json.loads(text)
+            stated = fields.pop("sha256")
+            if fields["format"] != _FORMAT:
+                raise ValueError(f"its format is {fields['format']}, this program reads {_FORMAT}")
+            if _checksum(fields) != stated:
+                raise ValueError("its checksum does not fit")
+            leaves = (Leaf(**leaf | {"shape": tuple(leaf["shape"])}) for leaf in fields["leaves"])
+            return cls(step=fields["step"], leaves=tuple(leaves), extra=fields["extra"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its manifest is damaged or foreign ({error})") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """One leaf of a state in memory: its name, and the shape that it has without padding."""
+
+    path: str
+    leaf: Any  # an array, or a `ShapeDtypeStruct`
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the leaf without padding."""
+        return math.prod(self.shape) * self.leaf.dtype.itemsize
+
+
+def places(state: Any, logical_shapes: Any = None) -> list[Place]:
+    """The leaves of a state in their order.
+
+    Args:
+      state: any pytree of arrays or `ShapeDtypeStruct`s.
+      logical_shapes: a tree of the same structure with the leaves' shapes without padding; None:
+        nothing is padded.
+
+    Raises:
+      ValueError: a logical shape is not within its leaf's.
+    """
+
+    def place(path: Any, leaf: Any, shape: Sequence[int] | None = None) -> Place:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
+        whole = np.shape(leaf)
+        shape = whole if shape is None else tuple(shape)
+        if len(shape) != len(whole) or any(a > b for a, b in zip(shape, whole, strict=True)):
+            raise ValueError(
+                f"logical_shapes: {name} is {whole}, of which {shape} is no part; give the shape "
+                "without padding"
+            )
+        return Place(path=name, leaf=leaf, shape=shape)
+
+    rest = () if logical_shapes is None else (logical_shapes,)
+    return jax.tree.leaves(jax.tree_util.tree_map_with_path(place, state, *rest))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed random key."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def checksum(array: np.ndarray) -> str:
+    """SHA-256 of the array's bytes in row-major order."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return hashlib.sha256(data).hexdigest()
+
+
+def mismatches(leaves: Sequence[Leaf], wanted: Sequence[Place]) -> list[str]:
+    """How a checkpoint's leaves differ from those of a state: a line for each; none if they fit."""
+    have = {leaf.path: leaf for leaf in leaves}
+    want = {place.path: place for place in wanted}
+    lines = [f"it lacks {path}" for path in want if path not in have]
+    lines += [f"{path} is not part of the state" for path in have if path not in want]
+    for path in want:
+        if path in have:
+            shape, dtype = want[path].shape, str(want[path].leaf.dtype)
+            if (have[path].shape, have[path].dtype) != (shape, dtype):
+                lines.append(
+                    f"{path} is {have[path].dtype}{list(have[path].shape)}, "
+                    f"wanted is {dtype}{list(shape)}"
+                )
+    return lines
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

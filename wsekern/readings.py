@@ -137,9 +137,8 @@ def _sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Calla
         if explicit(wafer):
             flat, tree = jax.tree.flatten(operands)
             wanted = _broadcast(specs.in_specs, operands, "in_specs")
-            operands = tree.unflatten(
-                [constrain(wafer, a, s) for a, s in zip(flat, wanted, strict=True)]
-            )
+            laid_out = [constrain(wafer, a, s) for a, s in zip(flat, wanted, strict=True)]
+            operands = jax.tree.unflatten(tree, laid_out)
         return jax.shard_map(
             per_pe,
             mesh=wafer.mesh,
@@ -163,14 +162,15 @@ def _virtual(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Calla
         flat, tree = jax.tree.flatten(operands)
         in_specs = _broadcast(specs.in_specs, operands, "in_specs")
         split = [_split(wafer, a, s) for a, s in zip(flat, in_specs, strict=True)]
-        run = lambda *tiles: per_pe(*tree.unflatten(tiles))  # noqa: E731
+        run = lambda *tiles: per_pe(*jax.tree.unflatten(tree, tiles))  # noqa: E731
         for axis in reversed(wafer.axes):  # the outermost axis is mapped last
             mapped = tuple(0 if axis in _named(s) else None for s in in_specs)
             run = jax.vmap(run, mapped, 0, axis_name=axis, axis_size=wafer.axis_size(axis))
         results = run(*split)
         out_specs = _broadcast(specs.out_specs, results, "out_specs")
         flat, tree = jax.tree.flatten(results)
-        return tree.unflatten([_join(wafer, a, s) for a, s in zip(flat, out_specs, strict=True)])
+        joined = [_join(wafer, a, s) for a, s in zip(flat, out_specs, strict=True)]
+        return jax.tree.unflatten(tree, joined)
 
     return whole
 

@@ -19,6 +19,10 @@ from wsekern.context import inside
 
 Along = str | tuple[str, ...]
 Op = Literal["sum", "max", "min", "mean"]
+# In which order the PEs of a line stand in a ring: 0 1 2 3 4 5, whose ends are a whole line apart,
+# or 0 2 4 5 3 1, in which no two neighbours are more than two hops apart.
+Ring = Literal["plain", "folded"]
+_LISTED = 4096  # PEs of a grid up to which one permutation may name each of them
 
 
 def axis_size(along: Along) -> int:
@@ -34,7 +38,23 @@ def axis_index(along: Along) -> jax.Array:
     return index
 
 
-def shift(x: Any, along: str, by: int = 1, *, periodic: bool = True, fill: float = 0) -> Any:
+def ring_index(along: str, ring: Ring = "plain") -> jax.Array:
+    """This PE's place in the ring along `along`, int32."""
+    index = axis_index(along)
+    if ring == "plain":
+        return index
+    return jnp.where(index % 2 == 0, index // 2, axis_size(along) - (index + 1) // 2)
+
+
+def shift(
+    x: Any,
+    along: str,
+    by: int = 1,
+    *,
+    periodic: bool = True,
+    fill: float = 0,
+    ring: Ring = "plain",
+) -> Any:
     """Every PE's `x` moved `by` places along `along`, towards higher indices if positive.
 
     All words of the tile are sent, once, in one step.
@@ -45,12 +65,45 @@ def shift(x: Any, along: str, by: int = 1, *, periodic: bool = True, fill: float
       by: how far; any integer.
       periodic: whether what leaves at one edge enters at the other.
       fill: what enters at an open edge.
+      ring: the order of the PEs; "folded" is for periodic shifts.
     """
-    size = axis_size(along)
+    size, order = axis_size(along), _order(axis_size(along), ring)
     if periodic:
-        return _permute(x, along, [(i, (i + by) % size) for i in range(size)], fill)
-    pairs = [(i, i + by) for i in range(size) if 0 <= i + by < size]
+        return _permute(x, along, [(order[i], order[(i + by) % size]) for i in range(size)], fill)
+    pairs = [(order[i], order[i + by]) for i in range(size) if 0 <= i + by < size]
     return _permute(x, along, pairs, fill)
+
+
+def skew(
+    x: Any, along: str, by: str, *, times: int = 1, plus: int = 0, ring: Ring = "plain"
+) -> Any:
+    """Every PE's `x` moved round the ring along `along`, each row or column by another amount.
+
+    The amount is `times` the PE's own place along `by`, and `plus`. All words of the tile are sent,
+    in one step; on virtual PEs, and beyond 4,096 of them, in one for each binary digit of the
+    amount.
+
+    Args:
+      x: a tile, or a pytree of tiles.
+      along: the axis to move along.
+      by: the other axis, whose index says how far.
+      times: places moved for each place along `by`; any integer.
+      plus: places moved by all alike; any integer.
+      ring: the order of the PEs along both axes.
+    """
+    size, others = axis_size(along), axis_size(by)
+    if not _names(by):
+        return shift(x, along, plus, ring=ring)
+    if not _names(along):
+        return x
+    if _virtual() or size * others > _LISTED:
+        amount = (times * ring_index(by, ring) + plus) % size
+        for bit in range((size - 1).bit_length()):
+            moved = shift(x, along, 2**bit, ring=ring)
+            moves = (amount >> bit) % 2 == 1
+            x = jax.tree.map(lambda new, old, m=moves: jnp.where(m, new, old), moved, x)
+        return x
+    return _skew_at_once(x, along, by, times, plus, ring)
 
 
 def route(x: Any, along: str, pairs: Sequence[tuple[int, int]], *, fill: float = 0) -> Any:
@@ -217,6 +270,31 @@ def _vary(tile: jax.Array, names: tuple[str, ...]) -> jax.Array:
         except ValueError:
             pass  # it varies along this axis already, which no public call tells
     return tile
+
+
+def _order(size: int, ring: Ring) -> list[int]:
+    """The place on the line of each place in the ring."""
+    if ring == "plain":
+        return list(range(size))
+    return [*range(0, size, 2), *reversed(range(1, size, 2))]
+
+
+def _skew_at_once(x: Any, along: str, by: str, times: int, plus: int, ring: Ring) -> Any:
+    # JAX numbers the PEs of several axes in the order of the mesh, whatever order they are named in.
+    places = jax.sharding.get_abstract_mesh().axis_names
+    names = tuple(sorted((*_names(by), *_names(along)), key=places.index))
+    size, others = axis_size(along), axis_size(by)
+    step, row = (1, size) if names[1] in _names(along) else (others, 1)
+    order, rows = _order(size, ring), _order(others, ring)
+    pairs = [
+        (
+            rows[j] * row + order[i] * step,
+            rows[j] * row + order[(i + times * j + plus) % size] * step,
+        )
+        for j in range(others)
+        for i in range(size)
+    ]
+    return jax.tree.map(lambda t: lax.ppermute(varying(t, (by, along)), names, pairs), x)
 
 
 def _permute(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> Any:

@@ -2,8 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,29 @@ from jaxtyping import Array, Float
 
 from wsekern import context, fabric, layout
 from wsekern.axes import WAFERS
-from wsekern.kernels import allgather
+from wsekern.kernels import allgather, cannon, summa
 from wsekern.wafer import Wafer
 
-Algorithm = Literal["auto", "allgather"]
-_ALGORITHMS: dict[str, ModuleType] = {"allgather": allgather}
+Algorithm = Literal["auto", "allgather", "summa", "cannon", "mesh"]
+
+
+class _Kernels(NamedTuple):
+    forward: Callable
+    backward: Callable
+    square: bool  # whether it needs as many rows of PEs as columns
+
+
+def _cannon(ring: fabric.Ring) -> _Kernels:
+    forward, backward = (functools.partial(f, ring=ring) for f in (cannon.forward, cannon.backward))
+    return _Kernels(forward, backward, square=True)
+
+
+_ALGORITHMS = {
+    "allgather": _Kernels(allgather.forward, allgather.backward, square=False),
+    "summa": _Kernels(summa.forward, summa.backward, square=False),
+    "cannon": _cannon("plain"),
+    "mesh": _cannon("folded"),
+}
 
 
 @overload
@@ -65,7 +82,7 @@ def matmul(a, b, *, algorithm="auto", wafer=None):
     else:
         spec = layout.tiled(a.ndim)
         padded = tuple(layout.pad(one, layout.tiled(one.ndim), wafer) for one in bs)
-        cs = _product(layout.pad(a, spec, wafer), padded, "allgather", wafer)
+        cs = _product(layout.pad(a, spec, wafer), padded, _chosen(algorithm, wafer), wafer)
         shapes = [(*a.shape[:-1], one.shape[-1]) for one in bs]
         cs = tuple(layout.crop(c, shape, spec, wafer) for c, shape in zip(cs, shapes, strict=True))
     return cs if isinstance(b, tuple) else cs[0]
@@ -125,6 +142,17 @@ def _apart(joined: jax.Array, like: tuple[jax.Array, ...]) -> tuple[jax.Array, .
     for one in like:
         ends.append(ends[-1] + one.shape[-1])
     return tuple(joined[..., i:j] for i, j in zip(ends, ends[1:], strict=False))
+
+
+def algorithms(wafer: Wafer) -> tuple[str, ...]:
+    """The algorithms that serve the grid of `wafer`."""
+    return tuple(
+        name for name, k in _ALGORITHMS.items() if wafer.height == wafer.width or not k.square
+    )
+
+
+def _chosen(algorithm, wafer):
+    return "allgather" if algorithm == "auto" else algorithm
 
 
 def _check(a, bs, algorithm):

@@ -94,6 +94,16 @@ def logical_shape(leaf: Any) -> tuple[int, ...]:
     return tuple(jnp.shape(leaf))
 
 
+def logical_shapes(state: Any) -> Any:
+    """`state` with every array replaced by its shape without padding."""
+
+    def shape(leaf: Any) -> Any:
+        found = logical_shape(leaf)
+        return leaf.replace(found) if isinstance(leaf, nnx.Variable) else found
+
+    return _map(shape, state)
+
+
 def named_leaves(state: Any) -> dict[str, Any]:
     """The leaves of `state`, nnx variables whole, by their path: `"params/blocks/norm/scale"`."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)

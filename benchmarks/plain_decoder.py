@@ -10,10 +10,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig
 
 Constrain = Callable[[jax.Array, str], jax.Array]
+
+_TILED, _ROWS = P(None, "y", "x"), P(None, "y", None)
+# name -> how each kind of activation is laid out; XLA decides where nothing is said
+CONSTRAINTS: dict[str, dict[str, P]] = {
+    "no constraints": {},
+    "residual tiled": {"residual": _TILED},
+    "residual on rows": {"residual": _ROWS},
+    "residual tiled, gathered for products": {"residual": _TILED, "gathered": _ROWS},
+    "all tiled": {
+        "residual": _TILED,
+        "gathered": _ROWS,
+        "wide": _TILED,
+        "heads": P(None, "y", "x", None),
+    },
+    "all tiled, residual on rows": {
+        "residual": _ROWS,
+        "gathered": _ROWS,
+        "wide": _TILED,
+        "heads": P(None, "y", "x", None),
+    },
+}
 
 
 def loss(
@@ -44,6 +66,19 @@ def loss(
     logits = constrain(x, "gathered") @ params["embedding"][...].T
     logits = constrain(logits, "wide").astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def update(
+    optimiser: optax.GradientTransformation, state: Any, gradients: Any, loss: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The rest of a training step, as `training.step` has it."""
+    updates, moments = optimiser.update(gradients, state["optimiser"], state["params"])
+    after = {
+        "step": state["step"] + 1,
+        "params": optax.apply_updates(state["params"], updates),
+        "optimiser": moments,
+    }
+    return after, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
 
 
 def _block(x, block, config, angles, constrain):

@@ -1,0 +1,128 @@
+"""This file is attention: ring and gather against jit with shardings alone and one device."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+
+import tyro
+
+from benchmarks import harness
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times attention over a sequence along y, heads along x, the batch whole."""
+
+    grid: tuple[str, ...] = ("8x1", "2x4")
+    """Grids of emulated devices, HEIGHTxWIDTH."""
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    """Tokens of a sequence."""
+    batch: int = 1
+    """Sequences."""
+    heads: int = 8
+    """Heads of the queries."""
+    kv_heads: int | None = None
+    """Heads of keys and values; by default as many as the queries have."""
+    head_size: int = 64
+    """Features of a head."""
+    causal: bool = True
+    """Whether a token sees only those before it."""
+    backward: bool = False
+    """Time attention together with the gradients of queries, keys and values."""
+    layers: int | None = None
+    """Time the gradient of so many layers in a scan, as in training, instead of one call."""
+    dtype: str = "float32"
+    """Of the operands."""
+    rounds: int = 11
+    """How often each candidate is timed."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one table for each grid and length."""
+    options = tyro.cli(Options, prog="python -m benchmarks attention", args=argv)
+    grids = [harness.parse_grid(text) for text in options.grid]
+    harness.start(max(math.prod(grid) for grid in grids))
+    harness.show_environment()
+    tables = {}
+    for grid in grids:
+        for length in options.lengths:
+            title = _title(grid, length, options)
+            candidates, notes = _candidates(grid, length, options)
+            results = harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
+            harness.show(title, results)
+            tables[title] = results
+    if options.json:
+        harness.dump(options.json, tables)
+
+
+def _title(grid, length, options):
+    kv_heads = options.kv_heads or options.heads
+    what = "forward and backward" if options.backward else "forward"
+    if options.layers:
+        what = f"gradient of {options.layers} layers"
+    return (
+        f"{'causal' if options.causal else 'full'} attention on {grid[0]}x{grid[1]}: "
+        f"B={options.batch} T={length} N={options.heads} K={kv_heads} H={options.head_size}, "
+        f"{options.dtype}, {what}"
+    )
+
+
+def _candidates(grid, length, options):
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    import wsekern as wk
+
+    wafer = wk.Wafer.devices(*grid)
+    layout = wafer.sharding(P(None, "y", "x", None))
+    heads = (options.heads, options.kv_heads or options.heads)
+    keys = jax.random.split(jax.random.key(0), 4)
+    whole = [
+        jax.random.normal(key, (options.batch, length, n, options.head_size), options.dtype)
+        for key, n in zip(keys, (*heads, *heads[::-1]), strict=True)
+    ]
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=options.causal)
+
+    def laid_out(q, k, v):
+        return jax.lax.with_sharding_constraint(plain(q, k, v), layout)
+
+    def case(attention, operands, **shardings):
+        function, used = _timed(attention, options)
+        return harness.compiled(function, *operands[:used], **shardings)
+
+    tiled = [jax.device_put(x, layout) for x in whole]
+    candidates = {"jit": case(laid_out, tiled, out_shardings=layout)}
+    for algorithm in ("ring", "allgather", "auto"):
+        attention = functools.partial(
+            wk.attention, causal=options.causal, algorithm=algorithm, wafer=wafer
+        )
+        candidates[algorithm] = case(attention, tiled, out_shardings=layout)
+    candidates["one device"] = case(plain, whole)
+    return candidates, {
+        "jit": "jax.nn.dot_product_attention, same shardings",
+        "one device": "the same, same cores",
+    }
+
+
+def _timed(attention: Callable, options: Options) -> tuple[Callable, int]:
+    """What is timed, and how many of q, k, v and the result's gradient it takes."""
+    import jax
+    import jax.numpy as jnp
+
+    def both(q, k, v, dout):
+        out, gradients = jax.vjp(attention, q, k, v)
+        return out, gradients(dout)
+
+    def loss(q, k, v):
+        def layer(x, _):
+            return x + attention(x, k, v), None
+
+        return jnp.sum(jax.lax.scan(layer, q, length=options.layers)[0] ** 2)
+
+    if options.layers:
+        return jax.grad(loss, argnums=(0, 1, 2)), 3
+    return (both, 4) if options.backward else (attention, 3)

@@ -1,0 +1,57 @@
+"""This file is what has to happen before jax starts, and the wafer that a configuration asks for.
+
+It imports jax only once the devices are made.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from wsekern.emulation import emulate_devices
+
+if TYPE_CHECKING:
+    from training.config import TrainingConfig
+    from wsekern.wafer import Wafer
+
+
+def prepare(config: TrainingConfig) -> None:
+    """Chooses the platform and makes the CPU devices that `config` needs; call it before jax.
+
+    Raises:
+      RuntimeError: jax has already started with fewer CPU devices.
+    """
+    if config.platform is not None:
+        # XLA's name of the platform that runs on NVIDIA's and AMD's cards alike is cuda or rocm;
+        # jax takes "gpu" for both.
+        os.environ["JAX_PLATFORMS"] = config.platform
+    if config.platform in (None, "cpu"):
+        emulate_devices(1 if config.virtual else config.pes)
+
+
+def make_wafer(config: TrainingConfig) -> Wafer:
+    """The wafer that `config` names, on the devices that jax has.
+
+    Raises:
+      ValueError: there are fewer devices than PEs, or the platform is not to be had.
+    """
+    import jax
+
+    import wsekern as wk
+
+    wafers, height, width = config.grid
+    if config.virtual:
+        return wk.Wafer.virtual(wk.WSE3, height, width, wafers)
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"platform={config.platform!r} cannot be used here ({error}); choose another --platform"
+        ) from None
+    if config.pes > len(devices):
+        raise ValueError(
+            f"wafer={config.wafer!r} needs {config.pes} devices, there are {len(devices)} of kind "
+            f"{devices[0].device_kind!r}; choose a smaller --wafer, or --platform cpu to emulate "
+            "them, or --virtual for PEs that share one device"
+        )
+    return wk.Wafer.devices(height, width, wafers)

@@ -1,6 +1,6 @@
 """This file is what has to happen before jax starts, and the wafer that a configuration asks for.
 
-It imports jax only once the devices are made.
+jax prefers TPUs and GPUs to the CPU by itself, so only the CPU is ever asked for by name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ def prepare(config: TrainingConfig) -> None:
     Raises:
       RuntimeError: jax has already started with fewer CPU devices.
     """
-    if config.platform is not None:
-        # XLA's name of the platform that runs on NVIDIA's and AMD's cards alike is cuda or rocm;
-        # jax takes "gpu" for both.
-        os.environ["JAX_PLATFORMS"] = config.platform
+    if config.platform == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if config.platform in (None, "cpu"):
         emulate_devices(1 if config.virtual else config.pes)
 
@@ -39,15 +37,16 @@ def make_wafer(config: TrainingConfig) -> Wafer:
 
     import wsekern as wk
 
+    try:
+        devices = jax.devices(config.platform)
+    except RuntimeError as error:
+        raise ValueError(
+            f"platform={config.platform!r} cannot be used here ({error}); choose another "
+            "--platform, or install the jax of that kind of device"
+        ) from None
     wafers, height, width = config.grid
     if config.virtual:
         return wk.Wafer.virtual(wk.WSE3, height, width, wafers)
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        raise ValueError(
-            f"platform={config.platform!r} cannot be used here ({error}); choose another --platform"
-        ) from None
     if config.pes > len(devices):
         raise ValueError(
             f"wafer={config.wafer!r} needs {config.pes} devices, there are {len(devices)} of kind "

@@ -18,7 +18,7 @@ class MetricsLog:
     """Appends to the metrics.jsonl of a run folder; a line is on its way to disk once written."""
 
     def __init__(self, run_dir: str | os.PathLike, resume_from: int = 0):
-        """Opens the file, without the lines of steps after `resume_from`.
+        """Makes the file, or keeps it, without the lines of steps after `resume_from`.
 
         Args:
           run_dir: the run folder, made if need be.
@@ -30,13 +30,8 @@ class MetricsLog:
         partial = path.with_name(FILE_NAME + ".partial")
         partial.write_text("".join(map(_text, kept)))
         partial.replace(path)
-        self._file = path.open("a")
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
+        self._path = path
+        self._cut = False  # whether the last line may have been written in part
 
     def write(
         self, step: int, *, loss: float, tokens_per_s: float, seconds: float, **others: Any
@@ -49,14 +44,15 @@ class MetricsLog:
           tokens_per_s: over all devices, since the line before.
           seconds: since the run began, pauses between resumed parts left out.
           others: further figures, such as `val_loss`, nats a token.
+
+        Raises:
+          OSError: the disk is full, say; a later call goes on as if nothing had happened.
         """
         line = {"step": step, "loss": loss, "tokens_per_s": tokens_per_s, "seconds": seconds}
-        self._file.write(_text(line | others))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        begin, self._cut = "\n" if self._cut else "", True
+        with self._path.open("a") as file:
+            file.write(begin + _text(line | others))
+        self._cut = False
 
 
 def read_metrics(path: str | os.PathLike) -> list[Line]:

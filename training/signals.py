@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 STOPPED = 75  # exit status of a run that saved and can be resumed (EX_TEMPFAIL)
 KILLED = 130  # exit status after a second Ctrl-C
@@ -10,7 +11,8 @@ KILLED = 130  # exit status after a second Ctrl-C
 class StopSignals:
     """While entered, notes SIGINT and SIGTERM in `received` instead of dying of them.
 
-    A second SIGINT ends the process at once, with status 130.
+    A second SIGINT ends the process at once, with status 130. Python delivers signals to the main
+    thread alone: in another one, nothing is noted.
     """
 
     def __init__(self):
@@ -18,7 +20,8 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        here = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if here else ():
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -15,34 +15,34 @@ def write(log, step, **others):
 @pytest.fixture
 def run(tmp_path):
     """A run folder with lines for the steps 1 to 5."""
-    with MetricsLog(tmp_path / "run") as log:
-        for step in range(1, 6):
-            write(log, step, **({"val_loss": 3.0} if step == 4 else {}))
+    log = MetricsLog(tmp_path / "run")
+    for step in range(1, 6):
+        write(log, step, **({"val_loss": 3.0} if step == 4 else {}))
     return tmp_path / "run"
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        write(log, 1)
-        assert read_metrics(tmp_path) == [
-            {"step": 1, "loss": 10.0, "tokens_per_s": 100.0, "seconds": 0.5}
-        ]
-        write(log, 2, val_loss=4.0)
-        assert read_metrics(tmp_path / "metrics.jsonl")[1]["val_loss"] == 4.0
+    log = MetricsLog(tmp_path)
+    write(log, 1)
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 10.0, "tokens_per_s": 100.0, "seconds": 0.5}
+    ]
+    write(log, 2, val_loss=4.0)
+    assert read_metrics(tmp_path / "metrics.jsonl")[1]["val_loss"] == 4.0
 
 
 def test_every_line_is_json_whatever_the_numbers(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write(
-            3,
-            loss=jnp.float32(jnp.nan),
-            tokens_per_s=float("inf"),
-            seconds=1.5,
-            note="text",
-            norm=np.float32(0.5),
-            count=np.int32(2),
-            other=jnp.int32(4),
-        )
+    log = MetricsLog(tmp_path)
+    log.write(
+        3,
+        loss=jnp.float32(jnp.nan),
+        tokens_per_s=float("inf"),
+        seconds=1.5,
+        note="text",
+        norm=np.float32(0.5),
+        count=np.int32(2),
+        other=jnp.int32(4),
+    )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -55,8 +55,8 @@ def test_every_line_is_json_whatever_the_numbers(tmp_path):
 
 
 def test_a_resumed_run_drops_the_lines_that_it_writes_again(run):
-    with MetricsLog(run, resume_from=3) as log:
-        write(log, 4)
+    log = MetricsLog(run, resume_from=3)
+    write(log, 4)
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert "val_loss" not in lines[3]
@@ -64,8 +64,8 @@ def test_a_resumed_run_drops_the_lines_that_it_writes_again(run):
 
 
 def test_a_new_run_starts_the_file_anew(run):
-    with MetricsLog(run) as log:
-        write(log, 1)
+    log = MetricsLog(run)
+    write(log, 1)
     assert len(read_metrics(run)) == 1
 
 
@@ -73,8 +73,8 @@ def test_a_line_cut_short_is_left_out(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     assert len(read_metrics(run)) == 5
-    with MetricsLog(run, resume_from=6) as log:
-        write(log, 7)
+    log = MetricsLog(run, resume_from=6)
+    write(log, 7)
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 7]
 
 

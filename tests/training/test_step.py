@@ -1,0 +1,91 @@
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import wsekern as wk
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from training.config import TrainingConfig
+from training.programs import compile_programs, make_plan
+from training.step import initial_state, mean_loss, train_step
+
+SIZES = DecoderConfig(
+    vocab=32, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, context=16, tied=True
+)
+RNG = np.random.default_rng(0)
+DATA = RNG.integers(0, SIZES.vocab, (20, 8, 17)).astype(np.int32)
+
+
+def losses(wafer, steps=20, sizes=SIZES, **changes):
+    config = TrainingConfig(batch=8, context=16, steps=20, warmup=5, learning_rate=1e-2, **changes)
+    programs = compile_programs(make_plan(config, sizes, wafer))
+    state, found = programs.first_state(), []
+    for batch in DATA[:steps]:
+        pair = programs.put(batch[:, :-1]), programs.put(batch[:, 1:])
+        state, metrics = programs.step(state, *pair)
+        found.append(float(metrics["loss"]))
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return losses(wk.Wafer.devices(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("reading", "height", "width", "wafers"),
+    [
+        ("devices", 2, 4, 1),
+        ("devices", 2, 2, 2),
+        ("virtual", 4, 4, 1),
+        pytest.param("devices", 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param("devices", 4, 2, 1, marks=pytest.mark.slow),
+        pytest.param("devices", 3, 3, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_losses_on_every_wafer(alone, reading, height, width, wafers):
+    if reading == "virtual":
+        wafer = wk.Wafer.virtual(wk.WSE2, height, width, wafers)
+    else:
+        wafer = wk.Wafer.devices(height, width, wafers)
+    np.testing.assert_allclose(losses(wafer), alone, atol=2e-4)
+    assert alone[-1] < alone[0]
+
+
+def test_accumulation_changes_memory_not_losses(alone):
+    np.testing.assert_allclose(
+        losses(wk.Wafer.devices(2, 2, 2), steps=6, microbatch=4), alone[:6], atol=2e-5
+    )
+
+
+def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
+    """Without wafer, layout or programs: the definition."""
+    make_model = lambda rngs: Decoder(SIZES, rngs=rngs)  # noqa: E731
+    optimiser = optax.adamw(1e-2)
+    state = initial_state(make_model, optimiser, 0)
+    graph = nnx.graphdef(make_model(nnx.Rngs(0)))
+    pair = DATA[0][:, :-1], DATA[0][:, 1:]
+    after, metrics = jax.jit(train_step(graph, optimiser))(state, *pair)
+    gradient = jax.jit(jax.grad(lambda p: mean_loss(graph, p, *pair)))(state["params"])
+    updates, _ = optimiser.update(gradient, state["optimiser"], state["params"])
+    wanted = optax.apply_updates(state["params"], updates)
+    for got, want in zip(*map(jax.tree.leaves, (after["params"], wanted)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    assert int(after["step"]) == 1
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(np.log(SIZES.vocab), abs=0.05)
+
+
+def test_bfloat16_keeps_float32_weights_and_nearly_the_losses(alone):
+    low = losses(wk.Wafer.devices(2, 4), steps=10, dtype="bfloat16")
+    np.testing.assert_allclose(low, alone[:10], atol=0.03)
+
+
+def test_sizes_that_divide_by_nothing_train_on_any_wafer():
+    odd = dataclasses.replace(SIZES, vocab=33, d_model=30, d_ff=47, heads=3, kv_heads=3)
+    want = losses(wk.Wafer.devices(1, 1), steps=5, sizes=odd)
+    np.testing.assert_allclose(losses(wk.Wafer.devices(2, 4), steps=5, sizes=odd), want, atol=2e-4)

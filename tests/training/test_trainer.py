@@ -1,0 +1,161 @@
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from training import trainer as module
+from training.config import TrainingConfig, save
+from training.metrics import read_metrics
+from training.trainer import Diverged, Trainer
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away again\n" * 200
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSEKERN_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "text.txt"
+    data.write_text(TEXT)
+    return TrainingConfig(
+        data=(str(data),),
+        out=str(tmp_path / "run"),
+        wafer="2x2",
+        context=16,
+        batch=4,
+        steps=6,
+        warmup=2,
+        eval_every=4,
+        eval_batches=2,
+        log_every=1,
+        checkpoint_minutes=0,
+        sample_tokens=5,
+    )
+
+
+def losses(config):
+    return {row["step"]: row["loss"] for row in read_metrics(config.run_dir)}
+
+
+def test_a_run_leaves_everything_in_its_folder(config):
+    result = Trainer(config).fit()
+    assert (result.step, result.stopped) == (6, False)
+    assert result.loss < np.log(256)
+    names = {path.name for path in config.run_dir.iterdir()}
+    assert {"metrics.jsonl", "config.json", "checkpoints", "loss.png", "sample.txt"} <= names
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all({"step", "loss", "tokens_per_s", "seconds"} <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == [4, 6]
+    assert len(result.sample) >= 5 and result.sample.startswith("\n")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(config, tmp_path):
+    Trainer(dataclasses.replace(config, out=str(tmp_path / "whole"))).fit()
+    whole = losses(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    half = dataclasses.replace(config, checkpoint_every=3)
+    _stop_after(half, 3)
+    result = Trainer(dataclasses.replace(half, resume=True)).fit()
+    assert result.step == 6
+    assert losses(half) == whole
+
+
+def test_a_run_resumes_on_another_mesh_within_rounding(config, tmp_path):
+    whole_config = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    Trainer(whole_config).fit()
+    _stop_after(config, 3)
+    Trainer(dataclasses.replace(config, resume=True, wafer="1x4")).fit()
+    got, want = losses(config), losses(whole_config)
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose(list(got.values()), list(want.values()), atol=2e-4)
+
+
+def _stop_after(config, step):
+    """Runs until a signal comes while step `step` is in flight."""
+    trainer = Trainer(config)
+    one_step = module._Run._one_step
+
+    def stopping(run, log):
+        one_step(run, log)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Run, "_one_step", stopping)
+        result = trainer.fit()
+    assert (result.step, result.stopped) == (step, True)
+    assert trainer.checkpoints.steps()[-1] == step
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
+    wild = dataclasses.replace(config, checkpoint_every=1, steps=50, clip_norm=0.0)
+    trainer = Trainer(wild)
+    one_step = module._Run._one_step
+
+    def poisoned(run, log):
+        if run.step == 3:
+            run.state["params"] = jax.tree.map(lambda x: x * float("nan"), run.state["params"])
+        one_step(run, log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Run, "_one_step", poisoned)
+        with pytest.raises(Diverged, match="at step 4 the loss is nan.*step 3 is the last good"):
+            trainer.fit()
+    result = Trainer(dataclasses.replace(wild, resume=True, steps=4)).fit()
+    assert result.step == 4 and np.isfinite(result.loss)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "nanno"}, "did you mean 'nano'"),
+        ({"context": 65}, "context=65 is longer than that of preset 'nano', 64"),
+        ({"wafer": "8x8"}, "needs 64 devices, there are 16"),
+        ({"resume": True}, "holds no run"),
+        ({"data": ("nowhere.txt",)}, "nowhere.txt"),
+    ],
+)
+def test_refuses_before_any_work(config, changes, message):
+    with pytest.raises((ValueError, OSError, RuntimeError), match=message):
+        Trainer(dataclasses.replace(config, **changes))
+
+
+def test_a_second_run_does_not_overwrite_the_first(config):
+    Trainer(dataclasses.replace(config, steps=1)).fit()
+    with pytest.raises(ValueError, match="holds a run already"):
+        Trainer(config)
+
+
+def test_a_resumed_run_whose_config_differs_is_refused_field_by_field(config):
+    Trainer(dataclasses.replace(config, steps=1)).fit()
+    changed = dataclasses.replace(config, resume=True, seed=1, learning_rate=0.1)
+    with pytest.raises(ValueError, match="seed: 0 was saved, 1 is given") as error:
+        Trainer(changed)
+    assert "learning_rate: 0.001 was saved, 0.1 is given" in str(error.value)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_exits_with_75(config):
+    """The command itself, as a user stops it."""
+    command = [sys.executable, "-m", "training", "--config", str(config.run_dir.parent / "c.json")]
+    long = dataclasses.replace(config, steps=100_000, sample_tokens=0, eval_every=0)
+    save(long, config.run_dir.parent / "c.json")
+    root = pathlib.Path(__file__).parents[2]
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = config.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert Trainer(dataclasses.replace(long, resume=True)).checkpoints.steps()

@@ -1,0 +1,121 @@
+"""This file is what a run shows: a live line on a terminal, plain lines where output is piped."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+from rich.console import Console as Terminal
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from training.config import TrainingConfig
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_WIDE = 100  # columns of a terminal from which there is room for a bar
+
+
+class Console:
+    """Says on standard output how a run goes; enter it for as long as the run lasts."""
+
+    def __init__(self, config: TrainingConfig, terminal: Terminal | None = None):
+        """Nothing is shown yet.
+
+        Args:
+          config: of the run.
+          terminal: where to write; by default standard output.
+        """
+        self._config = config
+        self._terminal = terminal or Terminal(highlight=False, markup=False)
+        self._compiled = 0
+        self._expected: int | None = None  # programs compiled when the first step was done
+        bar = [BarColumn(bar_width=16)] if self._terminal.width >= _WIDE else []
+        self._live = Progress(
+            *bar, TextColumn("{task.description}", markup=False), console=self._terminal
+        )
+        self._task = self._live.add_task("", total=config.steps)
+
+    def __enter__(self) -> "Console":
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._live.stop()
+        jax.monitoring.unregister_event_duration_listener(self._count)
+
+    def show(self, what: RenderableType) -> None:
+        """Prints `what` above the progress."""
+        self._terminal.print(what)
+
+    def note(self, line: str) -> None:
+        """Prints a line above the progress."""
+        self._terminal.print(Text(line), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """While entered, says that programs are being compiled; afterwards, how long it took."""
+        start = time.monotonic()
+        if self._terminal.is_terminal:
+            with self._terminal.status("compiling the step and the evaluation"):
+                yield
+        else:
+            self.note("compiling the step and the evaluation")
+            yield
+        self.note(f"compiled in {time.monotonic() - start:.1f} s")
+
+    def progress(
+        self,
+        *,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        tokens_per_s: float,
+        share_of_peak: float,
+        seconds_left: float,
+    ) -> None:
+        """Says how far the run is: live on a terminal, else every `log_every` steps.
+
+        Args:
+          step: how many steps are done.
+          loss: of the last one, nats a token.
+          learning_rate: of the last one.
+          tokens_per_s: over all devices, lately.
+          share_of_peak: FLOP/s over the most that the devices could do.
+          seconds_left: at this speed.
+        """
+        steps, compiled = self._config.steps, self._compiled
+        # Whatever is compiled after the first step was seen should not have been.
+        self._expected = compiled if self._expected is None else self._expected
+        line = (
+            f"{step}/{steps}  loss {loss:.4f}  lr {learning_rate:.1e}  {tokens_per_s:,.0f} tok/s  "
+            f"{share_of_peak:.1%} of peak  ETA {_clock(seconds_left)}  "
+            f"{compiled - self._expected} recompiles"
+        )
+        if self._terminal.is_terminal:
+            self._live.start()
+            self._live.update(self._task, description=line, completed=step)
+        elif step == 1 or step == steps or step % self._config.log_every == 0:
+            self.note(line)
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """Says the loss on the validation data, nats a token."""
+        self.note(f"step {step}: validation loss {val_loss:.4f}")
+
+    def end(self) -> None:
+        """Takes the live line away; what is shown afterwards stands below it."""
+        self._live.stop()
+
+    def sample(self, text: str) -> None:
+        """Shows text that the model has written."""
+        self.show(Panel(Text(text), title="sample", title_align="left"))
+
+    def _count(self, event: str, duration: float, **_: object) -> None:
+        self._compiled += event == _COMPILED
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(min(seconds, 360_000)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,141 @@
+"""This file is what a run says of itself before it starts: its mesh, sizes, bytes and FLOPs."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from sharding.explain import explain
+from training.data import Corpus
+from training.programs import Plan
+from wsekern.hardware import accelerator
+from wsekern.wafer import Wafer
+
+_DRAWN_ROWS, _DRAWN_COLUMNS = 6, 8  # of a grid; what is between its ends is left out
+_PROBE = 1024  # rows and columns of the product that stands for the peak of an unknown device
+_PROBES = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The most that the devices of a wafer could do together."""
+
+    flops: float  # FLOP/s
+    source: str  # where the figure is from, for people
+
+
+def find_peak(wafer: Wafer, dtype: str) -> Peak:
+    """The peak of the devices under `wafer` in `dtype`: of their data sheet, or measured.
+
+    Emulated devices share one machine; it and devices without a data sheet here are measured, by
+    the best of a few local matrix products.
+    """
+    devices = [jax.devices()[0]] if wafer.reading == "virtual" else list(wafer.grid.devices.flat)
+    chip = accelerator(devices[0].device_kind)
+    rated = chip and (chip.bfloat16_flops if dtype == "bfloat16" else chip.float32_flops)
+    if chip and rated:
+        return Peak(flops=rated * len(devices), source=f"{len(devices)} x {chip.name}")
+    alike = 1 if devices[0].platform == "cpu" else len(devices)
+    return Peak(
+        flops=alike * _measured(devices[0], dtype),
+        source=f"measured, {_PROBE} x {_PROBE} products in {dtype}",
+    )
+
+
+def header(plan: Plan, corpus: Corpus, peak: Peak) -> RenderableType:
+    """A drawing of the mesh, and below it what the run trains, on what, in how many bytes."""
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(plan, corpus, peak):
+        facts.add_row(name, value)
+    return Group(mesh_drawing(plan.wafer), "", facts, "")
+
+
+def mesh_drawing(wafer: Wafer) -> Table:
+    """The grid of one wafer: in each PE the number of its device, or its place if it is virtual."""
+    drawn = Table(
+        box=box.SQUARE, show_header=False, show_lines=True, caption_justify="left", padding=(0, 1)
+    )
+    columns = _shown(wafer.width, _DRAWN_COLUMNS)
+    for y in _shown(wafer.height, _DRAWN_ROWS):
+        drawn.add_row(*(_cell(wafer, y, x) for x in columns))
+    drawn.caption = f"y down, x to the right{'' if wafer.wafers == 1 else ', the first wafer'}"
+    return drawn
+
+
+def _facts(plan, corpus, peak):
+    config, wafer = plan.config, plan.wafer
+    params, state = explain(plan.shapes["params"], wafer), explain(plan.shapes, wafer)
+    count = sum(row.size for row in params)
+    alone = "one device" if wafer.reading == "virtual" else "a device"
+    held = sum(row.bytes_per_device for row in state) * (
+        wafer.size if wafer.reading == "virtual" else 1
+    )
+    flops = plan.tokens_per_step * plan.sizes.flops_per_token(plan.context)
+    passes = f" in {config.passes} passes" if config.passes > 1 else ""
+    yield "wafer", _described(wafer)
+    yield "model", f"{config.preset}: {count:,} parameters, computed in {config.dtype}"
+    yield "state", f"{_bytes(held)} on {alone}: float32 weights and two moments of AdamW"
+    yield (
+        "step",
+        f"{config.batch} x {plan.context} = {plan.tokens_per_step:,} tokens{passes}, "
+        f"{_si(flops)}FLOP",
+    )
+    yield (
+        "data",
+        f"{corpus.name}: {len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to "
+        "validate",
+    )
+    yield "peak", f"{_si(peak.flops)}FLOP/s ({peak.source})"
+    yield "run", str(config.run_dir)
+
+
+def _described(wafer):
+    grid = f"{wafer.height} x {wafer.width} PEs"
+    grid = grid if wafer.wafers == 1 else f"{wafer.wafers} wafers of {grid}"
+    if wafer.reading == "virtual":
+        return f"{grid}, virtual, on one {jax.devices()[0].device_kind}"
+    device = wafer.grid.devices.flat[0]
+    kind = "emulated on this CPU" if device.platform == "cpu" else device.device_kind
+    return f"{grid}, one device each, {kind}"
+
+
+def _cell(wafer, y, x):
+    if y is None or x is None:
+        return "..."
+    if wafer.reading == "virtual":
+        return f"{y},{x}"
+    devices = wafer.grid.devices
+    return str((devices[0] if wafer.wafers > 1 else devices)[y, x].id)
+
+
+def _shown(length, most):
+    if length <= most:
+        return list(range(length))
+    return [*range(most - 2), None, length - 1]
+
+
+def _measured(device, dtype):
+    a = jax.device_put(jnp.ones((_PROBE, _PROBE), dtype), device)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    times = []
+    for _ in range(_PROBES):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        times.append(time.perf_counter() - start)
+    return 2 * _PROBE**3 / min(times)
+
+
+def _si(value):
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def _bytes(value):
+    return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value:,} bytes"

@@ -78,7 +78,7 @@ def update(
         "params": optax.apply_updates(state["params"], updates),
         "optimiser": moments,
     }
-    return after, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
 
 def _block(x, block, config, angles, constrain):

@@ -42,7 +42,7 @@ class Console:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._live.stop()
+        self.end()
         jax.monitoring.unregister_event_duration_listener(self._count)
 
     def show(self, what: RenderableType) -> None:
@@ -104,8 +104,9 @@ class Console:
         self.note(f"step {step}: validation loss {val_loss:.4f}")
 
     def end(self) -> None:
-        """Takes the live line away; what is shown afterwards stands below it."""
-        self._live.stop()
+        """Ends the live line; what is shown afterwards stands below it."""
+        if self._live.live.is_started:
+            self._live.stop()
 
     def sample(self, text: str) -> None:
         """Shows text that the model has written."""

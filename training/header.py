@@ -51,18 +51,15 @@ def header(plan: Plan, corpus: Corpus, peak: Peak) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(plan, corpus, peak):
         facts.add_row(name, value)
-    return Group(mesh_drawing(plan.wafer), "", facts, "")
+    return Group(mesh_drawing(plan.wafer), facts, "")
 
 
 def mesh_drawing(wafer: Wafer) -> Table:
     """The grid of one wafer: in each PE the number of its device, or its place if it is virtual."""
-    drawn = Table(
-        box=box.SQUARE, show_header=False, show_lines=True, caption_justify="left", padding=(0, 1)
-    )
+    drawn = Table(box=box.SQUARE, show_header=False, show_lines=True)
     columns = _shown(wafer.width, _DRAWN_COLUMNS)
     for y in _shown(wafer.height, _DRAWN_ROWS):
         drawn.add_row(*(_cell(wafer, y, x) for x in columns))
-    drawn.caption = f"y down, x to the right{'' if wafer.wafers == 1 else ', the first wafer'}"
     return drawn
 
 
@@ -95,7 +92,8 @@ def _facts(plan, corpus, peak):
 
 def _described(wafer):
     grid = f"{wafer.height} x {wafer.width} PEs"
-    grid = grid if wafer.wafers == 1 else f"{wafer.wafers} wafers of {grid}"
+    if wafer.wafers > 1:
+        grid = f"{wafer.wafers} wafers of {grid} (the first is drawn)"
     if wafer.reading == "virtual":
         return f"{grid}, virtual, on one {jax.devices()[0].device_kind}"
     device = wafer.grid.devices.flat[0]

@@ -76,6 +76,6 @@ def train_step(
             "params": optax.apply_updates(state["params"], updates),
             "optimiser": moments,
         }
-        return after, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return step

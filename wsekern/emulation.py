@@ -7,7 +7,7 @@ _FLAG = "--xla_force_host_platform_device_count"
 
 
 def emulate_devices(count: int) -> None:
-    """Makes the CPU look like `count` devices, so that a mesh runs on any machine.
+    """Makes the CPU look like `count` devices or more, so that a mesh runs on any machine.
 
     Call it before jax's backend starts, which the first array or `jax.devices()` does. It sets
     `XLA_FLAGS` for this process and its children, keeping the other flags found there, and `NPROC`
@@ -15,7 +15,8 @@ def emulate_devices(count: int) -> None:
     in a loop of about a hundred un-blocked calls of a program with a collective.
 
     Args:
-      count: how many devices are needed; a backend that already has as many is left alone.
+      count: how many devices are needed; more, asked for before or in `XLA_FLAGS`, stay, and a
+        backend that already has as many is left alone.
 
     Raises:
       ValueError: `count` is not positive.
@@ -23,19 +24,26 @@ def emulate_devices(count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"emulate_devices: count is {count}, it must be 1 or more")
-    threads = max(2 * count, int(os.environ.get("NPROC") or 0))
+    given = os.environ.get("XLA_FLAGS", "").split()
+    wanted = max(count, *(_number(f) for f in given if f.startswith(_FLAG)), 0)
+    threads = max(2 * wanted, int(os.environ.get("NPROC") or 0))
     os.environ["NPROC"] = str(threads)
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_FLAG)]
-    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_FLAG}={count}"])
+    others = [f for f in given if not f.startswith(_FLAG)]
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"{_FLAG}={wanted}"])
     if "jax" in sys.modules:
-        _tell_imported_jax(count)
+        _tell_imported_jax(count, wanted)
 
 
-def _tell_imported_jax(count: int) -> None:
+def _number(flag: str) -> int:
+    value = flag.partition("=")[2]
+    return int(value) if value.isdigit() else 0
+
+
+def _tell_imported_jax(count: int, wanted: int) -> None:
     import jax
 
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:  # the backend has started: what it has is what there is
         have = len(jax.devices("cpu"))
         if have < count:

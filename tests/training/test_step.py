@@ -17,7 +17,8 @@ SIZES = DecoderConfig(
     vocab=32, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, context=16, tied=True
 )
 RNG = np.random.default_rng(0)
-DATA = RNG.integers(0, SIZES.vocab, (20, 8, 17)).astype(np.int32)
+# Sequences that count upwards, which is soon learnt.
+DATA = ((RNG.integers(0, 32, (20, 8, 1)) + np.arange(17)) % 32).astype(np.int32)
 
 
 def losses(wafer, steps=20, sizes=SIZES, **changes):
@@ -76,8 +77,8 @@ def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
     for got, want in zip(*map(jax.tree.leaves, (after["params"], wanted)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
     assert int(after["step"]) == 1
-    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-5)
-    assert float(metrics["loss"]) == pytest.approx(np.log(SIZES.vocab), abs=0.05)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(np.log(SIZES.vocab), abs=0.1)
 
 
 def test_bfloat16_keeps_float32_weights_and_nearly_the_losses(alone):

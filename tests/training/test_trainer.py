@@ -50,7 +50,8 @@ def test_a_run_leaves_everything_in_its_folder(config):
     assert result.loss < np.log(256)
     names = {path.name for path in config.run_dir.iterdir()}
     assert {"metrics.jsonl", "config.json", "checkpoints", "loss.png", "sample.txt"} <= names
-    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").open()]
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all({"step", "loss", "tokens_per_s", "seconds"} <= row.keys() for row in rows)
     assert [row["step"] for row in rows if "val_loss" in row] == [4, 6]
@@ -82,8 +83,8 @@ def _stop_after(config, step):
     trainer = Trainer(config)
     one_step = module._Run._one_step
 
-    def stopping(run, log):
-        one_step(run, log)
+    def stopping(run):
+        one_step(run)
         if run.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -99,10 +100,10 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     trainer = Trainer(wild)
     one_step = module._Run._one_step
 
-    def poisoned(run, log):
+    def poisoned(run):
         if run.step == 3:
             run.state["params"] = jax.tree.map(lambda x: x * float("nan"), run.state["params"])
-        one_step(run, log)
+        one_step(run)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._Run, "_one_step", poisoned)
@@ -117,9 +118,10 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     [
         ({"preset": "nanno"}, "did you mean 'nano'"),
         ({"context": 65}, "context=65 is longer than that of preset 'nano', 64"),
-        ({"wafer": "8x8"}, "needs 64 devices, there are 16"),
+        ({"wafer": "8x8"}, "64 CPU devices are needed, but jax has already started with 16"),
         ({"resume": True}, "holds no run"),
         ({"data": ("nowhere.txt",)}, "nowhere.txt"),
+        ({"tokens": "characters", "prompt": "é"}, "'é' is not in the"),
     ],
 )
 def test_refuses_before_any_work(config, changes, message):

@@ -1,0 +1,83 @@
+import io
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console as Terminal
+
+from training.config import TrainingConfig
+from training.console import Console
+
+CONFIG = TrainingConfig(steps=40, log_every=10)
+MEASURED = {
+    "loss": 2.34567,
+    "learning_rate": 1e-3,
+    "tokens_per_s": 12_345.0,
+    "share_of_peak": 0.123,
+    "seconds_left": 3_723.0,
+}
+
+
+def piped():
+    return Terminal(file=io.StringIO(), width=80, markup=False, highlight=False)
+
+
+def told(terminal):
+    return terminal.file.getvalue().splitlines()
+
+
+def test_a_pipe_gets_a_line_every_log_every_steps_and_at_both_ends():
+    terminal = piped()
+    with Console(CONFIG, terminal) as console:
+        for step in range(1, 41):
+            console.progress(step=step, **MEASURED)
+    seen = [line.partition("/")[0] for line in told(terminal)]
+    assert seen == ["1", "10", "20", "30", "40"]
+    assert told(terminal)[0] == (
+        "1/40  loss 2.3457  lr 1.0e-03  12,345 tok/s  12.3% of peak  ETA 1:02:03  0 recompiles"
+    )
+
+
+def test_a_terminal_gets_a_live_line():
+    terminal = Terminal(file=io.StringIO(), width=120, force_terminal=True, markup=False)
+    with Console(CONFIG, terminal) as console:
+        console.progress(step=3, **MEASURED)
+        console.evaluated(3, 2.5)
+        console.end()
+    output = terminal.file.getvalue()
+    assert "3/40  loss 2.3457" in output and "━" in output
+    assert "step 3: validation loss 2.5000" in output
+
+
+def test_what_is_compiled_after_the_first_step_is_counted():
+    terminal = piped()
+    with Console(CONFIG, terminal) as console:
+        console.progress(step=1, **MEASURED)
+        jax.jit(lambda x: x * 3 + 17)(jnp.arange(5))
+        console.progress(step=10, **MEASURED)
+    assert "0 recompiles" in told(terminal)[0]
+    assert int(told(terminal)[1].split()[-2]) >= 1
+
+
+def test_nothing_is_counted_once_the_run_is_over():
+    with Console(CONFIG, piped()) as console:
+        pass
+    compiled = console._compiled
+    jax.jit(lambda x: x * 5 + 19)(jnp.arange(7))
+    assert console._compiled == compiled
+
+
+def test_compiling_is_announced_before_it_is_done():
+    terminal = piped()
+    with Console(CONFIG, terminal) as console, console.compiling():
+        assert told(terminal) == ["compiling the step and the evaluation"]
+    assert told(terminal)[1].startswith("compiled in ")
+
+
+@pytest.mark.parametrize("text", ["[red]not markup[/red]", "a line\n\nand another"])
+def test_a_sample_is_shown_as_it_is(text):
+    terminal = piped()
+    with Console(CONFIG, terminal) as console:
+        console.sample(text)
+    for line in text.splitlines():
+        assert line in terminal.file.getvalue()

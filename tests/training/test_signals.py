@@ -1,0 +1,59 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+from training.signals import KILLED, StopSignals
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_a_signal_is_noted_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received is signal.SIGTERM
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_another_thread_can_train_too():
+    noted = []
+
+    def enter():
+        with StopSignals() as signals:
+            noted.append(signals.received)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert noted == [None]
+
+
+def test_a_second_ctrl_c_ends_the_process():
+    script = (
+        "import time\n"
+        "from training.signals import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        time.sleep(0.01)\n"
+        "        if signals.received:\n"
+        "            print('noted', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        for said in ("ready\n", "noted\n"):
+            assert process.stdout.readline() == said
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == KILLED
+    assert "Ctrl-C again ends without saving" in errors

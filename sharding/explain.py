@@ -25,6 +25,11 @@ class Placement:
     bytes_per_device: int  # padding included
     padding: float  # words of padding for each word of the array
 
+    @property
+    def size(self) -> int:
+        """Words of the array, without padding."""
+        return math.prod(self.shape)
+
 
 def explain(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[Placement]:
     """One row for every array of `state`, laid out on `wafer`.

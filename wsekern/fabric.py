@@ -280,7 +280,7 @@ def _order(size: int, ring: Ring) -> list[int]:
 
 
 def _skew_at_once(x: Any, along: str, by: str, times: int, plus: int, ring: Ring) -> Any:
-    # JAX numbers the PEs of several axes in the order of the mesh, whatever order they are named in.
+    # JAX numbers the PEs of several axes in the order of the mesh, however they are named here.
     places = jax.sharding.get_abstract_mesh().axis_names
     names = tuple(sorted((*_names(by), *_names(along)), key=places.index))
     size, others = axis_size(along), axis_size(by)

@@ -1,4 +1,4 @@
-"""This file is the matrix product by gathering both operands, then one local product.
+"""This file is the matrix product by gathering both operands, and when gathering is worth it.
 
 Public per-PE functions, of tiles. R. C. Agarwal, F. G. Gustavson and M. Zubair, "A high-performance
 matrix-multiplication algorithm on a distributed-memory parallel computer, using overlapped
@@ -12,7 +12,24 @@ from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
+from wsekern.hardware import accelerator
 from wsekern.kernels import tile_product as tile
+from wsekern.wafer import Wafer
+
+# Emulated devices: a 2048 x 2048 product on 4x4 gathers as much and is faster for it, on 2x4 it
+# gathers half as much again and is slower (benchmarks/RESULTS.md).
+_EMULATED_BYTES = 8 * 2**20
+_MEMORY_SHARE = 64  # of an accelerator's memory, a part that leaves room for the model
+_SRAM_SHARE = 4  # of a PE's SRAM, whose code takes half
+
+
+def fits(gathered_bytes: int, wafer: Wafer) -> bool:
+    """Whether gathering `gathered_bytes` on each PE is better than to pass them on tile by tile."""
+    if wafer.machine is not None:
+        return gathered_bytes <= wafer.machine.sram_bytes // _SRAM_SHARE
+    chip = accelerator(wafer.grid.devices.flat[0].device_kind)
+    allowed = _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
+    return gathered_bytes <= allowed
 
 
 def forward(

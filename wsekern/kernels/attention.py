@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from wsekern import context, fabric, layout, readings
 from wsekern.axes import COLS, ROWS, WAFERS
-from wsekern.kernels import ring
+from wsekern.kernels import allgather, ring
 from wsekern.kernels import tile_attention as tile
 from wsekern.wafer import Wafer
 
@@ -25,8 +25,6 @@ Algorithm = Literal["auto", "ring", "allgather"]
 _HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 _LSE = P(WAFERS, COLS, ROWS)  # [B, N, T]
 _BLOCK = 512  # rows of a block inside a PE
-# Gathered keys and values of one PE up to which the gather is taken, where no machine is named.
-_GATHERED_BYTES = 8 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,8 @@ def attention(
       v: values, laid out likewise.
       causal: whether query t sees only keys 0 to t (counted from the start of both, T != S too).
       scale: what the scores are multiplied by; by default `H ** -0.5`.
-      algorithm: "ring", "allgather", or "auto": the gather while what it gathers is small.
+      algorithm: "ring", "allgather", or "auto": the gather while what it gathers on a PE is small,
+        as for `matmul`.
       wafer: where to run; by default the current wafer, and the plain local operation without one.
 
     Raises:
@@ -236,8 +235,7 @@ def _chosen(algorithm, k, wafer):
         return algorithm
     pes = math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
     gathered = 2 * k.size * k.dtype.itemsize // pes
-    allowed = wafer.machine.sram_bytes // 4 if wafer.machine else _GATHERED_BYTES
-    return "allgather" if gathered <= allowed else "ring"
+    return "allgather" if allgather.fits(gathered, wafer) else "ring"
 
 
 def _check(q, k, v, algorithm):

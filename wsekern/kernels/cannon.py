@@ -1,4 +1,4 @@
-"""This file is the matrix product by Cannon's algorithm: tiles shift round the grid, none is copied.
+"""This file is the matrix product by Cannon's algorithm: tiles travel round the grid, uncopied.
 
 Public per-PE functions, of tiles on p x p PEs. L. E. Cannon, "A Cellular Computer to Implement the
 Kalman Filter Algorithm", 1969. On the folded ring it is MeshGEMM of C. He et al., "WaferLLM: Large
@@ -44,8 +44,8 @@ def backward(
     """This PE's tiles of `dc @ b^T` and `a^T @ dc`, in float32.
 
     The operands go the way of the forward pass and the gradient of each tile travels with it, so
-    that every PE it meets can add its part; at the end the gradients are brought home. 2 p products,
-    and twice the moves of the forward pass.
+    that every PE it meets can add its part; at the end the gradients are brought home. There are
+    2 p products, and twice the moves of the forward pass.
     """
     a, b = _skewed(a, b, ring)
 

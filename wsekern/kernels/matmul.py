@@ -63,16 +63,27 @@ def matmul(a, b, *, algorithm="auto", wafer=None):
     and returned in the operands' dtype. The gradient takes the same algorithm and keeps nothing
     but the operands. Reverse mode only.
 
+    On a height x width grid, with words of `a` and `b` counted for the tiles of one PE:
+
+    - `allgather`: `width` times the tile of `a` and `height` times that of `b` are received, in two
+      moves, and held.
+    - `summa`: as many words, in 2 max(height, width) broadcasts, of which one panel each is held.
+    - `cannon`, on square grids: as many words, in 2 (height - 1) shifts after a skew; two tiles of
+      each operand are held. A wafer has edges, so its wrap is as long as the grid.
+    - `mesh`: Cannon's shifts on a ring folded onto the line: no word goes further than two hops.
+
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.
       b: right factor, laid out likewise: a matrix, the same for all leading dimensions of `a`, or
         one with these leading dimensions; or a tuple of either.
-      algorithm: "allgather" or "auto".
+      algorithm: one of these, or "auto": `allgather` while what it gathers on a PE is no more than
+        8 MiB on emulated devices, a 64th of an accelerator's memory, or a quarter of a wafer's
+        SRAM. Beyond that `summa`; on the square grid of a wafer (virtual, abstract) `mesh`.
       wafer: where to run; by default the current wafer, and `jnp.matmul` without one.
 
     Raises:
       ValueError: the shapes do not fit one another, the dtypes differ or are not floating, or
-        `algorithm` is unknown.
+        `algorithm` is unknown or needs a square grid.
     """
     bs = b if isinstance(b, tuple) else (b,)
     _check(a, bs, algorithm)
@@ -82,7 +93,8 @@ def matmul(a, b, *, algorithm="auto", wafer=None):
     else:
         spec = layout.tiled(a.ndim)
         padded = tuple(layout.pad(one, layout.tiled(one.ndim), wafer) for one in bs)
-        cs = _product(layout.pad(a, spec, wafer), padded, _chosen(algorithm, wafer), wafer)
+        a_padded = layout.pad(a, spec, wafer)
+        cs = _product(a_padded, padded, _chosen(algorithm, a_padded, padded, wafer), wafer)
         shapes = [(*a.shape[:-1], one.shape[-1]) for one in bs]
         cs = tuple(layout.crop(c, shape, spec, wafer) for c, shape in zip(cs, shapes, strict=True))
     return cs if isinstance(b, tuple) else cs[0]
@@ -151,8 +163,23 @@ def algorithms(wafer: Wafer) -> tuple[str, ...]:
     )
 
 
-def _chosen(algorithm, wafer):
-    return "allgather" if algorithm == "auto" else algorithm
+def _chosen(algorithm, a, bs, wafer):
+    if algorithm == "auto":
+        gathered = _tile_bytes(a, wafer) * wafer.width
+        gathered += sum(_tile_bytes(b, wafer) for b in bs) * wafer.height
+        if allgather.fits(gathered, wafer):
+            return "allgather"
+        return "mesh" if wafer.machine and wafer.height == wafer.width else "summa"
+    if algorithm not in algorithms(wafer):
+        raise ValueError(
+            f"matmul: algorithm={algorithm!r} needs a square grid, it is {wafer.height}x"
+            f"{wafer.width}; use one of {algorithms(wafer)}"
+        )
+    return algorithm
+
+
+def _tile_bytes(x, wafer):
+    return x.size * x.dtype.itemsize // layout.parts(layout.tiled(x.ndim), wafer)
 
 
 def _check(a, bs, algorithm):

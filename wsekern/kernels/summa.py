@@ -1,9 +1,9 @@
 """This file is the matrix product by SUMMA: panels of both operands are broadcast, one at a time.
 
-Public per-PE functions, of tiles on a grid of any height and width. R. A. van de Geijn and J. Watts,
-"SUMMA: Scalable Universal Matrix Multiplication Algorithm", 1997. A panel is as wide as a tile along
-the longer side of the grid; along the shorter it may lie in two tiles, and each PE then sends its
-part of it.
+Public per-PE functions, of tiles on a grid of any height and width. R. A. van de Geijn and J.
+Watts, "SUMMA: Scalable Universal Matrix Multiplication Algorithm", 1997. A panel is as wide as a
+tile along the longer side of the grid; along the shorter it may lie in two tiles, and each PE then
+sends its part of it.
 """
 
 import jax

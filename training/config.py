@@ -334,6 +334,8 @@ def _check_ranges(config: TrainingConfig) -> None:
             f"min_learning_rate={config.min_learning_rate} is above "
             f"learning_rate={config.learning_rate}; lower the one or raise the other"
         )
+    if config.sample_tokens and not config.prompt:
+        raise ValueError("prompt is empty; give at least one character, or sample_tokens=0")
     if not config.preset:
         raise ValueError("preset is empty; give the name of one, such as nano")
 

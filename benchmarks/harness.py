@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_PIPED_WIDTH = 160
 _SAMPLE_SECONDS = 0.02  # a sample is as many calls as take this long
 
 
@@ -127,8 +129,15 @@ def show(
     results: Sequence[Result],
     columns: Mapping[str, Callable[[Result], str]] | None = None,
 ) -> None:
-    """Prints `results` as a table, with a further column for each of `columns`."""
-    table = Table(title=title, title_justify="left")
+    """Prints `results` as a table, in Markdown where output is piped.
+
+    Args:
+      title: stands above it.
+      results: a row each.
+      columns: further columns, by their headings.
+    """
+    console = _console()
+    table = Table(box=box.HEAVY_HEAD if console.is_terminal else box.MARKDOWN)
     table.add_column("candidate")
     table.add_column("time", justify="right")
     table.add_column("ratio", justify="right")
@@ -149,7 +158,8 @@ def show(
             *(cell(result) for cell in (columns or {}).values()),
             result.note,
         )
-    Console().print(table)
+    console.print(f"\n{title}\n", highlight=False)
+    console.print(table)
 
 
 def environment() -> dict[str, Any]:
@@ -168,7 +178,7 @@ def environment() -> dict[str, Any]:
 
 def show_environment() -> None:
     """Prints `environment()` in one line."""
-    Console().print(", ".join(f"{k} {v}" for k, v in environment().items()), highlight=False)
+    _console().print(", ".join(f"{k} {v}" for k, v in environment().items()), highlight=False)
 
 
 def dump(
@@ -199,6 +209,11 @@ def parse_grid(text: str) -> tuple[int, int]:
     if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise ValueError(f"grid {text!r} is not HEIGHTxWIDTH, as in 2x4")
     return int(height), int(width)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPED_WIDTH)
 
 
 def _calls(run: Callable[[], Any]) -> int:

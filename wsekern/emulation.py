@@ -4,6 +4,7 @@ import os
 import sys
 
 _FLAG = "--xla_force_host_platform_device_count"
+_VARIABLE = "JAX_NUM_CPU_DEVICES"  # which jax takes before the flag
 
 
 def emulate_devices(count: int) -> None:
@@ -15,7 +16,7 @@ def emulate_devices(count: int) -> None:
     in a loop of about a hundred un-blocked calls of a program with a collective.
 
     Args:
-      count: how many devices are needed; more, asked for before or in `XLA_FLAGS`, stay, and a
+      count: how many devices are needed; more, asked for before or in the environment, stay, and a
         backend that already has as many is left alone.
 
     Raises:
@@ -25,18 +26,17 @@ def emulate_devices(count: int) -> None:
     if count < 1:
         raise ValueError(f"emulate_devices: count is {count}, it must be 1 or more")
     given = os.environ.get("XLA_FLAGS", "").split()
-    wanted = max(count, *(_number(f) for f in given if f.startswith(_FLAG)), 0)
+    before = [f.partition("=")[2] for f in given if f.startswith(_FLAG)]
+    before.append(os.environ.get(_VARIABLE, ""))
+    wanted = max(count, *(int(number) for number in before if number.isdigit()), 0)
+    if "jax" in sys.modules:
+        _tell_imported_jax(count, wanted)
+    if _VARIABLE in os.environ:
+        os.environ[_VARIABLE] = str(wanted)
     threads = max(2 * wanted, int(os.environ.get("NPROC") or 0))
     os.environ["NPROC"] = str(threads)
     others = [f for f in given if not f.startswith(_FLAG)]
     os.environ["XLA_FLAGS"] = " ".join([*others, f"{_FLAG}={wanted}"])
-    if "jax" in sys.modules:
-        _tell_imported_jax(count, wanted)
-
-
-def _number(flag: str) -> int:
-    value = flag.partition("=")[2]
-    return int(value) if value.isdigit() else 0
 
 
 def _tell_imported_jax(count: int, wanted: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
+import math
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from wsekern import identity
 from wsekern.axes import AXES
 from wsekern.context import within
 
@@ -54,10 +55,12 @@ def program(
     wafer: Wafer, kernel: Callable, specs: Specs, replicated_by_construction: bool
 ) -> Callable:
     """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
-    key = _key(kernel)
+    key = identity.key(kernel)
     if key is None:
         return _Program(wafer, kernel, specs, replicated_by_construction)
-    return _kept_program(_Keyed(key, kernel), wafer, specs, replicated_by_construction)
+    return _kept_program(
+        _Keyed(key, identity.frozen(kernel)), wafer, specs, replicated_by_construction
+    )
 
 
 def check_divides(wafer: Wafer, what: str, array: Any, spec: P) -> None:
@@ -68,17 +71,23 @@ def check_divides(wafer: Wafer, what: str, array: Any, spec: P) -> None:
             f"{what}: an operand of shape {shape} has {len(shape)} dimensions, its spec {spec} "
             f"has {len(spec)}"
         )
+    _check_axes(what, spec)
     for d, entry in enumerate(spec):
-        parts = 1
-        for axis in axes_of(entry):
-            if axis not in AXES:
-                raise ValueError(f"{what}: {axis!r} in {spec} is not one of {AXES}")
-            parts *= wafer.axis_size(axis)
+        parts = math.prod(wafer.axis_size(axis) for axis in axes_of(entry))
         if shape[d] % parts:
             raise ValueError(
                 f"{what}: dimension {d} of an operand of shape {shape} does not divide by the "
                 f"{parts} PEs along {entry!r}; pad it to {-(-shape[d] // parts) * parts}"
             )
+
+
+def _check_axes(what: str, spec: P) -> None:
+    named = [axis for entry in spec for axis in axes_of(entry)]
+    for axis in named:
+        if axis not in AXES:
+            raise ValueError(f"{what}: {axis!r} in {spec} is not one of {AXES}")
+        if named.count(axis) > 1:
+            raise ValueError(f"{what}: {axis!r} stands twice in {spec}; it splits one dimension")
 
 
 def check_placed(wafer: Wafer, operand: Any) -> None:
@@ -195,6 +204,11 @@ def _split(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
 def _join(wafer: Wafer, blocks: jax.Array, spec: P) -> jax.Array:
     """The whole array from blocks with one leading dimension for every axis of the grid."""
     named = _named(spec)
+    if len(spec) > blocks.ndim - len(wafer.axes):
+        raise ValueError(
+            f"Wafer.map: a result of a PE has {blocks.ndim - len(wafer.axes)} dimensions, its spec "
+            f"{spec} has {len(spec)}"
+        )
     blocks = blocks[tuple(slice(None) if axis in named else 0 for axis in wafer.axes)]
     leading = [axis for axis in wafer.axes if axis in named]
     order, shape = [], []
@@ -231,6 +245,7 @@ def _flatten_specs(specs: Any) -> tuple:
                 f"Wafer.map: {leaf!r} stands where a jax.sharding.PartitionSpec belongs; "
                 "P() is whole on every PE"
             )
+        _check_axes("Wafer.map", leaf)
     return tuple(leaves), tree
 
 
@@ -243,26 +258,3 @@ class _Keyed:
 @functools.lru_cache(maxsize=4096)
 def _kept_program(kernel: _Keyed, wafer, specs, replicated_by_construction) -> _Program:
     return _Program(wafer, kernel.kernel, specs, replicated_by_construction)
-
-
-def _key(value: Any) -> Hashable | None:
-    """What makes two kernels the same program; None where that cannot be told.
-
-    A partial is its function and arguments; a function made afresh at each call is its code and all
-    that it closes over.
-    """
-    if isinstance(value, functools.partial):
-        parts = (value.func, *value.args, *value.keywords.values())
-        keys = tuple(_key(part) for part in parts)
-        return None if None in keys else (*keys, tuple(value.keywords), len(value.args))
-    if isinstance(value, types.FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
-        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        keys = tuple(_key(part) for part in held)
-        return None if None in keys else (value.__code__, id(value.__globals__), keys)
-    try:
-        hash(value)
-    except TypeError:
-        return None
-    # 1 == 1.0 == True: equal, yet different programs.
-    return (type(value), value)

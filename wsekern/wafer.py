@@ -84,8 +84,10 @@ class Wafer:
     def of(cls, mesh: Mesh, y: str, x: str, wafer: str | None = None) -> "Wafer":
         """The mesh you already have, Auto or Explicit, as a wafer.
 
-        Operations then run on its arrays inside your own jit. Mesh axes not named here stay what
-        they are: an operation neither splits nor moves anything along them.
+        Operations then run on its arrays inside your own jit. Along mesh axes not named here every
+        PE does the same: an operand that is split along one is gathered first on Explicit axes, and
+        as XLA's partitioner sees fit on Auto ones. An axis of data parallelism is best named
+        `wafer`.
 
         Args:
           mesh: your mesh.
@@ -213,7 +215,7 @@ class Wafer:
 
         Args:
           kernel: computes with `jnp` and communicates through `wsekern.fabric` only. Differentiate
-            around `map`, never inside the kernel.
+            around `map`, never inside the kernel. What a lambda holds is read when `map` is called.
           in_specs: a `PartitionSpec` in the names `"y"`, `"x"` and `"wafer"` for every operand, or
             a tuple of them (pytree prefixes, as in shard_map).
           out_specs: likewise for the results.
@@ -222,8 +224,9 @@ class Wafer:
             map: compare all PEs' copies in a test, and test the gradient.
 
         Raises:
-          ValueError: (from the returned function) an operand's size does not divide by the PEs
-            along it, or the operand lies on other devices.
+          ValueError: a spec is none or names an axis that does not exist, or one twice; from the
+            returned function: an operand's size does not divide by the PEs along it, or it lies on
+            other devices.
         """
         specs = readings.Specs.of(in_specs, out_specs)
         return readings.program(self, kernel, specs, replicated_by_construction)

@@ -1,0 +1,159 @@
+"""This file is the house's rules, read from the sources: who may import what, and how long."""
+
+import ast
+import graphlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import wsekern
+
+ROOT = pathlib.Path(__file__).parents[1]
+# floor -> the floors below, which it may import
+FLOORS: dict[str, set[str]] = {
+    "wsekern": set(),
+    "sharding": {"wsekern"},
+    "models": {"wsekern", "sharding"},
+    "training": {"wsekern", "sharding", "models"},
+    "serving": {"wsekern", "sharding", "models"},
+}
+ABOVE = {"benchmarks", "examples"}  # these may import every floor, and none imports them
+HOUSE = {*FLOORS, *ABOVE, "tests"}
+COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "ppermute", "all_gather", "psum_scatter"}
+COLLECTIVES |= {"all_to_all", "axis_index", "axis_size", "pcast"}
+
+
+def sources(*folders):
+    """Each source file of the folders by its path from the root, and its syntax tree."""
+    files = sorted(f for folder in folders for f in (ROOT / folder).rglob("*.py"))
+    return {str(f.relative_to(ROOT)): ast.parse(f.read_text()) for f in files}
+
+
+def type_checkers_alone(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(tree, *, for_types=True):
+    """What a file imports, as (module, name); the name is None in `import module`."""
+    nodes = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: import by the full path"
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif for_types or not type_checkers_alone(node):
+            nodes += ast.iter_child_nodes(node)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_imports_only_those_below(floor):
+    files, above = sources(floor), HOUSE - FLOORS[floor] - {floor}
+    tops = {(file, m.split(".")[0]) for file, tree in files.items() for m, _ in imported(tree)}
+    assert files and not [(file, top) for file, top in tops if top in above]
+
+
+@pytest.mark.parametrize("folder", sorted(ABOVE))
+def test_what_stands_above_imports_no_tests(folder):
+    tops = {m.split(".")[0] for tree in sources(folder).values() for m, _ in imported(tree)}
+    assert not tops & HOUSE - set(FLOORS) - {folder}
+
+
+def module_of(file):
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_imports_run_in_a_circle():
+    trees = {module_of(f): tree for f, tree in sources(*FLOORS, *ABOVE).items()}
+    graph = {
+        module: {
+            full if (full := f"{m}.{name}") in trees else m
+            for m, name in imported(tree, for_types=False)
+            if m in trees
+        }
+        for module, tree in trees.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_the_library_never_imports_its_own_face():
+    submodules = {module_of(file) for file in sources("wsekern")}
+    by_face = [
+        (file, module, name)
+        for file, tree in sources("wsekern").items()
+        for module, name in imported(tree)
+        if module == "wsekern" and f"wsekern.{name}" not in submodules
+    ]
+    assert not by_face
+
+
+def users_of(names, tree, of_lax):
+    """Where a file says jax.lax.NAME (or, unless `of_lax`, NAME of anything), or imports it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            if not of_lax or ast.unparse(node.value) in {"lax", "jax.lax"}:
+                yield node.lineno
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax"):
+            if names & {alias.name for alias in node.names}:
+                yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("home", "names"),
+    [("wsekern/fabric.py", COLLECTIVES), ("wsekern/readings.py", {"shard_map"})],
+    ids=["collectives", "shard_map"],
+)
+def test_only_one_file_talks_between_pes_or_runs_kernels_on_them(home, names):
+    found = {
+        file: lines
+        for file, tree in sources(*FLOORS, "examples").items()
+        if (lines := list(users_of(names, tree, of_lax=names is COLLECTIVES)))
+    }
+    assert list(found) == [home], found
+
+
+def test_files_and_functions_stay_short():
+    trees = sources(*FLOORS, *ABOVE)
+    lengths = {file: len((ROOT / file).read_text().splitlines()) for file in trees}
+    assert not {file: length for file, length in lengths.items() if length > 400}
+    functions = {
+        (file, node.name): (node.end_lineno or 0) - node.lineno + 1
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {where: length for where, length in functions.items() if length > 60}
+
+
+def test_a_thing_lives_where_its_meaning_is():
+    drawers = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
+    names = {file: set(pathlib.Path(file).with_suffix("").parts) for file in sources(*HOUSE)}
+    assert not [file for file, parts in names.items() if parts & drawers]
+
+
+def test_every_public_name_comes_from_the_file_that_type_checkers_are_told():
+    (told,) = [n for n in sources("wsekern")["wsekern/__init__.py"].body if type_checkers_alone(n)]
+    assert isinstance(told, ast.If)
+    homes = {name: module for module, name in imported(ast.Module(told.body, []))}
+    assert sorted(homes) == wsekern.__all__ == dir(wsekern)
+    for name, module in homes.items():
+        assert getattr(wsekern, name) is getattr(sys.modules[str(module)], name)
+    with pytest.raises(AttributeError, match="module 'wsekern' has no attribute 'matmull'"):
+        _ = wsekern.matmull
+
+
+def test_neither_the_library_nor_the_configuration_loads_jax():
+    script = """
+import sys
+import wsekern
+print("jax" in sys.modules)
+from training.config import parse
+print("jax" in sys.modules)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert run.stdout.split() == ["False", "False"], run.stderr

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+from wsekern import layout
+
+SIZES = st.integers(0, 40)
+SIDES = st.integers(1, 9)
+SPECS = st.sampled_from(
+    [P(), P("y"), P("y", "x"), P(None, "x"), P(("y", "x")), P("wafer", ("x", "y")), P("x", "wafer")]
+)
+
+
+@pytest.mark.parametrize(
+    ("ndim", "trailing", "spec"),
+    [
+        (2, (), P("y", "x")),
+        (3, (), P("wafer", "y", "x")),
+        (4, (), P("wafer", None, "y", "x")),
+        (1, ("x",), P("x")),
+        (2, (None, "x"), P(None, "x")),
+        (4, ("y",), P("wafer", None, None, "y")),
+        (4, ("y", "x", None), P("wafer", "y", "x", None)),
+    ],
+)
+def test_an_operand_lies_with_its_last_dimensions_on_the_grid(ndim, trailing, spec):
+    assert layout.tiled(ndim, *trailing) == spec
+
+
+def test_parts_count_the_pes_over_all_dimensions():
+    wafer = wk.Wafer.virtual(wk.WSE2, 3, 5, wafers=2)
+    specs = [P(), P("y"), P("y", "x"), P(None, "x"), P(("y", "x"), "wafer")]
+    assert [layout.parts(spec, wafer) for spec in specs] == [1, 3, 15, 5, 30]
+
+
+@given(st.tuples(SIZES, SIZES), SIDES, SIDES, SIDES, SPECS)
+def test_the_padded_shape_is_the_least_that_divides(shape, height, width, wafers, spec):
+    wafer = wk.Wafer.virtual(wk.WSE2, height, width, wafers)
+    sides = {"y": height, "x": width, "wafer": wafers}
+    padded = layout.padded_shape(shape, spec, wafer)
+    for d, (was, now) in enumerate(zip(shape, padded, strict=True)):
+        entry = (spec[d] if d < len(spec) else None) or ()
+        parts = np.prod([sides[axis] for axis in ([entry] if isinstance(entry, str) else entry)])
+        assert now % parts == 0 and was <= now < was + parts
+    assert layout.padded_shape(padded, spec, wafer) == padded
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(*[st.integers(1, 5)] * 2), SIDES, SIDES, SPECS)
+def test_what_is_padded_is_cropped_to_what_it_was(shape, height, width, spec):
+    wafer = wk.Wafer.virtual(wk.WSE2, height, width)
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    padded = layout.pad(array, spec, wafer)
+    assert padded.shape == layout.padded_shape(shape, spec, wafer)
+    np.testing.assert_array_equal(layout.crop(padded, shape, spec, wafer), array)
+
+
+@pytest.mark.parametrize("fill", [0, -np.inf, 3])
+def test_the_far_ends_are_filled(full_wafer, fill):
+    spec = P("y", "x")
+    padded = jax.jit(lambda u: layout.pad(u, spec, full_wafer, fill))(np.ones((3, 5), np.float32))
+    want = np.full(layout.padded_shape((3, 5), spec, full_wafer), fill, np.float32)
+    want[:3, :5] = 1
+    np.testing.assert_array_equal(padded, want)
+
+
+def test_what_divides_is_handed_back_itself(full_wafer):
+    array = jnp.ones((4, 8))
+    assert layout.pad(array, P("y", "x"), full_wafer) is array
+    assert layout.crop(array, (4, 8), P("y", "x"), full_wafer) is array
+
+
+def test_padding_is_zero_in_gradient(full_wafer):
+    spec = P("y", "x")
+
+    def there_and_back(u):
+        padded = layout.pad(u, spec, full_wafer, 2)
+        return (layout.crop(padded**2, (3, 5), spec, full_wafer)).sum()
+
+    def of_padded(padded):
+        return (layout.crop(padded**2, (3, 5), spec, full_wafer)).sum()
+
+    u = np.arange(15, dtype=np.float32).reshape(3, 5)
+    np.testing.assert_array_equal(jax.jit(jax.grad(there_and_back))(u), 2 * u)
+    padded = np.asarray(layout.pad(jnp.asarray(u), spec, full_wafer, 2))
+    want = np.zeros_like(padded)
+    want[:3, :5] = 2 * u
+    np.testing.assert_array_equal(jax.jit(jax.grad(of_padded))(padded), want)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(3, 5), (4, 5), (3, 8), (4, 8)])
+def test_explicit_axes_are_laid_out_when_padded_and_gathered_when_cropped(rows, cols):
+    """A dimension that was not padded stays split: only what cannot be split is gathered."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Explicit,) * 2)
+    wafer, spec = wk.Wafer.of(mesh, y="a", x="b"), P("y", "x")
+    u = np.arange(rows * cols, dtype=np.float32).reshape(rows, cols)
+    with jax.set_mesh(mesh):
+        padded = jax.jit(lambda u: layout.pad(u, spec, wafer))(u)
+        cropped = jax.jit(lambda p: layout.crop(p, u.shape, spec, wafer))(padded)
+    assert padded.sharding == NamedSharding(mesh, P("a", "b"))
+    assert cropped.sharding.spec == P("a" if rows == 4 else None, "b" if cols == 8 else None)
+    np.testing.assert_array_equal(cropped, u)
+
+
+def test_refuses_an_array_on_other_devices():
+    stray = jax.device_put(np.ones((3, 5)), jax.devices()[9])
+    with pytest.raises(
+        ValueError, match=r"committed to 1 device\(s\) .* not the wafer's 8; move it"
+    ):
+        layout.pad(stray, P("y", "x"), wk.Wafer.devices(2, 4))

@@ -14,7 +14,7 @@ import tyro
 from benchmarks import harness
 
 # name -> (changes to the nano preset, sequences in a batch); the context is the preset's
-SIZES: dict[str, tuple[dict[str, int], int]] = {
+SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "nano": ({}, 12),
     "width512": (
         {"d_model": 512, "d_ff": 1536, "layers": 8, "heads": 8, "kv_heads": 8, "context": 256},

@@ -112,7 +112,7 @@ class Console:
         """Shows text that the model has written."""
         self.show(Panel(Text(text), title="sample", title_align="left"))
 
-    def _count(self, event: str, duration: float, **_: object) -> None:
+    def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
         self._compiled += event == _COMPILED
 
 

@@ -54,7 +54,7 @@ class Programs:
     plan: Plan
     step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], jax.Array]
-    temporary_bytes: int  # of one step on one device
+    temporary_bytes: int | None  # of a step, on one device; None where it is not known
 
     def first_state(self) -> TrainState:
         """The state before the first step, laid out on the wafer."""
@@ -111,8 +111,13 @@ def compile_programs(plan: Plan) -> Programs:
             lambda params, inputs, targets: mean_loss(graph, params, inputs, targets),
             (shapes["params"], tokens, tokens),
         )
-    temporary_bytes = step.memory_analysis().temp_size_in_bytes
-    return Programs(plan=plan, step=step, evaluate=evaluate, temporary_bytes=temporary_bytes)
+    memory = step.memory_analysis()
+    return Programs(
+        plan=plan,
+        step=step,
+        evaluate=evaluate,
+        temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
+    )
 
 
 def _compile(function: Callable, shapes: tuple, **options: Any) -> jax.stages.Compiled:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from typing import Any
 
 STOPPED = 75  # exit status of a run that saved and can be resumed (EX_TEMPFAIL)
 KILLED = 130  # exit status after a second Ctrl-C
@@ -17,7 +18,7 @@ class StopSignals:
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         here = threading.current_thread() is threading.main_thread()

@@ -136,6 +136,8 @@ class Trainer:
                 console.note(f"files without text passed over: {len(skipped)}; first: {skipped[0]}")
             with console.compiling():
                 programs = compile_programs(self.plan)
+            if programs.temporary_bytes is not None:
+                console.note(f"a step has {programs.temporary_bytes / 1e6:,.1f} MB of temporaries")
             configuration.save(self.config, self.config.run_dir / configuration.FILE_NAME)
             return _Run(self, programs, console, signals, peak.flops).to_the_end()
 
@@ -165,7 +167,8 @@ class _Run:
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.step, self.state, seconds = self._start()
         self.log = MetricsLog(self.config.run_dir, resume_from=self.step)
-        self.loss, self.val_loss, self.tokens_per_s = math.nan, None, math.nan
+        self.loss = self.tokens_per_s = math.nan
+        self.val_loss: float | None = None
         self.saved_step = self.looked_step = self.step
         self.saved_at = self.looked_at = time.monotonic()
         self.began = self.looked_at - seconds
@@ -182,7 +185,7 @@ class _Run:
             picture = self.config.run_dir / "loss.png"
             self.console.note(loss_curve(read_metrics(self.config.run_dir), picture))
         self.console.note(f"run folder: {self.config.run_dir}")
-        if stopped:
+        if stopped and self.signals.received:
             name = self.signals.received.name
             self.console.note(f"stopped by {name} after step {self.step}; go on with --resume")
         return Result(

@@ -53,10 +53,10 @@ def test_no_device_ever_holds_a_whole_array():
     big = lambda: nnx.state(_Big(nnx.Rngs(0)))  # noqa: E731
     shardings = lay_out(jax.eval_shape(big), wafer)
     memory = jax.jit(big, out_shardings=shardings).lower().compile().memory_analysis()
+    assert memory is not None
     whole = 512 * 512 * 4
-    assert (
-        memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 2
-    )  # random bits take three tiles
+    # Random bits take three tiles.
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 2
 
 
 class _Big(nnx.Module):

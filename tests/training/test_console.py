@@ -23,6 +23,7 @@ def piped():
 
 
 def told(terminal):
+    """The lines that were written so far."""
     return terminal.file.getvalue().splitlines()
 
 
@@ -39,14 +40,14 @@ def test_a_pipe_gets_a_line_every_log_every_steps_and_at_both_ends():
 
 
 def test_a_terminal_gets_a_live_line():
-    terminal = Terminal(file=io.StringIO(), width=120, force_terminal=True, markup=False)
+    output = io.StringIO()
+    terminal = Terminal(file=output, width=120, force_terminal=True, markup=False)
     with Console(CONFIG, terminal) as console:
         console.progress(step=3, **MEASURED)
         console.evaluated(3, 2.5)
         console.end()
-    output = terminal.file.getvalue()
-    assert "3/40  loss 2.3457" in output and "━" in output
-    assert "step 3: validation loss 2.5000" in output
+    assert "3/40  loss 2.3457" in output.getvalue() and "━" in output.getvalue()
+    assert "step 3: validation loss 2.5000" in output.getvalue()
 
 
 def test_what_is_compiled_after_the_first_step_is_counted():

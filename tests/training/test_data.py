@@ -1,3 +1,4 @@
+import functools
 import os
 import pathlib
 import subprocess
@@ -174,15 +175,15 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    draw = {"batch": 6, "context": 16}
-    inputs, targets = data.batch(TOKENS, seed=3, step=7, **draw)
+    draw = functools.partial(data.batch, TOKENS, batch=6, context=16)
+    inputs, targets = draw(seed=3, step=7)
     assert inputs.shape == targets.shape == (6, 16)
     assert inputs.dtype == targets.dtype == np.int32
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
     np.testing.assert_array_equal(inputs + 1, targets)
-    np.testing.assert_array_equal(data.batch(TOKENS, seed=3, step=7, **draw)[0], inputs)
-    assert (data.batch(TOKENS, seed=3, step=8, **draw)[0] != inputs).any()
-    assert (data.batch(TOKENS, seed=4, step=7, **draw)[0] != inputs).any()
+    np.testing.assert_array_equal(draw(seed=3, step=7)[0], inputs)
+    assert (draw(seed=3, step=8)[0] != inputs).any()
+    assert (draw(seed=4, step=7)[0] != inputs).any()
 
 
 def test_the_places_of_a_seed_never_change():
@@ -193,9 +194,8 @@ def test_the_places_of_a_seed_never_change():
 
 @pytest.mark.parametrize("hosts", [2, 3, 6])
 def test_the_hosts_share_the_batch(hosts):
-    draw = {"seed": 0, "step": 5, "batch": 6, "context": 8}
-    whole = data.batch(TOKENS, **draw)
-    shares = [data.batch(TOKENS, **draw, host=(i, hosts)) for i in range(hosts)]
+    draw = functools.partial(data.batch, TOKENS, seed=0, step=5, batch=6, context=8)
+    whole, shares = draw(), [draw(host=(i, hosts)) for i in range(hosts)]
     for part in range(2):
         np.testing.assert_array_equal(np.concatenate([s[part] for s in shares]), whole[part])
 

@@ -27,16 +27,16 @@ CORPUS = Corpus(
 
 
 def drawn(what):
-    terminal = Terminal(file=io.StringIO(), width=200)
-    terminal.print(what)
-    return terminal.file.getvalue()
+    output = io.StringIO()
+    Terminal(file=output, width=200).print(what)
+    return output.getvalue()
 
 
 def test_the_mesh_is_drawn_with_the_numbers_of_its_devices():
     wafer = wk.Wafer.devices(2, 4)
     rows = [line for line in drawn(mesh_drawing(wafer)).splitlines() if line.startswith("│")]
     numbers = [[int(cell) for cell in row.strip("│").split("│")] for row in rows]
-    assert numbers == [[device.id for device in row] for row in wafer.mesh.devices]
+    assert numbers == [[device.id for device in row] for row in wafer.grid.devices]
 
 
 def test_a_large_grid_is_drawn_by_its_ends():

@@ -50,6 +50,7 @@ def test_a_second_ctrl_c_ends_the_process():
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     with process:
         for said in ("ready\n", "noted\n"):
             assert process.stdout.readline() == said

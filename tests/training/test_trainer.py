@@ -55,7 +55,8 @@ def test_a_run_leaves_everything_in_its_folder(config):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all({"step", "loss", "tokens_per_s", "seconds"} <= row.keys() for row in rows)
     assert [row["step"] for row in rows if "val_loss" in row] == [4, 6]
-    assert len(result.sample) >= 5 and result.sample.startswith("\n")
+    assert result.sample is not None and result.sample.startswith("\n")
+    assert len(result.sample) >= 5
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(config, tmp_path):

@@ -52,7 +52,7 @@ def shift(
     by: int = 1,
     *,
     periodic: bool = True,
-    fill: float = 0,
+    fill: float = 0.0,
     ring: Ring = "plain",
 ) -> Any:
     """Every PE's `x` moved `by` places along `along`, towards higher indices if positive.
@@ -106,7 +106,7 @@ def skew(
     return _skew_at_once(x, along, by, times, plus, ring)
 
 
-def route(x: Any, along: str, pairs: Sequence[tuple[int, int]], *, fill: float = 0) -> Any:
+def route(x: Any, along: str, pairs: Sequence[tuple[int, int]], *, fill: float = 0.0) -> Any:
     """`x` sent from PE to PE along `along` as `pairs` of (source, destination) say.
 
     All words of the tile are sent, once, in one step. A PE that is no destination holds `fill`.

@@ -8,7 +8,7 @@ import dataclasses
 
 KIB = 1024
 GB = 10**9
-TERA = 10**12
+TERA = 1e12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ A100 = Accelerator(
     bfloat16_flops=312 * TERA,
     float32_flops=19.5 * TERA,
     memory_bytes=80 * GB,
-    memory_bytes_per_second=2039 * GB,
+    memory_bytes_per_second=2.039 * TERA,
     power_watts=400.0,
 )
 H100 = Accelerator(
@@ -160,7 +160,7 @@ H100 = Accelerator(
     bfloat16_flops=989.4 * TERA,
     float32_flops=66.9 * TERA,
     memory_bytes=80 * GB,
-    memory_bytes_per_second=3350 * GB,
+    memory_bytes_per_second=3.35 * TERA,
     power_watts=700.0,
 )
 H200 = Accelerator(
@@ -169,7 +169,7 @@ H200 = Accelerator(
     bfloat16_flops=989.4 * TERA,
     float32_flops=66.9 * TERA,
     memory_bytes=141 * GB,
-    memory_bytes_per_second=4800 * GB,
+    memory_bytes_per_second=4.8 * TERA,
     power_watts=700.0,
 )
 # Google Cloud's documentation of TPU v5e; JAX calls the chip "TPU v5 lite".
@@ -179,7 +179,7 @@ TPU_V5E = Accelerator(
     bfloat16_flops=197 * TERA,
     float32_flops=None,
     memory_bytes=16 * GB,
-    memory_bytes_per_second=819 * GB,
+    memory_bytes_per_second=0.819 * TERA,
     power_watts=None,
 )
 

@@ -43,7 +43,7 @@ def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ..
     return tuple(sizes)
 
 
-def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float = 0) -> jax.Array:
+def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float = 0.0) -> jax.Array:
     """`array` grown at its far ends with `fill`, until every dimension divides by its PEs.
 
     On Explicit axes it is laid out by `spec` too: a gradient must have its operand's very type.

@@ -5,8 +5,6 @@ Kalman Filter Algorithm", 1969. On the folded ring it is MeshGEMM of C. He et al
 Language Model Inference at Wafer Scale", OSDI 2025: no tile ever goes further than two hops a step.
 """
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -29,7 +27,7 @@ def forward(
         coming = _shifted(a, COLS, ring), _shifted(b, ROWS, ring)
         return (*coming, c + tile.product(a, b)), None
 
-    c = _zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+    c = tile.zeros((*a.shape[:-1], b.shape[-1]), a)
     # The last tiles are met outside the loop, where they need not travel on.
     (a, b, c), _ = lax.scan(step, (a, b, c), length=fabric.axis_size(ROWS) - 1)
     return c + tile.product(a, b)
@@ -55,7 +53,7 @@ def backward(
         da, db = _added(da, db, a, b, dc)
         return (*coming, _shifted(da, COLS, ring), _shifted(db, ROWS, ring)), None
 
-    carry = (a, b, _zeros(a.shape, a.dtype), _zeros(b.shape, b.dtype))
+    carry = (a, b, tile.zeros(a.shape, a), tile.zeros(b.shape, a))
     (a, b, da, db), _ = lax.scan(step, carry, length=fabric.axis_size(ROWS) - 1)
     da, db = _added(da, db, a, b, dc)
     # PE (y, x) has met a[y, y + x + p - 1] last.
@@ -78,7 +76,3 @@ def _shifted(x, along, ring):
 
 def _added(da, db, a, b, dc):
     return da + tile.left_gradient(dc, b), db + tile.right_gradient(a, dc, b.ndim)
-
-
-def _zeros(shape: tuple[int, ...], dtype) -> jax.Array:
-    return fabric.varying(jnp.zeros(shape, tile.sum_dtype(dtype)))

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from wsekern import context, fabric, layout
 from wsekern.axes import COLS, ROWS, WAFERS
@@ -20,7 +20,7 @@ _TABLE = P(COLS, ROWS)
 
 
 def embedding(
-    tokens: Int[Array, "*batch T"], table: Float[Array, "V D"], *, wafer: Wafer | None = None
+    tokens: Integer[Array, "*batch T"], table: Float[Array, "V D"], *, wafer: Wafer | None = None
 ) -> Float[Array, "*batch T D"]:
     """`table[tokens]`, tiled: rows along y, features along x.
 
@@ -74,7 +74,7 @@ _embedding.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    tokens: Int[Array, "*batch Tt"], table: Float[Array, "Vt Dy"], logical: tuple[int, int]
+    tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt Dy"], logical: tuple[int, int]
 ) -> Float[Array, "*batch Tt Dx"]:
     V, D = logical
     mine = tokens
@@ -90,7 +90,7 @@ def _per_pe(
 
 
 def _gradient_per_pe(
-    tokens: Int[Array, "*batch Tt"],
+    tokens: Integer[Array, "*batch Tt"],
     table: Float[Array, "Vt Dy"],
     dout: Float[Array, "*batch Tt Dx"],
     logical: tuple[int, int],

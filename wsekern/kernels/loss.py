@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from wsekern import context, fabric, layout
 from wsekern.axes import COLS, ROWS
@@ -17,7 +17,7 @@ from wsekern.wafer import Wafer
 
 def cross_entropy(
     logits: Float[Array, "*batch T V"],
-    labels: Int[Array, "*batch T"],
+    labels: Integer[Array, "*batch T"],
     *,
     vocab: int | None = None,
     wafer: Wafer | None = None,
@@ -75,7 +75,7 @@ _cross_entropy.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    logits: Float[Array, "*batch Tt Vt"], labels: Int[Array, "*batch Tt"], vocab: int
+    logits: Float[Array, "*batch Tt Vt"], labels: Integer[Array, "*batch Tt"], vocab: int
 ) -> tuple[Float[Array, "*batch Tt"], Float[Array, "*batch Tt"]]:
     words = _words(logits)
     logits = jnp.where(words < vocab, logits.astype(jnp.float32), -jnp.inf)
@@ -90,7 +90,7 @@ def _per_pe(
 
 def _gradient_per_pe(
     logits: Float[Array, "*batch Tt Vt"],
-    labels: Int[Array, "*batch Tt"],
+    labels: Integer[Array, "*batch Tt"],
     lse: Float[Array, "*batch Tt"],
     dlosses: Float[Array, "*batch Tt"],
     vocab: int,

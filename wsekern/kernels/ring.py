@@ -15,7 +15,7 @@ from wsekern.kernels import tile_attention as tile
 
 
 def ring_attention(
-    q: Float[Array, "nq B K G c H"], kv: Float[Array, "nk 2 B K c H"], rule: tile.Rule
+    q: Float[Array, "nq B K G c H"], kv: Float[Array, "nk 2 B K s H"], rule: tile.Rule
 ) -> tile.Running:
     """The softmax over all keys along y, in p steps of one shift each (p PEs along y).
 
@@ -36,8 +36,8 @@ def ring_attention(
 
 
 def ring_gradients(
-    rows: tuple, kv: Float[Array, "nk 2 B K c H"], rule: tile.Rule
-) -> tuple[Float[Array, "nq B K H G c"], Float[Array, "nk 2 B K c H"]]:
+    rows: tuple, kv: Float[Array, "nk 2 B K s H"], rule: tile.Rule
+) -> tuple[Float[Array, "nq B K H G c"], Float[Array, "nk 2 B K s H"]]:
     """Gradients of queries, and of keys and values, in float32; p + 1 shifts.
 
     The gradient of a tile of keys and values follows it one step behind, so that its travel too

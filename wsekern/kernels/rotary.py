@@ -5,14 +5,14 @@ paired with feature i + H/2, as in GPT-NeoX and Llama.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from wsekern.wafer import Wafer
 
 
 def rotary(
     x: Float[Array, "B T N H"],
-    positions: Int[Array, "*B T"] | None = None,
+    positions: Integer[Array, "*B T"] | None = None,
     *,
     theta: float = 10_000.0,
     frequencies: Float[Array, " H/2"] | None = None,

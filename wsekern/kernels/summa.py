@@ -27,7 +27,7 @@ def forward(
     def step(c, s):
         return c + tile.product(_panel_of_a(a, b, s), _panel_of_b(a, b, s)), None
 
-    c = _zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+    c = tile.zeros((*a.shape[:-1], b.shape[-1]), a)
     return lax.scan(step, c, _steps())[0]
 
 
@@ -50,7 +50,7 @@ def backward(
         db = _put(db, panel, -2, s * width - fabric.axis_index(ROWS) * b.shape[-2])
         return (da, db), None
 
-    return lax.scan(step, (_zeros(a.shape, a.dtype), _zeros(b.shape, b.dtype)), _steps())[0]
+    return lax.scan(step, (tile.zeros(a.shape, a), tile.zeros(b.shape, a)), _steps())[0]
 
 
 def _steps() -> Int[Array, " steps"]:
@@ -96,7 +96,3 @@ def _put(x: jax.Array, panel: jax.Array, axis: int, start: Int[Array, ""]) -> ja
 
 def _along(x: jax.Array, axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
-
-
-def _zeros(shape: tuple[int, ...], dtype) -> jax.Array:
-    return fabric.varying(jnp.zeros(shape, tile.sum_dtype(dtype)))

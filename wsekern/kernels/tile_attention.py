@@ -6,7 +6,7 @@ T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Par
 The running softmax is Milakov and Gimelshein's, "Online normalizer calculation for softmax", 2018.
 
 Queries are `[nq, B, K, G, c, H]`: nq blocks of c rows; K key-value heads serve G query heads each.
-Keys and values are one array, `[nk, 2, B, K, c, H]`.
+Keys and values are one array, `[nk, 2, B, K, s, H]`: nk blocks of s rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from wsekern import context, fabric
+from wsekern import fabric
+from wsekern.kernels.tile_product import runnable
 
 # No scores at all yet. Finite, so that a difference of two such maxima is a number.
 _LOWEST = -1e30
@@ -55,28 +56,28 @@ def unblocked_queries(x: Float[Array, "nq B K G c H"]) -> Float[Array, "B Tt Nt 
     return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * c, K * G, H)
 
 
-def blocked_keys(k: jax.Array, v: jax.Array, blocks: int) -> Float[Array, "nk 2 B K c H"]:
+def blocked_keys(k: jax.Array, v: jax.Array, blocks: int) -> Float[Array, "nk 2 B K s H"]:
     """Tiles `[B, St, Kt, H]` of keys and values as one array, that moves as one."""
     B, S, K, H = k.shape
     both = jnp.stack([x.reshape(B, blocks, S // blocks, K, H) for x in (k, v)])
     return both.transpose(2, 0, 1, 4, 3, 5)
 
 
-def unblocked_keys(kv: Float[Array, "nk 2 B K c H"]) -> tuple[jax.Array, jax.Array]:
+def unblocked_keys(kv: Float[Array, "nk 2 B K s H"]) -> tuple[jax.Array, jax.Array]:
     """The inverse of `blocked_keys`."""
     n, _, B, K, c, H = kv.shape
     k, v = kv.transpose(1, 2, 0, 4, 3, 5).reshape(2, B, n * c, K, H)
     return k, v
 
 
-def joined(kv: Float[Array, "nk 2 B K c H"], blocks: int) -> Float[Array, "_ 2 B K _ H"]:
+def joined(kv: Float[Array, "nk 2 B K s H"], blocks: int) -> Float[Array, "_ 2 B K _ H"]:
     """Keys and values in fewer, longer blocks."""
     n, _, B, K, c, H = kv.shape
     kv = kv.reshape(blocks, n // blocks, 2, B, K, c, H).transpose(0, 2, 3, 4, 1, 5, 6)
     return kv.reshape(blocks, 2, B, K, n // blocks * c, H)
 
 
-def parted(kv: Float[Array, "_ 2 B K _ H"], blocks: int) -> Float[Array, "nk 2 B K c H"]:
+def parted(kv: Float[Array, "_ 2 B K _ H"], blocks: int) -> Float[Array, "nk 2 B K s H"]:
     """The inverse of `joined`."""
     n, _, B, K, c, H = kv.shape
     kv = kv.reshape(n, 2, B, K, blocks // n, n * c // blocks, H).transpose(0, 4, 1, 2, 3, 5, 6)
@@ -85,7 +86,7 @@ def parted(kv: Float[Array, "_ 2 B K _ H"], blocks: int) -> Float[Array, "nk 2 B
 
 def whole(
     q: Float[Array, "B K G c H"],
-    kv: Float[Array, "2 B K c H"],
+    kv: Float[Array, "2 B K s H"],
     q_start: jax.Array | int,
     k_start: jax.Array | int,
     rule: Rule,
@@ -117,7 +118,7 @@ def nothing_yet(q: Float[Array, "nq B K G c H"]) -> Running:
 def absorb(
     running: Running,
     q: Float[Array, "nq B K G c H"],
-    kv: Float[Array, "nk 2 B K c H"],
+    kv: Float[Array, "nk 2 B K s H"],
     q_starts: Int[Array, " nq"],
     k_starts: Int[Array, " nk"],
     rule: Rule,
@@ -157,9 +158,9 @@ def finish(running: Running, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 def gradients(
     dq: Float[Array, "nq B K H G c"],
-    dkv: Float[Array, "nk 2 B K c H"],
+    dkv: Float[Array, "nk 2 B K s H"],
     rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    kv: Float[Array, "nk 2 B K c H"],
+    kv: Float[Array, "nk 2 B K s H"],
     q_starts: Int[Array, " nq"],
     k_starts: Int[Array, " nk"],
     rule: Rule,
@@ -211,11 +212,11 @@ def _absorb_block(running, q, kv, q_start, k_start, rule):
 
 def gradients_of_block(
     rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    kv: Float[Array, "2 B K c H"],
+    kv: Float[Array, "2 B K s H"],
     q_start: jax.Array | int,
     k_start: jax.Array | int,
     rule: Rule,
-) -> tuple[Float[Array, "B K H G c"], Float[Array, "2 B K c H"]]:
+) -> tuple[Float[Array, "B K H G c"], Float[Array, "2 B K s H"]]:
     """What one block of queries and one of keys add to the gradients, in float32.
 
     Scores stand with keys as rows, and the gradient of queries comes transposed: so three of the
@@ -229,9 +230,7 @@ def gradients_of_block(
     dweights = _dot("bksh,bkgth->bksgt", v, dout)
     dscores = (weights * (dweights - dot[:, :, None]) * rule.scale).astype(q.dtype)
     dk = _dot("bksgt,bkgth->bksh", dscores, q)
-    if _on_cpu():
-        k, dscores = k.astype(jnp.float32), dscores.astype(jnp.float32)
-    dq = _dot("bksh,bksgt->bkhgt", k, dscores)
+    dq = _dot("bksh,bksgt->bkhgt", *runnable(k, dscores))
     return dq, jnp.stack([dk, dv])
 
 
@@ -257,13 +256,6 @@ def _where_seen(step, carry, q, q_start, k_start, rule):
 
 def _dot(subscripts, a, b):
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-
-
-def _on_cpu():
-    # Whose XLA, in jax 0.10, cannot run some 16-bit products that are summed over the rows of both.
-    wafer = context.inside()
-    traced_only = wafer is not None and wafer.reading == "abstract"
-    return jax.default_backend() == "cpu" and not traced_only
 
 
 def _scan(body, carry, xs):

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from wsekern import context, fabric
+from wsekern.axes import COLS, ROWS, WAFERS
+
 
 def product(a: Float[Array, "*batch M K"], b: Float[Array, "... K N"]) -> Float[Array, "... M N"]:
     """`a @ b`."""
@@ -30,12 +33,30 @@ def right_gradient(
     """`a^T @ dc`: the gradient of a `b` of `b_ndim` dimensions, summed over the others of `a`."""
     batch = tuple(range(b_ndim - 2))
     summed = tuple(range(b_ndim - 2, a.ndim - 1))
-    return _dot(a, dc, (summed, summed), (batch, batch))
+    return _dot(*runnable(a, dc), (summed, summed), (batch, batch))
+
+
+def runnable(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Factors of a product that is summed over the rows of both, as the backend at hand can run it.
+
+    XLA's for the CPU, in jax 0.10, refuses some such products of 16 bits: there they are widened.
+    """
+    wafer = context.inside()
+    traced_only = wafer is not None and wafer.reading == "abstract"
+    if jax.default_backend() != "cpu" or traced_only:
+        return a, b
+    return a.astype(sum_dtype(a.dtype)), b.astype(sum_dtype(b.dtype))
 
 
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """What products of `dtype` are summed in."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def zeros(shape: tuple[int, ...], a: jax.Array) -> jax.Array:
+    """A sum of products of `a` to begin with, that differs from PE to PE as `a` does."""
+    along = (WAFERS, ROWS, COLS) if a.ndim > 2 else (ROWS, COLS)
+    return fabric.varying(jnp.zeros(shape, sum_dtype(a.dtype)), along)
 
 
 def _batch(b: jax.Array) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""This file is attention: ring and gather against jit with shardings alone and one device."""
+"""This file is attention against jit with shardings, the public ring attention, one device."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import tyro
 
-from benchmarks import harness
+from benchmarks import harness, public_ring
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,13 @@ def _candidates(grid, length, options):
             wk.attention, causal=options.causal, algorithm=algorithm, wafer=wafer
         )
         candidates[algorithm] = case(attention, tiled, out_shardings=layout)
+    public = public_ring.find(wafer, options.causal) if heads[0] == heads[1] else None
+    if public is not None:
+        candidates["public ring"] = case(public, tiled, out_shardings=layout)
     candidates["one device"] = case(plain, whole)
     return candidates, {
         "jit": "jax.nn.dot_product_attention, same shardings",
+        "public ring": "the PyPI package ringattention",
         "one device": "the same, same cores",
     }
 

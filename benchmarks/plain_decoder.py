@@ -56,7 +56,7 @@ def loss(
         lays it out.
     """
     x = constrain(jnp.take(params["embedding"][...], tokens, axis=0), "residual")
-    angles = _angles(config, tokens.shape[1])
+    angles = rotary_angles(config, tokens.shape[1])
 
     def layer(x, block):
         return _block(x, block, config, angles, constrain), None
@@ -89,7 +89,7 @@ def _block(x, block, config, angles, constrain):
         constrain((h @ attention[name]["weight"][...]).reshape(B, T, -1, config.d_head), "heads")
         for name in ("query", "key", "value")
     )
-    o = jax.nn.dot_product_attention(_rotate(q, angles), _rotate(k, angles), v, is_causal=True)
+    o = jax.nn.dot_product_attention(rotate(q, angles), rotate(k, angles), v, is_causal=True)
     x = constrain(x + o.reshape(B, T, -1) @ attention["out"]["weight"][...], "residual")
     h = _rms_norm(x, block["feed_forward_norm"]["scale"][...], config.norm_eps)
     h = constrain(h, "gathered")
@@ -103,14 +103,16 @@ def _rms_norm(x, scale, eps):
     return (x32 * rstd * scale[None, None]).astype(x.dtype)
 
 
-def _angles(config, T):
+def rotary_angles(config: DecoderConfig, T: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, `[1, T, 1, H / 2]`, of the angles that `rotate` turns by."""
     half = config.d_head // 2
     inverse = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(T, dtype=jnp.float32)[:, None] * inverse[None]
-    return jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    angles = jnp.arange(T, dtype=jnp.float32)[None, :, None, None] * inverse[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def _rotate(x, angles):
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`x`, `[B, T, N, H]`, with its features turned in pairs by `rotary_angles`."""
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -25,6 +25,7 @@ GRIDS = {
     "1x4": ("devices", 1, 4, 1),
     "4x1": ("devices", 4, 1, 1),
     "2x2": ("devices", 2, 2, 1),
+    "3x3": ("devices", 3, 3, 1),
     "2x4": ("devices", 2, 4, 1),
     "4x2": ("devices", 4, 2, 1),
     "4x4": ("devices", 4, 4, 1),
@@ -41,6 +42,12 @@ def make_wafer(name: str) -> wk.Wafer:
     if reading == "virtual":
         return wk.Wafer.virtual(wk.WSE2, height, width, wafers)
     return wk.Wafer.devices(height, width, wafers)
+
+
+@pytest.fixture
+def wafer_called():
+    """Makes the wafer of a name in `GRIDS`."""
+    return make_wafer
 
 
 @pytest.fixture(params=["1x1", "2x4", "4x2", "4x4", "2of2x2", "virtual-4x4"])

@@ -54,54 +54,59 @@ def with_gradients(run):
     return call
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "allgather"])
+def assert_right(run, a, b, dc, dtype=jnp.float32):
+    """The product and both gradients are the plain ones, rounded once, to the bit."""
+    got = with_gradients(run)(*(x.astype(dtype) for x in (a, b, dc)))
+    for x, want in zip(got, (plain(a, b), *plain_gradients(a, b, dc)), strict=True):
+        assert x.dtype == dtype
+        np.testing.assert_array_equal(x, want.astype(np.float32).astype(dtype))
+
+
+ALL_GRIDS = ["2x4", "2of2x2", "virtual-2x4"]  # no axis of which has one PE only
+SQUARES = ["3x3", "2of2x2", "virtual-2of2x2"]
+EVERYWHERE = [
+    *((algorithm, grid) for algorithm in ("allgather", "summa") for grid in ALL_GRIDS),
+    *((algorithm, grid) for algorithm in ("cannon", "mesh") for grid in SQUARES),
+]
+
+
+@pytest.fixture(params=EVERYWHERE, ids=" on ".join)
+def everywhere(request, wafer_called):
+    algorithm, grid = request.param
+    return product(wafer_called(grid), algorithm)
+
+
 @pytest.mark.parametrize("shape", [DIVIDES, PADDED], ids=["divides", "padded"])
-def test_equals_the_plain_product(wafer, algorithm, shape):
+def test_equals_the_plain_product(wafer, shape):
     M, K, N = shape
     a, b = whole_numbers(M, K), whole_numbers(K, N)
-    c = jax.jit(product(wafer, algorithm))(a, b)
+    c = jax.jit(product(wafer))(a, b)
     assert c.dtype == jnp.float32
     np.testing.assert_array_equal(c, plain(a, b))
 
 
-@pytest.mark.parametrize("shape", [DIVIDES, PADDED], ids=["divides", "padded"])
-def test_bfloat16_is_summed_in_float32(wafer, shape):
-    M, K, N = shape
-    a, b = whole_numbers(M, K), whole_numbers(K, N)
-    c = jax.jit(product(wafer, "allgather"))(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(c, plain(a, b).astype(np.float32).astype(jnp.bfloat16))
-
-
 @pytest.mark.parametrize("operands", OPERANDS.values(), ids=OPERANDS)
-def test_results_and_gradients_of_any_shape(full_wafer, operands):
+def test_results_and_gradients_of_any_shape(everywhere, operands):
     a, b = (whole_numbers(*shape) for shape in operands)
-    dc = whole_numbers(*a.shape[:-1], b.shape[-1])
-    c, da, db = with_gradients(product(full_wafer))(a, b, dc)
-    want_da, want_db = plain_gradients(a, b, dc)
-    np.testing.assert_array_equal(c, plain(a, b))
-    np.testing.assert_array_equal(da, want_da)
-    np.testing.assert_array_equal(db, want_db)
+    assert_right(everywhere, a, b, whole_numbers(*a.shape[:-1], b.shape[-1]))
 
 
 @pytest.mark.parametrize("leading", [(), (3,)], ids=["matrix", "batch"])
-def test_bfloat16_gradients_are_summed_in_float32(full_wafer, leading):
+def test_bfloat16_is_summed_in_float32(everywhere, leading):
     a, b, dc = (
         whole_numbers(*leading, 23, 15),
         whole_numbers(15, 39),
         whole_numbers(*leading, 23, 39),
     )
-    run = with_gradients(product(full_wafer))
-    _, *gradients = run(*(x.astype(jnp.bfloat16) for x in (a, b, dc)))
-    for got, want in zip(gradients, plain_gradients(a, b, dc), strict=True):
-        np.testing.assert_array_equal(got, want.astype(np.float32).astype(jnp.bfloat16))
+    assert_right(everywhere, a, b, dc, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("leading", [(), (3,)], ids=["matrix", "batch"])
-def test_a_tuple_of_right_factors_is_so_many_products(full_wafer, leading):
+def test_a_tuple_of_right_factors_is_so_many_products(everywhere, leading):
     a = whole_numbers(*leading, 5, 7)
     bs = tuple(whole_numbers(7, N) for N in (3, 8, 1))
     dcs = tuple(whole_numbers(*leading, 5, b.shape[-1]) for b in bs)
-    cs, da, dbs = with_gradients(product(full_wafer))(a, bs, dcs)
+    cs, da, dbs = with_gradients(everywhere)(a, bs, dcs)
     assert isinstance(cs, tuple)
     of_each = [plain_gradients(a, b, dc) for b, dc in zip(bs, dcs, strict=True)]
     np.testing.assert_array_equal(da, sum(da for da, _ in of_each))
@@ -123,6 +128,19 @@ def test_the_gradient_keeps_nothing_but_the_operands(algorithm):
     run = product(wk.Wafer.virtual(wk.WSE2, 2, 2), algorithm)
     kept = jax.eval_shape(lambda a, b: jax.vjp(run, a, b)[1], a, b)
     assert sorted(x.shape for x in jax.tree.leaves(kept)) == [(4, 8), (8, 12)]
+
+
+@pytest.mark.parametrize("algorithm", ["summa", "cannon", "mesh"])
+def test_temporaries_are_fewer_than_those_of_gathering(algorithm):
+    a = b = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+
+    def temporary_bytes(algorithm):
+        run = jax.jit(product(wk.Wafer.devices(4, 4), algorithm))
+        memory = run.lower(a, b).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporary_bytes(algorithm) < temporary_bytes("allgather")
 
 
 @pytest.mark.parametrize(
@@ -189,11 +207,7 @@ def test_random_sizes(kind, sizes):
     wafer = wk.Wafer.devices(2, 4) if kind == "devices-2x4" else wk.Wafer.virtual(wk.WSE2, 3, 2)
     a, b, dc = whole_numbers(M, K), whole_numbers(K, N), whole_numbers(M, N)
     for algorithm in algorithms(wafer):
-        c, da, db = with_gradients(product(wafer, algorithm))(a, b, dc)
-        want_da, want_db = plain_gradients(a, b, dc)
-        np.testing.assert_array_equal(c, plain(a, b))
-        np.testing.assert_array_equal(da, want_da)
-        np.testing.assert_array_equal(db, want_db)
+        assert_right(product(wafer, algorithm), a, b, dc)
 
 
 @pytest.mark.refuses

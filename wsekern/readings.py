@@ -153,11 +153,19 @@ def _sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Calla
             mesh=wafer.mesh,
             in_specs=named(specs.in_specs),
             out_specs=named(specs.out_specs),
-            axis_names={name for _, name in wafer.names},
+            axis_names=_manual(wafer),
             check_vma=check,
         )(*operands)
 
     return whole
+
+
+def _manual(wafer: Wafer) -> set[str]:
+    # Explicit axes beside the wafer's, along which nothing is split by now, are taken in: jax 0.12
+    # cannot lower a psum_scatter that leaves one out.
+    kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
+    ours = {name for _, name in wafer.names}
+    return ours | {name for name, kind in kinds.items() if kind == AxisType.Explicit}
 
 
 def _virtual(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:

@@ -1,18 +1,27 @@
 """This file is the command `python -m training`; it imports jax only once the devices are made."""
 
-import sys
+from training.signals import KILLED, STOPPED, end_at_once
 
-from training.config import parse
-from training.launch import prepare
-from training.signals import KILLED, STOPPED
+if __name__ == "__main__":
+    end_at_once()  # before what is slow to import, and swallows a KeyboardInterrupt now and then
+
+import io  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+
+from training.config import parse  # noqa: E402
+from training.launch import prepare  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as `argv` says; an exit status: 0; 1 diverged or unsaved; 2 refused; 75; 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all that a model writes
     config = parse(argv)
     try:
         prepare(config)
-        from training.trainer import Diverged, Trainer
+        from training.run import Diverged
+        from training.trainer import Trainer
 
         try:
             result = Trainer(config).fit()
@@ -22,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         return _say(error, 2)
     except KeyboardInterrupt:
         return KILLED
+    try:
+        sys.stdout.flush()
+    except OSError:  # what could not be written was said in vain, but is no failure of the run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not result.saved:
         return _say("the last step could not be saved; the lines above say why", 1)
     return STOPPED if result.stopped else 0

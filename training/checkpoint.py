@@ -82,6 +82,10 @@ class Checkpoints:
         """The steps that are finished, oldest first; whether they are sound, `restore` tells."""
         return [step for step in self._numbered() if (self._folder(step) / _MANIFEST).exists()]
 
+    def empty(self) -> bool:
+        """Whether nothing was ever saved here."""
+        return not self._numbered()
+
     def check_writable(self, state: Any = None) -> None:
         """Returns if checkpoints can be written here; call it before the first step of training.
 
@@ -98,8 +102,8 @@ class Checkpoints:
             probe.unlink()
         except OSError as error:
             raise OSError(
-                f"checkpoints cannot be written to {self.directory} ({error.strerror}); mend its "
-                "permissions or choose another --out"
+                f"checkpoints cannot be written to {self.directory} ({error.strerror}); mend "
+                "that or choose another --out"
             ) from error
         needed = 2 * sum(place.nbytes for place in manifest.places(state))
         free = shutil.disk_usage(self.directory).free
@@ -191,8 +195,6 @@ class Checkpoints:
             except ValueError as error:
                 self.skipped.append(f"step {candidate}: {error}")
                 continue
-            for line in self.skipped:
-                _log.warning("checkpoint passed over: %s", line)
             described = {leaf.path: leaf for leaf in found.leaves}
             leaves = [_put(place, arrays[place.path], described[place.path]) for place in wanted]
             return candidate, jax.tree.unflatten(jax.tree.structure(template), leaves), found.extra

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import pathlib
 import sys
 import types
@@ -21,6 +22,7 @@ MAY_CHANGE = frozenset(
         "wafer",
         "virtual",
         "platform",
+        "data",  # whose content is compared by its fingerprint
         "steps",
         "remat",
         "microbatch",
@@ -46,7 +48,7 @@ class TrainingConfig:
     """Every choice of a training run; defaults train a small decoder in a few minutes on a CPU."""
 
     preset: str = "nano"
-    """Name of the model's sizes."""
+    """The model's sizes: nano, 20m, 125m, 1b, 8b, 70b, gpt2-nano or gpt2-124m."""
     wafer: str = "2x4"
     """Grid of PEs: HEIGHTxWIDTH, or WAFERSxHEIGHTxWIDTH."""
     virtual: bool = False
@@ -199,10 +201,27 @@ def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
         raise SystemExit(2) from None
 
 
+def resolved(config: TrainingConfig, context: int) -> TrainingConfig:
+    """`config` with a value for every choice that was left to be found.
+
+    Args:
+      config: as it was given.
+      context: the preset's, tokens.
+    """
+    return dataclasses.replace(
+        config,
+        context=config.context or context,
+        microbatch=config.microbatch or config.batch,
+        min_learning_rate=config.final_learning_rate,
+        out=str(config.run_dir),
+    )
+
+
 def save(config: TrainingConfig, path: str | pathlib.Path) -> None:
     """Writes `config` to `path` as JSON, whole or not at all."""
     fields = dataclasses.asdict(config)
     kept = {name: value for name, value in fields.items() if name not in _OF_THE_CALL}
+    kept["data"] = [os.path.abspath(os.path.expanduser(item)) for item in config.data]
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(kept, indent=2) + "\n")
@@ -262,11 +281,14 @@ def _difference(name: str, saved: TrainingConfig, now: TrainingConfig) -> str:
 def _starting_point(argv: Sequence[str]) -> TrainingConfig:
     # These flags say which configuration the others change, so they are read ahead of tyro, which
     # then reads all of them and makes the complaints.
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--config", "--out", "--preset"):
         ahead.add_argument(flag, nargs="?")
     ahead.add_argument("--resume", action=argparse.BooleanOptionalAction)
-    flags, _ = ahead.parse_known_args(argv)
+    try:
+        flags, _ = ahead.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return TrainingConfig()
     if flags.config:
         return load(flags.config)
     named = {"out": flags.out} | ({"preset": flags.preset} if flags.preset else {})
@@ -286,8 +308,8 @@ def _from_json(text: str) -> TrainingConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; names are {known}"
             raise ValueError(f"{name!r} is not a name of a choice{hint}")
-    if isinstance(given.get("data"), list):  # JSON has no tuples
-        given["data"] = tuple(given["data"])
+    data = given.get("data", [])
+    given["data"] = (data,) if isinstance(data, str) else tuple(data)  # JSON has no tuples
     return TrainingConfig(**given)
 
 
@@ -315,13 +337,14 @@ def _fits(value: Any, hint: Any) -> bool:
 def _check_ranges(config: TrainingConfig) -> None:
     at_least_one = ("batch", "microbatch", "context", "steps", "eval_batches", "keep", "log_every")
     not_negative = (
-        *("warmup", "seed", "eval_every", "checkpoint_every", "sample_tokens"),
+        *("warmup", "eval_every", "checkpoint_every", "sample_tokens"),
         *("weight_decay", "clip_norm", "checkpoint_minutes", "temperature", "min_learning_rate"),
     )
     # name -> (fits, what would)
     rules = {name: (lambda v: v >= 1, "1 or more") for name in at_least_one}
     rules |= {name: (lambda v: v >= 0, "0 or more") for name in not_negative}
     rules |= {name: (lambda v: 0 <= v < 1, "from 0 to below 1") for name in ("beta1", "beta2")}
+    rules["seed"] = (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
     rules["learning_rate"] = (lambda v: v > 0, "above 0")
     rules["validation_fraction"] = (lambda v: 0 < v < 1, "between 0 and 1, both left out")
     rules["decay_fraction"] = (lambda v: 0 < v <= 1, "above 0 and at most 1")

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from rich.console import Console as Terminal
@@ -14,7 +14,9 @@ from rich.text import Text
 from training.config import TrainingConfig
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_WIDE = 100  # columns of a terminal from which there is room for a bar
+_WIDE = 110  # columns of a terminal from which there is room for a bar
+_BAR = 16  # columns of the bar
+_BETWEEN = "  "
 
 
 class Console:
@@ -30,8 +32,9 @@ class Console:
         self._config = config
         self._terminal = terminal or Terminal(highlight=False, markup=False)
         self._compiled = 0
+        self._lost = False  # nobody can read what is said
         self._expected: int | None = None  # programs compiled when the first step was done
-        bar = [BarColumn(bar_width=16)] if self._terminal.width >= _WIDE else []
+        bar = [BarColumn(bar_width=_BAR)] if self._terminal.width >= _WIDE else []
         self._live = Progress(
             *bar, TextColumn("{task.description}", markup=False), console=self._terminal
         )
@@ -45,13 +48,13 @@ class Console:
         self.end()
         jax.monitoring.unregister_event_duration_listener(self._count)
 
-    def show(self, what: RenderableType) -> None:
+    def show(self, what: RenderableType, *, wrap: bool = True) -> None:
         """Prints `what` above the progress."""
-        self._terminal.print(what)
+        self._try(lambda: self._terminal.print(what, soft_wrap=not wrap))
 
     def note(self, line: str) -> None:
         """Prints a line above the progress."""
-        self._terminal.print(Text(line), soft_wrap=True)
+        self.show(Text(line), wrap=False)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -88,16 +91,21 @@ class Console:
         steps, compiled = self._config.steps, self._compiled
         # Whatever is compiled after the first step was seen should not have been.
         self._expected = compiled if self._expected is None else self._expected
-        line = (
-            f"{step}/{steps}  loss {loss:.4f}  lr {learning_rate:.1e}  {tokens_per_s:,.0f} tok/s  "
-            f"{share_of_peak:.1%} of peak  ETA {_clock(seconds_left)}  "
-            f"{compiled - self._expected} recompiles"
-        )
+        facts = [
+            f"{step}/{steps}",
+            f"loss {loss:.4f}",
+            f"ETA {_clock(seconds_left)}",
+            f"{tokens_per_s:,.0f} tok/s",
+            f"lr {learning_rate:.1e}",
+            f"{share_of_peak:.1%} of peak",
+            f"{compiled - self._expected} recompiles",
+        ]
         if self._terminal.is_terminal:
-            self._live.start()
-            self._live.update(self._task, description=line, completed=step)
+            line = _fitting(facts, self._terminal.width)
+            self._try(self._live.start)
+            self._try(lambda: self._live.update(self._task, description=line, completed=step))
         elif step == 1 or step == steps or step % self._config.log_every == 0:
-            self.note(line)
+            self.note(_BETWEEN.join(facts))
 
     def evaluated(self, step: int, val_loss: float) -> None:
         """Says the loss on the validation data, nats a token."""
@@ -106,14 +114,30 @@ class Console:
     def end(self) -> None:
         """Ends the live line; what is shown afterwards stands below it."""
         if self._live.live.is_started:
-            self._live.stop()
+            self._try(self._live.stop)
 
     def sample(self, text: str) -> None:
         """Shows text that the model has written."""
         self.show(Panel(Text(text), title="sample", title_align="left"))
 
+    def _try(self, say: Callable[[], None]) -> None:
+        """Runs `say`; when output is closed or its disk is full, a run goes on in silence."""
+        try:
+            if not self._lost:
+                say()
+        except (OSError, SystemExit):  # rich ends the process when nobody reads any more
+            self._lost = True
+
     def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
         self._compiled += event == _COMPILED
+
+
+def _fitting(facts: list[str], width: int) -> str:
+    """The first of `facts`, as many as there is room for beside a bar."""
+    room = width - 1 - (_BAR + 1 if width >= _WIDE else 0)
+    while len(_BETWEEN.join(facts)) > room and len(facts) > 1:
+        facts = facts[:-1]
+    return _BETWEEN.join(facts)
 
 
 def _clock(seconds: float) -> str:

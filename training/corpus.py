@@ -61,8 +61,12 @@ def find_sources(data: Sequence[str]) -> tuple[str, list[Source]]:
     return " + ".join(names), list(dict.fromkeys(found))
 
 
-def read_documents(sources: Iterable[Source]) -> tuple[list[Document], list[str]]:
+def read_documents(sources: Iterable[Source], name: str) -> tuple[list[Document], list[str]]:
     """The files that hold text, each content once, and a line for each other one with the reason.
+
+    Args:
+      sources: the files.
+      name: of all of them, for a message.
 
     Raises:
       ValueError: a file that the user named is empty, unreadable or no text, or nothing is left.
@@ -82,7 +86,8 @@ def read_documents(sources: Iterable[Source]) -> tuple[list[Document], list[str]
     if not documents:
         why = f": {'; '.join(skipped[:3])}" if skipped else ""
         raise ValueError(
-            f"data holds no text, {len(skipped)} files were skipped{why}; give files of UTF-8 text"
+            f"data={name!r} holds no text, {len(skipped)} files were passed over{why}; give files "
+            "of UTF-8 text"
         )
     return list(documents.values()), skipped
 
@@ -113,6 +118,8 @@ def read_text(path: pathlib.Path) -> str:
     Raises:
       ValueError: the file cannot be read, is empty, or is not UTF-8 text.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data={str(path)!r} is a pipe or a device; give a file")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -125,7 +132,7 @@ def read_text(path: pathlib.Path) -> str:
     if b"\0" in content:
         raise ValueError(f"data={str(path)!r} is binary (it has NUL bytes); give UTF-8 text")
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data={str(path)!r} is not UTF-8 text (byte {error.start} is "

@@ -103,7 +103,7 @@ def open_corpus(
     folder = home / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     corpus = _cached(folder)
     if corpus is None:
-        documents, skipped = read_documents(found)
+        documents, skipped = read_documents(found, name)
         parts = split_documents(documents, validation_fraction)
         about = {"name": name, "skipped": skipped, "alphabet": _alphabet(documents, tokens)}
         corpus = _store(folder, parts, validation_fraction, about)

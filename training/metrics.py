@@ -41,7 +41,7 @@ class MetricsLog:
         Args:
           step: how many steps are done.
           loss: of that step, nats a token.
-          tokens_per_s: over all devices, since the line before.
+          tokens_per_s: over all devices, of the last steps, without evaluations.
           seconds: since the run began, pauses between resumed parts left out.
           others: further figures, such as `val_loss`, nats a token.
 
@@ -100,7 +100,9 @@ def loss_curve(metrics: Sequence[Line], path: str | os.PathLike) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    partial = pathlib.Path(path).with_suffix(".partial")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
     return f"loss curve: {path}"
 
 

@@ -16,7 +16,7 @@ from models.decoder import Decoder
 from sharding.state import initialise, lay_out, pad
 from training.config import TrainingConfig
 from training.optimiser import make_optimiser
-from training.step import Metrics, TrainState, initial_state, mean_loss, train_step
+from training.step import Metrics, TrainState, evaluation, initial_state, train_step
 from wsekern import layout
 from wsekern.axes import ROWS, WAFERS
 from wsekern.wafer import Wafer
@@ -108,8 +108,7 @@ def compile_programs(plan: Plan) -> Programs:
             donate_argnums=0,
         )
         evaluate = _compile(
-            lambda params, inputs, targets: mean_loss(graph, params, inputs, targets),
-            (shapes["params"], tokens, tokens),
+            evaluation(graph, plan.config.passes), (shapes["params"], tokens, tokens)
         )
     memory = step.memory_analysis()
     return Programs(

@@ -61,10 +61,23 @@ def test_derived_sizes():
 
 
 def test_a_saved_configuration_is_loaded_as_it_was(tmp_path):
-    run = TrainingConfig(steps=7, data=("a", "b"), microbatch=None, platform="cpu", resume=True)
+    run = TrainingConfig(steps=7, data=("/a", "/b"), microbatch=None, platform="cpu", resume=True)
     config.save(run, tmp_path / "config.json")
     assert config.load(tmp_path / "config.json") == dataclasses.replace(run, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_data_is_saved_as_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config.save(TrainingConfig(data=("texts/*.txt",)), "config.json")
+    assert config.load("config.json").data == (str(tmp_path / "texts/*.txt"),)
+
+
+def test_what_was_left_to_be_found_is_resolved():
+    found = config.resolved(TrainingConfig(learning_rate=1e-2), context=64)
+    assert (found.context, found.microbatch, found.out) == (64, 12, "runs/nano")
+    assert found.min_learning_rate == pytest.approx(1e-3)
+    assert config.resolved(found, context=128) == found
 
 
 @pytest.mark.parametrize(

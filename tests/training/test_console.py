@@ -35,7 +35,7 @@ def test_a_pipe_gets_a_line_every_log_every_steps_and_at_both_ends():
     seen = [line.partition("/")[0] for line in told(terminal)]
     assert seen == ["1", "10", "20", "30", "40"]
     assert told(terminal)[0] == (
-        "1/40  loss 2.3457  lr 1.0e-03  12,345 tok/s  12.3% of peak  ETA 1:02:03  0 recompiles"
+        "1/40  loss 2.3457  ETA 1:02:03  12,345 tok/s  lr 1.0e-03  12.3% of peak  0 recompiles"
     )
 
 
@@ -48,6 +48,28 @@ def test_a_terminal_gets_a_live_line():
         console.end()
     assert "3/40  loss 2.3457" in output.getvalue() and "━" in output.getvalue()
     assert "step 3: validation loss 2.5000" in output.getvalue()
+
+
+def test_a_narrow_terminal_gets_whole_facts_the_most_telling_ones():
+    output = io.StringIO()
+    terminal = Terminal(file=output, width=40, force_terminal=True, markup=False)
+    with Console(CONFIG, terminal) as console:
+        console.progress(step=3, **MEASURED)
+        console.end()
+    assert "3/40  loss 2.3457  ETA 1:02:03" in output.getvalue()
+    assert "tok/s" not in output.getvalue() and "…" not in output.getvalue()
+
+
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device"), BrokenPipeError()])
+def test_a_run_goes_on_when_nobody_can_read_it(trouble):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise trouble
+
+    with Console(CONFIG, Terminal(file=Gone(), width=80)) as console:
+        console.note("lost")
+        console.progress(step=1, **MEASURED)
+        console.sample("lost too")
 
 
 def test_what_is_compiled_after_the_first_step_is_counted():

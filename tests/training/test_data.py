@@ -268,7 +268,9 @@ def test_refuses_what_is_not_there(source, cache):
 def test_refuses_a_folder_without_text(tmp_path, cache):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.bin").write_bytes(b"\0")
-    with pytest.raises(ValueError, match="holds no text, 1 files were skipped: .*a.bin' is binary"):
+    with pytest.raises(
+        ValueError, match="holds no text, 1 files were passed over: .*a.bin' is binary"
+    ):
         data.open_corpus(str(tmp_path / "texts"), context=8)
 
 

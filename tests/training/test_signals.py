@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from training.signals import KILLED, StopSignals
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,4 +59,16 @@ def test_a_second_ctrl_c_ends_the_process():
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == KILLED
-    assert "Ctrl-C again ends without saving" in errors
+    assert "Ctrl-C again ends at once" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_a_run_a_signal_ends_the_process_at_once(number):
+    script = (
+        "import os, time\n"
+        "from training.signals import end_at_once\n"
+        "end_at_once()\n"
+        f"os.kill(os.getpid(), {int(number)})\n"
+        "time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 128 + number

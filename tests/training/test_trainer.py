@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from training import trainer as module
 from training.config import TrainingConfig, save
 from training.metrics import read_metrics
-from training.trainer import Diverged, Trainer
+from training.run import Diverged, Run
+from training.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again\n" * 200
 
@@ -82,7 +83,7 @@ def test_a_run_resumes_on_another_mesh_within_rounding(config, tmp_path):
 def _stop_after(config, step):
     """Runs until a signal comes while step `step` is in flight."""
     trainer = Trainer(config)
-    one_step = module._Run._one_step
+    one_step = Run._one_step
 
     def stopping(run):
         one_step(run)
@@ -90,16 +91,16 @@ def _stop_after(config, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Run, "_one_step", stopping)
+        patch.setattr(Run, "_one_step", stopping)
         result = trainer.fit()
     assert (result.step, result.stopped) == (step, True)
-    assert trainer.checkpoints.steps()[-1] == step
+    assert trainer.open_checkpoints().steps()[-1] == step
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     wild = dataclasses.replace(config, checkpoint_every=1, steps=50, clip_norm=0.0)
     trainer = Trainer(wild)
-    one_step = module._Run._one_step
+    one_step = Run._one_step
 
     def poisoned(run):
         if run.step == 3:
@@ -107,7 +108,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
         one_step(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Run, "_one_step", poisoned)
+        patch.setattr(Run, "_one_step", poisoned)
         with pytest.raises(Diverged, match="at step 4 the loss is nan.*step 3 is the last good"):
             trainer.fit()
     result = Trainer(dataclasses.replace(wild, resume=True, steps=4)).fit()
@@ -122,7 +123,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
         ({"wafer": "8x8"}, "64 CPU devices are needed, but jax has already started with 16"),
         ({"resume": True}, "holds no run"),
         ({"data": ("nowhere.txt",)}, "nowhere.txt"),
-        ({"tokens": "characters", "prompt": "é"}, "'é' is not in the"),
+        ({"tokens": "characters", "prompt": "é"}, "prompt='é': 'é' is not in the"),
     ],
 )
 def test_refuses_before_any_work(config, changes, message):
@@ -144,6 +145,41 @@ def test_a_resumed_run_whose_config_differs_is_refused_field_by_field(config):
     assert "learning_rate: 0.001 was saved, 0.1 is given" in str(error.value)
 
 
+def test_a_run_that_was_stopped_before_it_saved_resumes_at_its_beginning(config):
+    Trainer(config).fit()
+    shutil.rmtree(config.run_dir / "checkpoints")
+    result = Trainer(dataclasses.replace(config, resume=True)).fit()
+    assert result.step == 6 and len(losses(config)) == 6
+
+
+def test_a_finished_run_resumed_takes_no_step_and_keeps_its_figures(config):
+    first = Trainer(config).fit()
+    again = Trainer(dataclasses.replace(config, resume=True)).fit()
+    assert (again.step, again.val_loss, again.sample) == (6, first.val_loss, first.sample)
+    with pytest.raises(ValueError, match="steps=4: the run in .* is at step 6 already"):
+        Trainer(dataclasses.replace(config, resume=True, steps=4))
+
+
+def test_a_resumed_run_may_find_its_data_elsewhere(config, tmp_path):
+    Trainer(dataclasses.replace(config, steps=1)).fit()
+    moved = tmp_path / "moved.txt"
+    moved.write_text(TEXT)
+    elsewhere = dataclasses.replace(config, resume=True, steps=2)
+    assert Trainer(dataclasses.replace(elsewhere, data=(str(moved),))).fit().step == 2
+    moved.write_text(TEXT[1:] * 2)
+    with pytest.raises(ValueError, match="data: the text differs"):
+        Trainer(dataclasses.replace(elsewhere, data=(str(moved),), steps=3)).fit()
+
+
+def test_text_without_a_line_end_is_sampled_from_its_first_character(config, tmp_path):
+    (tmp_path / "line.txt").write_text(TEXT.replace("\n", " "))
+    line = dataclasses.replace(
+        config, data=(str(tmp_path / "line.txt"),), tokens="characters", steps=1
+    )
+    sample = Trainer(line).fit().sample
+    assert sample is not None and sample.startswith("t")
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_exits_with_75(config):
     """The command itself, as a user stops it."""
@@ -161,4 +197,4 @@ def test_ctrl_c_saves_and_exits_with_75(config):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert Trainer(dataclasses.replace(long, resume=True)).checkpoints.steps()
+    assert Trainer(dataclasses.replace(long, resume=True)).open_checkpoints().steps()

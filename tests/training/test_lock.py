@@ -1,0 +1,34 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from training.lock import locked
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOLDS = """
+import pathlib, sys
+from training.lock import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_one_process_at_a_time_and_a_dead_one_lets_go(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDS, str(run_dir)]
+    other = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"in use by process {other.pid} on"):
+            with locked(run_dir):
+                pass
+        other.kill()
+    with locked(run_dir):
+        assert "process" in (run_dir / "lock").read_text()
+    with locked(run_dir):
+        pass

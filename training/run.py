@@ -1,0 +1,302 @@
+"""This file is the loop of a training run, stoppable at every step."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from models.generate import generate
+from sharding.state import logical, logical_shapes
+from training.checkpoint import Checkpoints
+from training.console import Console
+from training.data import Corpus, batch, evaluation_batches
+from training.metrics import MetricsLog, loss_curve, read_metrics
+from training.optimiser import schedule
+from training.programs import Programs
+from training.signals import StopSignals
+from training.step import Metrics, TrainState
+
+# Steps in flight: jax 0.10 hangs on emulated devices at about a hundred; 16 cost no speed.
+_IN_FLIGHT = 16
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer a number; the last good checkpoint is untouched."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run ended with."""
+
+    step: int
+    loss: float  # of the last step, nats a token; NaN if none was taken
+    val_loss: float | None  # of the last evaluation
+    run_dir: pathlib.Path
+    stopped: bool  # by a signal, before its last step
+    saved: bool  # whether the last step can be resumed from
+    sample: str | None
+
+
+class Run:
+    """The loop, and what it has to remember from step to step; `to_the_end` runs it."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        corpus: Corpus,
+        prompt: Int[np.ndarray, " T"],
+        checkpoints: Checkpoints,
+        console: Console,
+        signals: StopSignals,
+        peak_flops: float,
+    ):
+        """The first state, or on resuming the newest good checkpoint, is in place afterwards.
+
+        Args:
+          programs: compiled.
+          corpus: the data.
+          prompt: what the sample at the end goes on from.
+          checkpoints: of the run folder.
+          console: entered.
+          signals: entered.
+          peak_flops: the most that the devices could do together, FLOP/s.
+
+        Raises:
+          ValueError: (on resuming) no checkpoint is sound, or it belongs to another run.
+        """
+        self.programs = programs
+        self.plan = programs.plan
+        self.config = programs.plan.config
+        self.corpus = corpus
+        self.prompt = prompt
+        self.checkpoints = checkpoints
+        self.console = console
+        self.signals = signals
+        flops = self.plan.sizes.flops_per_token(self.plan.context)
+        self.peak_tokens_per_s = peak_flops / flops
+        self.rate = jax.jit(schedule(self.config))
+        self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self.step, self.state, seconds = self._start()
+        self.log = MetricsLog(self.config.run_dir, resume_from=self.step)
+        self.loss = self.tokens_per_s = math.nan
+        evaluated = [line for line in read_metrics(self.config.run_dir) if "val_loss" in line]
+        self.evaluated_step = evaluated[-1]["step"] if evaluated else 0
+        self.val_loss: float | None = evaluated[-1]["val_loss"] if evaluated else None
+        self.saved_step = self.looked_step = self.step
+        self.saved_at = self.looked_at = time.monotonic()
+        self.began = self.looked_at - seconds
+
+    def to_the_end(self) -> Result:
+        """Takes all steps that are left, unless a signal comes; then saves, evaluates and samples.
+
+        Raises:
+          Diverged: the loss or its gradient became infinite or NaN.
+        """
+        try:
+            while self.step < self.config.steps and not self.signals.received:
+                self._one_step()
+            self._look()
+        except Diverged:
+            self.console.end()
+            self._draw()
+            raise
+        except Exception:
+            with contextlib.suppress(Exception):  # the first trouble is the one to tell
+                self._save_last()
+            raise
+        self._save()  # before what may yet take long
+        if self.step == self.config.steps and self.evaluated_step != self.step:
+            self._evaluate()
+        self.console.end()
+        sample = self._sample() if self.step == self.config.steps else None
+        saved = self._save_last()
+        self._draw()
+        self.console.note(f"run folder: {self.config.run_dir}")
+        if self.signals.received:
+            name = self.signals.received.name
+            self.console.note(f"stopped by {name} after step {self.step}; go on with --resume")
+        return Result(
+            step=self.step,
+            loss=self.loss,
+            val_loss=self.val_loss,
+            run_dir=self.config.run_dir,
+            stopped=self.signals.received is not None,
+            saved=saved,
+            sample=sample,
+        )
+
+    def _start(self) -> tuple[int, TrainState, float]:
+        if not self.config.resume or self.checkpoints.empty():
+            if self.config.resume:
+                self.console.note("no step was saved yet: starting with the first")
+            return 0, self.programs.first_state(), 0.0
+        shapes = self.plan.shapes
+        step, state, extra = self.checkpoints.restore(shapes, logical_shapes=logical_shapes(shapes))
+        for line in self.checkpoints.skipped:
+            self.console.note(f"checkpoint passed over: {line}")
+        if extra["corpus"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"data: the text differs from that of the run in {self.config.run_dir}; give the "
+                "same --data, or start a new run with another --out"
+            )
+        self.console.note(f"resumed from step {step}")
+        return step, state, extra["seconds"]
+
+    def _one_step(self) -> None:
+        config = self.config
+        pair = batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=self.step,
+            batch=config.batch,
+            context=self.plan.context,
+        )
+        self.state, metrics = self.programs.step(self.state, *map(self.programs.put, pair))
+        self.step += 1
+        self.pending.append((self.step, metrics))
+        logged = self.step in (1, config.steps) or self.step % config.log_every == 0
+        evaluated = _due(self.step, config.eval_every) and self.step < config.steps
+        waited = time.monotonic() - self.looked_at > _SECONDS_BETWEEN_LOOKS
+        if logged or evaluated or waited or len(self.pending) == _IN_FLIGHT:
+            self._look()
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_clock = config.checkpoint_minutes and minutes >= config.checkpoint_minutes
+        if by_clock or _due(self.step, config.checkpoint_every):
+            self._save()
+        if evaluated:
+            self._evaluate()
+        elif logged and self.step < config.steps:
+            self._write_metrics()
+
+    def _look(self) -> None:
+        """Waits for the steps in flight, checks their losses, and tells the console."""
+        while self.pending:
+            step, metrics = self.pending.popleft()
+            loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._write_metrics(step=step, loss=loss)
+                raise Diverged(self._diverged(step, loss, norm))
+            self.loss = loss
+        steps, seconds = self.step - self.looked_step, time.monotonic() - self.looked_at
+        if steps:
+            self.tokens_per_s = steps * self.plan.tokens_per_step / seconds
+            left = (self.config.steps - self.step) * self.plan.tokens_per_step
+            self.console.progress(
+                step=self.step,
+                loss=self.loss,
+                learning_rate=float(self.rate(self.step - 1)),
+                tokens_per_s=self.tokens_per_s,
+                share_of_peak=self.tokens_per_s / self.peak_tokens_per_s,
+                seconds_left=left / self.tokens_per_s,
+            )
+        self.looked_step, self.looked_at = self.step, time.monotonic()
+
+    def _diverged(self, step: int, loss: float, norm: float) -> str:
+        self._tell(self.checkpoints.wait())
+        kept = self.checkpoints.steps()
+        good = f"step {kept[-1]} is the last good checkpoint" if kept else "no checkpoint was due"
+        return (
+            f"at step {step} the loss is {loss} and its gradient's norm {norm}; {good}; start a "
+            "new run, in another --out, with a lower --learning-rate (now "
+            f"{self.config.learning_rate}) or a longer --warmup"
+        )
+
+    def _evaluate(self) -> None:
+        """The loss on the validation data, unless a signal comes meanwhile; writes the metrics."""
+        batches = evaluation_batches(
+            self.corpus.validation,
+            batch=self.config.batch,
+            context=self.plan.context,
+            batches=self.config.eval_batches,
+        )
+        losses = []
+        for pair in batches:
+            if self.signals.received:
+                return self._write_metrics()
+            inputs, targets = map(self.programs.put, pair)
+            losses.append(float(self.programs.evaluate(self.state["params"], inputs, targets)))
+        self.val_loss = float(np.mean(losses))
+        self.evaluated_step = self.step
+        self.looked_at = time.monotonic()
+        self.console.evaluated(self.step, self.val_loss)
+        return self._write_metrics(val_loss=self.val_loss)
+
+    def _write_metrics(
+        self, *, step: int | None = None, loss: float | None = None, **others: float
+    ) -> None:
+        step = self.step if step is None else step
+        with self._reported("a line of metrics.jsonl"):
+            self.log.write(
+                step,
+                loss=self.loss if loss is None else loss,
+                tokens_per_s=self.tokens_per_s,
+                seconds=time.monotonic() - self.began,
+                learning_rate=float(self.rate(step - 1)),
+                **others,
+            )
+
+    def _save(self) -> None:
+        self._look()  # a state whose losses have not been looked at may be no good
+        if self.step == self.saved_step:
+            return
+        extra = {"corpus": self.corpus.fingerprint, "seconds": time.monotonic() - self.began}
+        shapes = logical_shapes(self.state)
+        self._tell(self.checkpoints.save(self.step, self.state, extra, logical_shapes=shapes))
+        self.saved_step = self.step
+        self.saved_at = self.looked_at = time.monotonic()
+
+    def _save_last(self) -> bool:
+        """Whether the run can be resumed from its last step."""
+        self._save()
+        self._tell(self.checkpoints.wait())
+        return self.step in (0, *self.checkpoints.steps()[-1:])
+
+    def _tell(self, troubles: list[str]) -> None:
+        for line in troubles:
+            self.console.note(f"checkpoint: {line}")
+
+    def _sample(self) -> str | None:
+        if not self.config.sample_tokens or self.signals.received:
+            return None
+        self.console.note(f"sampling {self.config.sample_tokens} tokens")
+        with self.plan.wafer:
+            model = nnx.merge(self.plan.graph, logical(self.state["params"]))
+            text = generate(
+                model,
+                jnp.asarray(self.prompt[None]),
+                max_new_tokens=self.config.sample_tokens,
+                temperature=self.config.temperature,
+                key=jax.random.key(self.config.seed),
+            )
+        sample = self.corpus.decode(np.asarray(text)[0])
+        self.console.sample(sample)
+        with self._reported("the sample"):
+            (self.config.run_dir / "sample.txt").write_text(sample)
+        return sample
+
+    def _draw(self) -> None:
+        with self._reported("the loss curve"):
+            picture = self.config.run_dir / "loss.png"
+            self.console.note(loss_curve(read_metrics(self.config.run_dir), picture))
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        """A full disk is no reason to end a run: it is said, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.console.note(f"{what} was not written: {error}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -281,7 +281,7 @@ class Run:
         sample = self.corpus.decode(np.asarray(text)[0])
         self.console.sample(sample)
         with self._reported("the sample"):
-            (self.config.run_dir / "sample.txt").write_text(sample)
+            (self.config.run_dir / "sample.txt").write_text(sample, encoding="utf-8")
         return sample
 
     def _draw(self) -> None:

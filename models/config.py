@@ -1,6 +1,7 @@
 """This file is the sizes and choices of a decoder; it imports no jax, so that `--help` is quick."""
 
 import dataclasses
+import typing
 from typing import Literal
 
 
@@ -29,6 +30,12 @@ class DecoderConfig:
         for name in ("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name, hint in typing.get_type_hints(type(self)).items():
+            known = typing.get_args(hint)
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}")
+        if self.head_size is not None and self.head_size < 1:
+            raise ValueError(f"head_size={self.head_size} must be 1 or more")
         if self.head_size is None and self.d_model % self.heads:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of heads={self.heads}; change one of "

@@ -30,7 +30,7 @@ def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.R
     return nnx.merge(graph, state)
 
 
-def scan(stacked: nnx.Module, x: Any, *context: Any, remat: bool = False, unroll: int = 1) -> Any:
+def scan(stacked: nnx.Module, x: Any, *context: Any, remat: bool = False) -> Any:
     """`x` carried through the layers of `stacked` in turn: `x = layer(x, *context)`.
 
     Args:
@@ -39,7 +39,6 @@ def scan(stacked: nnx.Module, x: Any, *context: Any, remat: bool = False, unroll
       context: further arguments, the same for every layer.
       remat: whether the backward pass recomputes a layer from its input instead of keeping what
         it computed, which costs one more forward pass.
-      unroll: layers a trip of the loop.
     """
     graph, state = nnx.split(stacked)
 
@@ -47,5 +46,5 @@ def scan(stacked: nnx.Module, x: Any, *context: Any, remat: bool = False, unroll
         return nnx.merge(graph, state)(x, *context), None
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    x, _ = jax.lax.scan(layer, x, state, unroll=unroll)
+    x, _ = jax.lax.scan(layer, x, state)
     return x

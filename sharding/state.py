@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sharding.rules import Home, spec_of
-from wsekern import layout
+from wsekern import context, layout
 from wsekern.wafer import Wafer
 
 
@@ -42,7 +42,8 @@ def layout_of(leaf: Any, home: Home = "wafer") -> P:
     """The spec of one leaf of a state: an nnx variable with `axes`, or anything without names."""
     if not isinstance(leaf, nnx.Variable):
         return P()
-    return spec_of(leaf.get_metadata()["axes"], home)
+    axes = leaf.get_metadata().get("axes")
+    return P() if axes is None else spec_of(axes, home)
 
 
 def initialise(make: Callable[[], Any], wafer: Wafer | None, home: Home = "wafer") -> Any:
@@ -57,32 +58,39 @@ def initialise(make: Callable[[], Any], wafer: Wafer | None, home: Home = "wafer
     """
 
     def build():
-        return pad(make(), wafer)
+        return pad(make(), wafer, home)
 
     return jax.jit(build, out_shardings=lay_out(jax.eval_shape(build), wafer, home))()
 
 
-def pad(state: Any, wafer: Wafer | None) -> Any:
+def pad(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
     """`state` with every named array padded to what its wafer holds, its logical shape noted."""
 
     def grown(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return leaf
-        value = leaf.get_value()
-        whole = value if wafer is None else layout.pad(value, layout_of(leaf), wafer)
-        return leaf.replace(whole, logical_shape=tuple(value.shape))
+        value, shape = leaf.get_value(), logical_shape(leaf)
+        whole = value if wafer is None else layout.pad(value, layout_of(leaf, home), wafer)
+        return leaf.replace(whole, logical_shape=shape)
 
     return _map(grown, state)
 
 
 def logical(state: Any) -> Any:
-    """`state` without its padding, which is what a model computes with."""
+    """`state` without its padding, which is what a model computes with.
+
+    On a wafer with Explicit axes, call it while that is the current one.
+    """
+    wafer = context.current()
 
     def cropped(leaf: Any) -> Any:
         shape = logical_shape(leaf)
         if shape == jnp.shape(leaf):
             return leaf
-        return leaf.replace(leaf.get_value()[tuple(slice(0, n) for n in shape)])
+        value = leaf.get_value()
+        if wafer is None:
+            return leaf.replace(value[tuple(slice(0, n) for n in shape)])
+        return leaf.replace(layout.crop(value, shape, layout_of(leaf), wafer))
 
     return _map(cropped, state)
 

@@ -35,7 +35,7 @@ def decay_mask(params: Any) -> Any:
     """Which of `params` decay: those with two axes or more, one that stacks layers not counted."""
 
     def decays(leaf: nnx.Variable) -> nnx.Variable:
-        axes = leaf.get_metadata()["axes"]
+        axes = leaf.get_metadata().get("axes") or ()
         return leaf.replace(len([axis for axis in axes if axis != "layer"]) >= 2)
 
     return jax.tree.map(decays, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

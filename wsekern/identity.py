@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
+
 
 def key(kernel: Callable) -> Hashable | None:
     """Equal for kernels that are the same program; None where that cannot be told."""
@@ -61,7 +63,10 @@ def _key(value: Any, above: tuple[Any, ...]) -> Hashable:
         held = [_held(cell) for cell in value.__closure__ or ()]
         held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         keys = tuple(_key(h, above) for h in held)
-        return value.__code__, id(value.__globals__), keys, _key_of_globals(value, above)
+        # The very code object, not an equal one: of a module loaded anew it may use other globals.
+        return _Same(value.__code__), keys, _key_of_globals(value, above)
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        return _Same(value)
     if isinstance(value, tuple):
         return type(value), tuple(_key(item, above) for item in value)
     if isinstance(value, float):

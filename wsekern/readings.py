@@ -105,6 +105,14 @@ def check_placed(wafer: Wafer, operand: Any) -> None:
         )
 
 
+def never_runs(wafer: Wafer, what: str) -> ValueError:
+    """What to raise where an abstract wafer is asked to compute."""
+    return ValueError(
+        f"{what}: {wafer} is only traced over, never run on; use jax.eval_shape or "
+        "jax.make_jaxpr, or a virtual wafer to compute"
+    )
+
+
 def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
     """`array` laid out by `spec`, under jit, as the mesh's axis types want it said."""
     sharding = NamedSharding(wafer.grid, wafer.mesh_spec(spec))
@@ -133,7 +141,12 @@ class _Program:
         for operand, spec in zip(jax.tree.leaves(operands), specs, strict=True):
             check_divides(self.wafer, "Wafer.map", operand, spec)
             check_placed(self.wafer, operand)
-        return self.call(*operands)
+        try:
+            return self.call(*operands)
+        except jax.errors.JaxRuntimeError:
+            if self.wafer.reading != "abstract":
+                raise
+            raise never_runs(self.wafer, "Wafer.map") from None
 
 
 def _sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:

@@ -114,6 +114,12 @@ class Wafer:
                 f"Wafer.of: the axes are {[str(kinds[n]) for n in given.values()]}; make them all "
                 "Auto or all Explicit (axis_types= of the mesh)"
             )
+        others = {str(kind) for name, kind in kinds.items() if name not in given.values()}
+        if kinds[y] == AxisType.Auto and str(AxisType.Explicit) in others:
+            raise ValueError(
+                "Wafer.of: the axes named are Auto, and the mesh has Explicit ones beside them; "
+                "make all alike (axis_types= of the mesh)"
+            )
         return cls(
             reading="devices",
             height=mesh.shape[y],
@@ -179,6 +185,15 @@ class Wafer:
         return self.mesh
 
     @property
+    def platform(self) -> str | None:
+        """What its programs run on: "cpu", "gpu" or "tpu"; None for one that never runs."""
+        if self.reading == "abstract":
+            return None
+        if self.reading == "virtual":
+            return jax.default_backend()
+        return self.grid.devices.flat[0].platform
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """The axes that this wafer has, outermost first, as kernels name them."""
         return tuple(axis for axis, _ in self.names)
@@ -221,7 +236,8 @@ class Wafer:
           out_specs: likewise for the results.
           replicated_by_construction: True where a result that is the same on every PE cannot be
             seen to be so by JAX (one passed round a ring, say). It turns JAX's check off for this
-            map: compare all PEs' copies in a test, and test the gradient.
+            map: compare all PEs' copies in a test, and test the gradient. Virtual PEs are never
+            compared: the first one's result is taken.
 
         Raises:
           ValueError: a spec is none or names an axis that does not exist, or one twice; from the
@@ -261,6 +277,8 @@ class Wafer:
             return jnp.asarray(array)
         if isinstance(array, jax.core.Tracer):
             return readings.constrain(self, array, spec)
+        if self.reading == "abstract":
+            raise readings.never_runs(self, "Wafer.shard")
         return jax.device_put(array, self.sharding(spec))
 
     def tile(self, array: jax.Array, y: int, x: int, wafer: int = 0, spec: P = TILED) -> jax.Array:
@@ -277,6 +295,8 @@ class Wafer:
                     f"{self.axis_size(axis)} along {axis}"
                 )
         readings.check_divides(self, "Wafer.tile", array, spec)
+        if self.reading == "devices" and readings.explicit(self):
+            array = readings.constrain(self, array, P())  # a split dimension could not be cut
         slices = []
         for entry, length in zip(spec, array.shape, strict=False):
             index, parts = 0, 1

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from sharding.explain import explain, table
-from sharding.state import initialise, lay_out, logical, logical_shape, named_leaves
+from sharding.state import initialise, lay_out, logical, logical_shape, named_leaves, pad
 
 
 class Pair(nnx.Module):
@@ -89,3 +89,31 @@ def test_explain_counts_bytes_and_padding():
     assert row.padding == pytest.approx(48 / 35 - 1)
     assert rows["step"].bytes_per_device == 4
     assert table(list(rows.values())).row_count == len(rows) + 1
+
+
+def test_padding_twice_keeps_the_logical_shape():
+    state = {"w": nnx.Param(jnp.ones((6, 5)), axes=("in", "out"))}
+    twice = pad(pad(state, wk.Wafer.devices(4, 4)), wk.Wafer.devices(3, 3))
+    assert twice["w"].shape == (9, 9)
+    np.testing.assert_array_equal(logical(twice)["w"][...], 1)
+    assert logical(twice)["w"].shape == (6, 5)
+
+
+def test_a_variable_without_names_is_whole_everywhere():
+    state = {"mean": nnx.BatchStat(jnp.ones(3))}
+    assert initialise(lambda: state, wk.Wafer.devices(2, 4))["mean"].shape == (3,)
+
+
+def test_what_lives_at_memoryx_is_padded_for_it():
+    make = lambda: {"w": nnx.Param(jnp.ones((6, 5)), axes=("in", "out"))}  # noqa: E731
+    state = initialise(make, wk.Wafer.devices(2, 2, 2), home="memoryx")
+    assert state["w"].shape == (8, 6)
+
+
+def test_padding_is_cut_on_explicit_axes():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    wafer = wk.Wafer.of(mesh, y="a", x="b")
+    make = lambda: {"w": nnx.Param(jnp.ones((5, 3)), axes=("in", "out"))}  # noqa: E731
+    with jax.set_mesh(mesh), wafer:
+        state = initialise(make, wafer)
+        assert jax.jit(lambda s: logical(s)["w"][...].sum())(state) == 15

@@ -3,6 +3,7 @@ import functools
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,6 +53,16 @@ def test_made_afresh_it_is_the_same_program(a, b):
 @pytest.mark.parametrize(("a", "b"), OTHER)
 def test_what_differs_in_what_it_holds_is_another(a, b):
     assert key(a) != key(b)
+
+
+def test_code_that_is_loaded_anew_is_another_program():
+    source = "lambda u: helper(u)"
+    assert key(eval(source)) != key(eval(source))
+
+
+def test_an_array_is_the_same_if_it_is_the_very_one():
+    ones = jnp.ones(3)
+    assert key(holding(ones)) == key(holding(ones)) != key(holding(jnp.ones(3)))
 
 
 def calls_itself():
@@ -106,14 +117,13 @@ def test_frozen_keeps_defaults_and_its_name():
 def test_in_a_script_a_helper_defined_anew_is_another_program():
     script = (
         "from wsekern.identity import key\n"
-        "source = 'lambda u: helper(u)'\n"
-        "kernel = eval(source)\n"
+        "def make(): return lambda u: helper(u)\n"
         "def helper(u): return u + 1\n"
-        "first = key(kernel)\n"
-        "assert first == key(eval(source))\n"
+        "first = key(make())\n"
+        "assert first == key(make())\n"
         "def helper(u): return u + 2\n"
-        "assert first != key(kernel)\n"
+        "assert first != key(make())\n"
         "def helper(u): return helper(u - 1) if u else 0\n"
-        "assert key(kernel) == key(eval(source)) is not None\n"
+        "assert key(make()) == key(make()) is not None\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

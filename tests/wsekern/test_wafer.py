@@ -287,3 +287,29 @@ def test_the_mend_for_a_stray_array_mends_it():
     wafer = wk.Wafer.devices(2, 4)
     got = mapped(wafer.shard(stray(), TILED))
     np.testing.assert_array_equal(got, np.roll(matrix(), 4, 0))
+
+
+def test_a_tile_of_an_explicit_array_is_cut_too():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    wafer = wk.Wafer.of(mesh, y="a", x="b")
+    whole = np.arange(16.0, dtype=np.float32).reshape(4, 4)
+    np.testing.assert_array_equal(wafer.tile(wafer.shard(whole), 1, 0), whole[2:, :2])
+
+
+def test_refuses_explicit_axes_beside_its_own_auto_ones():
+    kinds = (AxisType.Explicit, AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((2, 2, 2), ("d", "a", "b"), axis_types=kinds)
+    with pytest.raises(ValueError, match="make all alike"):
+        wk.Wafer.of(mesh, y="a", x="b")
+
+
+@pytest.mark.parametrize("use", [wk.Wafer.shard, lambda w, u: wk.matmul(u, u, wafer=w)])
+def test_an_abstract_wafer_refuses_to_compute(use):
+    with pytest.raises(ValueError, match="only traced over, never run on"):
+        use(wk.Wafer.abstract(wk.WSE3, 2, 2), np.ones((4, 4), np.float32))
+
+
+def test_a_mesh_is_no_wafer():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="is a Mesh, not a Wafer; adopt a mesh with"):
+        wk.matmul(np.ones((4, 4)), np.ones((4, 4)), wafer=mesh)

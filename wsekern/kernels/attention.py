@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from wsekern import context, fabric, layout, readings
+from wsekern import context, fabric, layout
 from wsekern.axes import COLS, ROWS, WAFERS
 from wsekern.kernels import allgather, ring
 from wsekern.kernels import tile_attention as tile
@@ -73,10 +73,10 @@ def attention(
     if wafer is None:
         return _local(q, k, v, causal, scale)
     shape, (T, S) = q.shape, (q.shape[1], k.shape[1])
-    q, k, v = _heads_aligned(q, k, v, wafer)
     q_blocks, q = _sequence_blocked(q, wafer)
     k_blocks, k = _sequence_blocked(k, wafer)
     _, v = _sequence_blocked(v, wafer)
+    q, k, v = _heads_aligned(q, k, v, wafer)
     q, k, v = (layout.pad(x, _HEADS, wafer) for x in (q, k, v))
     # A causal query never sees what pads the keys, unless there are more queries than keys.
     masked = k.shape[1] > S and (not causal or T > S)
@@ -209,10 +209,10 @@ def _heads_aligned(q, k, v, wafer):
 
     repeats = min((r for r in range(1, group + 1) if group % r == 0), key=of_one_pe)
     kv_heads = -(-K * repeats // wafer.width) * wafer.width
-    if repeats > 1 and wafer.reading == "devices" and readings.explicit(wafer):
-        k, v = (readings.constrain(wafer, x, P(WAFERS, ROWS, None, None)) for x in (k, v))
-    if repeats > 1:
+    if repeats > 1:  # of whole heads: Explicit axes would not repeat what is split
+        k, v = (layout.pad(x, P(WAFERS, ROWS, None, None), wafer) for x in (k, v))
         k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+        q = layout.pad(q, P(WAFERS, ROWS, None, None), wafer)
     k, v = (_grown(x, 2, kv_heads) for x in (k, v))
     return _grown(q, 2, kv_heads * (group // repeats)), k, v
 

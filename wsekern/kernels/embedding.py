@@ -39,10 +39,12 @@ def embedding(
     Raises:
       ValueError: the shapes do not fit, the tokens are not integers or the table is not floating.
     """
+    tokens, table = jnp.asarray(tokens), jnp.asarray(table)
     _check(tokens, table)
+    tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))  # V may not fit a byte
     wafer = context.resolve(wafer)
     if wafer is None:
-        return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return _local(tokens, table)
     rows = layout.tiled(tokens.ndim, ROWS)
     padded = layout.pad(tokens, rows, wafer), layout.pad(table, _TABLE, wafer)
     out = _embedding(*padded, table.shape, wafer)
@@ -134,6 +136,13 @@ def _resized(x, length):
     """`x` with its last dimension cut, or grown by zeros, to `length`."""
     x = x[..., :length]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+
+
+def _local(tokens, table):
+    # Looked up in float32, so that the gradient is scattered in it.
+    whole = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    rows = whole.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return rows.astype(table.dtype)
 
 
 def _check(tokens, table):

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from wsekern import context, fabric, layout
@@ -25,8 +26,8 @@ def cross_entropy(
     """`logsumexp(logits) - logits[label]` of every token: its loss in nats, float32.
 
     Computed in float32. Forward, two all-reduces along x, of one and of two words a token; backward
-    nothing is sent. Nothing is kept but `logits`, `labels` and one word a token, and no PE holds
-    more of the vocabulary than its own part. Reverse mode only.
+    nothing is sent. On a wafer nothing is kept but `logits`, `labels` and one word a token, and no
+    PE holds more of the vocabulary than its own part. Reverse mode only.
 
     Args:
       logits: of every word of the vocabulary, tiled: tokens along y, vocabulary along x.
@@ -40,7 +41,9 @@ def cross_entropy(
       ValueError: the shapes do not fit one another, the logits are not floating or the labels not
         integers, or `vocab` is not from 1 to V.
     """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     _check(logits, labels, vocab)
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # V may not fit a byte
     wafer = context.resolve(wafer)
     vocab = logits.shape[-1] if vocab is None else vocab
     if wafer is None:
@@ -79,7 +82,7 @@ def _per_pe(
 ) -> tuple[Float[Array, "*batch Tt"], Float[Array, "*batch Tt"]]:
     words = _words(logits)
     logits = jnp.where(words < vocab, logits.astype(jnp.float32), -jnp.inf)
-    largest = fabric.all_reduce(jnp.max(logits, -1), COLS, "max")
+    largest = fabric.all_reduce(lax.stop_gradient(jnp.max(logits, -1)), COLS, "max")
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), -1)
     mine = jnp.sum(jnp.where(words == labels[..., None], logits, 0), -1)
     exponentials, label_logits = fabric.all_reduce(jnp.stack([exponentials, mine]), COLS)

@@ -66,10 +66,11 @@ def matmul(a, b, *, algorithm="auto", wafer=None):
     On a height x width grid, with words of `a` and `b` counted for the tiles of one PE:
 
     - `allgather`: `width` times the tile of `a` and `height` times that of `b` are received, in two
-      moves, and held.
-    - `summa`: as many words, in 2 max(height, width) broadcasts, of which one panel each is held.
-    - `cannon`, on square grids: as many words, in 2 (height - 1) shifts after a skew; two tiles of
-      each operand are held. A wafer has edges, so its wrap is as long as the grid.
+      moves, and held; the gradient holds as many sums in float32.
+    - `summa`: about twice as many words, in 2 max(height, width) broadcasts, of which one panel
+      each is held.
+    - `cannon`, on square grids: as many words as `allgather`, in 2 (height - 1) shifts after a
+      skew; two tiles of each operand are held. A wafer has edges: its wrap is as long as the grid.
     - `mesh`: Cannon's shifts on a ring folded onto the line: no word goes further than two hops.
 
     Args:
@@ -85,7 +86,8 @@ def matmul(a, b, *, algorithm="auto", wafer=None):
       ValueError: the shapes do not fit one another, the dtypes differ or are not floating, or
         `algorithm` is unknown or needs a square grid.
     """
-    bs = b if isinstance(b, tuple) else (b,)
+    several = isinstance(b, tuple | list)
+    a, bs = jnp.asarray(a), tuple(map(jnp.asarray, b if several else (b,)))
     _check(a, bs, algorithm)
     wafer = context.resolve(wafer)
     if wafer is None:
@@ -97,7 +99,7 @@ def matmul(a, b, *, algorithm="auto", wafer=None):
         cs = _product(a_padded, padded, _chosen(algorithm, a_padded, padded, wafer), wafer)
         shapes = [(*a.shape[:-1], one.shape[-1]) for one in bs]
         cs = tuple(layout.crop(c, shape, spec, wafer) for c, shape in zip(cs, shapes, strict=True))
-    return cs if isinstance(b, tuple) else cs[0]
+    return cs if several else cs[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

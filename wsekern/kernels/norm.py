@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -32,8 +33,8 @@ def rms_norm(
     """`x / sqrt(mean(x**2) + eps) * scale`, the mean over features, in `x`'s dtype.
 
     Computed in float32. Forward, one all-reduce along x of one word a row; backward, another one,
-    and one along y and the wafers of a PE's part of `scale`. Nothing is kept but `x`, `scale` and
-    one word a row. Reverse mode only.
+    and one along y and the wafers of a PE's part of `scale`. On a wafer nothing is kept but `x`,
+    `scale` and one word a row. Reverse mode only.
 
     Args:
       x: rows to normalise, tiled: rows along y, features along x.
@@ -68,11 +69,11 @@ def layer_norm(
 ) -> Float[Array, "*batch T D"]:
     """`(x - mean) / sqrt(variance + eps) * scale + bias` over features, in `x`'s dtype.
 
-    Computed in float32. Forward, one move along x of two words a row: each PE's mean and squared
-    deviations are gathered and joined exactly while that is less than the PE has of a row, else
-    summed, which costs the variance digits where the mean is much the larger. Backward, one
+    Computed in float32. Forward, each PE's mean and squared deviations are gathered along x and
+    joined, in one move of two words a row, while what is gathered is less than the PE has of a row;
+    else the mean and then the deviations are summed, in two moves of one word. Backward, one
     all-reduce along x of two words a row, and one along y and the wafers of a PE's part of `scale`
-    and `bias`. Nothing is kept but `x`, `scale` and two words a row. Reverse mode only.
+    and `bias`. On a wafer nothing is kept but `x`, `scale` and two words a row. Reverse mode only.
 
     Args:
       x: rows to normalise, tiled: rows along y, features along x.
@@ -213,9 +214,9 @@ def _moments(x, features):
     mean = jnp.sum(x, -1) / jnp.maximum(count, 1)
     m2 = jnp.sum(jnp.square(_real(x - mean[..., None], features)), -1)
     if 2 * p > tile:
-        sums = fabric.all_reduce(jnp.stack([count * mean, m2 + count * mean * mean]), COLS)
-        mean = sums[0] / features
-        return mean, jnp.maximum(sums[1] / features - mean * mean, 0)
+        mean = fabric.all_reduce(count * mean, COLS) / features
+        squares = jnp.sum(jnp.square(_real(x - mean[..., None], features)), -1)
+        return mean, fabric.all_reduce(squares, COLS) / features
     means, m2s = fabric.all_gather(jnp.stack([mean, m2])[:, None], COLS, 1, replicated=True)
     counts = jnp.clip(features - tile * jnp.arange(p), 0, tile).astype(jnp.float32)
     counts = counts.reshape(p, *(1,) * mean.ndim)
@@ -278,8 +279,8 @@ def _check(what, x, scale, bias, eps, features):
     for name, array in (("x", x), ("scale", scale), ("bias", bias)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{what}: {name} is {array.dtype}; cast it to a floating dtype")
-    if not eps > 0:
-        raise ValueError(f"{what}: eps={eps} must be positive")
+    if isinstance(eps, jax.core.Tracer) or not np.float32(eps) > 0:
+        raise ValueError(f"{what}: eps={eps} must be a number above 0 in float32")
     if features is not None and not 1 <= features <= D:
         raise ValueError(
             f"{what}: features={features} and x is {x.shape}: it must be from 1 to {D}"

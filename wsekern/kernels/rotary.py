@@ -53,6 +53,8 @@ def _check(x, positions, frequencies):
             f"rotary: x is {x.shape}, it must have four dimensions: batch, sequence, heads, head "
             "size"
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"rotary: x is {x.dtype}; cast it to a floating dtype")
     B, T, _, H = x.shape
     if H % 2:
         raise ValueError(f"rotary: x is {x.shape}: its head size ({H}) must be even")

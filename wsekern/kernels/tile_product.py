@@ -42,8 +42,7 @@ def runnable(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     XLA's for the CPU, in jax 0.10, refuses some such products of 16 bits: there they are widened.
     """
     wafer = context.inside()
-    traced_only = wafer is not None and wafer.reading == "abstract"
-    if jax.default_backend() != "cpu" or traced_only:
+    if wafer is None or wafer.platform != "cpu":
         return a, b
     return a.astype(sum_dtype(a.dtype)), b.astype(sum_dtype(b.dtype))
 

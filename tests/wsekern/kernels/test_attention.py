@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
@@ -258,3 +259,32 @@ def test_refuses_an_unknown_algorithm():
     message = "algorithm='flash' is not one of 'auto', 'ring', 'allgather'"
     with pytest.raises(ValueError, match=message):
         attend(None, "flash")(q, k, v)
+
+
+def test_grouped_heads_on_explicit_axes_need_no_size_that_divides():
+    mesh = jax.make_mesh((2, 2, 2), ("d", "a", "b"), axis_types=(AxisType.Explicit,) * 3)
+    wafer = wk.Wafer.of(mesh, y="a", x="b", wafer="d")
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(3, 7, n, 4)).astype(np.float32) for n in (4, 1, 1))
+
+    def total(wafer):
+        return jax.jit(
+            jax.grad(lambda q, k, v: (wk.attention(q, k, v, wafer=wafer) ** 2).sum(), (0, 1, 2))
+        )
+
+    with jax.set_mesh(mesh):
+        got = total(wafer)(q, k, v)
+    for x, y in zip(got, total(None)(q, k, v), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["MHA", "GQA"])
+def test_bfloat16_gradients_with_several_heads_a_pe(heads):
+    """What XLA's CPU backend cannot multiply in 16 bits is widened."""
+    N, K = heads
+    q, k, v = (jnp.ones((2, 64, n, 32), jnp.bfloat16) for n in (N, K, K))
+    run = functools.partial(wk.attention, causal=True, wafer=wk.Wafer.devices(2, 2))
+    gradient = jax.jit(jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), (0, 1, 2)))
+    dq, dk, dv = gradient(q, k, v)
+    assert dq.dtype == dk.dtype == dv.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(dv).sum(), q.size, rtol=1e-2)

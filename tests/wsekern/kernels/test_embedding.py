@@ -165,3 +165,22 @@ def test_runs_on_the_wafer_in_force():
 def test_refuses_what_does_not_fit(wafer, tokens, table, message):
     with pytest.raises(ValueError, match=f"^embedding: .*{message}"):
         wk.embedding(tokens, table, wafer=wafer)
+
+
+@pytest.mark.parametrize("place", [None, wk.Wafer.devices(2, 4)], ids=["local", "2x4"])
+def test_a_token_seen_a_thousand_times_sums_its_gradient_in_float32(place):
+    def total(table):
+        rows = wk.embedding(jnp.zeros((1, 1000), jnp.int32), table, wafer=place)
+        return rows.astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(total))(jnp.zeros((4, 8), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(gradient[0]), 1000)
+
+
+@pytest.mark.parametrize("V", [256, 300])
+def test_a_vocabulary_may_be_larger_than_what_the_tokens_dtype_holds(V):
+    table = np.arange(V * 4, dtype=np.float32).reshape(V, 4)
+    tokens = np.array([[0, 1, 255, 44]], np.uint8)
+    run = jax.jit(functools.partial(wk.embedding, wafer=wk.Wafer.devices(2, 2)))
+    np.testing.assert_array_equal(run(tokens, table), table[tokens])

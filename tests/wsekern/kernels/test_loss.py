@@ -189,3 +189,22 @@ def test_refuses_dtypes_that_do_not_fit(logits, labels, message):
 def test_refuses_a_vocabulary_out_of_range(vocab):
     with pytest.raises(ValueError, match=f"vocab={vocab} .* it must be from 1 to 8"):
         wk.cross_entropy(jnp.ones((4, 8)), jnp.zeros(4, int), vocab=vocab)
+
+
+@pytest.mark.parametrize("V", [256, 300])
+def test_a_vocabulary_may_be_larger_than_what_the_labels_dtype_holds(V):
+    run = jax.jit(functools.partial(wk.cross_entropy, wafer=wk.Wafer.devices(2, 2)))
+    losses = run(np.zeros((4, V), np.float32), np.array([0, 1, 255, 44], np.uint8))
+    np.testing.assert_allclose(losses, np.log(V), rtol=1e-6)
+
+
+def test_it_can_be_differentiated_twice():
+    def curvature(wafer):
+        def loss(x):
+            return wk.cross_entropy(x, jnp.array([1, 2]), wafer=wafer).sum()
+
+        return jax.jit(jax.grad(lambda x: (jax.grad(loss)(x) ** 2).sum()))
+
+    x = jnp.sin(jnp.arange(10.0)).reshape(2, 5)
+    got, want = curvature(wk.Wafer.devices(2, 2))(x), curvature(None)(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)

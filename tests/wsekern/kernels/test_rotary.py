@@ -154,3 +154,9 @@ def test_nothing_is_sent():
 def test_refuses_what_does_not_fit(x, options, message):
     with pytest.raises(ValueError, match=f"^rotary: .*{message}"):
         wk.rotary(jnp.ones(x), **options)
+
+
+@pytest.mark.refuses
+def test_refuses_whole_numbers():
+    with pytest.raises(ValueError, match="x is int32; cast it to a floating dtype"):
+        wk.rotary(jnp.ones((1, 3, 1, 2), jnp.int32))

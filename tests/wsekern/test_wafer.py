@@ -310,6 +310,6 @@ def test_an_abstract_wafer_refuses_to_compute(use):
 
 
 def test_a_mesh_is_no_wafer():
-    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mesh: Any = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     with pytest.raises(ValueError, match="is a Mesh, not a Wafer; adopt a mesh with"):
-        wk.matmul(np.ones((4, 4)), np.ones((4, 4)), wafer=mesh)
+        wk.matmul(jnp.ones((4, 4)), jnp.ones((4, 4)), wafer=mesh)

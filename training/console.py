@@ -97,9 +97,11 @@ class Console:
             f"ETA {_clock(seconds_left)}",
             f"{tokens_per_s:,.0f} tok/s",
             f"lr {learning_rate:.1e}",
-            f"{share_of_peak:.1%} of peak",
-            f"{compiled - self._expected} recompiles",
+            f"{share_of_peak:.1%} peak",
         ]
+        again = compiled - self._expected
+        # Only what should not be has to be seen on the narrowest terminal too.
+        facts.insert(2 if again else len(facts), f"{again} recompiles")
         if self._terminal.is_terminal:
             line = _fitting(facts, self._terminal.width)
             self._try(self._live.start)

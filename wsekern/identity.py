@@ -10,8 +10,6 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import jax
-
 
 def key(kernel: Callable) -> Hashable | None:
     """Equal for kernels that are the same program; None where that cannot be told."""
@@ -65,8 +63,6 @@ def _key(value: Any, above: tuple[Any, ...]) -> Hashable:
         keys = tuple(_key(h, above) for h in held)
         # The very code object, not an equal one: of a module loaded anew it may use other globals.
         return _Same(value.__code__), keys, _key_of_globals(value, above)
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
-        return _Same(value)
     if isinstance(value, tuple):
         return type(value), tuple(_key(item, above) for item in value)
     if isinstance(value, float):

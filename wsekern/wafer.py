@@ -114,8 +114,7 @@ class Wafer:
                 f"Wafer.of: the axes are {[str(kinds[n]) for n in given.values()]}; make them all "
                 "Auto or all Explicit (axis_types= of the mesh)"
             )
-        others = {str(kind) for name, kind in kinds.items() if name not in given.values()}
-        if kinds[y] == AxisType.Auto and str(AxisType.Explicit) in others:
+        if kinds[y] == AxisType.Auto and AxisType.Explicit in kinds.values():
             raise ValueError(
                 "Wafer.of: the axes named are Auto, and the mesh has Explicit ones beside them; "
                 "make all alike (axis_types= of the mesh)"
@@ -230,7 +229,8 @@ class Wafer:
 
         Args:
           kernel: computes with `jnp` and communicates through `wsekern.fabric` only. Differentiate
-            around `map`, never inside the kernel. What a lambda holds is read when `map` is called.
+            around `map`, never inside the kernel. What a lambda holds is read when `map` is called;
+            one that holds an array is compiled each time, so hand arrays over as operands.
           in_specs: a `PartitionSpec` in the names `"y"`, `"x"` and `"wafer"` for every operand, or
             a tuple of them (pytree prefixes, as in shard_map).
           out_specs: likewise for the results.

@@ -43,7 +43,9 @@ def explain(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[Place
     for name, leaf in named_leaves(state).items():
         shape, spec = logical_shape(leaf), layout_of(leaf, home)
         held = shape if wafer is None else layout.padded_shape(shape, spec, wafer)
-        parts = 1 if wafer is None else layout.parts(spec, wafer)
+        parts = 1  # virtual PEs all live on one device
+        if wafer is not None and wafer.reading != "virtual":
+            parts = layout.parts(spec, wafer)
         dtype = jnp.dtype(leaf.dtype)
         rows.append(
             Placement(

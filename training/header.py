@@ -69,8 +69,6 @@ def _facts(plan, corpus, peak):
     count = sum(row.size for row in params)
     alone = "one device" if wafer.reading == "virtual" else "a device"
     held = sum(row.bytes_per_device for row in state)
-    if wafer.reading == "virtual":
-        held = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(plan.shapes))
     flops = plan.tokens_per_step * plan.sizes.flops_per_token(plan.context)
     passes = f" in {config.passes} passes" if config.passes > 1 else ""
     yield "wafer", _described(wafer)

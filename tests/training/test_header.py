@@ -1,5 +1,6 @@
 import io
 import math
+import re
 
 import jax
 import numpy as np
@@ -58,11 +59,14 @@ def test_the_facts_of_a_run(virtual):
     assert ("virtual, on one cpu" if virtual else "emulated on this CPU") in text
 
 
-def test_the_state_is_counted_in_bytes_of_one_device():
-    wafer = wk.Wafer.devices(2, 4)
+@pytest.mark.parametrize(
+    "wafer", [wk.Wafer.devices(2, 4), wk.Wafer.virtual(wk.WSE3, 10, 10)], ids=repr
+)
+def test_the_state_is_counted_in_bytes_of_one_device(wafer):
     plan = make_plan(TrainingConfig(), NANO, wafer)
     held = sum(math.prod(s.sharding.shard_shape(s.shape)) for s in jax.tree.leaves(plan.shapes))
-    assert f"{held * 4 / 1e6:,.1f} MB on a device" in drawn(header(plan, CORPUS, PEAK))
+    text = drawn(header(plan, CORPUS, PEAK))
+    assert re.search(rf"state +{held * 4 / 1e6:,.1f} MB on (a|one) device", text)
 
 
 def test_an_unknown_device_is_measured_and_a_known_one_looked_up(monkeypatch):

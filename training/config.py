@@ -308,8 +308,9 @@ def _from_json(text: str) -> TrainingConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; names are {known}"
             raise ValueError(f"{name!r} is not a name of a choice{hint}")
-    data = given.get("data", [])
-    given["data"] = (data,) if isinstance(data, str) else tuple(data)  # JSON has no tuples
+    data = given.get("data")
+    if isinstance(data, str | list):  # JSON has no tuples
+        given["data"] = (data,) if isinstance(data, str) else tuple(data)
     return TrainingConfig(**given)
 
 

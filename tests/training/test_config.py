@@ -85,6 +85,7 @@ def test_what_was_left_to_be_found_is_resolved():
     [
         ('{"stesp": 3}', "'stesp' is not a name of a choice; did you mean 'steps'"),
         ('{"steps": "3"}', "steps='3' is not of type int"),
+        ('{"data": 5}', "data=5 is not of type tuple"),
         ("[3]", "it holds a list"),
         ("{", "config.json'"),
     ],

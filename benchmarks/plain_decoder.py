@@ -68,19 +68,6 @@ def loss(
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def update(
-    optimiser: optax.GradientTransformation, state: Any, gradients: Any, loss: jax.Array
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The rest of a training step, as `training.step` has it."""
-    updates, moments = optimiser.update(gradients, state["optimiser"], state["params"])
-    after = {
-        "step": state["step"] + 1,
-        "params": optax.apply_updates(state["params"], updates),
-        "optimiser": moments,
-    }
-    return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-
-
 def _block(x, block, config, angles, constrain):
     attention, feed_forward = block["attention"], block["feed_forward"]
     B, T, _ = x.shape

@@ -74,7 +74,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     from models.decoder import Decoder
     from models.llama import NANO
     from sharding.state import initialise, lay_out
-    from training.step import initial_state, train_step
+    from training.step import initial_state, train_step, updated
 
     changes, batch = SIZES[size]
     config = dataclasses.replace(NANO, **changes)
@@ -92,7 +92,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
             loss, gradients = jax.value_and_grad(plain_decoder.loss)(
                 state["params"], inputs, targets, config, constrain
             )
-            return plain_decoder.update(optimiser, state, gradients, loss)
+            return updated(optimiser, state, loss, gradients)
 
         return step
 

@@ -42,7 +42,7 @@ class Result:
     loss: float  # of the last step, nats a token; NaN if none was taken
     val_loss: float | None  # of the last evaluation
     run_dir: pathlib.Path
-    stopped: bool  # by a signal, before its last step
+    stopped: bool  # by a signal, before all was done
     saved: bool  # whether the last step can be resumed from
     sample: str | None
 
@@ -136,9 +136,10 @@ class Run:
         )
 
     def _start(self) -> tuple[int, TrainState, float]:
-        if not self.config.resume or self.checkpoints.empty():
-            if self.config.resume:
-                self.console.note("no step was saved yet: starting with the first")
+        if not self.config.resume:
+            return 0, self.programs.first_state(), 0.0
+        if self.checkpoints.empty():
+            self.console.note("no step was saved yet: starting with the first")
             return 0, self.programs.first_state(), 0.0
         shapes = self.plan.shapes
         step, state, extra = self.checkpoints.restore(shapes, logical_shapes=logical_shapes(shapes))

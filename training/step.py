@@ -88,15 +88,25 @@ def train_step(
     def step(state, inputs, targets):
         compute = gradient if parts == 1 else accumulated
         loss, gradients = compute(state["params"], inputs, targets)
-        updates, moments = optimiser.update(gradients, state["optimiser"], state["params"])
-        after = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], updates),
-            "optimiser": moments,
-        }
-        return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        return updated(optimiser, state, loss, gradients)
 
     return step
+
+
+def updated(
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    loss: Float[Array, ""],
+    gradients: nnx.State,
+) -> tuple[TrainState, Metrics]:
+    """The state after the one step that `gradients` ask for, and what was measured."""
+    updates, moments = optimiser.update(gradients, state["optimiser"], state["params"])
+    after = {
+        "step": state["step"] + 1,
+        "params": optax.apply_updates(state["params"], updates),
+        "optimiser": moments,
+    }
+    return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
 
 def _divided(parts: int, *batch: jax.Array) -> tuple[jax.Array, ...]:

@@ -32,6 +32,7 @@ GRIDS = {
     "2of2x2": ("devices", 2, 2, 2),
     "virtual-2x4": ("virtual", 2, 4, 1),
     "virtual-4x4": ("virtual", 4, 4, 1),
+    "virtual-8x8": ("virtual", 8, 8, 1),
     "virtual-2of2x2": ("virtual", 2, 2, 2),
 }
 
@@ -50,13 +51,16 @@ def wafer_called():
     return make_wafer
 
 
-@pytest.fixture(params=["1x1", "2x4", "4x2", "4x4", "2of2x2", "virtual-4x4"])
+EVERY_KIND = ["1x1", "1x4", "4x1", "2x2", "2x4", "4x4", "2of2x2", "virtual-4x4", "virtual-8x8"]
+
+
+@pytest.fixture(params=EVERY_KIND)
 def wafer(request):
-    """Every kind of wafer; for results."""
+    """Every kind of wafer; for results, of one shape."""
     return make_wafer(request.param)
 
 
-@pytest.fixture(params=["2x4", "2of2x2", "virtual-2x4"])
+@pytest.fixture(params=["2x4", "2of2x2", "virtual-4x4"])
 def full_wafer(request):
     """Wafers whose every axis has more than one PE; for gradients and random shapes."""
     return make_wafer(request.param)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wsekern.emulation import emulate_devices as emulate_devices
+    from wsekern.estimate.traffic import traffic as traffic
     from wsekern.hardware import A100 as A100
     from wsekern.hardware import H100 as H100
     from wsekern.hardware import H200 as H200
@@ -47,6 +48,7 @@ _HOMES = {
     "matmul": "kernels.matmul",
     "rms_norm": "kernels.norm",
     "rotary": "kernels.rotary",
+    "traffic": "estimate.traffic",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,0 +1,117 @@
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+from wsekern import fabric
+from wsekern.estimate.traffic import traffic
+
+WAFER = wk.Wafer.abstract(wk.WSE2, 4, 8)
+TILED = P("y", "x")
+TILE = 16 * 8  # words of a PE's tile
+WHOLE = jax.ShapeDtypeStruct((4 * 16, 8 * 8), jnp.float32)
+
+
+def of(kernel, whole: Any = WHOLE):
+    return traffic(WAFER.map(kernel, in_specs=TILED, out_specs=TILED), whole, wafer=WAFER)
+
+
+@pytest.mark.parametrize(
+    ("move", "words"),
+    [
+        (lambda u: fabric.shift(u, "x", 3), TILE),
+        (lambda u: fabric.route(u, "y", [(0, 2)]), TILE),
+        (lambda u: fabric.all_gather(u, "x", 1), 7 * TILE),
+        (lambda u: fabric.reduce_scatter(u, "x", 1), TILE * 7 / 8),
+        (lambda u: fabric.all_to_all(u, "y", 0, 1), TILE * 3 / 4),
+        (lambda u: fabric.all_reduce(u, ("y", "x"), "max"), TILE * 2 * 31 / 32),
+    ],
+    ids=["shift", "route", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"],
+)
+def test_words_of_one_move(move, words):
+    read = of(move)
+    assert (read.words, read.steps, read.moves) == (words, 1, 1)
+
+
+def test_sixteen_bits_are_half_a_word():
+    read = of(lambda u: fabric.shift(u, "x"), jax.ShapeDtypeStruct(WHOLE.shape, jnp.bfloat16))
+    assert read.words == TILE / 2
+
+
+def test_a_step_is_a_move_that_waits():
+    side_by_side = of(lambda u: fabric.shift(u, "x") + fabric.shift(u, "y"))
+    one_by_one = of(lambda u: fabric.shift(fabric.shift(u, "x"), "y"))
+    assert (side_by_side.steps, side_by_side.moves) == (1, 2)
+    assert (one_by_one.steps, one_by_one.moves) == (2, 2)
+    assert side_by_side.words == one_by_one.words == 2 * TILE
+
+
+def test_a_scan_counts_every_trip_and_the_chain_through_its_carry():
+    def kernel(u):
+        def step(carry, _):
+            far, near, total = carry
+            return (fabric.shift(far, "x"), near, total + fabric.shift(near, "y")), None
+
+        start = (u, u, jnp.zeros_like(u))
+        (far, _, total), _ = lax.scan(step, fabric.varying(start), length=5)
+        return far + total
+
+    read = of(kernel)
+    assert (read.steps, read.moves, read.words) == (5, 10, 10 * TILE)
+
+
+def test_what_stays_is_no_move():
+    assert of(lambda u: fabric.shift(u, "x", 8)).moves == 0
+    assert of(lambda u: u + 1).words == 0
+
+
+def test_the_branch_that_receives_more_is_counted():
+    def kernel(u):
+        return lax.cond(
+            fabric.all_reduce(u, ("y", "x"), "max").max() > 0,
+            lambda u: fabric.shift(u, "x"),
+            lambda u: fabric.shift(fabric.shift(u, "x"), "x"),
+            u,
+        )
+
+    assert of(kernel).words_by_move["shift"] == 2 * TILE
+
+
+def test_gradients_are_read_too():
+    run = WAFER.map(lambda u: fabric.shift(u, "x"), in_specs=TILED, out_specs=TILED)
+    read = traffic(jax.grad(lambda u: run(u * u).sum()), WHOLE, wafer=WAFER)
+    assert read.words == 2 * TILE
+
+
+@pytest.mark.parametrize(
+    "wafer", [wk.Wafer.devices(2, 4), wk.Wafer.virtual(wk.WSE2, 2, 4)], ids=["devices", "virtual"]
+)
+def test_every_reading_has_the_same_moves(wafer):
+    a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    run = functools.partial(wk.matmul, algorithm="allgather")
+    with wafer:
+        read = traffic(run, a, a)
+    assert read.words == 3 * 32 * 16 + 1 * 32 * 16
+
+
+def test_it_prints_what_it_read():
+    read = of(lambda u: fabric.shift(u, "x"))
+    assert str(read) == "128 words a PE in 1 steps, 1 moves (shift 128)"
+
+
+def test_refuses_a_loop_whose_length_is_not_known():
+    def kernel(u):
+        return lax.while_loop(lambda u: jnp.all(u < 0), lambda u: fabric.shift(u, "x"), u)
+
+    with pytest.raises(ValueError, match="a move stands in a while loop"):
+        of(kernel)
+
+
+def test_refuses_to_read_without_a_wafer():
+    with pytest.raises(ValueError, match="there is no wafer"):
+        traffic(lambda u: u, WHOLE)

@@ -1,0 +1,4 @@
+"""This package is the abstract reading: what a program costs, read off its trace.
+
+It may import the rest of wsekern, and nothing above it.
+"""

@@ -1,0 +1,138 @@
+"""This file is what an operation costs where there is no wafer to use: nothing."""
+
+import collections
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import wsekern as wk
+
+ONE = wk.Wafer.devices(1, 1)
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_writes():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def spec(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class Case(NamedTuple):
+    operation: Callable[..., Any]  # of its operands and `wafer=`
+    plain: Callable[..., Any]
+    operands: tuple
+
+
+def rms_norm(x, scale):
+    mean = jnp.sum(x * x, -1, keepdims=True) / x.shape[-1]
+    return x * jax.lax.rsqrt(mean + 1e-6) * scale
+
+
+def layer_norm(x, scale, bias):
+    mean = jnp.mean(x, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), -1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias
+
+
+def rotary(x):
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(x.shape[1]).astype(jnp.float32).reshape(1, -1, 1, 1) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def embedding(tokens, table):
+    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def cross_entropy(logits, labels):
+    labels = jnp.where(labels < 0, logits.shape[-1], labels)
+    mine = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill", fill_value=jnp.nan)
+    return jax.nn.logsumexp(logits, -1) - mine[..., 0]
+
+
+A, B = spec(2, 8, 16), spec(16, 24)
+Q, KV = spec(1, 8, 4, 16), spec(1, 8, 2, 16)
+ROW = spec(16)
+attention = jax.nn.dot_product_attention
+CASES = {
+    "matmul": Case(wk.matmul, jnp.matmul, (A, B)),
+    "attention": Case(wk.attention, attention, (Q, KV, KV)),
+    "causal attention": Case(
+        lambda *qkv, wafer: wk.attention(*qkv, causal=True, scale=0.3, wafer=wafer),
+        lambda *qkv: attention(*qkv, is_causal=True, scale=0.3),
+        (Q, KV, KV),
+    ),
+    "rms_norm": Case(wk.rms_norm, rms_norm, (A, ROW)),
+    "layer_norm": Case(wk.layer_norm, layer_norm, (A, ROW, ROW)),
+    "rotary": Case(wk.rotary, rotary, (Q,)),
+    "embedding": Case(wk.embedding, embedding, (spec(2, 8, dtype=jnp.int32), B)),
+    "cross_entropy": Case(wk.cross_entropy, cross_entropy, (A, spec(2, 8, dtype=jnp.int32))),
+}
+
+
+def optimised(function, operands):
+    """The optimised program, without what only names and locates its parts."""
+    text = jax.jit(function).lower(*operands).compile().as_text() or ""
+    text = re.sub(r",? *metadata=\{[^}]*\}", "", text.partition("\n\n")[2])
+    text = re.sub(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)\n.*?\n\n", "", text)
+    new_names = (f"%{number}" for number in itertools.count())
+    renamed: dict[str, str] = collections.defaultdict(lambda: next(new_names))
+    name = r"%[\w.\-]+|[\w.\-]+(?=: [a-z]+\d*\[)"  # of an instruction, or of a parameter
+    return re.sub(name, lambda match: renamed[match[0]], text)
+
+
+def with_gradients(function):
+    """Of operands and the result's gradient: the result, and the floating operands' gradients."""
+
+    def call(operands, dout):
+        floating = {i: x for i, x in enumerate(operands) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+        def of_floating(floating):
+            return function(*(floating.get(i, x) for i, x in enumerate(operands)))
+
+        out, pull = jax.vjp(of_floating, floating)
+        return out, pull(dout)
+
+    return call
+
+
+@pytest.mark.parametrize("wafer", [None, ONE], ids=["no wafer", "one PE"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_compiles_to_the_plain_program(name, wafer):
+    operation, plain, operands = CASES[name]
+
+    def call(*operands):
+        return operation(*operands, wafer=wafer)
+
+    assert optimised(call, operands) == optimised(lambda *operands: plain(*operands), operands)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_gradient_is_the_plain_ones_program(name):
+    operation, plain, operands = CASES[name]
+    dout = jax.eval_shape(plain, *operands)
+
+    def call(*operands):
+        return operation(*operands, wafer=None)
+
+    programs = [optimised(with_gradients(f), (operands, dout)) for f in (call, plain)]
+    assert programs[0] == programs[1]
+
+
+def test_every_operation_of_the_library_is_here():
+    """A new one joins the table above."""
+    machines = {"A100", "H100", "H200", "TPU_V5E", "WSE1", "WSE2", "WSE3"}
+    others = {"Wafer", "emulate_devices", "traffic"}
+    covered = {name.split()[-1] for name in CASES}
+    assert set(wk.__all__) - machines - others == covered

@@ -39,7 +39,7 @@ def embedding(
     Raises:
       ValueError: the shapes do not fit, the tokens are not integers or the table is not floating.
     """
-    tokens, table = jnp.asarray(tokens), jnp.asarray(table)
+    tokens, table = layout.as_array(tokens), layout.as_array(table)
     _check(tokens, table)
     tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))  # V may not fit a byte
     wafer = context.resolve(wafer)
@@ -138,6 +138,8 @@ def _resized(x, length):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
 
 
+# Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+@functools.partial(jax.jit, inline=True)
 def _local(tokens, table):
     # Looked up in float32, so that the gradient is scattered in it.
     whole = table.astype(jnp.promote_types(table.dtype, jnp.float32))

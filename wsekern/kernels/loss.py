@@ -41,7 +41,7 @@ def cross_entropy(
       ValueError: the shapes do not fit one another, the logits are not floating or the labels not
         integers, or `vocab` is not from 1 to V.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits, labels = layout.as_array(logits), layout.as_array(labels)
     _check(logits, labels, vocab)
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # V may not fit a byte
     wafer = context.resolve(wafer)
@@ -110,6 +110,8 @@ def _words(logits):
     return words.reshape((1,) * (logits.ndim - 1) + words.shape)
 
 
+# Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+@functools.partial(jax.jit, static_argnames="vocab", inline=True)
 def _local(logits, labels, vocab):
     logits = logits[..., :vocab].astype(jnp.float32)
     # A negative index would count from the end.

@@ -247,12 +247,15 @@ def _row_axes(x):
     return (WAFERS, ROWS) if x.ndim > 2 else ROWS
 
 
+# Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+@functools.partial(jax.jit, static_argnames=("eps", "features"), inline=True)
 def _local_rms(x, scale, eps, features):
     x32 = x.astype(jnp.float32)
     mean = jnp.sum(x32 * x32, -1, keepdims=True) / features
     return (x32 * lax.rsqrt(mean + eps) * _rowwise(scale, x)).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "features"), inline=True)
 def _local_layer(x, scale, bias, eps, features):
     x32 = x.astype(jnp.float32)[..., :features]
     mean = jnp.mean(x32, -1, keepdims=True)

@@ -4,6 +4,9 @@ J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2
 paired with feature i + H/2, as in GPT-NeoX and Llama.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
@@ -34,11 +37,18 @@ def rotary(
       ValueError: the shapes do not fit, H is odd, or the positions are not integers.
     """
     _check(x, positions, frequencies)
-    T, half = x.shape[1], x.shape[3] // 2
     if frequencies is None:
+        half = x.shape[3] // 2
         frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if positions is None:
-        positions = jnp.arange(T)
+        positions = jnp.arange(x.shape[1])
+    return _turned(x, positions, frequencies)
+
+
+# Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+@functools.partial(jax.jit, inline=True)
+def _turned(x, positions, frequencies):
+    T, half = x.shape[1], x.shape[3] // 2
     positions = positions.astype(jnp.float32).reshape(-1, T, 1, 1)
     angles = positions * frequencies.astype(jnp.float32).reshape(1, 1, 1, half)
     cos, sin = jnp.cos(angles), jnp.sin(angles)

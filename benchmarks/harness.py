@@ -136,8 +136,8 @@ def show(
       results: a row each.
       columns: further columns, by their headings.
     """
-    console = _console()
-    table = Table(box=box.HEAVY_HEAD if console.is_terminal else box.MARKDOWN)
+    out = console()
+    table = Table(box=box.HEAVY_HEAD if out.is_terminal else box.MARKDOWN)
     table.add_column("candidate")
     table.add_column("time", justify="right")
     table.add_column("ratio", justify="right")
@@ -158,8 +158,8 @@ def show(
             *(cell(result) for cell in (columns or {}).values()),
             result.note,
         )
-    console.print(f"\n{title}\n", highlight=False)
-    console.print(table)
+    out.print(f"\n{title}\n", highlight=False)
+    out.print(table)
 
 
 def environment() -> dict[str, Any]:
@@ -178,7 +178,7 @@ def environment() -> dict[str, Any]:
 
 def show_environment() -> None:
     """Prints `environment()` in one line."""
-    _console().print(", ".join(f"{k} {v}" for k, v in environment().items()), highlight=False)
+    console().print(", ".join(f"{k} {v}" for k, v in environment().items()), highlight=False)
 
 
 def dump(
@@ -211,9 +211,10 @@ def parse_grid(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPED_WIDTH)
+def console() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough where output is piped."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_PIPED_WIDTH)
 
 
 def _calls(run: Callable[[], Any]) -> int:

@@ -1,0 +1,103 @@
+"""This file is what every kernel sends on p x p PEs: read off its program, beside its formula."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from benchmarks import harness
+
+# What a PE holds of an operand, in words: of a matrix, and of queries, keys or values.
+TILE = 8 * 8
+HEAD_TILE = 4 * 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Traces each kernel for a wafer of WSE-2 PEs; nothing is computed and nothing is timed."""
+
+    sides: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Rows of PEs, and columns."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A program on p x p PEs, and what its docstring says of one PE."""
+
+    program: Callable[..., Any]
+    operands: Callable[[int], tuple]  # shapes, for p
+    words: Callable[[int], float]
+    steps: Callable[[int], int]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints words and steps by p; marks the program that differs from its formula."""
+    options = tyro.cli(Options, prog="python -m benchmarks traffic", args=argv)
+    harness.start(1)
+    table = Table(title="words a PE receives / steps that wait for one another", box=None)
+    table.add_column("program")
+    for p in options.sides:
+        table.add_column(f"p = {p}", justify="right")
+    for name, case in cases().items():
+        table.add_row(name, *(_cell(case, p) for p in options.sides))
+    harness.console().print(table)
+
+
+def _cell(case: Case, p: int) -> str:
+    words, steps = read(case, p)
+    said = case.words(p), case.steps(p)
+    cell = f"{words:,.0f} / {steps}"
+    return cell if (words, steps) == said else f"{cell}, not {said[0]:,.0f} / {said[1]}"
+
+
+def read(case: Case, p: int) -> tuple[float, int]:
+    """Words and steps of `case` on p x p PEs, read off its trace."""
+    import wsekern as wk
+
+    found = wk.traffic(case.program, *case.operands(p), wafer=wk.Wafer.abstract(wk.WSE2, p, p))
+    return found.words, found.steps
+
+
+def cases() -> dict[str, Case]:
+    """Every kernel that sends, by name."""
+    return {**_products(), **_attentions()}
+
+
+def _products() -> dict[str, Case]:
+    import jax
+
+    import wsekern as wk
+
+    def matrices(p: int) -> tuple:
+        return (jax.ShapeDtypeStruct((8 * p, 8 * p), "float32"),) * 2
+
+    def case(algorithm, words, steps):
+        program = functools.partial(wk.matmul, algorithm=algorithm)
+        return Case(program=program, operands=matrices, words=words, steps=steps)
+
+    return {
+        "matmul, allgather": case("allgather", lambda p: 2 * (p - 1) * TILE, lambda p: 1),
+        "matmul, cannon": case("cannon", lambda p: 2 * p * TILE, lambda p: p),
+        "matmul, mesh": case("mesh", lambda p: 2 * p * TILE, lambda p: p),
+    }
+
+
+def _attentions() -> dict[str, Case]:
+    import jax
+
+    import wsekern as wk
+
+    def heads(p: int) -> tuple:
+        return (jax.ShapeDtypeStruct((1, 4 * p, p, 16), "float32"),) * 3
+
+    def case(algorithm, words, steps):
+        program = functools.partial(wk.attention, algorithm=algorithm)
+        return Case(program=program, operands=heads, words=words, steps=steps)
+
+    return {
+        "attention, ring": case("ring", lambda p: 2 * (p - 1) * HEAD_TILE, lambda p: p - 1),
+        "attention, allgather": case("allgather", lambda p: 2 * (p - 1) * HEAD_TILE, lambda p: 1),
+    }

@@ -1,7 +1,7 @@
 """This file is the public ring attention of the field as a peer: the PyPI package `ringattention`.
 
 H. Liu, M. Zaharia and P. Abbeel, 2023. It is measured where it is installed
-(`pip install ringattention einops`).
+(`pip install -e '.[bench]' -c constraints.txt`).
 """
 
 import functools

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from wsekern.hardware import WSE2 as WSE2
     from wsekern.hardware import WSE3 as WSE3
     from wsekern.kernels.attention import attention as attention
+    from wsekern.kernels.cache import KVCache as KVCache
+    from wsekern.kernels.decode import decode_attention as decode_attention
     from wsekern.kernels.embedding import embedding as embedding
     from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul import matmul as matmul
@@ -40,9 +42,11 @@ _HOMES = {
     "WSE1": "hardware",
     "WSE2": "hardware",
     "WSE3": "hardware",
+    "KVCache": "kernels.cache",
     "Wafer": "wafer",
     "attention": "kernels.attention",
     "cross_entropy": "kernels.loss",
+    "decode_attention": "kernels.decode",
     "embedding": "kernels.embedding",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",

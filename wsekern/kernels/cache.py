@@ -1,0 +1,404 @@
+"""This file is the cache of keys and values that decoding appends to, split along y.
+
+C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025, for the shift
+that keeps the rows of PEs balanced (`wsekern.kernels.balance`).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from wsekern import context, fabric, layout
+from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern.kernels.balance import Balance
+from wsekern.wafer import Wafer
+
+SLOTS = P(WAFERS, COLS, ROWS, None)  # [B, K, S, H]: products need no transpose, hence no copy
+SEQUENCES = P(WAFERS)
+NEW = P(WAFERS, None, COLS, None)  # [B, T, K, H], the same in every row of PEs
+_PROMPTS = P(WAFERS, ROWS, COLS, None)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("k", "v", "lengths"),
+    meta_fields=("capacity", "window", "chunk", "heads", "kv_heads", "wafer"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of the tokens so far, in the order of slots that keeps PEs balanced.
+
+    Sequences lie over the wafers, their tokens along y, heads along x. The rows of PEs hold equally
+    many tokens of a sequence, but for one more or less, whatever its length. Make one with
+    `KVCache.empty`. It is a pytree, immutable: `append` and `fill` return the next one, in place
+    where they run in a jit to which the cache is donated. Not to be differentiated.
+    """
+
+    k: Any  # [B, K, S, H], S the slots of all rows of PEs; B and K padded to the grid
+    v: Any  # likewise
+    lengths: Any  # [B] int32: the tokens seen of each sequence
+    capacity: int
+    window: int | None
+    chunk: int
+    heads: int
+    kv_heads: int
+    wafer: Wafer | None
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_size: int,
+        heads: int | None = None,
+        window: int | None = None,
+        chunk: int = 1,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        wafer: Wafer | None = None,
+    ) -> "KVCache":
+        """A cache of `batch` sequences without a token.
+
+        A PE holds 2 B K H ceil(capacity / height) elements, B and K its share of sequences and
+        heads.
+
+        Args:
+          batch: how many sequences.
+          capacity: how many tokens a sequence may have.
+          kv_heads: heads of keys and values.
+          head_size: features of a head.
+          heads: heads of the queries, if known: where there are fewer heads of keys than PEs along
+            x, they are then repeated as far as that costs a PE no memory, to share out the queries.
+          window: how many tokens a query sees, its own included; no others are kept, and a sequence
+            may then be of any length.
+          chunk: how many tokens shall be attended at once, which a window must be longer for.
+          dtype: of keys and values.
+          wafer: where it lives; by default the current wafer, and one device without one.
+
+        Raises:
+          ValueError: a size is not positive, `heads` is not a multiple of `kv_heads`, or `dtype` is
+            not floating.
+        """
+        heads = kv_heads if heads is None else heads
+        sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "heads": heads}
+        sizes |= {"head_size": head_size, "chunk": chunk, "window": 1 if window is None else window}
+        _check_sizes(sizes, dtype)
+        wafer = context.resolve(wafer)
+        lengths = _zeros((batch,), jnp.int32, P(), wafer)
+        cache = cls(
+            k=None,
+            v=None,
+            lengths=lengths,
+            capacity=capacity,
+            window=window,
+            chunk=chunk,
+            heads=heads,
+            kv_heads=kv_heads,
+            wafer=wafer,
+        )
+        slots = cache.balance.slots * cache.balance.rows
+        shape = (batch, kv_heads * cache.repeats, slots, head_size)
+        if wafer is not None:
+            shape = layout.padded_shape(shape, SLOTS, wafer)
+        k, v = (_zeros(shape, dtype, SLOTS, wafer) for _ in range(2))
+        return dataclasses.replace(cache, k=k, v=v)
+
+    @property
+    def balance(self) -> Balance:
+        """Which row of PEs holds which tokens."""
+        needed = self.capacity if self.window is None else self.window + self.chunk - 1
+        return Balance(
+            rows=1 if self.wafer is None else self.wafer.height,
+            most=min(needed, self.capacity),
+            slides=self.window is not None and needed <= self.capacity,
+        )
+
+    @property
+    def full(self) -> Bool[Array, "B"]:
+        """Which sequences have no room for another token."""
+        balance = self.balance
+        return self.lengths >= (np.iinfo(np.int32).max if balance.slides else balance.most)
+
+    @property
+    def repeats(self) -> int:
+        """How often each head of keys and values is held along x."""
+        width, group = 1 if self.wafer is None else self.wafer.width, self.heads // self.kv_heads
+
+        def of_one_pe(times):  # heads held, then heads of queries served
+            held = -(-self.kv_heads * times // width)
+            return held, held * (group // times)
+
+        return min((r for r in range(1, group + 1) if group % r == 0), key=of_one_pe)
+
+    def append(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        active: Bool[Array, "B"] | None = None,
+    ) -> "KVCache":
+        """The cache with T more tokens of each sequence.
+
+        A PE receives 2 T B K H words (B and K its share) in T steps, one for each token: rows pass
+        their oldest entry one row up, where the balance asks for it, and the bottom row takes the
+        new one. No other entry moves, wherever the sequence ends. In a jit that the cache is
+        donated to nothing of it is copied.
+
+        Where `lengths` is traced nobody can be told of a full cache: its tokens stay as they are,
+        the new ones are dropped, and the length does not grow; ask `full`.
+
+        Args:
+          k: keys of the new tokens, laid out `P("wafer", None, "x", None)`.
+          v: values, laid out likewise.
+          active: which sequences grow; by default all.
+
+        Raises:
+          ValueError: shapes or dtypes do not fit the cache, or a sequence has no room left.
+        """
+        _check_tokens("append", self, k, v)
+        tokens, active = k.shape[1], _mask("append", self, active)
+        _check_room(self, active, tokens)
+        grown = self.balance.grown(self.lengths, active, tokens)
+        return self._next(_append_per_pe, NEW, (k, v), self.lengths, active, grown)
+
+    def fill(
+        self,
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        lengths: Integer[Array, "B"] | None = None,
+        *,
+        active: Bool[Array, "B"] | None = None,
+    ) -> "KVCache":
+        """The cache with these prompts and nothing else: of a window, with their last tokens.
+
+        Tiles of the prompts pass round y, and each PE takes what it shall hold: it receives
+        2 (p - 1) B K H ceil(S / p) words in p - 1 steps on p PEs along y, and holds two tiles.
+
+        Args:
+          k: keys of the prompts, laid out `P("wafer", "y", "x", None)`, as for `attention`.
+          v: values, laid out likewise.
+          lengths: how many of the S tokens each prompt has; by default all. Traced ones are cut to
+            what there is and what has room.
+          active: which sequences are replaced; by default all.
+
+        Raises:
+          ValueError: shapes or dtypes do not fit the cache, or a prompt is longer than S or than
+            the capacity.
+        """
+        _check_tokens("fill", self, k, v)
+        active = _mask("fill", self, active)
+        room = k.shape[1] if self.balance.slides else min(k.shape[1], self.capacity)
+        lengths = jnp.full_like(self.lengths, k.shape[1]) if lengths is None else lengths
+        _check_lengths(self, lengths, active, room, k.shape[1])
+        lengths = jnp.clip(lengths, 0, room).astype(jnp.int32)
+        filled = jnp.where(active, lengths, self.lengths)
+        return self._next(_fill_per_pe, _PROMPTS, (k, v), filled, active, filled)
+
+    def _next(self, kernel, spec, tokens, lengths, active, grown) -> "KVCache":
+        """The cache, `lengths` long, after `kernel` took in `tokens`; then it is `grown` long."""
+        run, wafer = functools.partial(kernel, balance=self.balance), self.wafer
+        if wafer is None:
+            k, v = run(self.k, self.v, *tokens, lengths, active)
+            return dataclasses.replace(self, k=k, v=v, lengths=grown)
+        tokens = (_aligned(x, spec, self) for x in tokens)
+        sequences = (layout.pad(x, SEQUENCES, wafer) for x in (lengths, active))
+        specs = (SLOTS, SLOTS, spec, spec, SEQUENCES, SEQUENCES)
+        mapped = wafer.map(run, in_specs=specs, out_specs=SLOTS)
+        k, v = mapped(self.k, self.v, *tokens, *sequences)
+        # Left to XLA, the layout of the lengths may change from step to step: another program.
+        return dataclasses.replace(self, k=k, v=v, lengths=wafer.shard(grown, P()))
+
+
+def _append_per_pe(
+    k: Float[Array, "B K slots H"],
+    v: Float[Array, "B K slots H"],
+    new_k: Float[Array, "B T K H"],
+    new_v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    active: Bool[Array, "B"],
+    balance: Balance,
+) -> tuple[Float[Array, "B K slots H"], Float[Array, "B K slots H"]]:
+    def step(carry, new):
+        k, v, lengths = carry
+        after = balance.grown(lengths, active, 1)
+        k, v = _append_one(k, v, new, lengths, after, balance)
+        return (k, v, after), None
+
+    new = jnp.stack([new_k, new_v]).transpose(2, 0, 1, 3, 4)
+    if len(new) == 1:
+        return step((k, v, lengths), new[0])[0][:2]
+    return lax.scan(step, (k, v, lengths), new)[0][:2]
+
+
+def _append_one(k, v, new, before, after, balance):
+    here = _row(balance)
+    coming = new
+    if balance.rows > 1:
+        oldest = balance.first(before, here) % balance.slots
+        passed = fabric.shift(_entries(k, v, oldest), ROWS, -1, periodic=False)
+        coming = jnp.where(here == balance.rows - 1, new, passed)
+    end = balance.first(before, here + 1)
+    grows = balance.first(after, here + 1) > end
+    # What is written beyond the slots is dropped. A scatter is done in place, as a select is not.
+    slot = jnp.where(grows, end % balance.slots, balance.slots)
+    write = jax.vmap(lambda x, entry, slot: x.at[:, slot].set(entry, mode="drop"))
+    return write(k, coming[0], slot), write(v, coming[1], slot)
+
+
+def _entries(k, v, slot):
+    """What one slot of each sequence holds, `[2, B, K, H]`."""
+    take = jax.vmap(lambda x, slot: lax.dynamic_index_in_dim(x, slot, 1, keepdims=False))
+    return jnp.stack([take(k, slot), take(v, slot)])
+
+
+def _fill_per_pe(
+    k: Float[Array, "B K slots H"],
+    v: Float[Array, "B K slots H"],
+    new_k: Float[Array, "B St K H"],
+    new_v: Float[Array, "B St K H"],
+    lengths: Int[Array, "B"],
+    active: Bool[Array, "B"],
+    balance: Balance,
+) -> tuple[Float[Array, "B K slots H"], Float[Array, "B K slots H"]]:
+    here, p = _row(balance), balance.rows
+    first = balance.first(lengths, here)
+    position = first[:, None] + balance.offsets(lengths, here)
+    wanted = active[:, None] & (position < balance.first(lengths, here + 1)[:, None])
+
+    def take(kv, tile, home):
+        place = position - home * tile.shape[3]  # in the tile of the PE `home` rows from the north
+        mine = wanted & (place >= 0) & (place < tile.shape[3])
+        pick = jax.vmap(lambda x, at: jnp.take(x, at, axis=2, mode="clip"), (1, 0), 1)
+        return jnp.where(mine[None, :, None, :, None], pick(tile, place), kv)
+
+    def step(carry, back):
+        kv, tile = carry
+        coming = fabric.shift(tile, ROWS)
+        return (take(kv, tile, (here - back) % p), coming), None
+
+    tile = jnp.stack([new_k, new_v]).swapaxes(2, 3)
+    carry = jnp.stack([k, v]), tile
+    if p > 1:
+        carry, _ = lax.scan(step, carry, jnp.arange(p - 1))
+    # The last tile is met outside the loop, where it need not travel on.
+    k, v = take(*carry, (here + 1) % p)
+    return k, v
+
+
+def _row(balance):
+    return fabric.axis_index(ROWS) if balance.rows > 1 else 0
+
+
+def _aligned(x, spec, cache):
+    """Keys or values, repeated and padded to the heads that the cache holds, and to the grid."""
+    wafer = cache.wafer
+    if cache.repeats > 1:  # of whole heads: Explicit axes would not repeat what is split
+        x = layout.pad(x, P(*(None if axis == COLS else axis for axis in spec)), wafer)
+        x = jnp.repeat(x, cache.repeats, axis=2)
+    return layout.pad(x, spec, wafer)
+
+
+def _zeros(shape, dtype, spec, wafer):
+    if wafer is None or wafer.reading == "virtual":
+        return jnp.zeros(shape, dtype)
+    return jnp.zeros(shape, dtype, device=wafer.sharding(spec))
+
+
+def _mask(what, cache, active):
+    if active is None:
+        return jnp.ones(cache.lengths.shape, jnp.bool_)
+    active = jnp.asarray(active)
+    if active.shape != cache.lengths.shape or active.dtype != jnp.bool_:
+        raise ValueError(
+            f"KVCache.{what}: active is {active.dtype}{list(active.shape)}, it must be "
+            f"bool{list(cache.lengths.shape)}: one for each sequence"
+        )
+    return active
+
+
+def _check_sizes(sizes, dtype):
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(
+                f"KVCache.empty: {name} is {size!r}, it must be an integer of 1 or more"
+            )
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise ValueError(
+            f"KVCache.empty: heads={sizes['heads']} is not a multiple of "
+            f"kv_heads={sizes['kv_heads']}"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"KVCache.empty: dtype is {jnp.dtype(dtype)}, it must be a floating dtype")
+
+
+def _check_tokens(what, cache, k, v):
+    wanted = (
+        (0, len(cache.lengths), "sequences"),
+        (2, cache.kv_heads, "heads"),
+        (3, cache.k.shape[3], "features a head"),
+    )
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"KVCache.{what}: {name} is {x.shape}, it must have four dimensions: batch, "
+                "sequence, heads, head size"
+            )
+        for axis, must, meaning in wanted:
+            if x.shape[axis] != must:
+                raise ValueError(
+                    f"KVCache.{what}: {name} is {x.shape}: it has {x.shape[axis]} {meaning}, the "
+                    f"cache {must}"
+                )
+        if x.dtype != cache.k.dtype:
+            raise ValueError(
+                f"KVCache.{what}: {name} is {x.dtype}, the cache is {cache.k.dtype}: cast it, or "
+                "make the cache in its dtype"
+            )
+    if k.shape != v.shape or not k.shape[1]:
+        raise ValueError(
+            f"KVCache.{what}: k is {k.shape} and v is {v.shape}: they must be alike, and not empty"
+        )
+
+
+def _check_room(cache, active, tokens):
+    if cache.balance.slides or any(map(_traced, (cache.lengths, active))):
+        return
+    lengths = np.asarray(cache.lengths)
+    beyond = np.asarray(active) & (lengths + tokens > cache.capacity)
+    if beyond.any():
+        which = int(beyond.argmax())
+        raise ValueError(
+            f"KVCache.append: sequence {which} has {lengths[which]} tokens, {tokens} more are "
+            f"beyond the capacity of {cache.capacity}: the cache is full; make it larger, or leave "
+            "the sequence out by active="
+        )
+
+
+def _check_lengths(cache, lengths, active, room, S):
+    if jnp.shape(lengths) != cache.lengths.shape or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"KVCache.fill: lengths is {lengths.dtype}{list(jnp.shape(lengths))}, it must be "
+            f"integers{list(cache.lengths.shape)}: one for each sequence"
+        )
+    if any(map(_traced, (lengths, active))):
+        return
+    lengths = np.asarray(lengths)
+    beyond = np.asarray(active) & ((lengths > room) | (lengths < 0))
+    if beyond.any():
+        which = int(beyond.argmax())
+        raise ValueError(
+            f"KVCache.fill: lengths[{which}] is {lengths[which]}, it must be from 0 to {room}: the "
+            f"prompts have {S} tokens, the cache a capacity of {cache.capacity}"
+        )
+
+
+def _traced(x):
+    return isinstance(x, jax.core.Tracer)

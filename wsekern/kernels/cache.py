@@ -247,16 +247,24 @@ def _append_one(k, v, new, before, after, balance):
         coming = jnp.where(here == balance.rows - 1, new, passed)
     end = balance.first(before, here + 1)
     grows = balance.first(after, here + 1) > end
-    # What is written beyond the slots is dropped. A scatter is done in place, as a select is not.
+    # Beyond the slots, nothing is written.
     slot = jnp.where(grows, end % balance.slots, balance.slots)
-    write = jax.vmap(lambda x, entry, slot: x.at[:, slot].set(entry, mode="drop"))
-    return write(k, coming[0], slot), write(v, coming[1], slot)
+    return _written(k, coming[0], slot), _written(v, coming[1], slot)
 
 
 def _entries(k, v, slot):
     """What one slot of each sequence holds, `[2, B, K, H]`."""
     take = jax.vmap(lambda x, slot: lax.dynamic_index_in_dim(x, slot, 1, keepdims=False))
     return jnp.stack([take(k, slot), take(v, slot)])
+
+
+def _written(x, entry, slot):
+    """`x` with `entry` in one slot of each sequence."""
+    # One entry more, for no slot: of a single one XLA makes an update-slice, which it fuses into
+    # each of its users, and copies the whole cache for that.
+    sequence, slot = jnp.append(jnp.arange(len(x)), 0), jnp.append(slot, x.shape[2])
+    entry = jnp.concatenate([entry, entry[:1]])
+    return x.at[sequence, :, slot].set(entry, mode="drop")
 
 
 def _fill_per_pe(

@@ -108,25 +108,29 @@ def _per_pe(
 
 def _attended(q, k, v, lengths, sinks, plan, row, over_rows: Callable):
     B, T, N, H = q.shape
-    q = q.reshape(B, T, -1, plan.group, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * plan.scale
+    K, G = N // plan.group, plan.group
+    # Tokens and heads that share keys are the rows of one product: XLA copies no keys for it.
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    scores = _dot("bkrh,bksh->bkrs", q, k) * plan.scale
     if plan.soft_cap is not None:
         scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
-    scores = jnp.where(_seen(lengths, row, T, plan)[:, None, None], scores, -jnp.inf)
+    seen = jnp.repeat(_seen(lengths, row, T, plan), G, axis=1)[:, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
     # The values are weighted before the highest score of all rows is known.
     mine = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST)
     weights = jnp.exp(scores - mine)
-    out = jnp.einsum(
-        "bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = _dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v)
     out = jnp.concatenate([out, weights.sum(-1, keepdims=True)], -1)
-    sinks = sinks.astype(jnp.float32).reshape(1, -1, plan.group, 1, 1)
+    sinks = jnp.tile(sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))
     peak = jnp.maximum(over_rows(mine, "max"), sinks)
     out = over_rows(out * jnp.exp(mine - peak), "sum")
     total = out[..., H:] + jnp.exp(sinks - peak)
     out = jnp.where(total > 0, out[..., :H] / total, 0)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+    return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q.dtype)
+
+
+def _dot(subscripts, a, b):
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def _seen(lengths, row, T, plan):

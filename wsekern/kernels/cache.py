@@ -6,6 +6,7 @@ that keeps the rows of PEs balanced (`wsekern.kernels.balance`).
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from wsekern import context, fabric, layout
+from wsekern import context, fabric, layout, readings
 from wsekern.axes import COLS, ROWS, WAFERS
 from wsekern.kernels.balance import Balance
 from wsekern.wafer import Wafer
@@ -91,25 +92,18 @@ class KVCache:
         sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "heads": heads}
         sizes |= {"head_size": head_size, "chunk": chunk, "window": 1 if window is None else window}
         _check_sizes(sizes, dtype)
-        wafer = context.resolve(wafer)
-        lengths = _zeros((batch,), jnp.int32, P(), wafer)
         cache = cls(
             k=None,
             v=None,
-            lengths=lengths,
+            lengths=jnp.zeros(batch, jnp.int32),
             capacity=capacity,
             window=window,
             chunk=chunk,
             heads=heads,
             kv_heads=kv_heads,
-            wafer=wafer,
+            wafer=context.resolve(wafer),
         )
-        slots = cache.balance.slots * cache.balance.rows
-        shape = (batch, kv_heads * cache.repeats, slots, head_size)
-        if wafer is not None:
-            shape = layout.padded_shape(shape, SLOTS, wafer)
-        k, v = (_zeros(shape, dtype, SLOTS, wafer) for _ in range(2))
-        return dataclasses.replace(cache, k=k, v=v)
+        return cache._nothing_yet(head_size, jnp.dtype(dtype))
 
     @property
     def balance(self) -> Balance:
@@ -202,6 +196,22 @@ class KVCache:
         filled = jnp.where(active, lengths, self.lengths)
         return self._next(_fill_per_pe, _PROMPTS, (k, v), filled, active, filled)
 
+    def _nothing_yet(self, head_size, dtype) -> "KVCache":
+        slots = self.balance.slots * self.balance.rows
+        shape = (len(self.lengths), self.kv_heads * self.repeats, slots, head_size)
+        if self.wafer is None:
+            return dataclasses.replace(self, k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        shape = layout.padded_shape(shape, SLOTS, self.wafer)
+        tile = tuple(
+            size // math.prod(self.wafer.axis_size(axis) for axis in readings.axes_of(entry))
+            for size, entry in zip(shape, SLOTS, strict=True)
+        )
+        # Made where it lives: whole, it might not fit one device.
+        kernel = functools.partial(_zeros_per_pe, shape=tile, dtype=dtype)
+        run = self.wafer.map(kernel, in_specs=P(), out_specs=SLOTS)
+        (k, v), lengths = run(self.lengths), self.wafer.shard(self.lengths, P())
+        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+
     def _next(self, kernel, spec, tokens, lengths, active, grown) -> "KVCache":
         """The cache, `lengths` long, after `kernel` took in `tokens`; then it is `grown` long."""
         run, wafer = functools.partial(kernel, balance=self.balance), self.wafer
@@ -215,6 +225,12 @@ class KVCache:
         k, v = mapped(self.k, self.v, *tokens, *sequences)
         # Left to XLA, the layout of the lengths may change from step to step: another program.
         return dataclasses.replace(self, k=k, v=v, lengths=wafer.shard(grown, P()))
+
+
+def _zeros_per_pe(lengths, shape, dtype):
+    del lengths  # virtual PEs must be handed something
+    zeros = fabric.varying(jnp.zeros(shape, dtype))
+    return zeros, zeros
 
 
 def _append_per_pe(
@@ -312,12 +328,6 @@ def _aligned(x, spec, cache):
         x = layout.pad(x, P(*(None if axis == COLS else axis for axis in spec)), wafer)
         x = jnp.repeat(x, cache.repeats, axis=2)
     return layout.pad(x, spec, wafer)
-
-
-def _zeros(shape, dtype, spec, wafer):
-    if wafer is None or wafer.reading == "virtual":
-        return jnp.zeros(shape, dtype)
-    return jnp.zeros(shape, dtype, device=wafer.sharding(spec))
 
 
 def _mask(what, cache, active):

@@ -1,0 +1,195 @@
+"""This file is a token's attention against jit with shardings and one device, near, half and full.
+
+A step appends one token to every sequence and attends to all it has. Its time should not depend on
+how many tokens that is: shapes are static, so that it is the capacity that is paid for, and no row
+of PEs has more to do than another.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from benchmarks import harness
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times one step of decoding against a cache of tokens along y, heads along x."""
+
+    grid: tuple[str, ...] = ("8x1", "2x4")
+    """Grids of emulated devices, HEIGHTxWIDTH."""
+    capacity: tuple[int, ...] = (4096,)
+    """Tokens that a sequence has room for."""
+    batch: int = 1
+    """Sequences."""
+    heads: int = 8
+    """Heads of the queries."""
+    kv_heads: int | None = None
+    """Heads of keys and values; by default as many as the queries have."""
+    head_size: int = 64
+    """Features of a head."""
+    dtype: str = "float32"
+    """Of the operands."""
+    rounds: int = 11
+    """How often each candidate is timed."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints two tables for each grid and capacity: against the peers, and over lengths."""
+    options = tyro.cli(Options, prog="python -m benchmarks decode", args=argv)
+    grids = [harness.parse_grid(text) for text in options.grid]
+    harness.start(max(math.prod(grid) for grid in grids))
+    harness.show_environment()
+    tables = {}
+    for grid in grids:
+        for capacity in options.capacity:
+            title = _title(grid, capacity, options)
+            for what, results, columns in _results(grid, capacity, options):
+                harness.show(f"{title}: {what}", results, columns)
+                tables[f"{title}: {what}"] = results
+    if options.json:
+        harness.dump(options.json, tables)
+
+
+def _title(grid, capacity, options):
+    return (
+        f"decoding on {grid[0]}x{grid[1]}: B={options.batch} N={options.heads} "
+        f"K={options.kv_heads or options.heads} H={options.head_size}, room for {capacity}, "
+        f"{options.dtype}"
+    )
+
+
+def _results(grid, capacity, options):
+    """The tables: what each is of, its results and its further columns."""
+    import wsekern as wk
+
+    wafer = wk.Wafer.devices(*grid)
+    lengths = {"near empty": 1, "half": capacity // 2, "near full": capacity - 1}
+    ours = functools.partial(_ours, capacity=capacity, options=options)
+    peer = functools.partial(_peer, capacity=capacity, options=options)
+    candidates = {
+        "jit": peer(wafer, capacity // 2),
+        "wsekern": ours(wafer, capacity // 2),
+        "one device": peer(None, capacity // 2),
+        "wsekern, one device": ours(None, capacity // 2),
+    }
+    notes = {
+        "jit": "dynamic_update_slice and jax.nn.dot_product_attention, same shardings",
+        "one device": "the same, same cores",
+    }
+    results = harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
+    copies = {"of the cache": lambda r: f"{r.temp_bytes / candidates[r.name].cache_bytes:.1%}"}
+    yield "half full", results, copies
+    steps = {name: ours(wafer, length) for name, length in lengths.items()}
+    steps |= {f"jit, {name}": peer(wafer, length) for name, length in lengths.items()}
+    results = harness.compare(steps, "half", rounds=options.rounds)
+    yield "by length", results, {"tokens in a row of PEs": lambda r: steps[r.name].rows}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Step(harness.Compiled):
+    cache_bytes: int  # on one device
+    rows: str  # the fewest and the most tokens that a row of PEs holds
+
+
+def _compiled(step: Callable, cache: Any, operands: tuple, rows: tuple[int, int]) -> _Step:
+    """`step(cache, *operands)`, which returns the next cache first; the cache is donated."""
+    import jax
+
+    begun = time.perf_counter()
+    program = jax.jit(step, donate_argnums=0).lower(cache, *operands).compile()
+    seconds = time.perf_counter() - begun
+    cell = [cache]
+
+    def run():
+        cell[0], out = program(cell[0], *operands)
+        return out
+
+    memory = program.memory_analysis()
+    return _Step(
+        run=run,
+        compile_seconds=seconds,
+        temp_bytes=memory.temp_size_in_bytes,
+        cache_bytes=sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache)),
+        rows=f"{rows[0]} to {rows[1]}",
+    )
+
+
+def _ours(wafer, length, capacity, options):
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    import wsekern as wk
+
+    empty = wk.KVCache.empty(
+        batch=options.batch,
+        capacity=capacity,
+        kv_heads=options.kv_heads or options.heads,
+        heads=options.heads,
+        head_size=options.head_size,
+        dtype=options.dtype,
+        wafer=wafer,
+    )
+
+    # The length stays what it is, so that each call is of the same step.
+    def step(kv, lengths, q, k, v):
+        cache = dataclasses.replace(empty, k=kv[0], v=kv[1], lengths=lengths).append(k, v)
+        return (cache.k, cache.v), wk.decode_attention(q, cache)
+
+    balance, lengths = empty.balance, jnp.full(options.batch, length, jnp.int32)
+    first = [int(balance.first(lengths + 1, row)[0]) for row in range(balance.rows + 1)]
+    held = [b - a for a, b in zip(first, first[1:], strict=False)]
+    lengths = lengths if wafer is None else wafer.shard(lengths, P())
+    operands = (lengths, *_tokens(wafer, options))
+    return _compiled(step, (empty.k, empty.v), operands, (min(held), max(held)))
+
+
+def _peer(wafer, length, capacity, options):
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    layout = P(None, "y", "x", None)
+    shape = (options.batch, capacity, options.kv_heads or options.heads, options.head_size)
+    zeros = functools.partial(jnp.zeros, shape, options.dtype)
+    cache = tuple(zeros() if wafer is None else wafer.shard(zeros(), layout) for _ in range(2))
+
+    def step(kv, length, q, k, v):
+        kv = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new, length, 1)
+            for old, new in zip(kv, (k, v), strict=True)
+        )
+        if wafer is not None:
+            kv = tuple(jax.lax.with_sharding_constraint(x, wafer.sharding(layout)) for x in kv)
+        lengths = jnp.broadcast_to(length + 1, options.batch)
+        return kv, jax.nn.dot_product_attention(q, *kv, key_value_seq_lengths=lengths)
+
+    rows = -(-capacity // (1 if wafer is None else wafer.height))
+    held = (max(0, length + 1 - (capacity - rows)), min(length + 1, rows))
+    return _compiled(step, cache, (jnp.int32(length), *_tokens(wafer, options)), held)
+
+
+def _tokens(wafer, options):
+    """Queries, keys and values of one new token, the same in every row of PEs."""
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    heads = (options.heads, *[options.kv_heads or options.heads] * 2)
+    whole = [
+        jax.random.normal(key, (options.batch, 1, n, options.head_size), options.dtype)
+        for key, n in zip(jax.random.split(jax.random.key(0), 3), heads, strict=True)
+    ]
+    if wafer is None:
+        return whole
+    return [
+        wafer.shard(x, P(None, None, "x", None) if x.shape[2] % wafer.width == 0 else P())
+        for x in whole
+    ]

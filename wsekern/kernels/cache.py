@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from wsekern import context, fabric, layout, readings
 from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern.kernels import cache_rows
 from wsekern.kernels.balance import Balance
 from wsekern.wafer import Wafer
 
@@ -161,7 +161,7 @@ class KVCache:
         tokens, active = k.shape[1], _mask("append", self, active)
         _check_room(self, active, tokens)
         grown = self.balance.grown(self.lengths, active, tokens)
-        return self._next(_append_per_pe, NEW, (k, v), self.lengths, active, grown)
+        return self._next(cache_rows.append, NEW, (k, v), self.lengths, active, grown)
 
     def fill(
         self,
@@ -194,7 +194,7 @@ class KVCache:
         _check_lengths(self, lengths, active, room, k.shape[1])
         lengths = jnp.clip(lengths, 0, room).astype(jnp.int32)
         filled = jnp.where(active, lengths, self.lengths)
-        return self._next(_fill_per_pe, _PROMPTS, (k, v), filled, active, filled)
+        return self._next(cache_rows.fill, _PROMPTS, (k, v), filled, active, filled)
 
     def _nothing_yet(self, head_size, dtype) -> "KVCache":
         slots = self.balance.slots * self.balance.rows
@@ -231,94 +231,6 @@ def _zeros_per_pe(lengths, shape, dtype):
     del lengths  # virtual PEs must be handed something
     zeros = fabric.varying(jnp.zeros(shape, dtype))
     return zeros, zeros
-
-
-def _append_per_pe(
-    k: Float[Array, "B K slots H"],
-    v: Float[Array, "B K slots H"],
-    new_k: Float[Array, "B T K H"],
-    new_v: Float[Array, "B T K H"],
-    lengths: Int[Array, "B"],
-    active: Bool[Array, "B"],
-    balance: Balance,
-) -> tuple[Float[Array, "B K slots H"], Float[Array, "B K slots H"]]:
-    def step(carry, new):
-        k, v, lengths = carry
-        after = balance.grown(lengths, active, 1)
-        k, v = _append_one(k, v, new, lengths, after, balance)
-        return (k, v, after), None
-
-    new = jnp.stack([new_k, new_v]).transpose(2, 0, 1, 3, 4)
-    if len(new) == 1:
-        return step((k, v, lengths), new[0])[0][:2]
-    return lax.scan(step, (k, v, lengths), new)[0][:2]
-
-
-def _append_one(k, v, new, before, after, balance):
-    here = _row(balance)
-    coming = new
-    if balance.rows > 1:
-        oldest = balance.first(before, here) % balance.slots
-        passed = fabric.shift(_entries(k, v, oldest), ROWS, -1, periodic=False)
-        coming = jnp.where(here == balance.rows - 1, new, passed)
-    end = balance.first(before, here + 1)
-    grows = balance.first(after, here + 1) > end
-    # Beyond the slots, nothing is written.
-    slot = jnp.where(grows, end % balance.slots, balance.slots)
-    return _written(k, coming[0], slot), _written(v, coming[1], slot)
-
-
-def _entries(k, v, slot):
-    """What one slot of each sequence holds, `[2, B, K, H]`."""
-    take = jax.vmap(lambda x, slot: lax.dynamic_index_in_dim(x, slot, 1, keepdims=False))
-    return jnp.stack([take(k, slot), take(v, slot)])
-
-
-def _written(x, entry, slot):
-    """`x` with `entry` in one slot of each sequence."""
-    # One entry more, for no slot: of a single one XLA makes an update-slice, which it fuses into
-    # each of its users, and copies the whole cache for that.
-    sequence, slot = jnp.append(jnp.arange(len(x)), 0), jnp.append(slot, x.shape[2])
-    entry = jnp.concatenate([entry, entry[:1]])
-    return x.at[sequence, :, slot].set(entry, mode="drop")
-
-
-def _fill_per_pe(
-    k: Float[Array, "B K slots H"],
-    v: Float[Array, "B K slots H"],
-    new_k: Float[Array, "B St K H"],
-    new_v: Float[Array, "B St K H"],
-    lengths: Int[Array, "B"],
-    active: Bool[Array, "B"],
-    balance: Balance,
-) -> tuple[Float[Array, "B K slots H"], Float[Array, "B K slots H"]]:
-    here, p = _row(balance), balance.rows
-    first = balance.first(lengths, here)
-    position = first[:, None] + balance.offsets(lengths, here)
-    wanted = active[:, None] & (position < balance.first(lengths, here + 1)[:, None])
-
-    def take(kv, tile, home):
-        place = position - home * tile.shape[3]  # in the tile of the PE `home` rows from the north
-        mine = wanted & (place >= 0) & (place < tile.shape[3])
-        pick = jax.vmap(lambda x, at: jnp.take(x, at, axis=2, mode="clip"), (1, 0), 1)
-        return jnp.where(mine[None, :, None, :, None], pick(tile, place), kv)
-
-    def step(carry, back):
-        kv, tile = carry
-        coming = fabric.shift(tile, ROWS)
-        return (take(kv, tile, (here - back) % p), coming), None
-
-    tile = jnp.stack([new_k, new_v]).swapaxes(2, 3)
-    carry = jnp.stack([k, v]), tile
-    if p > 1:
-        carry, _ = lax.scan(step, carry, jnp.arange(p - 1))
-    # The last tile is met outside the loop, where it need not travel on.
-    k, v = take(*carry, (here + 1) % p)
-    return k, v
-
-
-def _row(balance):
-    return fabric.axis_index(ROWS) if balance.rows > 1 else 0
 
 
 def _aligned(x, spec, cache):

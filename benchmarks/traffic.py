@@ -63,7 +63,7 @@ def read(case: Case, p: int) -> tuple[float, int]:
 
 def cases() -> dict[str, Case]:
     """Every kernel that sends, by name."""
-    return {**_products(), **_attentions()}
+    return {**_products(), **_attentions(), **_decoding()}
 
 
 def _products() -> dict[str, Case]:
@@ -100,4 +100,39 @@ def _attentions() -> dict[str, Case]:
     return {
         "attention, ring": case("ring", lambda p: 2 * (p - 1) * HEAD_TILE, lambda p: p - 1),
         "attention, allgather": case("allgather", lambda p: 2 * (p - 1) * HEAD_TILE, lambda p: 1),
+    }
+
+
+def _decoding() -> dict[str, Case]:
+    import jax
+
+    import wsekern as wk
+
+    def case(step, length, words, steps):
+        def program(x):
+            p = x.shape[2]
+            sizes = {"batch": 1, "capacity": 4 * p, "kv_heads": p, "head_size": 16}
+            return step(wk.KVCache.empty(**sizes), x)
+
+        def tokens(p: int) -> tuple:
+            return (jax.ShapeDtypeStruct((1, length(p), p, 16), "float32"),)
+
+        return Case(program=program, operands=tokens, words=words, steps=steps)
+
+    return {
+        "cache, append": case(
+            lambda cache, x: cache.append(x, x), lambda p: 1, lambda p: 2 * 16, lambda p: 1
+        ),
+        "cache, fill": case(
+            lambda cache, x: cache.fill(x, x),
+            lambda p: 4 * p,
+            lambda p: 2 * (p - 1) * HEAD_TILE,
+            lambda p: p - 1,
+        ),
+        "decode_attention": case(
+            lambda cache, x: wk.decode_attention(x, cache),
+            lambda p: 1,
+            lambda p: 2 * 18 * (p - 1) / p,
+            lambda p: 2,
+        ),
     }

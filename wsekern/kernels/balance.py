@@ -34,7 +34,7 @@ class Balance:
           lengths: the tokens seen of each sequence.
           row: from 0; the number of rows gives the end of the last one.
         """
-        held = jnp.minimum(lengths, self.most)
+        held = jnp.minimum(lengths, self.most) if self.slides else lengths
         each, more = held // self.rows, held % self.rows
         return lengths - held + row * each + jnp.maximum(row + more - self.rows, 0)
 

@@ -190,7 +190,8 @@ class KVCache:
         _check_tokens("fill", self, k, v)
         active = _mask("fill", self, active)
         room = k.shape[1] if self.balance.slides else min(k.shape[1], self.capacity)
-        lengths = jnp.full_like(self.lengths, k.shape[1]) if lengths is None else lengths
+        whole = jnp.full_like(self.lengths, k.shape[1])
+        lengths = whole if lengths is None else layout.as_array(lengths)
         _check_lengths(self, lengths, active, room, k.shape[1])
         lengths = jnp.clip(lengths, 0, room).astype(jnp.int32)
         filled = jnp.where(active, lengths, self.lengths)
@@ -201,10 +202,10 @@ class KVCache:
         shape = (len(self.lengths), self.kv_heads * self.repeats, slots, head_size)
         if self.wafer is None:
             return dataclasses.replace(self, k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
-        shape = layout.padded_shape(shape, SLOTS, self.wafer)
+        whole = layout.padded_shape(shape, SLOTS, self.wafer)
         tile = tuple(
             size // math.prod(self.wafer.axis_size(axis) for axis in readings.axes_of(entry))
-            for size, entry in zip(shape, SLOTS, strict=True)
+            for size, entry in zip(whole, SLOTS, strict=True)
         )
         # Made where it lives: whole, it might not fit one device.
         kernel = functools.partial(_zeros_per_pe, shape=tile, dtype=dtype)
@@ -214,13 +215,14 @@ class KVCache:
 
     def _next(self, kernel, spec, tokens, lengths, active, grown) -> "KVCache":
         """The cache, `lengths` long, after `kernel` took in `tokens`; then it is `grown` long."""
-        run, wafer = functools.partial(kernel, balance=self.balance), self.wafer
+        wafer = self.wafer
         if wafer is None:
-            k, v = run(self.k, self.v, *tokens, lengths, active)
+            k, v = _local(kernel, self.k, self.v, *tokens, lengths, active, self.balance)
             return dataclasses.replace(self, k=k, v=v, lengths=grown)
         tokens = (_aligned(x, spec, self) for x in tokens)
         sequences = (layout.pad(x, SEQUENCES, wafer) for x in (lengths, active))
         specs = (SLOTS, SLOTS, spec, spec, SEQUENCES, SEQUENCES)
+        run = functools.partial(kernel, balance=self.balance)
         mapped = wafer.map(run, in_specs=specs, out_specs=SLOTS)
         k, v = mapped(self.k, self.v, *tokens, *sequences)
         # Left to XLA, the layout of the lengths may change from step to step: another program.
@@ -231,6 +233,12 @@ def _zeros_per_pe(lengths, shape, dtype):
     del lengths  # virtual PEs must be handed something
     zeros = fabric.varying(jnp.zeros(shape, dtype))
     return zeros, zeros
+
+
+# Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+@functools.partial(jax.jit, static_argnums=(0, 7), inline=True)
+def _local(kernel, k, v, new_k, new_v, lengths, active, balance):
+    return kernel(k, v, new_k, new_v, lengths, active, balance)
 
 
 def _aligned(x, spec, cache):
@@ -245,7 +253,7 @@ def _aligned(x, spec, cache):
 def _mask(what, cache, active):
     if active is None:
         return jnp.ones(cache.lengths.shape, jnp.bool_)
-    active = jnp.asarray(active)
+    active = layout.as_array(active)
     if active.shape != cache.lengths.shape or active.dtype != jnp.bool_:
         raise ValueError(
             f"KVCache.{what}: active is {active.dtype}{list(active.shape)}, it must be "
@@ -313,9 +321,9 @@ def _check_room(cache, active, tokens):
 
 
 def _check_lengths(cache, lengths, active, room, S):
-    if jnp.shape(lengths) != cache.lengths.shape or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    if lengths.shape != cache.lengths.shape or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
-            f"KVCache.fill: lengths is {lengths.dtype}{list(jnp.shape(lengths))}, it must be "
+            f"KVCache.fill: lengths is {lengths.dtype}{list(lengths.shape)}, it must be "
             f"integers{list(cache.lengths.shape)}: one for each sequence"
         )
     if any(map(_traced, (lengths, active))):

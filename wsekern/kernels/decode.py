@@ -77,7 +77,7 @@ def decode_attention(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _decode_attention(q, k, v, lengths, sinks, plan, wafer):
     if wafer is None:
-        return _attended(q, k, v, lengths, sinks, plan, 0, lambda x, op: x)
+        return _local(q, k, v, lengths, sinks, plan)
     shape, heads = q.shape, k.shape[1] * plan.group
     q = _grown(q, 2, heads, NEW, wafer)
     sinks = _grown(sinks, 0, heads, P(COLS), wafer)
@@ -90,6 +90,12 @@ def _decode_attention(q, k, v, lengths, sinks, plan, wafer):
 @_decode_attention.defjvp
 def _no_gradient(plan, wafer, primals, tangents):
     raise ValueError("decode_attention has no gradient; train with wsekern.attention")
+
+
+# Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+@functools.partial(jax.jit, static_argnums=5, inline=True)
+def _local(q, k, v, lengths, sinks, plan):
+    return _attended(q, k, v, lengths, sinks, plan, 0, lambda x, op: x)
 
 
 def _per_pe(

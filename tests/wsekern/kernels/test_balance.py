@@ -20,7 +20,7 @@ def firsts(balance):
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(balances)
 def test_rows_hold_equally_many_of_the_newest_tokens_in_order(balance):
     first = firsts(balance)
@@ -34,7 +34,7 @@ def test_rows_hold_equally_many_of_the_newest_tokens_in_order(balance):
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(balances)
 def test_a_new_token_moves_at_most_one_of_each_row_and_only_to_the_next(balance):
     first = firsts(balance)

@@ -10,7 +10,7 @@ import pytest
 import wsekern as wk
 
 H, STEPS = 4, 6
-SINKS = np.linspace(-1, 2, 8).astype(np.float32)
+SINKS = jnp.linspace(-1, 2, 8)
 # What the cache is made with, and what attends to it.
 KINDS = {
     "all tokens": ({"capacity": 13}, {}),
@@ -186,6 +186,7 @@ def test_no_cache_is_copied(wafer_called, grid, batch):
     caches = [wk.KVCache.empty(**sizes, wafer=wafer) for _ in range(3)]
     q, k = (jnp.zeros((batch, 1, heads, 64)) for heads in (8, 4))
     memory = jax.jit(layers, donate_argnums=0).lower(caches, q, k, k).compile().memory_analysis()
+    assert memory is not None
     caches = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= caches
     assert memory.temp_size_in_bytes < 0.05 * caches
@@ -198,6 +199,16 @@ def test_runs_where_the_cache_lives():
     assert cache.balance.rows == 2
     outs, _ = decoded(cache, q, k, v)
     np.testing.assert_allclose(outs, wanted("all tokens"), atol=2e-6, rtol=1e-5)
+
+
+def test_before_the_first_token_the_result_is_0():
+    cache = cache_of(wk.Wafer.devices(2, 2))
+    q, k, v = map(jnp.asarray, tokens(2))
+    cache = cache.append(k[:, :1], v[:, :1], active=jnp.array([True, True, False]))
+    out = np.asarray(wk.decode_attention(q[:, :3], cache))
+    assert not out[:2, :2].any() and not out[2].any()
+    want = np.repeat(v[:2, 0], 4, axis=1)  # of a single token, its own value
+    np.testing.assert_allclose(out[:2, 2], want, rtol=1e-6)
 
 
 def test_has_no_gradient():

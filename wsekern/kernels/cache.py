@@ -80,7 +80,8 @@ class KVCache:
             x, they are then repeated as far as that costs a PE no memory, to share out the queries.
           window: how many tokens a query sees, its own included; no others are kept, and a sequence
             may then be of any length.
-          chunk: how many tokens shall be attended at once, which a window must be longer for.
+          chunk: how many of its newest tokens a sequence will attend with at once; a window keeps
+            `chunk - 1` tokens more for it.
           dtype: of keys and values.
           wafer: where it lives; by default the current wafer, and one device without one.
 
@@ -143,11 +144,11 @@ class KVCache:
 
         A PE receives 2 T B K H words (B and K its share) in T steps, one for each token: rows pass
         their oldest entry one row up, where the balance asks for it, and the bottom row takes the
-        new one. No other entry moves, wherever the sequence ends. In a jit that the cache is
-        donated to nothing of it is copied.
+        new one. No other entry moves, wherever the sequence ends. On devices, in a jit that the
+        cache is donated to, nothing of it is copied; virtual PEs rearrange all of it.
 
-        Where `lengths` is traced nobody can be told of a full cache: its tokens stay as they are,
-        the new ones are dropped, and the length does not grow; ask `full`.
+        Where `lengths` is traced nobody can be told of a full sequence: it keeps its tokens and its
+        length, and the new ones are dropped; ask `full`.
 
         Args:
           k: keys of the new tokens, laid out `P("wafer", None, "x", None)`.

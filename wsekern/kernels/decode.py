@@ -47,7 +47,8 @@ def decode_attention(
     Every PE attends to its own slots, ceil(capacity / height) of them, however many are filled.
     Two all-reduces along y follow, dependent on one another: with B and N its share of sequences
     and heads, and p PEs along y, a PE receives 2 B T N (H + 2) (p - 1) / p words (float32). It
-    holds B T N slots scores. There is no gradient.
+    holds two arrays of B T N slots scores; on a CPU XLA widens 16-bit keys and values besides.
+    There is no gradient.
 
     Args:
       q: queries, laid out `P("wafer", None, "x", None)`, the same in every row of PEs; so is the

@@ -201,7 +201,7 @@ def _attention_by_head(q, k, v, lengths):
     B, _, N, H = q.shape
     q = q.reshape(B, k.shape[1], -1, H)
     scores = jnp.einsum("bkgh,bksh->bkgs", q, k, preferred_element_type="float32") * H**-0.5
-    seen = jnp.arange(k.shape[2]) < lengths[:, None, None, None]
+    seen = jnp.arange(k.shape[2])[None, None, None] < lengths[:, None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
     return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v).reshape(B, 1, N, H)
 

@@ -194,7 +194,7 @@ class KVCache:
         whole = jnp.full_like(self.lengths, k.shape[1])
         lengths = whole if lengths is None else layout.as_array(lengths)
         _check_lengths(self, lengths, active, room, k.shape[1])
-        lengths = jnp.clip(lengths, 0, room).astype(jnp.int32)
+        lengths = _laid_out(jnp.clip(lengths, 0, room).astype(jnp.int32), self.wafer)
         filled = jnp.where(active, lengths, self.lengths)
         return self._next(cache_rows.fill, _PROMPTS, (k, v), filled, active, filled)
 
@@ -211,8 +211,8 @@ class KVCache:
         # Made where it lives: whole, it might not fit one device.
         kernel = functools.partial(_zeros_per_pe, shape=tile, dtype=dtype)
         run = self.wafer.map(kernel, in_specs=P(), out_specs=SLOTS)
-        (k, v), lengths = run(self.lengths), self.wafer.shard(self.lengths, P())
-        return dataclasses.replace(self, k=k, v=v, lengths=lengths)
+        k, v = run(self.lengths)
+        return dataclasses.replace(self, k=k, v=v, lengths=_laid_out(self.lengths, self.wafer))
 
     def _next(self, kernel, spec, tokens, lengths, active, grown) -> "KVCache":
         """The cache, `lengths` long, after `kernel` took in `tokens`; then it is `grown` long."""
@@ -226,8 +226,15 @@ class KVCache:
         run = functools.partial(kernel, balance=self.balance)
         mapped = wafer.map(run, in_specs=specs, out_specs=SLOTS)
         k, v = mapped(self.k, self.v, *tokens, *sequences)
-        # Left to XLA, the layout of the lengths may change from step to step: another program.
-        return dataclasses.replace(self, k=k, v=v, lengths=wafer.shard(grown, P()))
+        return dataclasses.replace(self, k=k, v=v, lengths=_laid_out(grown, wafer))
+
+
+def _laid_out(x, wafer):
+    """`x`, one for each sequence, along the wafers, or whole on each where it does not divide."""
+    # Left to XLA, the layout of the lengths might change from step to step: another program.
+    if wafer is None:
+        return x
+    return wafer.shard(x, P() if len(x) % wafer.wafers else SEQUENCES)
 
 
 def _zeros_per_pe(lengths, shape, dtype):
@@ -253,14 +260,14 @@ def _aligned(x, spec, cache):
 
 def _mask(what, cache, active):
     if active is None:
-        return jnp.ones(cache.lengths.shape, jnp.bool_)
+        return _laid_out(jnp.ones(cache.lengths.shape, jnp.bool_), cache.wafer)
     active = layout.as_array(active)
     if active.shape != cache.lengths.shape or active.dtype != jnp.bool_:
         raise ValueError(
             f"KVCache.{what}: active is {active.dtype}{list(active.shape)}, it must be "
             f"bool{list(cache.lengths.shape)}: one for each sequence"
         )
-    return active
+    return _laid_out(active, cache.wafer)
 
 
 def _check_sizes(sizes, dtype):

@@ -105,14 +105,16 @@ def test_a_full_cache_keeps_what_it_has():
     cache.append(*numbered(cache.lengths, 1), active=jnp.array([False, False, True]))
 
 
-def test_one_program_serves_every_length(caplog):
-    cache = cache_of(wk.Wafer.devices(2, 4))
+@pytest.mark.parametrize("batch", [3, 4])
+@pytest.mark.parametrize("grid", ["2x4", "2of2x2"])
+def test_one_program_serves_every_length(wafer_called, grid, batch, caplog):
+    cache = cache_of(wafer_called(grid), batch=batch)
     step = jax.jit(lambda cache, k, v: cache.append(k, v), donate_argnums=0)
-    k, v = numbered([0] * 3, 1)
+    k, v = numbered([0] * batch, 1)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for _ in range(5):
             cache = step(cache, k, v)
-    compiled = [r for r in caplog.records if "Compiling" in r.getMessage()]
+    compiled = [r for r in caplog.records if "Compiling jit(<lambda>)" in r.getMessage()]
     assert len(compiled) == 1
 
 
@@ -135,22 +137,24 @@ def test_lies_along_the_grid_from_the_first():
         assert cache.k.addressable_shards[0].data.shape == (2, 1, 7, 4)
 
 
-def test_on_explicit_axes():
+@pytest.mark.parametrize("batch", [2, 3], ids=["divides", "padded"])
+def test_on_explicit_axes(batch):
     mesh = jax.make_mesh((2, 2, 2), ("d", "a", "b"), axis_types=(AxisType.Explicit,) * 3)
     wafer = wk.Wafer.of(mesh, y="a", x="b", wafer="d")
-    q = jax.random.normal(jax.random.key(0), (3, 1, 6, 4))
-    k, v = numbered([0] * 3, 7)
+    q = jax.random.normal(jax.random.key(0), (batch, 1, 6, 4))
+    k, v = (x[:, :, :1] for x in numbered([0] * batch, 7))
+    active = jnp.ones(batch, bool)
 
     @jax.jit
     def run(cache, k, v):
-        cache = cache.fill(k, v).append(k[:, :1], v[:, :1])
+        cache = cache.fill(k, v).append(k[:, :1], v[:, :1], active=active)
         return cache, wk.decode_attention(q, cache, sinks=jnp.ones(6))
 
-    want = run(cache_of(None, kv_heads=1), k[:, :, :1], v[:, :, :1])[1]
+    want = run(cache_of(None, batch=batch, kv_heads=1), k, v)[1]
     with jax.set_mesh(mesh):
-        cache, out = run(cache_of(wafer, kv_heads=1), k[:, :, :1], v[:, :, :1])
+        cache, out = run(cache_of(wafer, batch=batch, kv_heads=1), k, v)
     np.testing.assert_allclose(out, want, rtol=1e-5)
-    np.testing.assert_array_equal(cache.lengths, [8, 8, 8])
+    np.testing.assert_array_equal(cache.lengths, [8] * batch)
 
 
 def test_is_traced_on_an_abstract_wafer():

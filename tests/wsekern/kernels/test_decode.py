@@ -179,7 +179,7 @@ def layers(caches, q, k, v):
 
 def looped(caches, q, k, v):
     """Five such steps in a loop."""
-    return jax.lax.fori_loop(0, 5, lambda _, carry: layers(*carry, k, v), (caches, q))
+    return jax.lax.fori_loop(0, 5, lambda _, now: layers(now[0], now[1], k, v), (caches, q))
 
 
 @pytest.mark.parametrize("program", [layers, looped])

@@ -32,7 +32,7 @@ _PROMPTS = P(WAFERS, ROWS, COLS, None)
     data_fields=("k", "v", "lengths"),
     meta_fields=("capacity", "window", "chunk", "heads", "kv_heads", "wafer"),
 )
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class KVCache:
     """Keys and values of the tokens so far, in the order of slots that keeps PEs balanced.
 

@@ -24,6 +24,7 @@ from wsekern.fabric.moves import (
     transpose,
     varying,
 )
+from wsekern.fabric.multicast import flood
 from wsekern.fabric.operation import Op
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "axis_size",
     "broadcast",
     "cheapest",
+    "flood",
     "gather",
     "predicted_cycles",
     "reduce",

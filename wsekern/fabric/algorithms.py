@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from wsekern.context import inside
-from wsekern.fabric import chain, flood, k_tree, optimal, ring, star, tree, two_phase
+from wsekern.fabric import chain, k_tree, multicast, optimal, ring, star, tree, two_phase
 from wsekern.fabric.cost import Cost
 from wsekern.hardware import Machine
 
@@ -78,7 +78,7 @@ def predicted_cycles(
     if root is not None:
         return cycles
     far = [max(place, size - 1 - place) for size, place in zip(sizes, places, strict=True)]
-    return cycles + flood.cost(sum(far) + 1, 1, words).cycles(machine)
+    return cycles + multicast.cost(sum(far) + 1, 1, words).cycles(machine)
 
 
 def cheapest(

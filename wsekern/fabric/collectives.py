@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern.axes import WAFERS
-from wsekern.fabric import algorithms, chain, flood, ring
+from wsekern.fabric import algorithms, chain, multicast, ring
 from wsekern.fabric import line as lines
 from wsekern.fabric.algorithms import Algorithm
 from wsekern.fabric.exchange import check_root
@@ -34,7 +34,7 @@ def broadcast(x: Any, along: Along, root: int = 0) -> Any:
       ValueError: `root` is outside the grid.
     """
     check_root("broadcast", along, root)
-    return jax.tree.map(lambda tile: flood.flooded(tile, along, root), x)
+    return multicast.from_root(x, along, root)
 
 
 def reduce(
@@ -173,7 +173,7 @@ def _by_algorithm(tile, names, root, op, algorithm):
         sizes = [axis_size(name) for name in names]
         at = algorithms.root_of(algorithm, sizes) if root is None else root
         tile = _rooted(tile, names, at, op, algorithm)
-        tile = flood.flooded(tile, names, at) if root is None else _on_root(tile, names, at)
+        tile = multicast.from_root(tile, names, at) if root is None else _on_root(tile, names, at)
     return tile / axis_size(names) if op == "mean" else tile
 
 

@@ -9,7 +9,7 @@ import math
 import pytest
 
 import wsekern as wk
-from wsekern.fabric import algorithms, flood, optimal
+from wsekern.fabric import algorithms, multicast, optimal
 from wsekern.fabric.algorithms import LINES, cheapest, predicted_cycles
 
 BOTH = [(64, 1), (16, 256), (256, 16), (512, 4096)]  # PEs, words
@@ -35,8 +35,8 @@ def test_reductions_to_the_end_of_a_line_cost_what_is_published(P, B):
 def test_a_ring_and_a_flood_cost_what_is_published(P, B):
     ring = predicted_cycles("ring", [P], B, wk.WSE2)
     assert ring == pytest.approx(2 * (P - 1) * B / P + 4 * P - 6 + 10 * (P - 1))
-    assert flood.cost(1, P, B).cycles(wk.WSE2) == B + P + 4
-    assert flood.cost(P, P, B).cycles(wk.WSE2) == B + 2 * P + 3
+    assert multicast.cost(1, P, B).cycles(wk.WSE2) == B + P + 4
+    assert multicast.cost(P, P, B).cycles(wk.WSE2) == B + 2 * P + 3
 
 
 @pytest.mark.parametrize(("P", "groups"), [(240, 15), (256, 16), (720, 24), (600, 24), (512, 32)])

@@ -186,7 +186,7 @@ def test_whole_numbers_and_infinities_come_through(full_wafer):
     def kernel(u):
         sums = [fabric.all_reduce(u.astype(jnp.int8), "x", algorithm=a) for a in REDUCTIONS]
         large = jnp.where(u > 0, jnp.inf, u)
-        return [*sums, *(fabric.all_reduce(large, "x", "max", algorithm=a) for a in LINES)]
+        return [*sums, *(fabric.all_reduce(large, "x", "max", algorithm=a) for a in REDUCTIONS)]
 
     u = tiles(full_wafer, 3)
     got = mapped(full_wafer, kernel)(u)

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
+from wsekern.fabric import moves
 
 ALL = P("wafer", "y", "x")
-TILE = (1, 8, 4)
+TILE = (1, 16, 4)
 GRID = ("y", "x")
 EVERY = ("wafer", "y", "x")
 DIM = {"wafer": 0, "y": 1, "x": 2}  # of an array of tiles, [wafer, y, x, *tile]
@@ -171,7 +172,7 @@ def test_a_skew_moves_each_row_by_its_own_index(odd_wafer):
 
 def test_a_skew_by_binary_digits_is_the_same(monkeypatch):
     """On devices too, where a grid has more PEs than one permutation may list."""
-    monkeypatch.setattr(fabric, "_LISTED", 0)
+    monkeypatch.setattr(moves, "_LISTED", 0)
     check_skews(wk.Wafer.devices(5, 3), SKEWS)
 
 

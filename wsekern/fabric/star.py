@@ -1,0 +1,41 @@
+"""This file is the star reduction: every tile travels to the root, which adds what comes.
+
+Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: the best for one word.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.line import Line
+from wsekern.fabric.operation import Operation
+
+
+def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
+    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+
+    With n PEs on the longer side of the root, n steps in which every tile moves one place nearer:
+    n words for each of the tile, from both sides twice as many.
+    """
+    fill = op.neutral(tile.dtype)
+    directions = [by for by, side in ((1, root), (-1, line.size - 1 - root)) if side]
+
+    def step(carry, _):
+        total, travelling = carry
+        travelling = [line.shift(t, by, fill) for t, by in zip(travelling, directions, strict=True)]
+        for arrived in travelling:
+            total = op.combine(total, arrived)
+        return (total, travelling), None
+
+    start = (tile, [tile] * len(directions))
+    (total, _), _ = lax.scan(step, start, length=max(sides(line.size, root), default=0))
+    return jnp.where(line.place == root, total, tile)
+
+
+def cost(pes: int, words: float, root: int = 0) -> Cost:
+    """`B (P - 1)` words through the root, one after another: `B (P - 1) + 2 T_R + 1` cycles."""
+    hops = sum(side * (side + 1) / 2 for side in sides(pes, root))
+    return Cost(
+        contention=words * (pes - 1), energy=words * hops, links=pes - 1, distance=0, depth=1
+    )

@@ -1,0 +1,51 @@
+"""This file is the two-phase reduction: chains inside groups, then a chain of the groups' heads.
+
+Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: groups of about sqrt P PEs, whose
+heads are the PEs nearest to the root; the best where a tile has about as many words as the line
+has PEs.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from wsekern.fabric import chain
+from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.line import Line
+from wsekern.fabric.operation import Operation
+
+
+def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
+    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+
+    Two chains one after another, of `S - 1` and about `P / S` hops: see `chain.reduced`.
+    """
+    size = group(line.size, root)
+    place = np.arange(line.size)
+    far = np.abs(place - root) // size * size
+    heads = root + np.sign(place - root) * far
+    tile = chain.run(tile, line, chain.Chains(heads, 1), op)
+    among = np.where(heads == place, root, -1)
+    return chain.run(tile, line, chain.Chains(among, size), op)
+
+
+def group(pes: int, root: int = 0) -> int:
+    """PEs of a group."""
+    return max(1, round(math.sqrt(max(sides(pes, root), default=0) + 1)))
+
+
+def cost(pes: int, words: float, root: int = 0) -> Cost:
+    """About `max(2 B, energy / links) + P - 1 + (2 T_R + 1) (2 sqrt(P) - 2)` cycles."""
+    size = group(pes, root)
+    groups = [(side + 1 + size - 1) // size for side in sides(pes, root)]
+    across = sum(size * (count - 1) for count in groups)
+    within = pes - 1 - sum(count - 1 for count in groups)
+    hops = max(sides(pes, root), default=0)
+    return Cost(
+        contention=2 * words * len(groups),
+        energy=words * (within + across),
+        links=pes - 1,
+        distance=hops,
+        depth=min(size - 1, hops) + max(groups, default=1) - 1,
+    )

@@ -53,7 +53,9 @@ def nt(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
 def tn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
     """Y = X^T @ S, in float32: a gather, a product, and a sum of which a PE keeps its own part."""
     partial = tile.product("tn", columns(a), b, len(shape))
-    return fabric.reduce_scatter(tile.sized(partial, -2, shape[-2] * fabric.axis_size(ROWS)), ROWS, -2)
+    return fabric.reduce_scatter(
+        tile.sized(partial, -2, shape[-2] * fabric.axis_size(ROWS)), ROWS, -2
+    )
 
 
 def columns(x: jax.Array) -> jax.Array:
@@ -71,4 +73,3 @@ def scattered_columns(x: jax.Array) -> jax.Array:
     if size > _JOINED:
         return fabric.reduce_scatter(x, COLS, -1)
     return fabric.reduce_scatter(jnp.stack(jnp.split(x, size, -1)), COLS, 0)[0]
-

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The triple S = X @ Y of a product (see tile_product) on a wafer, whichever of it is asked for.
+    """The triple S = X @ Y of a product (see tile_product) on a wafer, whichever is asked for.
 
     Sizes are whole; bytes are those of an element.
     """
@@ -94,10 +94,7 @@ class Candidate:
 def candidates(problem: Problem) -> dict[str, Candidate]:
     """Every algorithm by name, with its cost on the problem's wafer."""
     made = (_allgather, _summa, _cannon, _mesh, _collective, _stationary, _over_wafers)
-    costs = {name: make(problem) for name, make in zip(NAMES, made, strict=True)}
-    if problem.wafer.machine is None:
-        return costs
-    return {name: _timed(candidate, problem) for name, candidate in costs.items()}
+    return {name: _timed(make(problem), problem) for name, make in zip(NAMES, made, strict=True)}
 
 
 def chosen(problem: Problem) -> tuple[Candidate, str]:
@@ -153,6 +150,8 @@ def _on_a_wafer(problem, costs):
 
 def _timed(c: Candidate, problem: Problem) -> Candidate:
     machine = problem.wafer.machine
+    if machine is None:
+        return c
     arithmetic = problem.products / machine.fmacs_per_cycle(_dtype(problem))
     if c.plan.algorithm == "2.5d":
         arithmetic /= problem.wafer.wafers

@@ -50,9 +50,7 @@ def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str) -> jax.Array:
     if along == COLS:
         return _sums_go_round(a, _held(b, along, shape[-1]), shape, along, part)
     whole = _operand_goes_round(b, a, shape, along, lambda y, s: part(s, y))
-    return allgather.scattered_columns(
-        tile.sized(whole, -1, shape[-1] * fabric.axis_size(COLS))
-    )
+    return allgather.scattered_columns(tile.sized(whole, -1, shape[-1] * fabric.axis_size(COLS)))
 
 
 def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str) -> jax.Array:

@@ -1,4 +1,4 @@
-"""This file is the product of a vector and a matrix, or of few of them: what a decode step is made of.
+"""This file is the product of vectors and a matrix, of which a decode step is made: `gemv`.
 
 C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025 (MeshGEMV): the
 matrix never moves, and a vector split along one axis comes out split along the other, so that a
@@ -111,7 +111,11 @@ def _bwd(activation, transpose_b, wafer, residuals, dy):
         wide = before.astype(tile.sum_dtype(before.dtype))
         dy = jax.vjp(activation, wide)[1](dy.astype(wide.dtype))[0].astype(dy.dtype)
     of_x, of_y = (COLS, ROWS) if transpose_b else (ROWS, COLS)
-    x_spec, y_spec, ends = layout.tiled(x.ndim, of_x), layout.tiled(x.ndim, of_y), layout.tiled(1, of_y)
+    x_spec, y_spec, ends = (
+        layout.tiled(x.ndim, of_x),
+        layout.tiled(x.ndim, of_y),
+        layout.tiled(1, of_y),
+    )
     learns = jnp.issubdtype(b.dtype, jnp.floating)
     kernel = functools.partial(
         _per_pe_gradients, form="nt" if transpose_b else "nn", along=of_y, across=of_x

@@ -17,6 +17,7 @@ from wsekern.kernels import (
     choose,
     collective,
     epilogue,
+    explain_matmul,
     over_wafers,
     rounds,
     stationary,
@@ -104,7 +105,8 @@ def matmul(
 
     Costs below are of one product on h x w PEs, received by a PE: X and Y are the words of its
     tiles of `a` and `b` (of the result and `b` in `a @ b^T`, of `a` and the result in `a^T @ b`),
-    S those of the third; what is summed is float32. `print(wk.explain_matmul(...))` gives numbers.
+    S those of the third; what is summed is float32. `print(wk.explain_matmul(...))` (which is
+    `wk.matmul.explain` too) gives numbers.
 
     - `allgather`: (w - 1) X + (h - 1) Y words in 2 steps; w X + h Y are held. Where that is much
       `auto` takes r rounds of a share each: 2 r steps, as many words, an r-th held.
@@ -148,8 +150,10 @@ def matmul(
     """
     several = isinstance(b, tuple | list)
     a, bs = jnp.asarray(a), tuple(map(jnp.asarray, b if several else (b,)))
-    biases, scales = (_each(n, v, several, len(bs)) for n, v in (("bias", bias), ("scales", scales)))
-    form = _form(transpose_a, transpose_b)
+    biases, scales = (
+        _each(n, v, several, len(bs)) for n, v in (("bias", bias), ("scales", scales))
+    )
+    form = tile.form("matmul", transpose_a, transpose_b)
     _check(form, a, bs, biases, scales, algorithm)
     activation = epilogue.function("matmul", activation)
     wafer = context.resolve(wafer)
@@ -185,7 +189,10 @@ def _on(wafer, form, a, bs, biases, scales, activation, algorithm):
     a = _padded(a, wafer, (1, plan.unit) if form != "nt" else (1, 1))
     bs = tuple(_padded(b, wafer, (plan.unit, 1) if form != "tn" else (1, 1)) for b in bs)
     ends = (
-        tuple(v if v is None else _grown(v, t[1] * wafer.width, wafer) for v, t in zip(vs, tiles))
+        tuple(
+            v if v is None else _grown(v, t[1] * wafer.width, wafer)
+            for v, t in zip(vs, tiles, strict=True)
+        )
         for vs in (biases, scales)
     )
     cs = _product(a, bs, *ends, _How(form, plan, activation, tiles, wafer))
@@ -212,6 +219,9 @@ def _padded(x, wafer, units):
 
 def _grown(vector, length, wafer):
     return layout.pad(tile.sized(vector, -1, length), layout.tiled(1, COLS), wafer)
+
+
+matmul.explain = explain_matmul.explain_matmul  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -243,7 +253,12 @@ def _bwd(how, residuals, dcs):
     run = how.wafer.map(
         functools.partial(_per_pe_gradients, how=how),
         in_specs=(spec, b_specs, ends, ends, spec),
-        out_specs=(spec, tuple(s for s, b in zip(b_specs, bs) if _learns(b)), ends, ends),
+        out_specs=(
+            spec,
+            tuple(s for s, b in zip(b_specs, bs, strict=True) if _learns(b)),
+            ends,
+            ends,
+        ),
     )
     da, dbs, dbiases, dscales = run(a, bs, biases, scales, dcs)
     of_b = iter(dbs)
@@ -268,8 +283,8 @@ def _learns(b) -> bool:
 def _per_pe(a, bs, biases, scales, how, keep):
     sums = _products(a, bs, how)
     ends = (
-        epilogue.applied(s, *end, how.activation)
-        for s, *end in zip(sums, biases, scales, strict=True)
+        epilogue.applied(s, bias, scale, how.activation)
+        for s, bias, scale in zip(sums, biases, scales, strict=True)
     )
     cs, before = zip(*((c.astype(a.dtype), x.astype(a.dtype)) for c, x in ends), strict=True)
     return cs, before if keep else ()
@@ -283,14 +298,17 @@ def _per_pe_gradients(a, bs, biases, scales, dcs, how):
         return fabric.all_reduce(by_column, along).astype(like.dtype)
 
     wide = [dc.astype(tile.sum_dtype(dc.dtype)) for dc in dcs]
-    dbiases = tuple(None if b is None else summed(dc, b) for b, dc in zip(biases, wide))
+    dbiases = tuple(
+        None if b is None else summed(dc, b) for b, dc in zip(biases, wide, strict=True)
+    )
     if scales[0] is None:
         dscales = scales
     else:
         pairs = zip(_products(a, bs, how), wide, scales, strict=True)
         dscales = tuple(summed(sums * dc, s) for sums, dc, s in pairs)
         dcs = tuple(
-            (dc * epilogue.along_last(s, dc)).astype(a.dtype) for dc, s in zip(wide, scales)
+            (dc * epilogue.along_last(s, dc)).astype(a.dtype)
+            for dc, s in zip(wide, scales, strict=True)
         )
     da, dbs = _gradients(a, bs, dcs, how)
     if a.ndim > 2:  # every wafer has the same matrices, and other rows
@@ -300,7 +318,7 @@ def _per_pe_gradients(a, bs, biases, scales, dcs, how):
 
 def _products(a, bs, how):
     """The sums of each product on this PE."""
-    run, leading = _kernel(how.form, how), a.shape[:-2]
+    run, leading = _of_plan(how.form, how.plan), a.shape[:-2]
     shapes = [(*leading, *tile_) for tile_ in how.tiles]
     if how.form == "nt":  # `a` stays: there is nothing to share
         return [run(a, b, shape) for b, shape in zip(bs, shapes, strict=True)]
@@ -312,7 +330,9 @@ def _gradients(a, bs, dcs, how):
     """The sums of the gradient of `a` and of each of `bs` that is not of integers."""
     if how.form == "nt":
         each = [_pair(a, b, dc, how) for b, dc in zip(bs, dcs, strict=True)]
-        return functools.reduce(jnp.add, [da for da, _ in each]), [db for _, db in each if db is not None]
+        return functools.reduce(jnp.add, [da for da, _ in each]), [
+            db for _, db in each if db is not None
+        ]
     da, db = _pair(a, _together(bs), _together(dcs), how)
     return da, [] if db is None else _apart(db, bs)
 
@@ -320,14 +340,10 @@ def _gradients(a, bs, dcs, how):
 def _pair(a, b, dc, how):
     factors = {"a": a, "b": b, "c": dc}
     of_a, of_b = (
-        functools.partial(_kernel(form, how), factors[left], factors[right])
+        functools.partial(_of_plan(form, how.plan), factors[left], factors[right])
         for form, left, right in tile.GRADIENTS[how.form]
     )
     return of_a(a.shape), of_b(b.shape) if _learns(b) else None
-
-
-def _kernel(form: tile.Form, how: _How):
-    return _of_plan(form, how.plan)
 
 
 def _of_plan(form: tile.Form, plan: choose.Plan):
@@ -348,15 +364,6 @@ def _apart(joined: jax.Array, like: tuple[jax.Array, ...]) -> list[jax.Array]:
     return jnp.split(joined, np.cumsum([x.shape[-1] for x in like])[:-1], -1)
 
 
-def _form(transpose_a: bool, transpose_b: bool) -> tile.Form:
-    if transpose_a and transpose_b:
-        raise ValueError(
-            "matmul: transpose_a and transpose_b are both True: a^T @ b^T is (b @ a)^T, whose "
-            "transposition is a move of its own; multiply b by a"
-        )
-    return "tn" if transpose_a else "nt" if transpose_b else "nn"
-
-
 def _each(name, value, several, count):
     if value is None:
         return (None,) * count
@@ -372,7 +379,7 @@ def _check(form, a, bs, biases, scales, algorithm):
     if not bs:
         raise ValueError("matmul: b is an empty tuple; give at least one right factor")
     for b, *ends in zip(bs, biases, scales, strict=True):
-        _check_pair(form, a, b)
+        tile.check("matmul", form, a, b)
         epilogue.check("matmul", a, b, b.shape[-2 if form == "nt" else -1], *ends)
     if len({b.dtype for b in bs}) > 1:
         raise ValueError(
@@ -382,24 +389,3 @@ def _check(form, a, bs, biases, scales, algorithm):
     if algorithm not in ("auto", *_KERNELS):
         known = ", ".join(repr(name) for name in ("auto", *_KERNELS))
         raise ValueError(f"matmul: algorithm={algorithm!r} is not one of {known}")
-
-
-def _check_pair(form, a, b):
-    for name, x in (("a", a), ("b", b)):
-        if x.ndim < 2:
-            raise ValueError(
-                f"matmul: {name} is {x.shape}, it must have at least two dimensions; give a "
-                "vector a row or a column of its own, or use gemv"
-            )
-    if b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
-        raise ValueError(
-            f"matmul: a is {a.shape} and b is {b.shape}: b must be a matrix, or have a's leading "
-            f"dimensions {a.shape[:-2]}"
-        )
-    of_a, of_b = (-2 if form == "tn" else -1), (-1 if form == "nt" else -2)
-    if a.shape[of_a] != b.shape[of_b]:
-        kinds = {-1: "columns", -2: "rows"}
-        raise ValueError(
-            f"matmul: a is {a.shape} and b is {b.shape}: a's {kinds[of_a]} ({a.shape[of_a]}) must "
-            f"equal b's {kinds[of_b]} ({b.shape[of_b]})"
-        )

@@ -38,13 +38,12 @@ def product(form: Form, a: jax.Array, b: jax.Array, ndim: int) -> jax.Array:
     a, b = _floating(a, b)
     of_a, of_b = (axis % x.ndim for axis, x in zip(_SUMMED[form], (a, b), strict=True))
     leading = tuple(range(min(a.ndim, b.ndim) - 2))
-    if ndim == 2 and leading:
-        contract, batch = ((*leading, of_a), (*leading, of_b)), ((), ())
-    else:
-        contract, batch = ((of_a,), (of_b,)), (leading, leading)
-    if form == "tn" or len(contract[0]) > 1:
+    summed = leading if ndim == 2 else ()
+    batch = leading if ndim > 2 else ()
+    if form == "tn" or summed:
         a, b = runnable(a, b)
-    c = lax.dot_general(a, b, (contract, batch), preferred_element_type=sum_dtype(a.dtype))
+    dimensions = (((*summed, of_a), (*summed, of_b)), (batch, batch))
+    c = lax.dot_general(a, b, dimensions, preferred_element_type=sum_dtype(a.dtype))
     return jnp.moveaxis(c, 0, -2) if a.ndim < b.ndim else c
 
 
@@ -78,6 +77,42 @@ def sized(x: jax.Array, axis: int, length: int) -> jax.Array:
     if x.shape[axis] >= length:
         return lax.slice_in_dim(x, 0, length, axis=axis)
     return jnp.pad(x, [(0, length - n if d == axis else 0) for d, n in enumerate(x.shape)])
+
+
+def form(what: str, transpose_a: bool, transpose_b: bool) -> Form:
+    """The form that takes these factors transposed.
+
+    Raises:
+      ValueError: both are to be.
+    """
+    if transpose_a and transpose_b:
+        raise ValueError(
+            f"{what}: transpose_a and transpose_b are both True: a^T @ b^T is (b @ a)^T, whose "
+            "transposition is a move of its own; multiply b by a"
+        )
+    return "tn" if transpose_a else "nt" if transpose_b else "nn"
+
+
+def check(what: str, form: Form, a, b) -> None:
+    """Raises ValueError where the shapes of `a` and `b` do not fit one another."""
+    for name, x in (("a", a), ("b", b)):
+        if x.ndim < 2:
+            raise ValueError(
+                f"{what}: {name} is {x.shape}, it must have at least two dimensions; give a "
+                "vector a row or a column of its own, or use gemv"
+            )
+    if b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(
+            f"{what}: a is {a.shape} and b is {b.shape}: b must be a matrix, or have a's leading "
+            f"dimensions {a.shape[:-2]}"
+        )
+    of_a, of_b = (-2 if form == "tn" else -1), (-1 if form == "nt" else -2)
+    if a.shape[of_a] != b.shape[of_b]:
+        kinds = {-1: "columns", -2: "rows"}
+        raise ValueError(
+            f"{what}: a is {a.shape} and b is {b.shape}: a's {kinds[of_a]} ({a.shape[of_a]}) must "
+            f"equal b's {kinds[of_b]} ({b.shape[of_b]})"
+        )
 
 
 def _floating(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,8 +16,8 @@ from wsekern.wafer import Wafer
 
 NAMES = ("allgather", "summa", "cannon", "mesh", "collective", "stationary", "2.5d")
 _WORD = 4  # bytes
-_ROUND = 512  # of the meeting dimension: shorter parts run at a worse rate on a CPU
-_ROUND_BYTES = 3 * 2**20  # gathered on an emulated device in one round (benchmarks/RESULTS.md)
+_ROUND = 512  # rows: of fewer a product runs at a worse rate on a CPU
+_GATHERED_BYTES = 3 * 2**20  # on an emulated device (benchmarks/RESULTS.md)
 _FEW_WORDS = 4  # a stationary factor pays where it moves this many times less
 _LITTLE = 2**18  # bytes whose gathering costs no more than the call itself
 
@@ -87,6 +87,7 @@ class Candidate:
     hops: int = 0
     held_bytes: float = 0
     cycles: float | None = None  # on a wafer
+    rounds: int = 1  # one after another, each of a share of the rows
     refused: str = ""
     note: str = ""
 
@@ -130,11 +131,11 @@ def _on_devices(problem, costs):
     gather, stationary = costs["allgather"], costs["stationary"]
     if problem.gathered > _LITTLE and _FEW_WORDS * stationary.words <= gather.words:
         return stationary, "few rows: the large factor stays, and far fewer words move"
-    if problem.gathered <= _round_bytes(problem.wafer):
+    if problem.gathered <= _gathered_bytes(problem.wafer):
         return gather, "what it gathers is little"
-    if dict(gather.plan.options).get("rounds", 1) > 1:
-        return gather, "gathered in rounds, no more than a share is held"
-    return costs["summa"], "gathering would hold too much, and this grid cannot do it in rounds"
+    if stationary.rounds > 1:
+        return stationary, "a gather would be large; in rounds only a share of the rows is held"
+    return costs["summa"], "a gather would be large, and the rows do not divide into rounds"
 
 
 def _on_a_wafer(problem, costs):
@@ -167,32 +168,30 @@ def _dtype(problem: Problem) -> str:
     return "float16" if min(problem.x_bytes, problem.s_bytes) == 2 else "float32"
 
 
-def _round_bytes(wafer: Wafer) -> int:
-    chip = allgather.allowed_bytes(wafer)
-    return min(chip, _ROUND_BYTES) if wafer.platform == "cpu" else chip
+def _gathered_bytes(wafer: Wafer) -> int:
+    allowed = allgather.allowed_bytes(wafer)
+    return min(allowed, _GATHERED_BYTES) if wafer.platform == "cpu" else allowed
 
 
 def _rounds(problem: Problem) -> int:
-    """Into how many shares a gather is best cut."""
+    """Into how many shares the rows of a tile are best cut; 1 where none near it divides them."""
     wafer = problem.wafer
-    limit = _round_bytes(wafer)
-    if problem.gathered <= limit or not cannon.serves(wafer.height, wafer.width):
+    if wafer.machine is not None or problem.gathered <= _gathered_bytes(wafer):
         return 1
-    needed = -(-problem.gathered // limit)
-    most = max(1, problem.meeting // math.lcm(wafer.height, wafer.width))
-    return min(max(needed, problem.meeting // _ROUND), most)
+    tall = -(-problem.rows // wafer.height)
+    wanted = tall * wafer.height // _ROUND
+    near = range(wanted, wanted // 2, -1)
+    return next((rounds for rounds in near if rounds and tall % rounds == 0), 1)
 
 
 def _allgather(p: Problem) -> Candidate:
-    h, w, rounds = p.wafer.height, p.wafer.width, _rounds(p)
-    unit = 1 if rounds == 1 else rounds * math.lcm(h, w)
+    h, w = p.wafer.height, p.wafer.width
     return Candidate(
-        plan=Plan("allgather", (("rounds", rounds),) if rounds > 1 else (), unit),
+        plan=Plan("allgather"),
         words=((w - 1) * p.x + (h - 1) * p.y) / _WORD,
-        steps=2 * rounds,
-        hops=(h + w) * rounds,
-        held_bytes=p.gathered / rounds,
-        note=f"in {rounds} rounds" if rounds > 1 else "",
+        steps=2,
+        hops=h + w,
+        held_bytes=p.gathered,
     )
 
 
@@ -260,14 +259,18 @@ def _stationary(p: Problem) -> Candidate:
         whole = p.x_copies * p.rows * width * size
         return (2 * whole if few else p.x_copies * tall * width * size) * (h - 1) / h
 
+    rounds = _rounds(p)
+    options = (("rows", p.rows),) if rounds == 1 else (("rows", p.rows), ("rounds", rounds))
     met = p.x_copies * p.rows * -(-p.meeting // h) * p.x_bytes
     moved = over_rows(-(-p.meeting // w), p.x_bytes) + 2 * met * (w - 1) / w
     return Candidate(
-        plan=Plan("stationary", (("rows", p.rows),)),
+        plan=Plan("stationary", options),
         words=(moved + over_rows(-(-p.columns // w), 4)) / _WORD,
-        steps=3,
-        hops=2 * h + w,
-        held_bytes=p.x_copies * p.rows * -(-p.meeting // w) * p.x_bytes + met,
+        steps=3 * rounds,
+        hops=(2 * h + w) * rounds,
+        held_bytes=(p.x_copies * p.rows * -(-p.meeting // w) * p.x_bytes + met) / rounds,
+        rounds=rounds,
+        note=f"in {rounds} rounds" if rounds > 1 else "",
     )
 
 

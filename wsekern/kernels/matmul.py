@@ -19,7 +19,6 @@ from wsekern.kernels import (
     epilogue,
     explain_matmul,
     over_wafers,
-    rounds,
     stationary,
     summa,
 )
@@ -108,8 +107,7 @@ def matmul(
     S those of the third; what is summed is float32. `print(wk.explain_matmul(...))` (which is
     `wk.matmul.explain` too) gives numbers.
 
-    - `allgather`: (w - 1) X + (h - 1) Y words in 2 steps; w X + h Y are held. Where that is much
-      `auto` takes r rounds of a share each: 2 r steps, as many words, an r-th held.
+    - `allgather`: (w - 1) X + (h - 1) Y words in 2 steps; w X + h Y are held.
     - `summa`: 2 (w - 1) X + 2 (h - 1) Y words (a panel's broadcast is a sum over its line) in
       2 max(h, w) steps; one panel of each is held.
     - `cannon`: p (X + Y) words in 2 p steps on p x p, and two tiles of each are held. Where L =
@@ -119,9 +117,10 @@ def matmul(
     - `collective`: as many words as `allgather`, of which those along one axis (x if h Y <= w X)
       are halves of tiles that go round both ways while others are multiplied: w steps (h along y);
       h Y and two tiles of X are held (w X and two of Y).
-    - `stationary`, for M rows that are few: Y stays. With T = h X and T' = h S (2 M / h of it where
-      M <= h / 2: then the sum of M rows) (T + T') (h - 1) / h and 2 (w - 1) / w of M rows of K / h
-      words, in 3 steps; these rows are held.
+    - `stationary`: Y stays. Of T = h X and T' = h S words (2 M / h of it where M, the rows, are at
+      most h / 2: then the sum of so many is less) (T + T') (h - 1) / h are received, and of the M K
+      / h that meet Y 2 (w - 1) / w, in 3 steps; these rows are held. Of many rows `auto` takes r
+      rounds of a share of them each: 3 r steps, as many words, an r-th held.
     - `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
       2 (c - 1) / c S words in one more step.
 
@@ -138,9 +137,10 @@ def matmul(
         function of an array that holds no traced values.
       scales: the scale of each output channel of int8 weights, laid out `P("x")`; likewise.
       algorithm: one of these, or "auto". On devices: `stationary` where that moves a quarter of
-        what a gather would; else `allgather`, in rounds beyond 3 MiB on emulated devices and a 64th
-        of an accelerator's memory, or `summa` where the grid has too many blocks for rounds. On a
-        wafer (virtual, abstract): the fewest predicted cycles within a quarter of a PE's SRAM.
+        what a gather would; else `allgather` while what it gathers is at most 3 MiB on emulated
+        devices or a 64th of an accelerator's memory; beyond that `stationary` in rounds, or `summa`
+        where the rows do not divide into such. On a wafer (virtual, abstract): the fewest
+        predicted cycles of those that hold at most a quarter of a PE's SRAM.
       wafer: where to run; by default the current wafer, and plain `jnp` without one.
 
     Raises:
@@ -350,10 +350,7 @@ def _of_plan(form: tile.Form, plan: choose.Plan):
     options = dict(plan.options)
     if "inner" in options:
         options["inner"] = _of_plan(form, options["inner"])
-    home = _KERNELS[plan.algorithm]
-    if "rounds" in options:
-        options["inner"], home = getattr(home, form), rounds
-    return functools.partial(getattr(home, form), **options)
+    return functools.partial(getattr(_KERNELS[plan.algorithm], form), **options)
 
 
 def _together(tiles: tuple[jax.Array, ...]) -> jax.Array:

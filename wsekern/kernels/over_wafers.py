@@ -12,14 +12,14 @@ from jax import lax
 
 from wsekern import fabric
 from wsekern.axes import WAFERS
-from wsekern.kernels import rounds
+from wsekern.kernels import shares
 from wsekern.kernels import tile_product as tile
 
 
 def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable) -> jax.Array:
     """S = X @ Y, in float32: each wafer's share by `inner`, then one sum over the wafers."""
     wafers = fabric.axis_size(WAFERS)
-    mine = _mine(rounds.cut_columns(a, wafers)), _mine(rounds.cut_rows(b, wafers))
+    mine = _mine(shares.cut_columns(a, wafers)), _mine(shares.cut_rows(b, wafers))
     return fabric.all_reduce(inner(*mine, shape), WAFERS)
 
 
@@ -27,14 +27,14 @@ def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable) -> jax.Ar
     """X = S @ Y^T, in float32: each wafer's share by `inner`, then one gather over the wafers."""
     wafers = fabric.axis_size(WAFERS)
     part = (*shape[:-1], shape[-1] // wafers)
-    return rounds.joined_columns(_all(inner(a, _mine(rounds.cut_rows(b, wafers)), part)))
+    return shares.joined_columns(_all(inner(a, _mine(shares.cut_rows(b, wafers)), part)))
 
 
 def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable) -> jax.Array:
     """Y = X^T @ S, in float32: each wafer's share by `inner`, then one gather over the wafers."""
     wafers = fabric.axis_size(WAFERS)
     part = (*shape[:-2], shape[-2] // wafers, shape[-1])
-    return rounds.joined_rows(_all(inner(_mine(rounds.cut_columns(a, wafers)), b, part)))
+    return shares.joined_rows(_all(inner(_mine(shares.cut_columns(a, wafers)), b, part)))
 
 
 def _mine(shares: jax.Array) -> jax.Array:

@@ -12,25 +12,61 @@ from jax import lax
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
+from wsekern.kernels import panels
 from wsekern.kernels import tile_product as tile
 
 
-def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int) -> jax.Array:
+def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1) -> jax.Array:
     """S = X @ Y, in float32: Y stays, and the sums over y are the last move."""
+    return _by_rows(lambda a, shape, rows: _nn(a, b, shape, rows), a, shape, rows, rounds)
+
+
+def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1) -> jax.Array:
+    """X = S @ Y^T, in float32: Y stays, and the moves are those of `nn` backwards."""
+    return _by_rows(lambda a, shape, rows: _nt(a, b, shape, rows), a, shape, rows, rounds)
+
+
+def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1) -> jax.Array:
+    """Y = X^T @ S, in float32: the rows of both come to it, and nothing is summed."""
+    if rounds == 1:
+        return _tn(a, b, shape, rows)
+    rows = fabric.axis_size(ROWS) * a.shape[-2] // rounds
+    first, others = _cut(a, rounds), _cut(b, rounds)
+
+    def step(c, pair):
+        of_x, of_s = pair
+        return c + _tn(of_x, of_s, shape, rows), None
+
+    c = _tn(first[0], others[0], shape, rows)
+    return lax.scan(step, c, (first[1:], others[1:]))[0]
+
+
+def _by_rows(run, a, shape, rows, rounds):
+    if rounds == 1:
+        return run(a, shape, rows)
+    shape = (*shape[:-2], shape[-2] // rounds, shape[-1])
+    rows = fabric.axis_size(ROWS) * shape[-2]
+    parts = jnp.moveaxis(lax.map(lambda part: run(part, shape, rows), _cut(a, rounds)), 0, -3)
+    return jnp.reshape(parts, (*parts.shape[:-3], -1, parts.shape[-1]))
+
+
+def _cut(x, rounds):
+    return jnp.moveaxis(jnp.reshape(x, (*x.shape[:-2], rounds, -1, x.shape[-1])), -3, 0)
+
+
+def _nn(a, b, shape, rows):
     met = _met(_all_rows(a, rows), b.shape[-2])
     return _own_rows(tile.product("nn", met, b, len(shape)), shape)
 
 
-def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int) -> jax.Array:
-    """X = S @ Y^T, in float32: Y stays, and the moves are those of `nn` backwards."""
+def _nt(a, b, shape, rows):
     partial = tile.product("nt", _all_rows(a, rows), b, len(shape))
     met = fabric.all_reduce(partial, COLS)
-    mine = _overlap(met, shape[-1], fabric.axis_index(COLS), fabric.axis_index(ROWS))
-    return _own_rows(mine, shape)
+    start = fabric.axis_index(COLS) * shape[-1] - fabric.axis_index(ROWS) * met.shape[-1]
+    return _own_rows(panels.overlap(met, -1, start, shape[-1]), shape)
 
 
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int) -> jax.Array:
-    """Y = X^T @ S, in float32: the rows of both come to it, and nothing is summed."""
+def _tn(a, b, shape, rows):
     met = _met(_all_rows(a, rows), shape[-2])
     return tile.product("tn", met, _all_rows(b, rows), len(shape))
 
@@ -41,7 +77,7 @@ def _all_rows(x: jax.Array, rows: int) -> jax.Array:
     if 2 * rows > size * length:
         return tile.sized(fabric.all_gather(x, ROWS, -2), -2, rows)
     # So many are padding that the sum of the true ones, each in its place, is less to send.
-    return fabric.all_reduce(_placed(x, -2, rows, fabric.axis_index(ROWS) * length), ROWS)
+    return fabric.all_reduce(panels.overlap(x, -2, -fabric.axis_index(ROWS) * length, rows), ROWS)
 
 
 def _own_rows(x: jax.Array, shape: tile.Shape) -> jax.Array:
@@ -50,23 +86,10 @@ def _own_rows(x: jax.Array, shape: tile.Shape) -> jax.Array:
     if 2 * x.shape[-2] > size * length:
         return fabric.reduce_scatter(tile.sized(x, -2, size * length), ROWS, -2)
     whole = fabric.all_reduce(x, ROWS)
-    return _placed(whole, -2, length, -fabric.axis_index(ROWS) * length)
+    return panels.overlap(whole, -2, fabric.axis_index(ROWS) * length, length)
 
 
 def _met(x: jax.Array, length: int) -> jax.Array:
     """The columns that meet this PE's `length` rows of Y."""
-    mine = _overlap(x, length, fabric.axis_index(ROWS), fabric.axis_index(COLS))
-    return fabric.all_reduce(mine, COLS)
-
-
-def _overlap(x: jax.Array, length: int, to: jax.Array, source: jax.Array) -> jax.Array:
-    """Part number `to` of a dimension, `length` long, as far as `x`, part `source`, has of it."""
-    return _placed(x, -1, length, source * x.shape[-1] - to * length)
-
-
-def _placed(x: jax.Array, axis: int, length: int, start: jax.Array) -> jax.Array:
-    """`length` zeros, with `x` from place `start` on as far as it lies within them."""
-    axis %= x.ndim
-    around = [(length, length) if d == axis else (0, 0) for d in range(x.ndim)]
-    at = jnp.clip(length - start, 0, length + x.shape[axis])
-    return lax.dynamic_slice_in_dim(jnp.pad(x, around), at, length, axis)
+    start = fabric.axis_index(ROWS) * length - fabric.axis_index(COLS) * x.shape[-1]
+    return fabric.all_reduce(panels.overlap(x, -1, start, length), COLS)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
+from wsekern.kernels import panels
 from wsekern.kernels import tile_product as tile
 
 
@@ -24,8 +25,8 @@ def nn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
     width = min(a.shape[-1], b.shape[-2])
 
     def part(s):
-        panels = _panel(a, -1, COLS, width, s), _panel(b, -2, ROWS, width, s)
-        return tile.product("nn", *panels, len(shape))
+        pair = _panel(a, -1, COLS, width, s), _panel(b, -2, ROWS, width, s)
+        return tile.product("nn", *pair, len(shape))
 
     def step(c, s):
         return c + part(s), None
@@ -61,32 +62,9 @@ def _steps() -> int:
 
 def _panel(x: jax.Array, axis: int, along: str, width: int, s: Int[Array, ""] | int) -> jax.Array:
     start = s * width - fabric.axis_index(along) * x.shape[axis]
-    return fabric.all_reduce(_part(x, axis, start, width), along)
-
-
-def _part(x: jax.Array, axis: int, start: Int[Array, ""], width: int) -> jax.Array:
-    """Places `start` to `start + width` of the tile; zeros where it has no such place."""
-    length = x.shape[axis]
-    at = jnp.clip(start, 0, length - width)
-    part = lax.dynamic_slice_in_dim(x, at, width, axis % x.ndim)
-    if length % width:
-        part = jnp.roll(part, at - start, axis)
-    places = start + _along(part, axis)
-    return jnp.where((places >= 0) & (places < length), part, jnp.zeros((), x.dtype))
+    return fabric.all_reduce(panels.part(x, axis, start, width), along)
 
 
 def _put(x: jax.Array, panel: jax.Array, axis: int, along: str, s: Int[Array, ""]) -> jax.Array:
-    """The tile with panel `s`, as far as it has its places."""
-    length, width = x.shape[axis], panel.shape[axis]
-    start = s * width - fabric.axis_index(along) * length
-    at = jnp.clip(start, 0, length - width)
-    if length % width:
-        panel = jnp.roll(panel, start - at, axis)
-    old = lax.dynamic_slice_in_dim(x, at, width, axis % x.ndim)
-    places = at - start + _along(panel, axis)
-    new = jnp.where((places >= 0) & (places < width), panel, old)
-    return lax.dynamic_update_slice_in_dim(x, new, at, axis % x.ndim)
-
-
-def _along(x: jax.Array, axis: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
+    start = s * panel.shape[axis] - fabric.axis_index(along) * x.shape[axis]
+    return panels.put(x, panel, axis, start)

@@ -1,44 +1,16 @@
-"""This file is the matrix product in shares of its meeting dimension, one after another.
+"""This file is shares of the meeting dimension of a matrix product.
 
-Public per-PE functions, of tiles. A share is the same part of every tile, not some tiles: it costs
-no more words than all at once, and each round holds that much less.
+Public per-PE functions, of tiles. A share is the same part of every tile, not some tiles: whoever
+multiplies a share moves no more words than that share's.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
-from wsekern.kernels import tile_product as tile
-
-
-def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable, rounds: int) -> jax.Array:
-    """S = X @ Y, in float32: the sum of `inner` of each share."""
-    shares = cut_columns(a, rounds), cut_rows(b, rounds)
-
-    def step(c, share):
-        return c + inner(*share, shape), None
-
-    first, others = ([x[part] for x in shares] for part in (0, slice(1, None)))
-    return lax.scan(step, inner(*first, shape), tuple(others))[0]
-
-
-def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable, rounds: int) -> jax.Array:
-    """X = S @ Y^T, in float32: a share of X from each of Y."""
-    part = (*shape[:-1], shape[-1] // rounds)
-    shares = lax.map(lambda share: inner(a, share, part), cut_rows(b, rounds))
-    return joined_columns(shares)
-
-
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable, rounds: int) -> jax.Array:
-    """Y = X^T @ S, in float32: a share of Y from each of X."""
-    part = (*shape[:-2], shape[-2] // rounds, shape[-1])
-    shares = lax.map(lambda share: inner(share, b, part), cut_columns(a, rounds))
-    return joined_rows(shares)
 
 
 def cut_columns(x: jax.Array, shares: int) -> jax.Array:

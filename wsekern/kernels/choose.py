@@ -239,12 +239,13 @@ def _ring_of_tiles(p: Problem, name: str, hops: int) -> Candidate:
 def _collective(p: Problem) -> Candidate:
     h, w = p.wafer.height, p.wafer.width
     along = "x" if h * p.y <= w * p.x else "y"
+    order = "plain" if p.wafer.machine is None else "folded"
     ring, moving, held = (w, p.x, h * p.y) if along == "x" else (h, p.y, w * p.x)
     return Candidate(
-        plan=Plan("collective", (("along", along),)),
+        plan=Plan("collective", (("along", along), ("ring", order))),
         words=((w - 1) * p.x + (h - 1) * p.y) / _WORD,
         steps=ring,
-        hops=h + w + ring,
+        hops=h + w + 2 * ring,
         held_bytes=held + 2 * moving,
         note=f"round along {along}",
     )

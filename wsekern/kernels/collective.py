@@ -6,7 +6,8 @@ scatter after it, becomes a ring whose every step goes on while the part at hand
 directions of the ring are used, each by half of every tile.
 
 Along the other axis an operand is gathered, or a result summed, at once and whole: choose as
-`along` the axis that leaves the smaller one to be held. X goes round along x, or Y along y.
+`along` the axis that leaves the smaller one to be held. X goes round along x, or Y along y; on a
+wafer, whose lines have ends, in the order of a folded ring.
 """
 
 from collections.abc import Callable
@@ -21,75 +22,84 @@ from wsekern.kernels import allgather
 from wsekern.kernels import tile_product as tile
 
 
-def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str) -> jax.Array:
+def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:
     """S = X @ Y, in float32: one operand is gathered, the halves of the other go round."""
     moving = a if along == COLS else b
     held = _held(b if along == COLS else a, along, moving.shape[_meeting(along)])
     bys, halves = _halves(moving, along)
-    me, size = fabric.axis_index(along), fabric.axis_size(along)
 
     def parts(halves, s):
-        blocks = [_block(held, along, (me - by * s) % size, moving) for by in bys]
+        blocks = [_block(held, along, _place(along, ring, -by * s), moving) for by in bys]
         pairs = list(zip(halves, blocks, strict=True))
         pairs = pairs if along == COLS else [pair[::-1] for pair in pairs]
         return [tile.product("nn", x, y, len(shape)) for x, y in pairs]
 
     def step(carry, s):
         halves, sums = carry
-        halves = _shifted(halves, along, bys)
+        halves = _shifted(halves, along, bys, ring)
         return (halves, jax.tree.map(jnp.add, sums, parts(halves, s))), None
 
     carry = (halves, parts(halves, 0))
-    (_, sums), _ = lax.scan(step, carry, jnp.arange(1, size))
+    (_, sums), _ = lax.scan(step, carry, jnp.arange(1, fabric.axis_size(along)))
     return jnp.concatenate(sums, _free(along))
 
 
-def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str) -> jax.Array:
+def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:
     """X = S @ Y^T, in float32: Y is gathered and sums go round, or Y goes round and X is summed."""
     part = lambda s, y: tile.product("nt", s, y, len(shape))  # noqa: E731
     if along == COLS:
-        return _sums_go_round(a, _held(b, along, shape[-1]), shape, along, part)
-    whole = _operand_goes_round(b, a, shape, along, lambda y, s: part(s, y))
+        return _sums_go_round(a, _held(b, along, shape[-1]), shape, along, ring, part)
+    whole = _operand_goes_round(b, a, shape, along, ring, lambda y, s: part(s, y))
     return allgather.scattered_columns(tile.sized(whole, -1, shape[-1] * fabric.axis_size(COLS)))
 
 
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str) -> jax.Array:
+def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:
     """Y = X^T @ S, in float32: X is gathered and sums go round, or X goes round and Y is summed."""
     part = lambda x, s: tile.product("tn", x, s, len(shape))  # noqa: E731
     if along == ROWS:
         held = _held(a, along, shape[-2])
-        return _sums_go_round(b, held, shape, along, lambda s, x: part(x, s))
-    whole = _operand_goes_round(a, b, shape, along, part)
+        return _sums_go_round(b, held, shape, along, ring, lambda s, x: part(x, s))
+    whole = _operand_goes_round(a, b, shape, along, ring, part)
     whole = tile.sized(whole, -2, shape[-2] * fabric.axis_size(ROWS))
     return fabric.reduce_scatter(whole, ROWS, -2)
 
 
 def _sums_go_round(
-    stays: jax.Array, held: jax.Array, shape: tile.Shape, along: str, part: Callable
+    stays: jax.Array,
+    held: jax.Array,
+    shape: tile.Shape,
+    along: str,
+    ring: fabric.Ring,
+    part: Callable,
 ) -> jax.Array:
     """Each PE adds its part to the sums that pass, which reach home in the last step."""
-    me, size = fabric.axis_index(along), fabric.axis_size(along)
+    size = fabric.axis_size(along)
     bys, halves = _halves(stays, along)
     like = jax.ShapeDtypeStruct(shape, held.dtype)
 
     def parts(s):
-        homes = [(me + by * (size - 1 - s)) % size for by in bys]
+        homes = [_place(along, ring, by * (size - 1 - s)) for by in bys]
         return [
             part(half, _block(held, along, home, like))
             for half, home in zip(halves, homes, strict=True)
         ]
 
     def step(sums, s):
-        return jax.tree.map(jnp.add, _shifted(sums, along, bys), parts(s)), None
+        return jax.tree.map(jnp.add, _shifted(sums, along, bys, ring), parts(s)), None
 
     return jnp.concatenate(lax.scan(step, parts(0), jnp.arange(1, size))[0], _free(along))
 
 
 def _operand_goes_round(
-    moving: jax.Array, stays: jax.Array, shape: tile.Shape, along: str, part: Callable
+    moving: jax.Array,
+    stays: jax.Array,
+    shape: tile.Shape,
+    along: str,
+    ring: fabric.Ring,
+    part: Callable,
 ) -> jax.Array:
     """This PE's summands of the whole result: a block of it from each tile that passes."""
-    me, size = fabric.axis_index(along), fabric.axis_size(along)
+    size = fabric.axis_size(along)
     bys, halves = _halves(moving, along)
     others = _halves(stays, along)[1]
     length = moving.shape[_meeting(along)]
@@ -98,14 +108,14 @@ def _operand_goes_round(
     def added(whole, halves, s):
         for by, half, other in zip(bys, halves, others, strict=True):
             new = part(half, other)
-            at = (me - by * s) % size * length
+            at = _place(along, ring, -by * s) * length
             old = lax.dynamic_slice_in_dim(whole, at, length, axis)
             whole = lax.dynamic_update_slice_in_dim(whole, old + new, at, axis)
         return whole
 
     def step(carry, s):
         halves, whole = carry
-        halves = _shifted(halves, along, bys)
+        halves = _shifted(halves, along, bys, ring)
         return (halves, added(whole, halves, s)), None
 
     whole = tuple(length * size if d == axis else n for d, n in enumerate(shape))
@@ -132,8 +142,17 @@ def _halves(x: jax.Array, along: str) -> tuple[list[int], list[jax.Array]]:
     return [1, -1], jnp.split(x, [x.shape[_free(along)] // 2], _free(along))
 
 
-def _shifted(halves, along, bys):
-    return [fabric.shift(half, along, by) for half, by in zip(halves, bys, strict=True)]
+def _shifted(halves, along, bys, ring):
+    return [fabric.shift(half, along, by, ring=ring) for half, by in zip(halves, bys, strict=True)]
+
+
+def _place(along: str, ring: fabric.Ring, further: jax.Array | int) -> jax.Array:
+    """The place on the line of the PE that stands `further` places on in the ring."""
+    size = fabric.axis_size(along)
+    place = (fabric.ring_index(along, ring) + further) % size
+    if ring == "plain":
+        return place
+    return jnp.where(2 * place < size, 2 * place, 2 * (size - place) - 1)
 
 
 def _meeting(along: str) -> int:

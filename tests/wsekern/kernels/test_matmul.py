@@ -84,10 +84,7 @@ EVERYWHERE = [
 MORE = [
     ("allgather", "2of2x2"),
     ("summa", "2of2x2"),
-    ("cannon", "virtual-2x4"),
-    ("mesh", "2x4"),
     ("mesh", "virtual-4x4"),
-    ("collective", "4x2"),
     ("collective", "virtual-4x4"),
     ("stationary", "2x4"),
     ("stationary", "virtual-4x4"),
@@ -167,22 +164,6 @@ def test_temporaries_are_fewer_than_those_of_gathering(algorithm):
         return memory.temp_size_in_bytes
 
     assert temporary_bytes(algorithm) < temporary_bytes("allgather")
-
-
-@pytest.mark.parametrize(
-    ("wafer", "size", "move"),
-    [
-        (wk.Wafer.abstract(wk.WSE2, 4, 4), 16, "all_gather"),
-        (wk.Wafer.abstract(wk.WSE2, 4, 4), 512, "ppermute"),
-        (wk.Wafer.abstract(wk.WSE2, 2, 4), 16, "all_gather"),
-        (wk.Wafer.abstract(wk.WSE2, 2, 4), 512, "ppermute"),
-    ],
-)
-def test_auto_gathers_while_that_is_little(wafer, size, move):
-    a = jax.ShapeDtypeStruct((size, size), jnp.float32)
-    program = str(jax.make_jaxpr(with_gradients(product(wafer)))(a, a, a))
-    assert move in program
-    assert ("all_gather" in program) == (move == "all_gather")
 
 
 def test_auto_on_emulated_devices_gathers_little_and_else_moves_rows_in_rounds():
@@ -277,9 +258,9 @@ def test_many_rows_in_rounds(form):
     """As `auto` takes them on emulated devices beyond 3 MiB, forward and backward."""
     wafer = wk.Wafer.devices(2, 4)
     run = functools.partial(product(wafer), **FORMS[form])
-    a, b, dc = whole_numbers(2048, 900), whole_numbers(900, 800), whole_numbers(2048, 800)
+    a, b, dc = whole_numbers(1024, 1024), whole_numbers(1024, 1100), whole_numbers(1024, 1100)
     operands = as_form(form, a, b)
-    assert "in 4 rounds" in str(wk.explain_matmul(*operands, wafer=wafer, **FORMS[form]))
+    assert "in 2 rounds" in str(wk.explain_matmul(*operands, wafer=wafer, **FORMS[form]))
     c, da, db = with_gradients(run)(*operands, dc)
     np.testing.assert_array_equal(c, a @ b)
     for got, want in zip(as_form(form, da, db), (dc @ b.T, a.T @ dc), strict=True):
@@ -300,8 +281,9 @@ def test_forms_of_a_tuple(form, full_wafer):
         np.testing.assert_array_equal(as_form(form, a, db)[1], want)
 
 
-@pytest.mark.parametrize("leading", [(), (3,)], ids=["matrix", "batch"])
-@pytest.mark.parametrize("activation", ["relu", "gelu_tanh", jnp.sin], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "leading"), [("gelu_tanh", (3,)), (jnp.sin, ())], ids=["named", "a function"]
+)
 def test_bias_and_activation_are_those_of_the_plain_expression(full_wafer, activation, leading):
     rng = np.random.default_rng(0)
     a, b, bias, dc = (
@@ -323,8 +305,10 @@ def test_bias_and_activation_are_those_of_the_plain_expression(full_wafer, activ
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("nn", jnp.float32), ("nt", jnp.float32), ("tn", jnp.float32), ("nn", jnp.bfloat16)],
+)
 def test_int8_weights_have_a_scale_for_each_column(full_wafer, form, dtype):
     a, b, dc = (whole_numbers(*s) for s in ((5, 7), (7, 6), (5, 6)))
     scales = np.float32(2.0 ** np.arange(6))

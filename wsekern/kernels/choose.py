@@ -37,6 +37,7 @@ class Problem:
     Sizes are whole; bytes are those of an element.
     """
 
+    form: Form = "nn"
     rows: int
     meeting: int
     columns: int
@@ -179,7 +180,7 @@ def _rounds(problem: Problem) -> int:
     if wafer.machine is not None or problem.gathered <= _gathered_bytes(wafer):
         return 1
     tall = -(-problem.rows // wafer.height)
-    wanted = tall * wafer.height // _ROUND
+    wanted = problem.x_copies * tall * wafer.height // _ROUND
     near = range(wanted, wanted // 2, -1)
     return next((rounds for rounds in near if rounds and tall % rounds == 0), 1)
 
@@ -226,14 +227,26 @@ def _ring_of_tiles(p: Problem, name: str, hops: int) -> Candidate:
             refused=f"needs a grid that is square or whose sides' least common multiple is at most "
             f"twice the longer, it is {h}x{w}",
         )
-    skews = 2 if h == w else 2 * (blocks - 1).bit_length()
+    (tiles_x, steps_x), (tiles_y, steps_y) = (_skew(blocks // side, blocks) for side in (w, h))
+    if name == "mesh" and h != w:  # each is laid out in the order of its ring, in one move
+        tiles_x, steps_x, tiles_y, steps_y = tiles_x + 1, steps_x + 1, tiles_y + 1, steps_y + 1
+    turns = (blocks - 1) * (p.x * w + p.y * h) / blocks
     return Candidate(
         plan=made,
-        words=((blocks - 1) * (p.x * w + p.y * h) / blocks + skews * (p.x + p.y) / 2) / _WORD,
-        steps=2 * (blocks - 1) + skews,
-        hops=(blocks - 1) * hops + skews * max(h, w),
+        words=(turns + tiles_x * p.x + tiles_y * p.y) / _WORD,
+        steps=2 * (blocks - 1) + steps_x + steps_y,
+        hops=(blocks - 1) * hops + (steps_x + steps_y) * max(h, w),
         held_bytes=2 * (p.x + p.y),
     )
+
+
+def _skew(slots: int, blocks: int) -> tuple[float, int]:
+    """Tiles and steps of a skew: one move, or by binary digits where a PE holds several blocks."""
+    if slots == 1:
+        return 1, 1
+    turns = [divmod(2**bit, slots) for bit in range((blocks - 1).bit_length())]
+    tiles = sum((slots if near else inside) / slots for near, inside in turns)
+    return tiles, sum(bool(near) + bool(inside) for near, inside in turns)
 
 
 def _collective(p: Problem) -> Candidate:
@@ -244,7 +257,7 @@ def _collective(p: Problem) -> Candidate:
     return Candidate(
         plan=Plan("collective", (("along", along), ("ring", order))),
         words=((w - 1) * p.x + (h - 1) * p.y) / _WORD,
-        steps=ring,
+        steps=2 * ring - 1,
         hops=h + w + 2 * ring,
         held_bytes=held + 2 * moving,
         note=f"round along {along}",
@@ -288,10 +301,11 @@ def _over_wafers(p: Problem) -> Candidate:
         )
     if inner.refused or not cannon.serves(wafer.height, wafer.width):
         return Candidate(plan=made, refused=_mesh(p).refused)
+    joined = {"nn": 2 * p.s, "nt": p.x, "tn": p.y}[p.form]  # a sum over the wafers, or a gather
     return dataclasses.replace(
         inner,
         plan=made,
-        words=inner.words + 2 * p.s * (wafers - 1) / wafers / _WORD,
+        words=inner.words + joined * (wafers - 1) / wafers / _WORD,
         steps=inner.steps + 1,
         note=f"{inner.plan.algorithm} on each wafer",
     )
@@ -310,6 +324,7 @@ def problem(form: Form, a, bs, wafer: Wafer) -> Problem:
         "tn": (a.shape[-2], a.shape[-1], of_b, size_a, size_a, size_b),
     }[form]
     return Problem(
+        form=form,
         rows=rows,
         meeting=meeting,
         columns=columns,

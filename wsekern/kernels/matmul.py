@@ -113,16 +113,17 @@ def matmul(
     - `cannon`: p (X + Y) words in 2 p steps on p x p, and two tiles of each are held. Where L =
       lcm(h, w) <= 2 max(h, w), also on rectangles: L - 1 shifts of w / L of X and h / L of Y, after
       skews by the binary digits of the distance. A wafer has edges: a wrap is as long as the grid.
-    - `mesh`: Cannon's shifts on a ring folded onto the line: no word goes further than two hops.
+    - `mesh`: Cannon's shifts on a ring folded onto the line: no word goes further than two hops. On
+      rectangles X and Y (or the sums) are first, or last, moved to their place in it, once each.
     - `collective`: as many words as `allgather`, of which those along one axis (x if h Y <= w X)
-      are halves of tiles that go round both ways while others are multiplied: w steps (h along y);
-      h Y and two tiles of X are held (w X and two of Y).
+      are halves of tiles that go round both ways while others are multiplied, in 2 w - 1 steps
+      (2 h - 1 along y); h Y and two tiles of X are held (w X and two of Y).
     - `stationary`: Y stays. Of T = h X and T' = h S words (2 M / h of it where M, the rows, are at
       most h / 2: then the sum of so many is less) (T + T') (h - 1) / h are received, and of the M K
       / h that meet Y 2 (w - 1) / w, in 3 steps; these rows are held. Of many rows `auto` takes r
       rounds of a share of them each: 3 r steps, as many words, an r-th held.
     - `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
-      2 (c - 1) / c S words in one more step.
+      2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.

@@ -3,7 +3,8 @@
 Public per-PE functions, of tiles, where S and X have few rows and Y is large (a weight). R. Pope et
 al., "Efficiently Scaling Transformer Inference", 2022, call it weight-stationary. A PE's tile of Y
 needs the part of X that meets it, all rows of it, which lies along the other axis: rows are first
-gathered along y, then that part is sent along x, as the sum of what each PE there has of it.
+gathered along y, then that part is sent along x, as the sum of what each PE there has of it. Many
+rows go in rounds, each of the same share of every tile's rows.
 """
 
 import jax

@@ -1,4 +1,27 @@
-"""This file is the matrix product: `matmul`, its gradient, and what it refuses."""
+"""This file is the matrix product: `matmul`, its gradient, and what it refuses.
+
+Costs are of one product on h x w PEs, received by a PE: X and Y are the words of its
+tiles of `a` and `b` (of the result and `b` in `a @ b^T`, of `a` and the result in `a^T @ b`),
+S those of the third; what is summed is float32.
+
+- `allgather`: (w - 1) X + (h - 1) Y words in 2 steps; w X + h Y are held.
+- `summa`: 2 (w - 1) X + 2 (h - 1) Y words (a panel's broadcast is a sum over its line) in
+  2 max(h, w) steps; one panel of each is held.
+- `cannon`: p (X + Y) words in 2 p steps on p x p, and two tiles of each are held. Where L =
+  lcm(h, w) <= 2 max(h, w), also on rectangles: L - 1 shifts of w / L of X and h / L of Y, after
+  skews by the binary digits of the distance. A wafer has edges: a wrap is as long as the grid.
+- `mesh`: Cannon's shifts on a ring folded onto the line: no word goes further than two hops. On
+  rectangles X and Y (or the sums) are first, or last, moved to their place in it, once each.
+- `collective`: as many words as `allgather`, of which those along one axis (x if h Y <= w X)
+  are halves of tiles that go round both ways while others are multiplied, in 2 w - 1 steps
+  (2 h - 1 along y); h Y and two tiles of X are held (w X and two of Y).
+- `stationary`: Y stays. Of T = h X and T' = h S words (2 M / h of it where M, the rows, are at
+  most h / 2: then the sum of so many is less) (T + T') (h - 1) / h are received, and of the M K
+  / h that meet Y 2 (w - 1) / w, in 3 steps; these rows are held. Of many rows `auto` takes r
+  rounds of a share of them each: 3 r steps, as many words, an r-th held.
+- `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
+  2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
+"""
 
 import functools
 import math
@@ -102,28 +125,8 @@ def matmul(
     rounded once, to `a`'s dtype. The gradient keeps the operands and, if there is an activation,
     what it was taken of, in `a`'s dtype; that of `scales` multiplies once more. Reverse mode only.
 
-    Costs below are of one product on h x w PEs, received by a PE: X and Y are the words of its
-    tiles of `a` and `b` (of the result and `b` in `a @ b^T`, of `a` and the result in `a^T @ b`),
-    S those of the third; what is summed is float32. `print(wk.explain_matmul(...))` (which is
-    `wk.matmul.explain` too) gives numbers.
-
-    - `allgather`: (w - 1) X + (h - 1) Y words in 2 steps; w X + h Y are held.
-    - `summa`: 2 (w - 1) X + 2 (h - 1) Y words (a panel's broadcast is a sum over its line) in
-      2 max(h, w) steps; one panel of each is held.
-    - `cannon`: p (X + Y) words in 2 p steps on p x p, and two tiles of each are held. Where L =
-      lcm(h, w) <= 2 max(h, w), also on rectangles: L - 1 shifts of w / L of X and h / L of Y, after
-      skews by the binary digits of the distance. A wafer has edges: a wrap is as long as the grid.
-    - `mesh`: Cannon's shifts on a ring folded onto the line: no word goes further than two hops. On
-      rectangles X and Y (or the sums) are first, or last, moved to their place in it, once each.
-    - `collective`: as many words as `allgather`, of which those along one axis (x if h Y <= w X)
-      are halves of tiles that go round both ways while others are multiplied, in 2 w - 1 steps
-      (2 h - 1 along y); h Y and two tiles of X are held (w X and two of Y).
-    - `stationary`: Y stays. Of T = h X and T' = h S words (2 M / h of it where M, the rows, are at
-      most h / 2: then the sum of so many is less) (T + T') (h - 1) / h are received, and of the M K
-      / h that meet Y 2 (w - 1) / w, in 3 steps; these rows are held. Of many rows `auto` takes r
-      rounds of a share of them each: 3 r steps, as many words, an r-th held.
-    - `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
-      2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
+    What the algorithms cost stands at the head of this file; `print(wk.explain_matmul(...))`, which
+    is `wk.matmul.explain` too, says it in numbers.
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.

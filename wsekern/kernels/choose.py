@@ -177,7 +177,9 @@ def _gathered_bytes(wafer: Wafer) -> int:
 def _rounds(problem: Problem) -> int:
     """Into how many shares the rows of a tile are best cut; 1 where none near it divides them."""
     wafer = problem.wafer
-    if wafer.machine is not None or problem.gathered <= _gathered_bytes(wafer):
+    if problem.form == "tn" or wafer.machine is not None:
+        return 1
+    if problem.gathered <= _gathered_bytes(wafer):
         return 1
     tall = -(-problem.rows // wafer.height)
     wanted = problem.x_copies * tall * wafer.height // _ROUND

@@ -18,7 +18,8 @@ S those of the third; what is summed is float32.
 - `stationary`: Y stays. Of T = h X and T' = h S words (2 M / h of it where M, the rows, are at
   most h / 2: then the sum of so many is less) (T + T') (h - 1) / h are received, and of the M K
   / h that meet Y 2 (w - 1) / w, in 3 steps; these rows are held. Of many rows `auto` takes r
-  rounds of a share of them each: 3 r steps, as many words, an r-th held.
+  rounds of a share of them each: 3 r steps, as many words, an r-th held; `a^T @ b`, and the
+  gradient that it is, then takes `summa`.
 - `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
   2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
 """
@@ -354,6 +355,8 @@ def _of_plan(form: tile.Form, plan: choose.Plan):
     options = dict(plan.options)
     if "inner" in options:
         options["inner"] = _of_plan(form, options["inner"])
+    if form == "tn" and "rounds" in options:
+        return summa.tn
     return functools.partial(getattr(_KERNELS[plan.algorithm], form), **options)
 
 

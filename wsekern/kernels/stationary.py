@@ -27,19 +27,13 @@ def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1
     return _by_rows(lambda a, shape, rows: _nt(a, b, shape, rows), a, shape, rows, rounds)
 
 
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1) -> jax.Array:
-    """Y = X^T @ S, in float32: the rows of both come to it, and nothing is summed."""
-    if rounds == 1:
-        return _tn(a, b, shape, rows)
-    rows = fabric.axis_size(ROWS) * a.shape[-2] // rounds
-    first, others = _cut(a, rounds), _cut(b, rounds)
+def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int) -> jax.Array:
+    """Y = X^T @ S, in float32: the rows of both come to it, and nothing is summed.
 
-    def step(c, pair):
-        of_x, of_s = pair
-        return c + _tn(of_x, of_s, shape, rows), None
-
-    c = _tn(first[0], others[0], shape, rows)
-    return lax.scan(step, c, (first[1:], others[1:]))[0]
+    In rounds it would be a sum over them: SUMMA, which keeps no more, is faster then.
+    """
+    met = _met(_all_rows(a, rows), shape[-2])
+    return tile.product("tn", met, _all_rows(b, rows), len(shape))
 
 
 def _by_rows(run, a, shape, rows, rounds):
@@ -65,11 +59,6 @@ def _nt(a, b, shape, rows):
     met = fabric.all_reduce(partial, COLS)
     start = fabric.axis_index(COLS) * shape[-1] - fabric.axis_index(ROWS) * met.shape[-1]
     return _own_rows(panels.overlap(met, -1, start, shape[-1]), shape)
-
-
-def _tn(a, b, shape, rows):
-    met = _met(_all_rows(a, rows), shape[-2])
-    return tile.product("tn", met, _all_rows(b, rows), len(shape))
 
 
 def _all_rows(x: jax.Array, rows: int) -> jax.Array:

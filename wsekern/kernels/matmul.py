@@ -22,6 +22,11 @@ S those of the third; what is summed is float32.
   gradient that it is, then takes `summa`.
 - `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
   2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
+
+"auto" takes, on devices, `stationary` where that moves a quarter of what a gather would; else
+`allgather` while what it gathers is at most 3 MiB on emulated devices or a 64th of an accelerator's
+memory; beyond that `stationary` in rounds, or `summa` where the rows do not divide into such. On a
+wafer (virtual, abstract): the fewest predicted cycles within a quarter of a PE's SRAM.
 """
 
 import functools
@@ -126,8 +131,8 @@ def matmul(
     rounded once, to `a`'s dtype. The gradient keeps the operands and, if there is an activation,
     what it was taken of, in `a`'s dtype; that of `scales` multiplies once more. Reverse mode only.
 
-    What the algorithms cost stands at the head of this file; `print(wk.explain_matmul(...))`, which
-    is `wk.matmul.explain` too, says it in numbers.
+    What the algorithms cost stands at the head of `wsekern/kernels/matmul.py`, and in numbers in
+    `print(wk.explain_matmul(...))`, which is `wk.matmul.explain` too.
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.
@@ -141,11 +146,7 @@ def matmul(
       activation: "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", or an element-wise
         function of an array that holds no traced values.
       scales: the scale of each output channel of int8 weights, laid out `P("x")`; likewise.
-      algorithm: one of these, or "auto". On devices: `stationary` where that moves a quarter of
-        what a gather would; else `allgather` while what it gathers is at most 3 MiB on emulated
-        devices or a 64th of an accelerator's memory; beyond that `stationary` in rounds, or `summa`
-        where the rows do not divide into such. On a wafer (virtual, abstract): the fewest
-        predicted cycles of those that hold at most a quarter of a PE's SRAM.
+      algorithm: one of those at the head of that file, or "auto".
       wafer: where to run; by default the current wafer, and plain `jnp` without one.
 
     Raises:

@@ -131,8 +131,7 @@ def matmul(
     rounded once, to `a`'s dtype. The gradient keeps the operands and, if there is an activation,
     what it was taken of, in `a`'s dtype; that of `scales` multiplies once more. Reverse mode only.
 
-    What the algorithms cost stands at the head of `wsekern/kernels/matmul.py`, and in numbers in
-    `print(wk.explain_matmul(...))`, which is `wk.matmul.explain` too.
+    Costs stand at the head of this file, and in numbers in `print(wk.matmul.explain(...))`.
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.
@@ -146,7 +145,7 @@ def matmul(
       activation: "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", or an element-wise
         function of an array that holds no traced values.
       scales: the scale of each output channel of int8 weights, laid out `P("x")`; likewise.
-      algorithm: one of those at the head of that file, or "auto".
+      algorithm: one of those at the head of this file, or "auto".
       wafer: where to run; by default the current wafer, and plain `jnp` without one.
 
     Raises:

@@ -1,9 +1,11 @@
 """This file is matrix products: every algorithm against jit with shardings alone and one device."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Literal
 
 import tyro
 
@@ -12,7 +14,7 @@ from benchmarks import harness
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Times `a @ b` of square float matrices, both operands and the result laid out P("y", "x")."""
+    """Times products of square matrices, both operands and the result laid out P("y", "x")."""
 
     grid: tuple[str, ...] = ("2x2", "2x4", "4x4")
     """Grids of emulated devices, HEIGHTxWIDTH."""
@@ -20,8 +22,14 @@ class Options:
     """Rows and columns of the matrices."""
     backward: bool = False
     """Time the product together with the gradients of both operands."""
+    form: Literal["nn", "nt", "tn"] = "nn"
+    """`a @ b`, `a @ b^T` or `a^T @ b`."""
     dtype: str = "float32"
     """Of the operands."""
+    int8: bool = False
+    """Whether `b` is int8 with a scale for each column; forward alone."""
+    algorithms: tuple[str, ...] = ()
+    """Which to time beside `auto`; by default all that serve the grid."""
     rounds: int = 11
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
@@ -38,10 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     for grid in grids:
         for size in options.sizes:
             what = "forward and backward" if options.backward else "forward"
-            title = f"{size} x {size} on {grid[0]}x{grid[1]}, {options.dtype}, {what}"
+            kind = f"{options.dtype} x int8" if options.int8 else options.dtype
+            title = f"{size} x {size} on {grid[0]}x{grid[1]}, {options.form}, {kind}, {what}"
             candidates, notes = _candidates(grid, size, options)
             results = harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
-            harness.show(title, results)
+            (alone,) = (r.ratio for r in results if r.name == "one device")
+            to_one = {"to one device": lambda r, alone=alone: f"{r.ratio / alone:.2f}"}
+            harness.show(title, results, to_one)
             tables[title] = results
     if options.json:
         harness.dump(options.json, tables)
@@ -52,28 +63,40 @@ def _candidates(grid, size, options):
     import jax.numpy as jnp
 
     import wsekern as wk
-    from wsekern.kernels import matmul
+    from wsekern.kernels import choose
     from wsekern.wafer import TILED
 
     wafer = wk.Wafer.devices(*grid)
     keys = jax.random.split(jax.random.key(0), 3)
     whole = [jax.random.normal(key, (size, size), options.dtype) for key in keys]
+    scales = None
+    if options.int8:
+        whole[1] = jnp.clip(jnp.round(whole[1] * 32), -127, 127).astype(jnp.int8)
+        scales = jnp.full((size,), 1 / 32)
     tiled = [wafer.shard(x) for x in whole]
-    sharding = wafer.sharding(TILED)
+    transposed = {"transpose_a": options.form == "tn", "transpose_b": options.form == "nt"}
+
+    def ours(a, b, algorithm="auto", wafer=wafer):
+        return wk.matmul(a, b, scales=scales, algorithm=algorithm, wafer=wafer, **transposed)
+
+    # Without a wafer, and with one PE, it is the plain program.
+    plain = functools.partial(ours, wafer=wk.Wafer.devices(1, 1))
 
     def case(product, operands, **layout):
         function, used = _timed(product, options.backward), 3 if options.backward else 2
         return harness.compiled(function, *operands[:used], **layout)
 
     # What a user has without the library: the same layouts, and XLA finds the moves.
-    candidates = {"jit": case(jnp.matmul, tiled, out_shardings=sharding)}
-    notes = {"jit": "jax.jit, same shardings", "one device": "jnp.matmul, same cores"}
-    for algorithm in (*matmul.algorithms(wafer), "auto"):
-        candidates[algorithm] = case(
-            lambda a, b, algorithm=algorithm: wk.matmul(a, b, algorithm=algorithm, wafer=wafer),
-            tiled,
-        )
-    candidates["one device"] = case(jnp.matmul, whole)
+    candidates = {"jit": case(plain, tiled, out_shardings=wafer.sharding(TILED))}
+    auto = wk.explain_matmul(*whole[:2], wafer=wafer, **transposed)
+    notes = {
+        "jit": "jax.jit, same shardings",
+        "one device": "jnp.matmul, same cores",
+        "auto": f"{auto.algorithm} {auto.candidates[auto.algorithm].note}".strip(),
+    }
+    for algorithm in (*(options.algorithms or choose.serving(wafer)), "auto"):
+        candidates[algorithm] = case(functools.partial(ours, algorithm=algorithm), tiled)
+    candidates["one device"] = case(plain, whole)
     return candidates, notes
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from wsekern.kernels.cache import KVCache as KVCache
     from wsekern.kernels.decode import decode_attention as decode_attention
     from wsekern.kernels.embedding import embedding as embedding
+    from wsekern.kernels.explain_matmul import explain_matmul as explain_matmul
+    from wsekern.kernels.gemv import gemv as gemv
     from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul import matmul as matmul
     from wsekern.kernels.norm import layer_norm as layer_norm
@@ -48,6 +50,8 @@ _HOMES = {
     "cross_entropy": "kernels.loss",
     "decode_attention": "kernels.decode",
     "embedding": "kernels.embedding",
+    "explain_matmul": "kernels.explain_matmul",
+    "gemv": "kernels.gemv",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
     "rms_norm": "kernels.norm",

@@ -3,12 +3,11 @@
 Public per-PE functions, of tiles. R. C. Agarwal, F. G. Gustavson and M. Zubair, "A high-performance
 matrix-multiplication algorithm on a distributed-memory parallel computer, using overlapped
 communication", 1994, gather whole blocks as here. As few collectives as there can be, at the price
-of memory: a PE holds a row of `a`'s tiles and a column of `b`'s.
+of memory: a PE holds a row of X's tiles and a column of Y's.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
@@ -16,55 +15,61 @@ from wsekern.hardware import accelerator
 from wsekern.kernels import tile_product as tile
 from wsekern.wafer import Wafer
 
-# Emulated devices: a 2048 x 2048 product on 4x4 gathers as much and is faster for it, on 2x4 it
-# gathers half as much again and is slower (benchmarks/RESULTS.md).
 _EMULATED_BYTES = 8 * 2**20
 _MEMORY_SHARE = 64  # of an accelerator's memory, a part that leaves room for the model
 _SRAM_SHARE = 4  # of a PE's SRAM, whose code takes half
+# XLA for the CPU joins tiles along their last dimension about six times faster by `concatenate`
+# than in an all_gather; of more tiles than this the program would grow too long.
+_JOINED = 16
+
+
+def allowed_bytes(wafer: Wafer) -> int:
+    """How much one PE may hold of what others have."""
+    if wafer.machine is not None:
+        return wafer.machine.sram_bytes // _SRAM_SHARE
+    chip = accelerator(wafer.grid.devices.flat[0].device_kind)
+    return _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
 
 
 def fits(gathered_bytes: int, wafer: Wafer) -> bool:
     """Whether gathering `gathered_bytes` on each PE is better than to pass them on tile by tile."""
-    if wafer.machine is not None:
-        return gathered_bytes <= wafer.machine.sram_bytes // _SRAM_SHARE
-    chip = accelerator(wafer.grid.devices.flat[0].device_kind)
-    allowed = _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
-    return gathered_bytes <= allowed
+    return gathered_bytes <= allowed_bytes(wafer)
 
 
-def forward(
-    a: Float[Array, "*batch Mt Kt"], b: Float[Array, "... Kb Nt"]
-) -> Float[Array, "*batch Mt Nt"]:
-    """This PE's tile of `a @ b`, in float32: two gathers and one product."""
-    a, b = _alike(fabric.all_gather(a, COLS, -1), fabric.all_gather(b, ROWS, -2))
-    return tile.product(a, b)
-
-
-def backward(
-    a: Float[Array, "*batch Mt Kt"],
-    b: Float[Array, "... Kb Nt"],
-    dc: Float[Array, "*batch Mt Nt"],
-) -> tuple[Float[Array, "*batch Mt Kt"], Float[Array, "... Kb Nt"]]:
-    """This PE's tiles of `dc @ b^T` and `a^T @ dc`, in float32.
-
-    Two gathers, two products, and two sums of which a PE keeps its own part.
-    """
-    of_a, of_b = a.shape[-1] * fabric.axis_size(COLS), b.shape[-2] * fabric.axis_size(ROWS)
-    b_whole = fabric.all_gather(b, ROWS, -2)
-    da = _sized(tile.left_gradient(dc, b_whole), -1, of_a)
-    a_whole = fabric.all_gather(a, COLS, -1)
-    db = _sized(tile.right_gradient(a_whole, dc, b.ndim), -2, of_b)
-    return fabric.reduce_scatter(da, COLS, -1), fabric.reduce_scatter(db, ROWS, -2)
-
-
-def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def nn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
+    """S = X @ Y, in float32: two gathers and one product."""
+    a, b = columns(a), fabric.all_gather(b, ROWS, -2)
     # Each is padded with zeros for its own side of the grid: what one has more meets nothing.
     K = min(a.shape[-1], b.shape[-2])
-    return _sized(a, -1, K), _sized(b, -2, K)
+    return tile.product("nn", tile.sized(a, -1, K), tile.sized(b, -2, K), len(shape))
 
 
-def _sized(x: jax.Array, axis: int, length: int) -> jax.Array:
-    axis %= x.ndim
-    if x.shape[axis] >= length:
-        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-    return jnp.pad(x, [(0, length - n if d == axis else 0) for d, n in enumerate(x.shape)])
+def nt(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
+    """X = S @ Y^T, in float32: a gather, a product, and a sum of which a PE keeps its own part."""
+    partial = tile.product("nt", a, fabric.all_gather(b, ROWS, -2), len(shape))
+    return scattered_columns(tile.sized(partial, -1, shape[-1] * fabric.axis_size(COLS)))
+
+
+def tn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
+    """Y = X^T @ S, in float32: a gather, a product, and a sum of which a PE keeps its own part."""
+    partial = tile.product("tn", columns(a), b, len(shape))
+    return fabric.reduce_scatter(
+        tile.sized(partial, -2, shape[-2] * fabric.axis_size(ROWS)), ROWS, -2
+    )
+
+
+def columns(x: jax.Array) -> jax.Array:
+    """All tiles along x, joined along their last dimension."""
+    size = fabric.axis_size(COLS)
+    if size > _JOINED:
+        return fabric.all_gather(x, COLS, -1)
+    tiles = fabric.all_gather(x[None], COLS, 0)
+    return jnp.concatenate([tiles[i] for i in range(size)], -1)
+
+
+def scattered_columns(x: jax.Array) -> jax.Array:
+    """The sum of `x` along x, of which this PE keeps its own part of the last dimension."""
+    size = fabric.axis_size(COLS)
+    if size > _JOINED:
+        return fabric.reduce_scatter(x, COLS, -1)
+    return fabric.reduce_scatter(jnp.stack(jnp.split(x, size, -1)), COLS, 0)[0]

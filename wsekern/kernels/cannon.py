@@ -1,78 +1,146 @@
 """This file is the matrix product by Cannon's algorithm: tiles travel round the grid, uncopied.
 
-Public per-PE functions, of tiles on p x p PEs. L. E. Cannon, "A Cellular Computer to Implement the
-Kalman Filter Algorithm", 1969. On the folded ring it is MeshGEMM of C. He et al., "WaferLLM: Large
-Language Model Inference at Wafer Scale", OSDI 2025: no tile ever goes further than two hops a step.
+Public per-PE functions, of tiles. L. E. Cannon, "A Cellular Computer to Implement the Kalman Filter
+Algorithm", 1969. On the folded ring it is MeshGEMM of C. He et al., "WaferLLM: Large Language Model
+Inference at Wafer Scale", OSDI 2025: no tile ever goes further than two hops a step.
+
+On a rectangle the meeting dimension is cut into lcm(height, width) blocks: a PE holds some of X and
+some of Y, and in a step one block of each goes on to the neighbour.
 """
 
+import math
+
+import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
 from wsekern.kernels import tile_product as tile
 
 
-def forward(
-    a: Float[Array, "*batch Mt Kt"], b: Float[Array, "... Kt Nt"], ring: fabric.Ring
-) -> Float[Array, "*batch Mt Nt"]:
-    """This PE's tile of `a @ b`, in float32: a skew of both, then p products and p - 1 shifts.
+def serves(height: int, width: int) -> bool:
+    """Whether the blocks of a `height` x `width` grid are few enough to be worth their steps."""
+    return math.lcm(height, width) <= 2 * max(height, width)
 
-    A PE holds two tiles of each operand at a time, one of them on its way, and one of the result.
+
+def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, ring: fabric.Ring) -> jax.Array:
+    """S = X @ Y, in float32: X travels along x and Y along y, and S stays.
+
+    There are L = lcm(height, width) products and L - 1 shifts of a block of either operand after
+    the skews. A PE holds two tiles of each operand at a time, one of them on its way.
     """
-    a, b = _skewed(a, b, ring)
+    x, y = _departed(a, COLS, ring), _departed(b, ROWS, ring)
 
     def step(carry, _):
-        a, b, c = carry
-        coming = _shifted(a, COLS, ring), _shifted(b, ROWS, ring)
-        return (*coming, c + tile.product(a, b)), None
+        x, y, c = carry
+        x, y = _turned(x, COLS, 1, ring), _turned(y, ROWS, 1, ring)
+        return (x, y, c + tile.product("nn", x[0], y[0], len(shape))), None
 
-    c = tile.zeros((*a.shape[:-1], b.shape[-1]), a)
-    # The last tiles are met outside the loop, where they need not travel on.
-    (a, b, c), _ = lax.scan(step, (a, b, c), length=fabric.axis_size(ROWS) - 1)
-    return c + tile.product(a, b)
+    carry = (x, y, tile.product("nn", x[0], y[0], len(shape)))
+    return lax.scan(step, carry, length=_blocks() - 1)[0][2]
 
 
-def backward(
-    a: Float[Array, "*batch Mt Kt"],
-    b: Float[Array, "... Kt Nt"],
-    dc: Float[Array, "*batch Mt Nt"],
-    ring: fabric.Ring,
-) -> tuple[Float[Array, "*batch Mt Kt"], Float[Array, "... Kt Nt"]]:
-    """This PE's tiles of `dc @ b^T` and `a^T @ dc`, in float32.
+def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, ring: fabric.Ring) -> jax.Array:
+    """X = S @ Y^T, in float32: Y travels along y, the sums along x, and come home at last."""
+    return _collected("nt", a, b, len(shape), ring)
 
-    The operands go the way of the forward pass and the gradient of each tile travels with it, so
-    that every PE it meets can add its part; at the end the gradients are brought home. There are
-    2 p products, and twice the moves of the forward pass.
-    """
-    a, b = _skewed(a, b, ring)
+
+def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, ring: fabric.Ring) -> jax.Array:
+    """Y = X^T @ S, in float32: X travels along x, the sums along y, and come home at last."""
+    return _collected("tn", a, b, len(shape), ring)
+
+
+def _collected(form, a, b, ndim, ring):
+    there, back = (ROWS, COLS) if form == "nt" else (COLS, ROWS)
+    moving = _departed(b if form == "nt" else a, there, ring)
+
+    def part(moving):
+        pair = (a, moving[0]) if form == "nt" else (moving[0], b)
+        return tile.product(form, *pair, ndim)[None]
 
     def step(carry, _):
-        a, b, da, db = carry
-        coming = _shifted(a, COLS, ring), _shifted(b, ROWS, ring)
-        da, db = _added(da, db, a, b, dc)
-        return (*coming, _shifted(da, COLS, ring), _shifted(db, ROWS, ring)), None
+        moving, sums = carry
+        moving, sums = _turned(moving, there, 1, ring), _turned(sums, back, 1, ring)
+        return (moving, jnp.concatenate([sums[:1] + part(moving), sums[1:]])), None
 
-    carry = (a, b, tile.zeros(a.shape, a), tile.zeros(b.shape, a))
-    (a, b, da, db), _ = lax.scan(step, carry, length=fabric.axis_size(ROWS) - 1)
-    da, db = _added(da, db, a, b, dc)
-    # PE (y, x) has met a[y, y + x + p - 1] last.
-    da = fabric.skew(da, COLS, ROWS, times=1, plus=-1, ring=ring)
-    return da, fabric.skew(db, ROWS, COLS, times=1, plus=-1, ring=ring)
+    first = part(moving)
+    others = jnp.repeat(jnp.zeros_like(first), _slots(back) - 1, 0)
+    carry = (moving, jnp.concatenate([first, others]))
+    (_, sums), _ = lax.scan(step, carry, length=_blocks() - 1)
+    return _home(sums, back, ring)
 
 
-def _skewed(a, b, ring):
-    # Afterwards PE (y, x) holds a[y, y + x] and b[y + x, x], whose product it needs; so does it
-    # after every shift of both. Places are those in the ring.
-    return (
-        fabric.skew(a, COLS, ROWS, times=-1, ring=ring),
-        fabric.skew(b, ROWS, COLS, times=-1, ring=ring),
-    )
+def _blocks() -> int:
+    return math.lcm(fabric.axis_size(ROWS), fabric.axis_size(COLS))
 
 
-def _shifted(x, along, ring):
-    return fabric.shift(x, along, -1, ring=ring)
+def _slots(along: str) -> int:
+    """How many blocks of what travels along `along` a PE holds."""
+    return _blocks() // fabric.axis_size(along)
 
 
-def _added(da, db, a, b, dc):
-    return da + tile.left_gradient(dc, b), db + tile.right_gradient(a, dc, b.ndim)
+def _across(along: str) -> str:
+    return ROWS if along == COLS else COLS
+
+
+def _axis(along: str) -> int:
+    return -1 if along == COLS else -2
+
+
+def _departed(tile_, along, ring):
+    """Its blocks, [slots, ...], where the first product needs them.
+
+    The first block of PE (y, x) is then number x L / width + y L / height, of X and of Y alike; so
+    it is after every turn of both. Places are those in the ring.
+    """
+    slots, axis = _slots(along), _axis(along)
+    if _apart(ring):
+        tile_ = fabric.route(tile_, along, list(enumerate(_folded(along))))
+    axis %= tile_.ndim
+    cut = jnp.reshape(tile_, (*tile_.shape[:axis], slots, -1, *tile_.shape[axis + 1 :]))
+    return _skewed(jnp.moveaxis(cut, axis, 0), along, 1, 0, ring)
+
+
+def _home(blocks, along, ring):
+    """The tile of the blocks that have been turned L - 1 times since they would have departed."""
+    blocks = _skewed(blocks, along, -1, 1, ring)
+    axis = _axis(along) % (blocks.ndim - 1)
+    cut = jnp.moveaxis(blocks, 0, axis)
+    x = jnp.reshape(cut, (*cut.shape[:axis], -1, *cut.shape[axis + 2 :]))
+    if _apart(ring):
+        x = fabric.route(x, along, [(place, i) for i, place in enumerate(_folded(along))])
+    return x
+
+
+def _skewed(blocks, along, sign, plus, ring):
+    """Blocks turned by `plus` and `sign` times as many as the PE's own place across is worth."""
+    across = _across(along)
+    times = sign * _slots(across)
+    if _slots(along) == 1:
+        return fabric.skew(blocks, along, across, times=-times, plus=-plus, ring=ring)
+    amount = (times * fabric.ring_index(across, ring) + plus) % _blocks()
+    for bit in range((_blocks() - 1).bit_length()):
+        moves = (amount >> bit) % 2 == 1
+        blocks = jnp.where(moves, _turned(blocks, along, 2**bit, ring), blocks)
+    return blocks
+
+
+def _turned(blocks, along, by, ring):
+    """Block i + `by` of the ring where block i was."""
+    near, inside = divmod(by, _slots(along))
+    kept = fabric.shift(blocks[inside:], along, -near, ring=ring) if near else blocks[inside:]
+    if not inside:
+        return kept
+    return jnp.concatenate([kept, fabric.shift(blocks[:inside], along, -near - 1, ring=ring)])
+
+
+def _apart(ring: fabric.Ring) -> bool:
+    # Folded rows and columns of one length put the same block at the same place; of two lengths
+    # they do not, and what travels is first laid out in the order of its ring.
+    return ring == "folded" and fabric.axis_size(ROWS) != fabric.axis_size(COLS)
+
+
+def _folded(along: str) -> list[int]:
+    size = fabric.axis_size(along)
+    return [*range(0, size, 2), *reversed(range(1, size, 2))]

@@ -3,96 +3,68 @@
 Public per-PE functions, of tiles on a grid of any height and width. R. A. van de Geijn and J.
 Watts, "SUMMA: Scalable Universal Matrix Multiplication Algorithm", 1997. A panel is as wide as a
 tile along the longer side of the grid; along the shorter it may lie in two tiles, and each PE then
-sends its part of it.
+sends its part of it. A broadcast is the sum of what each PE has of the panel.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from wsekern import fabric
 from wsekern.axes import COLS, ROWS
+from wsekern.kernels import panels
 from wsekern.kernels import tile_product as tile
 
 
-def forward(
-    a: Float[Array, "*batch Mt Kt"], b: Float[Array, "... Kb Nt"]
-) -> Float[Array, "*batch Mt Nt"]:
-    """This PE's tile of `a @ b`, in float32: in each step two broadcasts and one product.
+def nn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
+    """S = X @ Y, in float32: in each step a panel of either is broadcast, and one product.
 
     There are max(height, width) steps; a PE holds one panel of each operand at a time.
     """
+    width = min(a.shape[-1], b.shape[-2])
+
+    def part(s):
+        pair = _panel(a, -1, COLS, width, s), _panel(b, -2, ROWS, width, s)
+        return tile.product("nn", *pair, len(shape))
 
     def step(c, s):
-        return c + tile.product(_panel_of_a(a, b, s), _panel_of_b(a, b, s)), None
+        return c + part(s), None
 
-    c = tile.zeros((*a.shape[:-1], b.shape[-1]), a)
-    return lax.scan(step, c, _steps())[0]
-
-
-def backward(
-    a: Float[Array, "*batch Mt Kt"],
-    b: Float[Array, "... Kb Nt"],
-    dc: Float[Array, "*batch Mt Nt"],
-) -> tuple[Float[Array, "*batch Mt Kt"], Float[Array, "... Kb Nt"]]:
-    """This PE's tiles of `dc @ b^T` and `a^T @ dc`, in float32.
-
-    In each step a panel of either operand is broadcast and a panel of either gradient summed.
-    """
-    width = _width(a, b)
-
-    def step(carry, s):
-        da, db = carry
-        panel = fabric.all_reduce(tile.left_gradient(dc, _panel_of_b(a, b, s)), COLS)
-        da = _put(da, panel, -1, s * width - fabric.axis_index(COLS) * a.shape[-1])
-        panel = fabric.all_reduce(tile.right_gradient(_panel_of_a(a, b, s), dc, b.ndim), ROWS)
-        db = _put(db, panel, -2, s * width - fabric.axis_index(ROWS) * b.shape[-2])
-        return (da, db), None
-
-    return lax.scan(step, (tile.zeros(a.shape, a), tile.zeros(b.shape, a)), _steps())[0]
+    return lax.scan(step, part(0), jnp.arange(1, _steps()))[0]
 
 
-def _steps() -> Int[Array, " steps"]:
-    return jnp.arange(max(fabric.axis_size(ROWS), fabric.axis_size(COLS)))
+def nt(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
+    """X = S @ Y^T, in float32: in each step a panel of Y is broadcast, and one of X summed."""
+    width = min(shape[-1], b.shape[-2])
+
+    def step(x, s):
+        partial = tile.product("nt", a, _panel(b, -2, ROWS, width, s), len(shape))
+        return _put(x, fabric.all_reduce(partial, COLS), -1, COLS, s), None
+
+    return lax.scan(step, tile.zeros(shape, a, b), jnp.arange(_steps()))[0]
 
 
-def _width(a: jax.Array, b: jax.Array) -> int:
-    return min(a.shape[-1], b.shape[-2])
+def tn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
+    """Y = X^T @ S, in float32: in each step a panel of X is broadcast, and one of Y summed."""
+    width = min(a.shape[-1], shape[-2])
+
+    def step(y, s):
+        partial = tile.product("tn", _panel(a, -1, COLS, width, s), b, len(shape))
+        return _put(y, fabric.all_reduce(partial, ROWS), -2, ROWS, s), None
+
+    return lax.scan(step, tile.zeros(shape, a, b), jnp.arange(_steps()))[0]
 
 
-def _panel_of_a(a, b, s):
-    start = s * _width(a, b) - fabric.axis_index(COLS) * a.shape[-1]
-    return fabric.all_reduce(_part(a, -1, start, _width(a, b)), COLS)
+def _steps() -> int:
+    return max(fabric.axis_size(ROWS), fabric.axis_size(COLS))
 
 
-def _panel_of_b(a, b, s):
-    start = s * _width(a, b) - fabric.axis_index(ROWS) * b.shape[-2]
-    return fabric.all_reduce(_part(b, -2, start, _width(a, b)), ROWS)
+def _panel(x: jax.Array, axis: int, along: str, width: int, s: Int[Array, ""] | int) -> jax.Array:
+    start = s * width - fabric.axis_index(along) * x.shape[axis]
+    return fabric.all_reduce(panels.part(x, axis, start, width), along)
 
 
-def _part(x: jax.Array, axis: int, start: Int[Array, ""], width: int) -> jax.Array:
-    """Places `start` to `start + width` of the tile; zeros where it has no such place."""
-    length = x.shape[axis]
-    at = jnp.clip(start, 0, length - width)
-    part = lax.dynamic_slice_in_dim(x, at, width, axis % x.ndim)
-    if length % width:
-        part = jnp.roll(part, at - start, axis)
-    places = start + _along(part, axis)
-    return jnp.where((places >= 0) & (places < length), part, jnp.zeros((), x.dtype))
-
-
-def _put(x: jax.Array, panel: jax.Array, axis: int, start: Int[Array, ""]) -> jax.Array:
-    """The tile with `panel` from place `start` on, as far as it has such places."""
-    length, width = x.shape[axis], panel.shape[axis]
-    at = jnp.clip(start, 0, length - width)
-    if length % width:
-        panel = jnp.roll(panel, start - at, axis)
-    old = lax.dynamic_slice_in_dim(x, at, width, axis % x.ndim)
-    places = at - start + _along(panel, axis)
-    new = jnp.where((places >= 0) & (places < width), panel, old)
-    return lax.dynamic_update_slice_in_dim(x, new, at, axis % x.ndim)
-
-
-def _along(x: jax.Array, axis: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
+def _put(x: jax.Array, panel: jax.Array, axis: int, along: str, s: Int[Array, ""]) -> jax.Array:
+    start = s * panel.shape[axis] - fabric.axis_index(along) * x.shape[axis]
+    return panels.put(x, panel, axis, start)

@@ -2,6 +2,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import wsekern as wk
@@ -59,9 +60,21 @@ def test_no_shift_of_the_folded_ring_is_longer_than_two_hops(algorithm, hops):
     assert max(abs(i - j) for i, j in pairs) == hops
 
 
-@pytest.mark.refuses
 @both
-@pytest.mark.parametrize("K", [8, 2, 1])
-def test_refuses_a_grid_that_is_not_square(algorithm, K):
-    with pytest.raises(ValueError, match="square"):
-        product(algorithm)(jnp.ones((4, K)), jnp.ones((K, 4)), wafer=wk.Wafer.devices(2, 4))
+def test_a_rectangle_moves_blocks_and_never_gathers(algorithm):
+    run = functools.partial(wk.matmul, algorithm=algorithm, wafer=wk.Wafer.devices(2, 4))
+    operands = jnp.ones((8, 8)), jnp.ones((8, 8))
+    jaxpr = jax.make_jaxpr(run)(*operands).jaxpr
+    ((_, length),) = loops(jaxpr)
+    assert length == 3
+    assert "all_gather" not in str(jaxpr) and "psum" not in str(jaxpr)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (6, 4), (3, 6), (1, 4)], ids=str)
+@both
+def test_rectangles(algorithm, grid):
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-9, 10, shape).astype(np.float32) for shape in ((5, 13), (13, 7)))
+    wafer = wk.Wafer.virtual(wk.WSE2, *grid)
+    c = jax.jit(functools.partial(wk.matmul, algorithm=algorithm, wafer=wafer))(a, b)
+    np.testing.assert_array_equal(c, a @ b)

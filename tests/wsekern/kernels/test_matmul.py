@@ -1,4 +1,5 @@
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import wsekern as wk
-from wsekern.kernels.matmul import algorithms
+from wsekern.kernels.choose import serving as algorithms
 
 DIVIDES, PADDED = (8, 16, 8), (5, 39, 7)  # M, K, N
 OPERANDS = {
@@ -54,6 +55,14 @@ def with_gradients(run):
     return call
 
 
+FORMS = {"nn": {}, "nt": {"transpose_b": True}, "tn": {"transpose_a": True}}
+
+
+def as_form(form, a, b):
+    """`a` and `b` as they are handed over to `form`."""
+    return (a.swapaxes(-1, -2) if form == "tn" else a), (b.swapaxes(-1, -2) if form == "nt" else b)
+
+
 def assert_right(run, a, b, dc, dtype=jnp.float32):
     """The product and both gradients are the plain ones, rounded once, to the bit."""
     got = with_gradients(run)(*(x.astype(dtype) for x in (a, b, dc)))
@@ -62,11 +71,25 @@ def assert_right(run, a, b, dc, dtype=jnp.float32):
         np.testing.assert_array_equal(x, want.astype(np.float32).astype(dtype))
 
 
-ALL_GRIDS = ["2x4", "2of2x2", "virtual-2x4"]  # no axis of which has one PE only
-SQUARES = ["3x3", "2of2x2", "virtual-2of2x2"]
+# Every algorithm where no axis has one PE only, devices and virtual; on rectangles where it can.
 EVERYWHERE = [
-    *((algorithm, grid) for algorithm in ("allgather", "summa") for grid in ALL_GRIDS),
-    *((algorithm, grid) for algorithm in ("cannon", "mesh") for grid in SQUARES),
+    ("allgather", "2x4"),
+    ("summa", "virtual-2x4"),
+    ("cannon", "2of2x2"),
+    ("mesh", "3x3"),
+    ("mesh", "virtual-2x4"),
+    ("collective", "2x4"),
+    ("stationary", "2of2x2"),
+]
+MORE = [
+    ("allgather", "2of2x2"),
+    ("summa", "2of2x2"),
+    ("mesh", "virtual-4x4"),
+    ("collective", "virtual-4x4"),
+    ("stationary", "2x4"),
+    ("stationary", "virtual-4x4"),
+    ("2.5d", "2of2x2"),
+    ("2.5d", "virtual-2of2x2"),
 ]
 
 
@@ -143,39 +166,48 @@ def test_temporaries_are_fewer_than_those_of_gathering(algorithm):
     assert temporary_bytes(algorithm) < temporary_bytes("allgather")
 
 
+def test_auto_on_emulated_devices_gathers_little_and_else_moves_rows_in_rounds():
+    def program(M, K):
+        a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((M, K), (K, K)))
+        return jax.jit(product(wk.Wafer.devices(4, 4))).lower(a, b).as_text()
+
+    assert program(1024, 1024).count("stablehlo.all_gather") == 2
+    in_rounds = program(2048, 2048)
+    assert "stablehlo.while" in in_rounds and "stablehlo.reduce_scatter" in in_rounds
+    few_rows = program(8, 2048)
+    assert "stablehlo.while" not in few_rows and "stablehlo.reduce_scatter" in few_rows
+    assert "stablehlo.while" in program(2052, 2048)  # rows that do not divide: summa
+
+
+def optimised(function, *operands):
+    """The program that XLA makes of it, without what only says where it comes from."""
+    text = jax.jit(function).lower(*operands).compile().as_text() or ""
+    return re.sub(
+        r", metadata=\{[^}]*\}|HloModule [^,]*|FileNames[\s\S]*?(?=\n%|\nENTRY)", "", text
+    )
+
+
+@pytest.mark.parametrize("wafer", [None, wk.Wafer.devices(1, 1)], ids=["no wafer", "one PE"])
 @pytest.mark.parametrize(
-    ("wafer", "size", "move"),
+    ("options", "plainly"),
     [
-        (wk.Wafer.abstract(wk.WSE2, 4, 4), 16, "all_gather"),
-        (wk.Wafer.abstract(wk.WSE2, 4, 4), 512, "ppermute"),
-        (wk.Wafer.abstract(wk.WSE2, 2, 4), 16, "all_gather"),
-        (wk.Wafer.abstract(wk.WSE2, 2, 4), 512, "psum"),
+        ({}, lambda a, b, bias: jnp.matmul(a, b)),
+        ({"transpose_a": True}, lambda a, b, bias: jnp.matmul(a.T, b)),
+        ({"transpose_b": True}, lambda a, b, bias: jnp.matmul(a, b.T)),
+        (
+            {"activation": "silu"},
+            lambda a, b, bias: jax.nn.silu(jnp.matmul(a, b) + bias[None]),
+        ),
     ],
+    ids=["nn", "nt", "tn", "epilogue"],
 )
-def test_auto_gathers_while_that_is_little(wafer, size, move):
-    a = jax.ShapeDtypeStruct((size, size), jnp.float32)
-    program = str(jax.make_jaxpr(with_gradients(product(wafer)))(a, a, a))
-    assert move in program
-    assert ("all_gather" in program) == (move == "all_gather")
+def test_one_pe_runs_the_plain_program(wafer, options, plainly):
+    def call(a, b, bias):
+        bias = bias if "activation" in options else None
+        return wk.matmul(a, b, bias=bias, wafer=wafer, **options)
 
-
-def test_auto_on_emulated_devices_gathers_up_to_8_mib():
-    def program(size):
-        a = jax.ShapeDtypeStruct((size, size), jnp.float32)
-        return jax.jit(product(wk.Wafer.devices(4, 4))).lower(a, a).as_text()
-
-    assert "all_gather" in program(2048)
-    assert "all_gather" not in program(2052)
-
-
-def test_one_pe_runs_the_plain_program():
-    def programs(wafer):
-        def call(a, b):
-            return jnp.matmul(a, b) if wafer is None else wk.matmul(a, b, wafer=wafer)
-
-        return jax.jit(call).lower(jnp.ones((5, 7)), jnp.ones((7, 3))).as_text()
-
-    assert programs(wk.Wafer.devices(1, 1)) == programs(None)
+    operands = jnp.ones((8, 8)), jnp.ones((8, 8)), jnp.ones(8)
+    assert optimised(call, *operands) == optimised(plainly, *operands)
 
 
 def test_runs_on_the_wafer_in_force():
@@ -188,14 +220,137 @@ def test_runs_on_the_wafer_in_force():
     assert "stablehlo.all_gather" in program
 
 
-def test_only_square_grids_are_offered_cannon():
-    assert algorithms(wk.Wafer.virtual(wk.WSE2, 2, 3)) == ("allgather", "summa")
-    assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 3, 3))) == {
-        "allgather",
-        "summa",
-        "cannon",
-        "mesh",
-    }
+def test_a_grid_is_offered_what_serves_it():
+    anywhere = {"allgather", "summa", "collective", "stationary"}
+    assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 2, 3))) == anywhere | {"cannon", "mesh"}
+    assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 3, 5))) == anywhere
+    assert "2.5d" in algorithms(wk.Wafer.virtual(wk.WSE2, 2, 2, 2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", EVERYWHERE + MORE, ids=" on ".join)
+def test_forms_and_their_gradients(form, where, wafer_called):
+    """`a @ b^T` and `a^T @ b` take operands as they lie; so do the gradients, which they are."""
+    algorithm, grid = where
+    run = functools.partial(product(wafer_called(grid), algorithm), **FORMS[form])
+    M, K, N = PADDED
+    a, b, dc = whole_numbers(M, K), whole_numbers(K, N), whole_numbers(M, N)
+    c, da, db = with_gradients(run)(*as_form(form, a, b), dc)
+    np.testing.assert_array_equal(c, plain(a, b))
+    for got, want in zip(as_form(form, da, db), plain_gradients(a, b, dc), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("form", ["nt", "tn"])
+@pytest.mark.parametrize("where", EVERYWHERE, ids=" on ".join)
+def test_forms_of_a_batch_with_one_matrix(form, where, wafer_called):
+    algorithm, grid = where
+    run = functools.partial(product(wafer_called(grid), algorithm), **FORMS[form])
+    a, b, dc = whole_numbers(3, 5, 7), whole_numbers(7, 6), whole_numbers(3, 5, 6)
+    c, da, db = with_gradients(run)(*as_form(form, a, b), dc)
+    np.testing.assert_array_equal(c, plain(a, b))
+    for got, want in zip(as_form(form, da, db), plain_gradients(a, b, dc), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_many_rows_in_rounds(form):
+    """As `auto` takes them on emulated devices beyond 3 MiB, forward and backward."""
+    wafer = wk.Wafer.devices(2, 4)
+    run = functools.partial(product(wafer), **FORMS[form])
+    a, b, dc = whole_numbers(1024, 1024), whole_numbers(1024, 1100), whole_numbers(1024, 1100)
+    operands = as_form(form, a, b)
+    explained = str(wk.explain_matmul(*operands, wafer=wafer, **FORMS[form]))
+    assert ("summa, " if form == "tn" else "in 2 rounds") in explained
+    c, da, db = with_gradients(run)(*operands, dc)
+    np.testing.assert_array_equal(c, a @ b)
+    for got, want in zip(as_form(form, da, db), (dc @ b.T, a.T @ dc), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_tuple(form, full_wafer):
+    a, bs = whole_numbers(5, 7), tuple(whole_numbers(7, N) for N in (3, 8))
+    dcs = tuple(whole_numbers(5, N) for N in (3, 8))
+    run = functools.partial(product(full_wafer), **FORMS[form])
+    left, right = as_form(form, a, a)[0], tuple(as_form(form, a, b)[1] for b in bs)
+    cs, da, dbs = with_gradients(run)(left, right, dcs)
+    of_each = [plain_gradients(a, b, dc) for b, dc in zip(bs, dcs, strict=True)]
+    np.testing.assert_array_equal(as_form(form, da, a)[0], sum(da for da, _ in of_each))
+    for b, c, db, (_, want) in zip(bs, cs, dbs, of_each, strict=True):
+        np.testing.assert_array_equal(c, plain(a, b))
+        np.testing.assert_array_equal(as_form(form, a, db)[1], want)
+
+
+@pytest.mark.parametrize(
+    ("activation", "leading"), [("gelu_tanh", (3,)), (jnp.sin, ())], ids=["named", "a function"]
+)
+def test_bias_and_activation_are_those_of_the_plain_expression(full_wafer, activation, leading):
+    rng = np.random.default_rng(0)
+    a, b, bias, dc = (
+        np.float32(rng.normal(size=size))
+        for size in ((*leading, 5, 7), (7, 6), 6, (*leading, 5, 6))
+    )
+
+    def results(run):
+        def call(a, b, bias, dc):
+            c, pullback = jax.vjp(run, a, b, bias)
+            return c, *pullback(dc)
+
+        return jax.jit(call)(a, b, bias, dc)
+
+    def ours(wafer):
+        return lambda a, b, bias: wk.matmul(a, b, bias=bias, activation=activation, wafer=wafer)
+
+    for got, want in zip(results(ours(full_wafer)), results(ours(None)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("nn", jnp.float32), ("nt", jnp.float32), ("tn", jnp.float32), ("nn", jnp.bfloat16)],
+)
+def test_int8_weights_have_a_scale_for_each_column(full_wafer, form, dtype):
+    a, b, dc = (whole_numbers(*s) for s in ((5, 7), (7, 6), (5, 6)))
+    scales = np.float32(2.0 ** np.arange(6))
+    left, right = as_form(form, a.astype(dtype), b.astype(np.int8))
+
+    @jax.jit
+    def call(left, right, scales, dc):
+        run = functools.partial(product(full_wafer), **FORMS[form])
+        c, pullback = jax.vjp(lambda a, b, s: run(a, b, scales=s), left, right, scales)
+        da, db, dscales = pullback(dc)
+        assert db.dtype == jax.dtypes.float0
+        return c, da, dscales
+
+    c, da, dscales = call(left, right, scales, dc.astype(dtype))
+    assert c.dtype == da.dtype == dtype
+    exact = np.float32(plain(a, b))
+    np.testing.assert_array_equal(c, (exact * scales).astype(dtype))
+    np.testing.assert_array_equal(as_form(form, da, a)[0], ((dc * scales) @ b.T).astype(dtype))
+    np.testing.assert_array_equal(dscales, (exact * dc).sum(0))
+
+
+def test_what_is_empty_is_the_plain_product(full_wafer):
+    run = jax.jit(product(full_wafer))
+    np.testing.assert_array_equal(run(jnp.ones((3, 0)), jnp.ones((0, 4))), jnp.zeros((3, 4)))
+    assert run(jnp.ones((0, 3)), jnp.ones((3, 4))).shape == (0, 4)
+
+
+@pytest.mark.parametrize("rows", [8, 720])
+def test_the_explanation_of_auto_is_what_runs(rows):
+    a, b = (rows, 512), (512, 512)
+    wafer = wk.Wafer.abstract(wk.WSE2, 8, 8)
+    explained = wk.explain_matmul(a, b, wafer=wafer)
+    assert explained.algorithm in explained.candidates and "<- auto" in str(explained)
+    assert "least common multiple" in str(wk.explain_matmul(a, b, wafer=wk.Wafer.abstract(wk.WSE2)))
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (a, b)]
+    auto, named = (
+        str(jax.make_jaxpr(product(wafer, algorithm))(*operands))
+        for algorithm in ("auto", explained.algorithm)
+    )
+    assert auto == named
+    assert wk.explain_matmul(a, b).algorithm == "plain"
 
 
 @pytest.mark.slow
@@ -236,13 +391,32 @@ def test_refuses_shapes_that_do_not_fit(wafer, a, b, message):
     ("dtypes", "message"),
     [
         (("float32", "bfloat16"), "a is float32 and b is bfloat16: cast one of them first"),
-        (("int32", "int32"), "a and b are int32; cast them to a floating dtype"),
+        (("int32", "int32"), "a is int32; cast it to a floating dtype"),
+        (("float32", "int8"), "b is int8 and scales is None; give the scale of each of its 4"),
     ],
 )
 def test_refuses_dtypes_that_do_not_fit(dtypes, message):
     a, b = (jnp.ones((4, 4), dtype) for dtype in dtypes)
     with pytest.raises(ValueError, match=message):
         wk.matmul(a, b, wafer=wk.Wafer.virtual(wk.WSE2, 2, 2))
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transpose_a": True, "transpose_b": True}, "both True: a.* multiply b by a"),
+        ({"activation": "swish"}, "activation='swish' is not one of 'relu', 'gelu'"),
+        ({"bias": jnp.ones(3)}, r"bias is \(3,\), it must be \(4,\)"),
+        ({"scales": jnp.ones(4)}, "scales are for int8 weights, b is float32"),
+        ({"algorithm": "mesh"}, r"least common multiple .* it is 3x5; use one of \('allgather'"),
+        ({"algorithm": "2.5d"}, "needs more than one wafer, there is one; use one of"),
+    ],
+)
+def test_refuses_options_that_do_not_fit(options, message):
+    wafer = wk.Wafer.virtual(wk.WSE2, 3, 5)
+    with pytest.raises(ValueError, match=f"^matmul: .*{message}"):
+        wk.matmul(jnp.ones((4, 4)), jnp.ones((4, 4)), wafer=wafer, **options)
 
 
 @pytest.mark.refuses

@@ -51,4 +51,4 @@ def test_there_are_as_many_steps_as_pes_along_the_longer_side(height, width):
     run = product(wk.Wafer.devices(height, width))
     jaxpr = str(jax.make_jaxpr(run)(jnp.ones((12, 12)), jnp.ones((12, 12))))
     assert jaxpr.count("scan[") == 1
-    assert f"length={max(height, width)}\n" in jaxpr
+    assert f"length={max(height, width) - 1}\n" in jaxpr  # the first product begins the sum

@@ -1,0 +1,67 @@
+"""This file is products over every PE of a wafer, virtually: how long one device takes for them."""
+
+import dataclasses
+import pathlib
+
+import tyro
+
+from benchmarks import harness
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times a matrix product by `mesh` and a GEMV on a square virtual wafer, PE by PE, exactly."""
+
+    side: int = 720
+    """Rows and columns of PEs."""
+    matrix: int = 1440
+    """Rows and columns of the matrices of the product."""
+    vector: int = 8192
+    """Rows and columns of the matrix of the GEMV."""
+    rounds: int = 3
+    """How often each is timed."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one table for each product; the peer is the same product without a wafer."""
+    options = tyro.cli(Options, prog="python -m benchmarks whole_wafer", args=argv)
+    harness.start(1)
+    harness.show_environment()
+    tables = {}
+    for size, vector in ((options.matrix, False), (options.vector, True)):
+        what = "GEMV" if vector else "matmul by mesh"
+        title = f"{what}, {size} x {size} on {options.side} x {options.side} virtual PEs, float32"
+        candidates, notes = _candidates(options.side, size, vector)
+        results = harness.compare(candidates, "one device", rounds=options.rounds, notes=notes)
+        harness.show(title, results)
+        tables[title] = results
+    if options.json:
+        harness.dump(options.json, tables)
+
+
+def _candidates(side: int, size: int, vector: bool):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import wsekern as wk
+
+    wafer = wk.Wafer.virtual(wk.WSE2, side, side)
+    keys = jax.random.split(jax.random.key(0))
+    b = jax.random.normal(keys[1], (size, size))
+    a = jax.random.normal(keys[0], (size,) if vector else (size, size))
+
+    def on_wafer(a, b):
+        if vector:
+            return wk.gemv(a, b, wafer=wafer)
+        return wk.matmul(a, b, algorithm="mesh", wafer=wafer)
+
+    candidates = {
+        "one device": harness.compiled(jnp.matmul, a, b),
+        "virtual wafer": harness.compiled(on_wafer, a, b),
+    }
+    exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    error = np.abs(np.asarray(candidates["virtual wafer"]()) - exact).max()
+    return candidates, {"virtual wafer": f"largest error {error:.1e}"}

@@ -4,36 +4,24 @@ A. Vaswani et al., "Attention Is All You Need", 2017. Grouped queries: J. Ainsli
 Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", 2023.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import functools
-import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from wsekern import context, fabric, layout
-from wsekern.axes import COLS, ROWS, WAFERS
-from wsekern.kernels import allgather, ring
+from wsekern.axes import ROWS, WAFERS
+from wsekern.kernels import attention_operands as operands
+from wsekern.kernels import attention_plan as planning
+from wsekern.kernels import ring, tile_gradients, tile_vendor, ulysses, zigzag
 from wsekern.kernels import tile_attention as tile
+from wsekern.kernels.attention_operands import Floats, Segments
+from wsekern.kernels.attention_plan import Algorithm, Plan
+from wsekern.kernels.visibility import Keys, Rows
 from wsekern.wafer import Wafer
-
-Algorithm = Literal["auto", "ring", "allgather"]
-
-_HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
-_LSE = P(WAFERS, COLS, ROWS)  # [B, N, T]
-_BLOCK = 512  # rows of a block inside a PE
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    algorithm: str
-    rule: tile.Rule
-    kv_heads: int  # of one PE
-    q_blocks: int  # of one PE
-    k_blocks: int
 
 
 def attention(
@@ -42,231 +30,289 @@ def attention(
     v: Float[Array, "B S K H"],
     *,
     causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    bias: Float[Array, "*rest S"] | None = None,
     algorithm: Algorithm = "auto",
     wafer: Wafer | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`softmax(scale q k^T) v` over the keys, for every head.
+    """`softmax(scale q k^T) v` over the keys that a query may see, for every head.
 
     Head n of the queries attends to head n // (N / K) of keys and values. The softmax is in
-    float32. `ring` passes tiles of keys and values round y: p - 1 steps on p PEs, two tiles held at
-    a time. `allgather` gathers all keys and values along y at once: one step, p tiles held. The
-    gradient recomputes the scores: the ring holds O(tile) for it too, the gather p tiles. Reverse
-    mode only.
+    float32. A query that may see no key gets zeros. Gradients recompute the scores; reverse mode
+    only.
+
+    What a PE receives, on p PEs along y, in its tile's words of queries Q and of keys and values KV
+    (the gradient's KV in float32), and the steps that wait for one another:
+
+    - `ring`: (p-1) KV in p-1 steps; the gradient (2p-1) KV in p. Two tiles of keys are held at a
+      time. Causal, and as many keys as queries, without window or bias: in zig-zag order, so that
+      every PE has the same work. That relayout is 2Q + KV and two steps more; of the gradient
+      3Q + 2KV, a word a row and head, and two steps. A window of W keys needs the n = 1 +
+      ceil((W-1) / (S/p)) nearest tiles alone: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n.
+    - `allgather`: (p-1) KV in one step, p tiles of keys held; the gradient 2(p-1) KV (of it (p-1)/p
+      for each tile of its own sums) in two.
+    - `ulysses`: (p-1)/p of 2Q + KV in two steps, the sequence whole and 1/p of the heads; the
+      gradient (p-1)/p of 3Q + 2KV and a word a row and head, in two.
+
+    Segment ids travel with the rows that they belong to. The gradients of `sinks`, and of a `bias`
+    that is the same along an axis, end with an all-reduce along it.
 
     Args:
       q: queries, laid out `P("wafer", "y", "x", None)`.
       k: keys, laid out likewise.
       v: values, laid out likewise.
       causal: whether query t sees only keys 0 to t (counted from the start of both, T != S too).
+      window: how many keys a query sees, its own with them: t-window+1 to t. Needs `causal`. What
+        lies wholly outside is not visited.
       scale: what the scores are multiplied by; by default `H ** -0.5`.
-      algorithm: "ring", "allgather", or "auto": the gather while what it gathers on a PE is small,
-        as for `matmul`.
-      wafer: where to run; by default the current wafer, and the plain local operation without one.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before bias and mask.
+      sinks: one more score for each head, neither scaled nor capped, that counts in the
+        denominator alone.
+      segment_ids: a query sees only keys of its own segment; one array for queries and keys, or one
+        for each.
+      bias: added to the scores; broadcastable to `[B, N, T, S]`. A PE holds its rows and heads of
+        it, and all its columns. What is below -1e30 in sum is not seen.
+      algorithm: "ring", "allgather", "ulysses", or "auto", whose choice `attention.explain` tells.
+      wafer: where to run; by default the current wafer, and the plain local operation without one:
+        `jax.nn.dot_product_attention`, which of a row whose biases are all -inf makes NaN. With
+        sinks, a soft cap or two arrays of segment ids it is the blocked kernel of one PE.
 
     Raises:
-      ValueError: the shapes do not fit one another, the dtypes differ, or `algorithm` is unknown.
+      ValueError: shapes do not fit one another, dtypes differ, `window` is below 1 or not causal,
+        `soft_cap` is not positive, or `algorithm` is unknown or cannot serve the grid.
     """
-    _check(q, k, v, algorithm)
+    options = planning.Options(
+        causal=causal, window=window, scale=scale, soft_cap=soft_cap, algorithm=algorithm
+    )
+    floats, segments = operands.checked(q, k, v, bias, sinks, segment_ids, options)
     wafer = context.resolve(wafer)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if wafer is None and soft_cap is None and sinks is None and not isinstance(segment_ids, tuple):
+        return _plain(floats, segments.q, options)
+    plan, _ = planning.plan(floats, segments, options, wafer)
     if wafer is None:
-        return _local(q, k, v, causal, scale)
-    shape, (T, S) = q.shape, (q.shape[1], k.shape[1])
-    q_blocks, q = _sequence_blocked(q, wafer)
-    k_blocks, k = _sequence_blocked(k, wafer)
-    _, v = _sequence_blocked(v, wafer)
-    q, k, v = _heads_aligned(q, k, v, wafer)
-    q, k, v = (layout.pad(x, _HEADS, wafer) for x in (q, k, v))
-    # A causal query never sees what pads the keys, unless there are more queries than keys.
-    masked = k.shape[1] > S and (not causal or T > S)
-    plan = _Plan(
-        algorithm=_chosen(algorithm, k, wafer),
-        rule=tile.Rule(scale=scale, causal=causal, keys=S if masked else None),
-        kv_heads=k.shape[2] // wafer.width,
-        q_blocks=q_blocks,
-        k_blocks=k_blocks,
-    )
-    return layout.crop(_attention(q, k, v, plan, wafer), shape, _HEADS, wafer)
+        return _attention(floats, segments, plan, None)
+    padded = operands.padded(floats, segments, plan, wafer)
+    out = _attention(*padded, plan, wafer)
+    return layout.crop(out, q.shape, operands.HEADS, wafer)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q, k, v, plan, wafer):
-    return _fwd(q, k, v, plan, wafer)[0]
+def explain(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    wafer: Wafer | None = None,
+    **options,
+) -> str:
+    """Which algorithm `attention` of the same arguments takes, and why; nothing is computed.
+
+    Args:
+      q: queries, or their `jax.ShapeDtypeStruct`; k and v likewise.
+      k: keys.
+      v: values.
+      wafer: as for `attention`.
+      options: the others of `attention`.
+    """
+    arrays = [options.pop(name, None) for name in ("bias", "sinks", "segment_ids")]
+    chosen = planning.Options(**options)
+    floats, segments = operands.checked(q, k, v, *arrays, chosen)
+    wafer = context.resolve(wafer)
+    if wafer is None:
+        return "local: there is one PE, or no wafer"
+    plan, why = planning.plan(floats, segments, chosen, wafer)
+    return f"{plan.order}: {why}"
 
 
-# Plain autodiff would keep every block of scores.
-def _fwd(q, k, v, plan, wafer):
-    kernel = functools.partial(_per_pe, plan=plan)
-    run = wafer.map(kernel, in_specs=_HEADS, out_specs=(_HEADS, _LSE))
-    out, lse = run(q, k, v)
-    return out, (q, k, v, out, lse)
+attention.explain = explain  # type: ignore[attr-defined]
 
 
-def _bwd(plan, wafer, residuals, dout):
-    kernel = functools.partial(_per_pe_gradients, plan=plan)
-    in_specs = (_HEADS, _HEADS, _HEADS, _HEADS, _LSE, _HEADS)
-    run = wafer.map(kernel, in_specs=in_specs, out_specs=_HEADS)
-    return run(*residuals, dout)
-
-
-_attention.defvjp(_fwd, _bwd)
-
-
-def _per_pe(
-    q: Float[Array, "B Tt Nt H"],
-    k: Float[Array, "B St Kt H"],
-    v: Float[Array, "B St Kt H"],
-    plan: _Plan,
-) -> tuple[Float[Array, "B Tt Nt H"], Float[Array, "B Nt Tt"]]:
-    q = tile.blocked_queries(q, plan.kv_heads, plan.q_blocks)
-    kv = tile.blocked_keys(k, v, plan.k_blocks)
-    if plan.algorithm == "ring":
-        out, lse = tile.finish(ring.ring_attention(q, kv, plan.rule), q.dtype)
-    else:
-        out, lse = _gathered_attention(q, kv, plan.rule)
-    n, B, K, G, c = lse.shape
-    return tile.unblocked_queries(out), lse.transpose(1, 2, 3, 0, 4).reshape(B, K * G, n * c)
-
-
-def _per_pe_gradients(
-    q: Float[Array, "B Tt Nt H"],
-    k: Float[Array, "B St Kt H"],
-    v: Float[Array, "B St Kt H"],
-    out: Float[Array, "B Tt Nt H"],
-    lse: Float[Array, "B Nt Tt"],
-    dout: Float[Array, "B Tt Nt H"],
-    plan: _Plan,
-) -> tuple[Float[Array, "B Tt Nt H"], Float[Array, "B St Kt H"], Float[Array, "B St Kt H"]]:
-    blocked = functools.partial(tile.blocked_queries, kv_heads=plan.kv_heads, blocks=plan.q_blocks)
-    dot = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1, keepdims=True)
-    lse = lse.transpose(0, 2, 1)[..., None]
-    rows = (blocked(q), blocked(dout), blocked(lse)[..., 0], blocked(dot)[..., 0])
-    kv = tile.blocked_keys(k, v, plan.k_blocks)
-    if plan.algorithm == "ring":
-        dq, dkv = ring.ring_gradients(rows, kv, plan.rule)
-    else:
-        dq, dkv = _gathered_gradients(rows, kv, plan.rule)
-    dk, dv = tile.unblocked_keys(dkv.astype(k.dtype))
-    dq = dq.astype(q.dtype).transpose(0, 1, 2, 4, 5, 3)
-    return tile.unblocked_queries(dq), dk, dv
-
-
-def _gathered_attention(q, kv, rule):
-    kv = _joined(fabric.all_gather(kv, ROWS))
-    q_starts, k_starts = ring.starts(q, fabric.axis_index(ROWS)), ring.starts(kv, 0)
-    if len(q) == len(kv) == 1:
-        out, lse = tile.whole(q[0], kv[0], q_starts[0], 0, rule)
-        return out[None], lse[None]
-    running = tile.absorb(tile.nothing_yet(q), q, kv, q_starts, k_starts, rule)
-    return tile.finish(running, q.dtype)
-
-
-def _gathered_gradients(rows, kv, rule):
-    kv = fabric.all_gather(kv, ROWS)
-    blocks, kv = len(kv), _joined(kv)
-    q_starts, k_starts = ring.starts(rows[0], fabric.axis_index(ROWS)), ring.starts(kv, 0)
-    if len(rows[0]) == len(kv) == 1:
-        row, q_start = jax.tree.map(lambda x: x[0], (rows, q_starts))
-        dq, dkv = tile.gradients_of_block(row, kv[0], q_start, 0, rule)
-        dq, dkv = dq[None], dkv[None]
-    else:
-        dq, dkv = ring.no_gradients(rows[0], kv)
-        dq, dkv = tile.gradients(dq, dkv, rows, kv, q_starts, k_starts, rule)
-    return dq, fabric.reduce_scatter(tile.parted(dkv, blocks), ROWS)
-
-
-def _joined(kv):
-    n, c = kv.shape[0], kv.shape[-2]
-    return tile.joined(
-        kv, min(m for m in range(1, n + 1) if n % m == 0 and n // m * c <= max(c, _BLOCK))
-    )
-
-
-def _local(q, k, v, causal, scale):
+def _plain(floats: Floats, segments: jax.Array | None, options: planning.Options) -> jax.Array:
+    q, k, v, bias, _ = floats
     # jax.nn takes cuDNN's kernel only when told to.
     served = (
         jax.default_backend() == "gpu"
         and q.dtype in (jnp.float16, jnp.bfloat16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
-        and (q.shape[1] == k.shape[1] or not causal)
+        and (q.shape[1] == k.shape[1] or not options.causal)
+        and bias is None
+        and segments is None
     )
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, implementation="cudnn" if served else None
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        is_causal=options.causal,
+        scale=options.scale,
+        local_window_size=None if options.window is None else (options.window - 1, 0),
+        implementation="cudnn" if served else None,
     )
 
 
-def _heads_aligned(q, k, v, wafer):
-    """q, k and v with heads such that each PE along x has those of k and v that its own need.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attention(floats: Floats, segments: Segments, plan: Plan, wafer: Wafer | None) -> jax.Array:
+    return _fwd(floats, segments, plan, wafer)[0]
 
-    Heads of k and v are repeated only as often as that takes; heads of zeros fill what is left.
+
+# Plain autodiff would keep every block of scores.
+def _fwd(floats, segments, plan, wafer):
+    kernel = functools.partial(_per_pe, plan=plan)
+    specs = operands.specs(floats, segments, plan)
+    lse = operands.lse_spec(plan)
+    run = kernel if wafer is None else wafer.map(
+        kernel, in_specs=specs, out_specs=(operands.HEADS, lse)
+    )  # fmt: skip
+    out, lse = run(floats, segments)
+    return out, (floats, segments, out, lse)
+
+
+def _bwd(plan, wafer, residuals, dout):
+    floats, segments, out, lse = residuals
+    kernel = functools.partial(_per_pe_gradients, plan=plan)
+    of_floats, of_segments = operands.specs(floats, segments, plan)
+    rows = (operands.HEADS, operands.lse_spec(plan), operands.HEADS)
+    run = kernel if wafer is None else wafer.map(
+        kernel, in_specs=(of_floats, of_segments, *rows), out_specs=of_floats
+    )  # fmt: skip
+    return run(floats, segments, out, lse, dout), None
+
+
+_attention.defvjp(_fwd, _bwd)
+
+
+def _per_pe(
+    floats: Floats, segments: Segments, plan: Plan
+) -> tuple[Float[Array, "B Tt Nt H"], Float[Array, "_ _ _"]]:
+    rows, keys = _blocked(floats, segments, plan)
+    if plan.order == "zigzag":
+        running = zigzag.zigzag_attention(rows, keys, plan.rule)
+    elif plan.order == "ring":
+        running = ring.ring_attention(rows, keys, plan.rule, plan.tiles)
+    else:
+        kind = "full" if not plan.rule.bounded else "any" if plan.offset else "diagonal"
+        kind = "any" if plan.rule.window or plan.rule.keys else kind
+        running = tile_vendor.absorb(None, rows, keys, plan.rule, kind)
+    K, G = rows.q.shape[2:4]
+    sinks = None if floats.sinks is None else floats.sinks.astype(jnp.float32).reshape(K, G)
+    out, lse = tile.finish(running, sinks, floats.q.dtype)
+    n, B, K, G, c = lse.shape
+    out, lse = tile.unblocked_queries(out), lse.transpose(1, 2, 3, 0, 4).reshape(B, K * G, n * c)
+    if plan.order == "zigzag":
+        out = zigzag.in_order(out)
+    elif plan.order == "ulysses":
+        out = ulysses.by_sequence(out)
+    return out, lse
+
+
+def _per_pe_gradients(
+    floats: Floats,
+    segments: Segments,
+    out: Float[Array, "B Tt Nt H"],
+    lse: Float[Array, "_ _ _"],
+    dout: Float[Array, "B Tt Nt H"],
+    plan: Plan,
+) -> Floats:
+    dot = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+    rows, keys = _blocked(floats, segments, plan, (lse, dout, dot))
+    if plan.order == "zigzag":
+        grads = zigzag.zigzag_gradients(rows, keys, plan.rule)
+    elif plan.order == "ring":
+        grads = ring.ring_gradients(rows, keys, plan.rule, plan.tiles)
+    else:
+        grads = tile_gradients.nothing_yet(rows, keys)
+        grads = tile_gradients.add(grads, rows, keys, plan.rule)
+    dkv = grads.dkv
+    if plan.order == "allgather":
+        dkv = fabric.reduce_scatter(tile.parted(dkv, plan.k_blocks * fabric.axis_size(ROWS)), ROWS)
+    dk, dv = tile.unblocked_keys(dkv.astype(floats.k.dtype))
+    dq = (grads.dq * plan.folded).astype(floats.q.dtype).transpose(0, 1, 2, 4, 5, 3)
+    tiles = tile.unblocked_queries(dq), dk, dv
+    if plan.order == "zigzag":
+        tiles = zigzag.in_order(tiles)
+    elif plan.order == "ulysses":
+        tiles = ulysses.by_sequence(tiles)
+    return Floats(
+        *tiles, _bias_gradient(floats.bias, grads.dbias, plan), _sink_gradient(floats, rows, plan)
+    )
+
+
+def _blocked(
+    floats: Floats, segments: Segments, plan: Plan, of_rows: tuple | None = None
+) -> tuple[Rows, Keys]:
+    """What this PE begins with, in the plan's order, in blocks.
+
+    Args:
+      floats: tiles.
+      segments: tiles.
+      plan: what to do.
+      of_rows: for gradients: log-sum-exps, already in order, the result's gradient, and the dot
+        product of the two.
     """
-    K, group = k.shape[2], q.shape[2] // k.shape[2]
-
-    def of_one_pe(repeats):
-        return -(-K * repeats // wafer.width) * (group // repeats)
-
-    repeats = min((r for r in range(1, group + 1) if group % r == 0), key=of_one_pe)
-    kv_heads = -(-K * repeats // wafer.width) * wafer.width
-    if repeats > 1:  # of whole heads: Explicit axes would not repeat what is split
-        k, v = (layout.pad(x, P(WAFERS, ROWS, None, None), wafer) for x in (k, v))
-        k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
-        q = layout.pad(q, P(WAFERS, ROWS, None, None), wafer)
-    k, v = (_grown(x, 2, kv_heads) for x in (k, v))
-    return _grown(q, 2, kv_heads * (group // repeats)), k, v
-
-
-def _sequence_blocked(x, wafer):
-    """How many blocks a PE's part of the sequence has, and `x` padded to have equal ones."""
-    rows = -(-x.shape[1] // wafer.height)
-    blocks = -(-rows // _BLOCK)
-    return blocks, _grown(x, 1, wafer.height * blocks * -(-rows // blocks))
-
-
-def _grown(x, axis, length):
-    if x.shape[axis] == length:
-        return x
-    return jnp.pad(x, [(0, length - n if d == axis else 0) for d, n in enumerate(x.shape)])
-
-
-def _chosen(algorithm, k, wafer):
-    if algorithm != "auto":
-        return algorithm
-    pes = math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
-    gathered = 2 * k.size * k.dtype.itemsize // pes
-    return "allgather" if allgather.fits(gathered, wafer) else "ring"
+    lse, dout, dot = of_rows or (None, None, None)
+    moved = (floats.q, floats.k, floats.v, dout, dot)
+    if plan.order == "zigzag":
+        moved, segments = zigzag.dealt((moved, segments))
+    elif plan.order == "ulysses":
+        moved = ulysses.by_heads(moved)
+        segments = fabric.all_gather(segments, ROWS, 1)
+    q, k, v, dout, dot = moved
+    if plan.folded != 1:
+        q = q * plan.folded
+    kv = tile.blocked_keys(k, v, plan.k_blocks)
+    k_segments = operands.blocked_segments(segments.k, plan.k_blocks)
+    if plan.order == "allgather":
+        kv, k_segments = fabric.all_gather((kv, k_segments), ROWS)
+        kv, k_segments = _fewer(kv, k_segments)
+    heads = kv.shape[3]
+    blocked = functools.partial(tile.blocked_queries, kv_heads=heads, blocks=plan.q_blocks)
+    of_row = lambda x: None if x is None else blocked(x[..., None])[..., 0]  # noqa: E731
+    q = blocked(q)
+    rows = Rows(
+        q,
+        tile.starts(q, fabric.axis_index(ROWS) if plan.offset else 0),
+        operands.blocked_segments(segments.q, plan.q_blocks),
+        operands.blocked_bias(floats.bias, heads, plan.q_blocks),
+        None if dout is None else blocked(dout),
+        of_row(None if lse is None else lse.transpose(0, 2, 1)),
+        of_row(dot),
+    )
+    return rows, Keys(kv, tile.starts(kv, 0), k_segments)
 
 
-def _check(q, k, v, algorithm):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"attention: {name} is {x.shape}, it must have four dimensions: batch, sequence, "
-                "heads, head size"
-            )
-    if k.shape != v.shape:
-        raise ValueError(f"attention: k is {k.shape} and v is {v.shape}: they must be alike")
-    for axis, what in ((0, "batches"), (3, "head sizes")):
-        if q.shape[axis] != k.shape[axis]:
-            raise ValueError(
-                f"attention: q is {q.shape} and k is {k.shape}: their {what} "
-                f"({q.shape[axis]} and {k.shape[axis]}) must be equal"
-            )
-    if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"attention: q is {q.shape} and k is {k.shape}: neither may be empty")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"attention: q has {q.shape[2]} heads and k has {k.shape[2]}: those of q must be a "
-            "multiple of those of k"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"attention: q is {q.dtype}, k is {k.dtype} and v is {v.dtype}: cast them to one dtype"
-        )
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"attention: q, k and v are {q.dtype}; cast them to a floating dtype")
-    if algorithm not in ("auto", "ring", "allgather"):
-        raise ValueError(
-            f"attention: algorithm={algorithm!r} is not one of 'auto', 'ring', 'allgather'"
-        )
+def _fewer(kv, segments):
+    """Gathered keys and values, and their segments, in as few blocks as there may be."""
+    blocks = planning.fewest(kv.shape[0], kv.shape[0] * kv.shape[-2])
+    if segments is not None:
+        segments = segments.reshape(blocks, -1, *segments.shape[1:]).swapaxes(1, 2)
+        segments = segments.reshape(*segments.shape[:2], -1)
+    return tile.joined(kv, blocks), segments
+
+
+def _bias_gradient(bias, dbias, plan):
+    """What a PE has of the bias' gradient, in the bias' own shape, summed where PEs share it."""
+    if bias is None:
+        return None
+    dbias = operands.unblocked_bias(dbias, bias.shape)
+    return _summed(dbias, operands.shared_axes(bias, plan)).astype(bias.dtype)
+
+
+def _sink_gradient(floats, rows, plan):
+    if floats.sinks is None:
+        return None
+    K, G = rows.q.shape[2:4]
+    sinks = floats.sinks.astype(jnp.float32).reshape(1, 1, K, G, 1)
+    shares = jnp.exp(jnp.broadcast_to(sinks, rows.lse.shape) - rows.lse)
+    dsinks = -jnp.sum(shares * rows.dot, (0, 1, 4)).reshape(K * G)
+    along = {"local": (), "ulysses": (WAFERS,)}.get(plan.order, (WAFERS, ROWS))
+    return _summed(dsinks, along).astype(floats.sinks.dtype)
+
+
+def _summed(x, along):
+    return fabric.all_reduce(x, along) if along else x

@@ -2,75 +2,100 @@
 
 Public per-PE functions. H. Liu, M. Zaharia and P. Abbeel, "Ring Attention with Blockwise
 Transformers for Near-Infinite Context", 2023. Every step sends one tile to the next PE along y, and
-needs nothing of what the PE computes meanwhile.
+the tile that a PE computes with meanwhile has arrived the step before.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.axes import ROWS
 from wsekern.kernels import tile_attention as tile
+from wsekern.kernels import tile_gradients, tile_vendor
+from wsekern.kernels.tile_gradients import Gradients
+from wsekern.kernels.visibility import Keys, Rows, Rule
 
 
-def ring_attention(
-    q: Float[Array, "nq B K G c H"], kv: Float[Array, "nk 2 B K s H"], rule: tile.Rule
-) -> tile.Running:
-    """The softmax over all keys along y, in p steps of one shift each (p PEs along y).
+def ring_attention(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> tile.Running:
+    """The softmax over the keys of `tiles` PEs along y: this one's and those before it in the ring.
 
-    A PE holds two tiles of keys and values at a time.
+    `tiles - 1` shifts of a tile of keys and values, each a step; two such tiles are held at once.
     """
-    here, p = fabric.axis_index(ROWS), fabric.axis_size(ROWS)
-    q_starts = starts(q, here)
+
+    def visit(running, keys, back):
+        keys = _placed(keys, back)
+        return tile_vendor.absorb(running, rows, keys, rule, "any" if rule.bounded else "full")
+
+    return travel(visit, visit, tile.nothing_yet(rows.q), keys, tiles)
+
+
+def ring_gradients(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> Gradients:
+    """Gradients of queries, and of keys and values, in float32.
+
+    `tiles - 1` shifts of keys and values, and `tiles` of their gradient, which follows them and is
+    sent home by the last.
+    """
+
+    def visit(so_far, keys, back):
+        return tile_gradients.add(so_far, rows, _placed(keys, back), rule)
+
+    return travel_back(visit, visit, tile_gradients.nothing_yet(rows, keys), keys, tiles)
+
+
+def travel(own: Callable, visit: Callable, running: Any, keys: Keys, tiles: int) -> Any:
+    """What has met the keys of `tiles` PEs: `own(running, keys, 0)`, then `visit(..., back)`.
+
+    Each of them has come `back` places down the ring.
+    """
+    coming = _shift(keys) if tiles > 1 else keys
+    running = own(running, keys, 0)
+    if tiles == 1:
+        return running
 
     def step(carry, back):
-        running, kv = carry
-        coming = fabric.shift(kv, ROWS)
-        running = tile.absorb(running, q, kv, q_starts, starts(kv, (here - back) % p), rule)
-        return (running, coming), None
+        running, keys = carry
+        coming = _shift(keys)
+        return (visit(running, keys, back), coming), None
 
     # The last tile is met outside the loop, where it need not travel on.
-    (running, kv), _ = lax.scan(step, (tile.nothing_yet(q), kv), jnp.arange(p - 1))
-    return tile.absorb(running, q, kv, q_starts, starts(kv, (here + 1) % p), rule)
+    carry, _ = lax.scan(step, (running, coming), jnp.arange(1, tiles - 1))
+    return visit(*carry, tiles - 1)
 
 
-def ring_gradients(
-    rows: tuple, kv: Float[Array, "nk 2 B K s H"], rule: tile.Rule
-) -> tuple[Float[Array, "nq B K H G c"], Float[Array, "nk 2 B K s H"]]:
-    """Gradients of queries, and of keys and values, in float32; p + 1 shifts.
-
-    The gradient of a tile of keys and values follows it one step behind, so that its travel too
-    needs nothing of what the PE computes meanwhile, and ends at the tile's home.
-    """
-    here, p = fabric.axis_index(ROWS), fabric.axis_size(ROWS)
-    q_starts = starts(rows[0], here)
+def travel_back(
+    own: Callable, visit: Callable, so_far: Gradients, keys: Keys, tiles: int
+) -> Gradients:
+    """As `travel`, for gradients: that of a tile of keys is where the tile is, and ends at home."""
+    coming = _shift(keys) if tiles > 1 else keys
+    so_far = own(so_far, keys, 0)
+    if tiles == 1:
+        return so_far
 
     def step(carry, back):
-        dq, kv, dkv = carry
-        coming, dkv = _shift_both(kv, dkv)
-        k_starts = starts(kv, (here - back) % p)
-        dq, dkv = tile.gradients(dq, dkv, rows, kv, q_starts, k_starts, rule)
-        return (dq, coming, dkv), None
+        so_far, keys = carry
+        coming = _shift(keys)
+        return (visit(_followed(so_far), keys, back), coming), None
 
-    dq, dkv = no_gradients(rows[0], kv)
-    (dq, _, dkv), _ = lax.scan(step, (dq, kv, dkv), jnp.arange(p))
-    return dq, fabric.shift(dkv, ROWS)
+    (so_far, keys), _ = lax.scan(step, (so_far, coming), jnp.arange(1, tiles - 1))
+    so_far = visit(_followed(so_far), keys, tiles - 1)
+    return so_far._replace(dkv=fabric.shift(so_far.dkv, ROWS, 1 - tiles))
 
 
-def no_gradients(q, kv):
-    dq = jnp.zeros(q.swapaxes(-3, -1).swapaxes(-2, -1).shape, jnp.float32)
-    return fabric.varying((dq, jnp.zeros(kv.shape, jnp.float32)))
+def _shift(keys: Keys) -> Keys:
+    kv, segments = fabric.shift((keys.kv, keys.segments), ROWS)
+    return keys._replace(kv=kv, segments=segments)
 
 
-def starts(x: Float[Array, "n ..."], place) -> jnp.ndarray:
-    """The position at which each of the blocks `x` begins, in the tile of PE `place` along y."""
-    n, c = x.shape[0], x.shape[-2]
-    return (place * n + jnp.arange(n)) * c
+def _followed(so_far: Gradients) -> Gradients:
+    return so_far._replace(dkv=fabric.shift(so_far.dkv, ROWS))
 
 
-def _shift_both(kv, dkv):
-    if kv.dtype != dkv.dtype:
-        return fabric.shift((kv, dkv), ROWS)
-    moved = fabric.shift(jnp.stack([kv, dkv]), ROWS)
-    return moved[0], moved[1]
+def _placed(keys: Keys, back: jax.Array | int) -> Keys:
+    place = (fabric.axis_index(ROWS) - back) % fabric.axis_size(ROWS)
+    return keys._replace(start=tile.starts(keys.kv, place))

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern.kernels import attention as module
+from wsekern.kernels import attention_plan as module
 
 HEADS = P("wafer", "y", "x", None)
 # B T S N K H

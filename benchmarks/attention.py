@@ -96,14 +96,22 @@ def _candidates(grid, length, options):
 
     tiled = [jax.device_put(x, layout) for x in whole]
     candidates = {"jit": case(laid_out, tiled, out_shardings=layout)}
-    for algorithm in ("ring", "allgather", "auto"):
+    for algorithm in options.algorithms:
         attention = functools.partial(
-            wk.attention, causal=options.causal, algorithm=algorithm, wafer=wafer
+            wk.attention,
+            causal=options.causal,
+            window=options.window,
+            algorithm=algorithm,
+            wafer=wafer,
         )
         candidates[algorithm] = case(attention, tiled, out_shardings=layout)
     public = public_ring.find(wafer, options.causal) if heads[0] == heads[1] else None
     if public is not None:
         candidates["public ring"] = case(public, tiled, out_shardings=layout)
+    if not (options.backward or options.layers):
+        candidates["one device, blocked"] = case(
+            functools.partial(one_device, causal=options.causal, window=options.window), whole
+        )
     candidates["one device"] = case(plain, whole)
     return candidates, {
         "jit": "jax.nn.dot_product_attention, same shardings",

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from wsekern.axes import COLS, WAFERS
@@ -76,6 +77,7 @@ def plan(
     scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
     # In 16 bits it rounds nothing only where it is a power of two.
     folds = q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5
+    platform = jax.default_backend() if wafer is None else wafer.platform
     vendor = _vendor(floats, wafer)
     folds = folds and vendor is None
     single = order not in ("ring", "zigzag") and q_blocks == 1 and columns <= _BLOCK
@@ -86,6 +88,7 @@ def plan(
         keys=S if padding else None,
         soft_cap=options.soft_cap,
         skips=not single and (wafer is None or wafer.reading != "virtual"),
+        at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
         vendor=vendor,
     )
     made = Plan(

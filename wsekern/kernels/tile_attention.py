@@ -11,6 +11,7 @@ Keys and values are one array, `[nk, 2, B, K, s, H]`: nk blocks of s rows.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from wsekern import fabric
+from wsekern.kernels.tile_heads import few_at_once
 from wsekern.kernels.visibility import LOWEST, Keys, Rows, Rule, scored, where_seen
 
 
@@ -93,7 +95,10 @@ def absorb(running: Running | None, rows: Rows, keys: Keys, rule: Rule) -> Runni
         alone = _absorb_block(None, row, key, rule, rule.bounded)
         return jax.tree.map(lambda x: x[None], alone)
     running = nothing_yet(rows.q) if running is None else running
+    return few_at_once(functools.partial(_absorb_heads, rule=rule), running, rows, keys, rule)
 
+
+def _absorb_heads(running: Running, rows: Rows, keys: Keys, rule: Rule) -> Running:
     def one_query_block(_, block):
         running, rows = block
 

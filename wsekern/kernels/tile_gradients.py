@@ -6,6 +6,7 @@ Public per-PE functions, without communication; blocks as in `tile_attention`. T
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.kernels.tile_attention import dot, scan
+from wsekern.kernels.tile_heads import few_at_once
 from wsekern.kernels.tile_product import runnable
 from wsekern.kernels.visibility import Keys, Rows, Rule, scored, where_seen
 
@@ -36,6 +38,10 @@ def nothing_yet(rows: Rows, keys: Keys) -> Gradients:
 
 def add(so_far: Gradients, rows: Rows, keys: Keys, rule: Rule) -> Gradients:
     """The gradients with what one tile of queries and one of keys add to them."""
+    return few_at_once(functools.partial(_add_heads, rule=rule), so_far, rows, keys, rule)
+
+
+def _add_heads(so_far: Gradients, rows: Rows, keys: Keys, rule: Rule) -> Gradients:
     blocks = jnp.arange(rows.q.shape[0])
 
     def one_key_block(carry, block):

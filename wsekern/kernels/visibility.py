@@ -30,6 +30,7 @@ class Rule:
     soft_cap: float | None = None  # scores are soft_cap * tanh(score / soft_cap)
     # Whether a branch leaves out a block that no query sees. Virtual PEs would run all branches.
     skips: bool = True
+    at_once: int | None = None  # scores of one block that a PE had better hold; None for any number
     vendor: str | None = None  # the `implementation` of jax.nn's attention that takes whole tiles
 
     @property

@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -29,6 +30,10 @@ class Options:
     """Features of a head."""
     causal: bool = True
     """Whether a token sees only those before it."""
+    window: int | None = None
+    """How many keys a token sees."""
+    algorithms: tuple[str, ...] = ("ring", "allgather", "auto")
+    """What to measure of the library."""
     backward: bool = False
     """Time attention together with the gradients of queries, keys and values."""
     layers: int | None = None
@@ -85,7 +90,11 @@ def _candidates(grid, length, options):
         jax.random.normal(key, (options.batch, length, n, options.head_size), options.dtype)
         for key, n in zip(keys, (*heads, *heads[::-1]), strict=True)
     ]
-    plain = functools.partial(jax.nn.dot_product_attention, is_causal=options.causal)
+    plain = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=options.causal,
+        local_window_size=None if options.window is None else (options.window - 1, 0),
+    )
 
     def laid_out(q, k, v):
         return jax.lax.with_sharding_constraint(plain(q, k, v), layout)
@@ -105,7 +114,8 @@ def _candidates(grid, length, options):
             wafer=wafer,
         )
         candidates[algorithm] = case(attention, tiled, out_shardings=layout)
-    public = public_ring.find(wafer, options.causal) if heads[0] == heads[1] else None
+    comparable = heads[0] == heads[1] and options.window is None
+    public = public_ring.find(wafer, options.causal) if comparable else None
     if public is not None:
         candidates["public ring"] = case(public, tiled, out_shardings=layout)
     if not (options.backward or options.layers):
@@ -116,8 +126,23 @@ def _candidates(grid, length, options):
     return candidates, {
         "jit": "jax.nn.dot_product_attention, same shardings",
         "public ring": "the PyPI package ringattention",
-        "one device": "the same, same cores",
+        "one device, blocked": "our tiles in one loop, same cores",
+        "one device": "jax.nn.dot_product_attention, same cores",
     }
+
+
+def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> Any:
+    """Attention in blocks on one device, those that no query sees left out: what ours has to do."""
+    from wsekern.kernels import tile_attention as tile
+    from wsekern.kernels.visibility import Keys, Rows, Rule
+
+    blocks, heads = -(-q.shape[1] // 512), k.shape[2]
+    rows = tile.blocked_queries(q * q.shape[-1] ** -0.5, heads, blocks)
+    kv = tile.blocked_keys(k, v, blocks)
+    rule = Rule(scale=1.0, causal=causal, window=window, at_once=512 * 512)
+    keys = Keys(kv, tile.starts(kv, 0))
+    softmax = tile.absorb(None, Rows(rows, tile.starts(rows, 0)), keys, rule)
+    return tile.unblocked_queries(tile.finish(softmax, None, q.dtype)[0])
 
 
 def _timed(attention: Callable, options: Options) -> tuple[Callable, int]:

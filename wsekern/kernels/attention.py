@@ -300,7 +300,7 @@ def _bias_gradient(bias, dbias, plan):
     if bias is None:
         return None
     dbias = operands.unblocked_bias(dbias, bias.shape)
-    return _summed(dbias, operands.shared_axes(bias, plan)).astype(bias.dtype)
+    return _summed(dbias, plan.bias_shared).astype(bias.dtype)
 
 
 def _sink_gradient(floats, rows, plan):

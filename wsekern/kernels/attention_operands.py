@@ -40,7 +40,7 @@ class Segments(NamedTuple):
 def specs(floats: Floats, segments: Segments, plan: Plan) -> tuple[Floats, Segments]:
     """How the operands lie."""
     heads = (COLS, ROWS) if plan.order == "ulysses" else COLS
-    bias = None if floats.bias is None else _bias_spec(floats.bias, plan)
+    bias = None if floats.bias is None else _bias_spec(floats.bias, plan.order)
     sinks = None if floats.sinks is None else P(heads)
     of_rows = Segments(*(None if x is None else P(WAFERS, ROWS) for x in segments))
     return Floats(HEADS, HEADS, HEADS, bias, sinks), of_rows
@@ -51,11 +51,11 @@ def lse_spec(plan: Plan) -> P:
     return P(WAFERS, (COLS, ROWS), None) if plan.order == "ulysses" else P(WAFERS, COLS, ROWS)
 
 
-def shared_axes(bias: jax.Array, plan: Plan) -> tuple[str, ...]:
-    """Along which axes all PEs have the same bias."""
-    if plan.order == "local":
+def shared_axes(bias: Any, order: str) -> tuple[str, ...]:
+    """Along which axes all PEs have the same of a whole `bias`."""
+    if bias is None or order == "local":
         return ()
-    named = [name for entry in _bias_spec(bias, plan) for name in readings.axes_of(entry)]
+    named = [name for entry in _bias_spec(bias, order) for name in readings.axes_of(entry)]
     return tuple(axis for axis in (WAFERS, ROWS, COLS) if axis not in named)
 
 
@@ -205,9 +205,9 @@ def _check_segments(pair, *wanted):
             raise ValueError(f"attention: segment_ids are {ids.dtype}; cast them to int32")
 
 
-def _bias_spec(bias: jax.Array, plan: Plan) -> P:
+def _bias_spec(bias: jax.Array, order: str) -> P:
     along = [WAFERS, COLS, ROWS, None]
-    if plan.order == "ulysses":
+    if order == "ulysses":
         along = [WAFERS, (COLS, ROWS), None, None]
     return P(*(axis if n > 1 else None for axis, n in zip(along, bias.shape, strict=True)))
 

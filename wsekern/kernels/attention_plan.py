@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from wsekern.axes import COLS, WAFERS
 from wsekern.kernels import allgather
-from wsekern.kernels.attention_operands import Floats, Segments
+from wsekern.kernels.attention_operands import Floats, Segments, shared_axes
 from wsekern.kernels.visibility import Rule
 from wsekern.wafer import Wafer
 
@@ -46,6 +46,7 @@ class Plan:
     kv_heads: int  # over the whole grid, repeated and padded
     q_heads: int
     tiles: int  # that a PE of the ring meets
+    bias_shared: tuple[str, ...]  # the axes along which all PEs have the same bias
 
     @property
     def offset(self) -> bool:
@@ -103,6 +104,7 @@ def plan(
         kv_heads=kv_heads,
         q_heads=kv_heads * (q.shape[2] // k.shape[2] // repeats),
         tiles=_tiles(options.window, rows, columns, height),
+        bias_shared=shared_axes(floats.bias, order),
     )
     return made, why
 

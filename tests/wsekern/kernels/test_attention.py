@@ -256,7 +256,7 @@ def test_refuses_dtypes_that_do_not_fit(dtypes, message):
 @pytest.mark.refuses
 def test_refuses_an_unknown_algorithm():
     q, k, v = operands(DIVIDES)
-    message = "algorithm='flash' is not one of 'auto', 'ring', 'allgather'"
+    message = "algorithm='flash' is not one of 'auto', 'ring', 'allgather', 'ulysses'"
     with pytest.raises(ValueError, match=message):
         attend(None, "flash")(q, k, v)
 

@@ -1,0 +1,219 @@
+"""Which keys a query sees and how scores are changed: every rule under every algorithm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wsekern as wk
+from wsekern.kernels import attention_plan
+
+every = pytest.mark.parametrize("algorithm", ["ring", "allgather", "ulysses"])
+NAMES = ("q", "k", "v", "bias", "sinks")
+
+
+def operands(B, T, S, N, K, H, bias=None, sinks=False):
+    rng = np.random.default_rng((B, T, S, N, K, H))
+    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, H), "dout": (B, T, N, H)}
+    shapes |= {"bias": bias} if bias else {}
+    shapes |= {"sinks": (N,)} if sinks else {}
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+
+
+def packed(B, length, parts=3):
+    """Segments of unequal lengths, other ones in each sequence."""
+    return np.sort(np.random.default_rng(length).integers(0, parts, (B, length))).astype(np.int32)
+
+
+def plain(
+    q, k, v, bias=None, sinks=None, *, causal=False, window=None, soft_cap=None, segment_ids=None
+):
+    """Attention with all scores at once; what is not seen has weight 0, not score -inf."""
+    (B, T, N, H), S = q.shape, k.shape[1]
+    k, v = (jnp.repeat(x, N // x.shape[2], 2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is not None:
+        scores = scores + bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    t, s = np.arange(T)[:, None], np.arange(S)[None]
+    seen = np.ones((B, 1, T, S), bool)
+    if causal:
+        seen &= s <= t
+    if window:
+        seen &= t - s < window
+    if segment_ids is not None:
+        mine, its = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        seen &= (mine[:, :, None] == its[:, None])[:, None]
+    top = jax.lax.stop_gradient(jnp.abs(scores).max())
+    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks.reshape(1, N, 1, 1) - top)
+    return jnp.einsum("bnts,bsnh->btnh", weights / jnp.where(total > 0, total, 1.0), v)
+
+
+def results(run, arrays):
+    """Of the operands: the result, and all gradients."""
+    floats = {name: arrays[name] for name in NAMES if name in arrays}
+
+    @jax.jit
+    def call(floats, dout):
+        out, pull = jax.vjp(lambda floats: run(**floats), floats)
+        return out, *pull(dout)[0].values()
+
+    with jax.numpy_rank_promotion("allow"):
+        return call(floats, arrays["dout"])
+
+
+def assert_right(arrays, wafer, algorithm, **options):
+    got = results(
+        functools.partial(wk.attention, algorithm=algorithm, wafer=wafer, **options), arrays
+    )
+    want = results(functools.partial(plain, **options), arrays)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
+
+
+B, T, S, N, K, H = SIZES = (2, 19, 19, 16, 16, 4)
+CASES = {
+    "window, cap, sinks, segments": (
+        {"sinks": True},
+        {"causal": True, "window": 6, "soft_cap": 2.0, "segment_ids": packed(B, T)},
+    ),
+    "causal, cap, sinks, segments": (
+        {"sinks": True},
+        {"causal": True, "soft_cap": 2.0, "segment_ids": packed(B, T)},
+    ),
+    "bias of each score": ({"bias": (B, N, T, S)}, {"causal": True}),
+    "bias of rows or columns": ({"bias": (1, 1, S)}, {}),
+    "bias of heads, and rows that see no key": (
+        {"bias": (N, T, 1)},
+        {"segment_ids": (packed(B, T), packed(B, S) + 1), "soft_cap": 3.0},
+    ),
+}
+
+
+@every
+@pytest.mark.parametrize("name", list(CASES)[::2])
+def test_rules_hold_on_every_kind_of_wafer(full_wafer, algorithm, name):
+    arrays, options = CASES[name]
+    assert_right(operands(*SIZES, **arrays), full_wafer, algorithm, **options)
+
+
+@every
+@pytest.mark.parametrize("name", list(CASES)[1::2])
+def test_rules_hold_on_devices(algorithm, name):
+    arrays, options = CASES[name]
+    assert_right(operands(*SIZES, **arrays), wk.Wafer.devices(2, 4), algorithm, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules_hold_without_a_wafer(name):
+    arrays, options = CASES[name]
+    assert_right(operands(*SIZES, **arrays), None, "auto", **options)
+
+
+@pytest.mark.slow
+@every
+@pytest.mark.parametrize("name", CASES)
+def test_rules_hold_in_blocks_of_few_heads(monkeypatch, algorithm, name):
+    monkeypatch.setattr(attention_plan, "_BLOCK", 4)
+    arrays, options = CASES[name]
+    assert_right(operands(*SIZES, **arrays), wk.Wafer.devices(2, 2), algorithm, **options)
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_sizes_and_windows(data):
+    number = lambda most: data.draw(st.integers(1, most))  # noqa: E731
+    B, T, K, group = number(3), number(12), number(4), number(3)
+    S = data.draw(st.sampled_from([T, number(12)]))
+    options = {"causal": True, "window": data.draw(st.sampled_from([None, number(14)]))}
+    algorithm = data.draw(st.sampled_from(["ring", "allgather"]))
+    wafer = wk.Wafer.devices(2, 2, 2)
+    assert_right(operands(B, T, S, K * group, K, 2, sinks=True), wafer, algorithm, **options)
+
+
+def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient():
+    arrays = operands(1, 8, 8, 4, 4, 4)
+    ids = np.zeros((1, 8), np.int32)
+    for wafer in (None, wk.Wafer.devices(2, 2)):
+        run = functools.partial(wk.attention, segment_ids=(ids, ids + 1), wafer=wafer)
+        assert not any(np.any(x) for x in results(run, arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 512])
+def test_the_vendors_tiles_merge_into_the_same(monkeypatch, rows):
+    """The path that cuDNN takes, with jax.nn's plain kernel in its place."""
+    monkeypatch.setattr(attention_plan, "_vendor", lambda floats, wafer: "xla")
+    monkeypatch.setattr(attention_plan, "_BLOCK", rows)
+    for algorithm in ("ring", "ulysses"):
+        wafer = wk.Wafer.devices(2, 2)
+        assert_right(operands(1, 32, 32, 8, 4, 4), wafer, algorithm, causal=True)
+
+
+def test_a_window_sends_only_what_it_sees():
+    def words(window):
+        x = jax.ShapeDtypeStruct((1, 64, 8, 4), jnp.float32)
+        run = functools.partial(wk.attention, causal=True, window=window, algorithm="ring")
+        return wk.traffic(run, x, x, x, wafer=wk.Wafer.abstract(wk.WSE3, 8, 8))
+
+    tile = 2 * 8 * 4  # words of keys and values
+    for window, tiles in ((1, 1), (8, 2), (9, 2), (10, 3), (64, 8)):
+        assert (words(window).words, words(window).steps) == ((tiles - 1) * tile, tiles - 1)
+
+
+def test_zigzag_sends_nothing_but_its_relayout_more():
+    x = jax.ShapeDtypeStruct((1, 64, 8, 4), jnp.float32)
+    run = functools.partial(wk.attention, causal=True, algorithm="ring")
+    got = wk.traffic(run, x, x, x, wafer=wk.Wafer.abstract(wk.WSE3, 8, 8))
+    Q, KV = 8 * 4, 2 * 8 * 4
+    assert got.words == 2 * Q + 8 * KV and got.steps == 7 + 2
+
+
+def test_ulysses_sends_tiles_once():
+    x = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
+    run = functools.partial(wk.attention, causal=True, algorithm="ulysses")
+    got = wk.traffic(run, x, x, x, wafer=wk.Wafer.abstract(wk.WSE3, 8, 8))
+    Q, KV = 8 * 8 * 4, 2 * 8 * 8 * 4
+    assert got.words == (2 * Q + KV) * 7 / 8 and got.steps == 2
+
+
+def test_auto_says_why():
+    def why(shape, wafer):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return wk.attention.explain(x, x, x, causal=True, wafer=wafer)
+
+    wafer = wk.Wafer.devices(4, 2)
+    assert why((1, 8, 8, 4), wafer).startswith("allgather: ")
+    assert why((1, 2**16, 8, 64), wafer).startswith("ulysses: ")
+    assert why((1, 2**16, 6, 64), wafer).endswith("6 heads do not divide by 8 PEs")
+    assert why((1, 2**16, 8, 64), wk.Wafer.abstract(wk.WSE3, 4, 2)).startswith("zigzag: ")
+    assert why((1, 8, 8, 4), None).startswith("local: ")
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0, "causal": True}, "window=0 must be 1 or more"),
+        ({"window": 2}, "window=2 looks back from each query; it needs causal=True"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
+        ({"sinks": np.zeros(3)}, r"sinks is \(3,\), it must be \(6,\)"),
+        ({"bias": np.zeros((5, 8))}, r"bias is \(5, 8\), it must broadcast to \(1, 6, 8, 8\)"),
+        ({"segment_ids": np.zeros((8, 1), int)}, r"segment_ids is \(8, 1\) for queries of \(1, 8"),
+        ({"segment_ids": np.zeros((1, 8))}, "segment_ids are float64; cast them to int32"),
+        ({"algorithm": "ulysses"}, "6 do not divide by them; 'ring' and 'allgather' can serve it"),
+    ],
+)
+def test_refuses(options, message):
+    q = jnp.ones((1, 8, 6, 4))
+    with pytest.raises(ValueError, match=f"^attention: .*{message}"):
+        wk.attention(q, q, q, wafer=wk.Wafer.devices(2, 2), **options)

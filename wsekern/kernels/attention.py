@@ -7,6 +7,7 @@ Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,14 +101,7 @@ def attention(
     return layout.crop(out, q.shape, operands.HEADS, wafer)
 
 
-def explain(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    wafer: Wafer | None = None,
-    **options,
-) -> str:
+def explain(q: Any, k: Any, v: Any, *, wafer: Wafer | None = None, **options) -> str:
     """Which algorithm `attention` of the same arguments takes, and why; nothing is computed.
 
     Args:
@@ -117,9 +111,9 @@ def explain(
       wafer: as for `attention`.
       options: the others of `attention`.
     """
-    arrays = [options.pop(name, None) for name in ("bias", "sinks", "segment_ids")]
+    bias, sinks, ids = (options.pop(name, None) for name in ("bias", "sinks", "segment_ids"))
     chosen = planning.Options(**options)
-    floats, segments = operands.checked(q, k, v, *arrays, chosen)
+    floats, segments = operands.checked(q, k, v, bias, sinks, ids, chosen)
     wafer = context.resolve(wafer)
     if wafer is None:
         return "local: there is one PE, or no wafer"
@@ -165,9 +159,9 @@ def _attention(floats: Floats, segments: Segments, plan: Plan, wafer: Wafer | No
 def _fwd(floats, segments, plan, wafer):
     kernel = functools.partial(_per_pe, plan=plan)
     specs = operands.specs(floats, segments, plan)
-    lse = operands.lse_spec(plan)
+    of_results = (operands.HEADS, operands.lse_spec(plan))
     run = kernel if wafer is None else wafer.map(
-        kernel, in_specs=specs, out_specs=(operands.HEADS, lse)
+        kernel, in_specs=specs, out_specs=of_results
     )  # fmt: skip
     out, lse = run(floats, segments)
     return out, (floats, segments, out, lse)
@@ -196,9 +190,7 @@ def _per_pe(
     elif plan.order == "ring":
         running = ring.ring_attention(rows, keys, plan.rule, plan.tiles)
     else:
-        kind = "full" if not plan.rule.bounded else "any" if plan.offset else "diagonal"
-        kind = "any" if plan.rule.window or plan.rule.keys else kind
-        running = tile_vendor.absorb(None, rows, keys, plan.rule, kind)
+        running = tile_vendor.absorb(None, rows, keys, plan.rule, _kind(plan))
     K, G = rows.q.shape[2:4]
     sinks = None if floats.sinks is None else floats.sinks.astype(jnp.float32).reshape(K, G)
     out, lse = tile.finish(running, sinks, floats.q.dtype)
@@ -284,6 +276,15 @@ def _blocked(
         of_row(dot),
     )
     return rows, Keys(kv, tile.starts(kv, 0), k_segments)
+
+
+def _kind(plan: Plan) -> tile_vendor.Kind:
+    """What the one tile of a PE is that has all keys at hand."""
+    if not plan.rule.bounded:
+        return "full"
+    square = plan.rows == plan.columns and not plan.offset
+    exact = square and plan.rule.window is None and plan.rule.keys is None
+    return "diagonal" if exact else "any"
 
 
 def _fewer(kv, segments):

@@ -206,7 +206,7 @@ def _check_segments(pair, *wanted):
 
 
 def _bias_spec(bias: jax.Array, order: str) -> P:
-    along = [WAFERS, COLS, ROWS, None]
+    along: list[Any] = [WAFERS, COLS, ROWS, None]
     if order == "ulysses":
         along = [WAFERS, (COLS, ROWS), None, None]
     return P(*(axis if n > 1 else None for axis, n in zip(along, bias.shape, strict=True)))

@@ -151,7 +151,7 @@ def _chosen(floats: Floats, wafer: Wafer) -> tuple[str, str]:
     return "ulysses", f"{size} are much, and {k.shape[2]} heads divide by {pes} PEs"
 
 
-def _vendor(floats: Floats, wafer: Wafer | None) -> str | None:
+def _vendor(floats: Floats, wafer: Wafer | None) -> Literal["cudnn"] | None:
     """The `implementation` of jax.nn's attention that takes a PE's whole tiles, if one does."""
     q = floats.q
     platform = None if wafer is None or wafer.reading == "virtual" else wafer.platform

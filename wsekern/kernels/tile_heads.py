@@ -56,7 +56,7 @@ def _cut(x: Any, at: tuple[jax.Array, jax.Array], heads: int) -> Any:
 
 def _put(x: Any, part: Any, at: tuple[jax.Array, jax.Array]) -> Any:
     def put(name, leaf, new):
-        starts = [0] * leaf.ndim
+        starts: list[Any] = [0] * leaf.ndim
         for axis, start in zip(_AXES.get(name, _OTHERS), at, strict=True):
             if axis is not None and leaf.shape[axis] > 1:
                 starts[axis] = start

@@ -43,7 +43,7 @@ def _vendor(rows: Rows, keys: Keys, rule: Rule, causal: bool) -> tuple[jax.Array
         v,
         scale=rule.scale,
         is_causal=causal,
-        implementation=rule.vendor,  # type: ignore[arg-type]
+        implementation=rule.vendor,
         return_residual=True,
     )
     out, lse = (blocked.blocked_queries(x, kv_heads, blocks) for x in (out, lse[..., None]))

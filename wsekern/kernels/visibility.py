@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ class Rule:
     # Whether a branch leaves out a block that no query sees. Virtual PEs would run all branches.
     skips: bool = True
     at_once: int | None = None  # scores of one block that a PE had better hold; None for any number
-    vendor: str | None = None  # the `implementation` of jax.nn's attention that takes whole tiles
+    # The `implementation` of jax.nn's attention that takes whole tiles, if one is to.
+    vendor: Literal["xla", "cudnn"] | None = None
 
     @property
     def bounded(self) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import wsekern as wk
 from wsekern.kernels import attention_plan
+from wsekern.kernels.attention import explain
 
 every = pytest.mark.parametrize("algorithm", ["ring", "allgather", "ulysses"])
 NAMES = ("q", "k", "v", "bias", "sinks")
@@ -18,7 +19,12 @@ NAMES = ("q", "k", "v", "bias", "sinks")
 
 def operands(B, T, S, N, K, H, bias=None, sinks=False):
     rng = np.random.default_rng((B, T, S, N, K, H))
-    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, H), "dout": (B, T, N, H)}
+    shapes: dict[str, tuple] = {
+        "q": (B, T, N, H),
+        "k": (B, S, K, H),
+        "v": (B, S, K, H),
+        "dout": (B, T, N, H),
+    }
     shapes |= {"bias": bias} if bias else {}
     shapes |= {"sinks": (N,)} if sinks else {}
     return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
@@ -80,7 +86,7 @@ def assert_right(arrays, wafer, algorithm, **options):
 
 
 B, T, S, N, K, H = SIZES = (2, 19, 19, 16, 16, 4)
-CASES = {
+CASES: dict[str, tuple[dict, dict]] = {
     "window, cap, sinks, segments": (
         {"sinks": True},
         {"causal": True, "window": 6, "soft_cap": 2.0, "segment_ids": packed(B, T)},
@@ -142,7 +148,7 @@ def test_any_sizes_and_windows(data):
 
 def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient():
     arrays = operands(1, 8, 8, 4, 4, 4)
-    ids = np.zeros((1, 8), np.int32)
+    ids = jnp.zeros((1, 8), jnp.int32)
     for wafer in (None, wk.Wafer.devices(2, 2)):
         run = functools.partial(wk.attention, segment_ids=(ids, ids + 1), wafer=wafer)
         assert not any(np.any(x) for x in results(run, arrays))
@@ -189,7 +195,7 @@ def test_ulysses_sends_tiles_once():
 def test_auto_says_why():
     def why(shape, wafer):
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return wk.attention.explain(x, x, x, causal=True, wafer=wafer)
+        return explain(x, x, x, causal=True, wafer=wafer)
 
     wafer = wk.Wafer.devices(4, 2)
     assert why((1, 8, 8, 4), wafer).startswith("allgather: ")

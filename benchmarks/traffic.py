@@ -80,6 +80,11 @@ def _products() -> dict[str, Case]:
 
     return {
         "matmul, allgather": case("allgather", lambda p: 2 * (p - 1) * TILE, lambda p: 1),
+        "matmul, summa": case("summa", lambda p: 2 * p * TILE, lambda p: 1),
+        "matmul, collective": case(
+            "collective", lambda p: 2 * (p - 1) * TILE, lambda p: max(p - 1, 1)
+        ),
+        "matmul, stationary": case("stationary", lambda p: (3 * p - 2) * TILE, lambda p: 3),
         "matmul, cannon": case("cannon", lambda p: 2 * p * TILE, lambda p: p),
         "matmul, mesh": case("mesh", lambda p: 2 * p * TILE, lambda p: p),
     }
@@ -93,14 +98,45 @@ def _attentions() -> dict[str, Case]:
     def heads(p: int) -> tuple:
         return (jax.ShapeDtypeStruct((1, 4 * p, p, 16), "float32"),) * 3
 
-    def case(algorithm, words, steps):
-        program = functools.partial(wk.attention, algorithm=algorithm)
-        return Case(program=program, operands=heads, words=words, steps=steps)
+    def case(algorithm, words, steps, backward=False, **options):
+        forward = functools.partial(wk.attention, algorithm=algorithm, **options)
+        program = _gradients_alone(forward) if backward else forward
+        operands = heads if not backward else lambda p: (heads(p), heads(p)[0])
+        return Case(
+            program=program,
+            operands=operands,
+            words=lambda p: words(p) * HEAD_TILE,
+            steps=steps,
+        )
+
+    def zigzag(moved):
+        # Queries, keys and values there and the result back; of two PEs, one half of each stays.
+        return lambda p: moved(p) + (4 if p > 2 else 2)
 
     return {
-        "attention, ring": case("ring", lambda p: 2 * (p - 1) * HEAD_TILE, lambda p: p - 1),
-        "attention, allgather": case("allgather", lambda p: 2 * (p - 1) * HEAD_TILE, lambda p: 1),
+        "attention, ring": case("ring", lambda p: 2 * (p - 1), lambda p: p - 1),
+        "attention, ring, gradient": case(
+            "ring", lambda p: 2 * (p - 1) + 2 * (2 * p - 1), lambda p: 2 * p - 1, backward=True
+        ),
+        "attention, zig-zag ring": case(
+            "ring", zigzag(lambda p: 2 * (p - 1)), lambda p: p + 1, causal=True
+        ),
+        "attention, window": case("ring", lambda p: 2, lambda p: 1, causal=True, window=5),
+        "attention, allgather": case("allgather", lambda p: 2 * (p - 1), lambda p: 1),
+        "attention, allgather, gradient": case(
+            "allgather", lambda p: 6 * (p - 1), lambda p: 2, backward=True
+        ),
     }
+
+
+def _gradients_alone(forward: Callable) -> Callable:
+    """The gradients of `forward`, with what of it they need."""
+    import jax
+
+    def gradients(operands, dout):
+        return jax.vjp(forward, *operands)[1](dout)
+
+    return gradients
 
 
 def _decoding() -> dict[str, Case]:
@@ -132,7 +168,16 @@ def _decoding() -> dict[str, Case]:
         "decode_attention": case(
             lambda cache, x: wk.decode_attention(x, cache),
             lambda p: 1,
-            lambda p: 2 * 18 * (p - 1) / p,
-            lambda p: 2,
+            lambda p: _all_reduced(p, 1).words + _all_reduced(p, 17).words,
+            lambda p: _all_reduced(p, 1).steps + _all_reduced(p, 17).steps,
         ),
     }
+
+
+def _all_reduced(p: int, words: int) -> Any:
+    """What a PE receives in the all-reduce along one axis that a wafer takes."""
+    import wsekern as wk
+    from wsekern import fabric
+
+    algorithm, _ = fabric.cheapest([p], words, wk.WSE2)
+    return fabric.received(algorithm, [p], words)

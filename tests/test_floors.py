@@ -103,7 +103,7 @@ def users_of(names, tree, of_lax):
 
 @pytest.mark.parametrize(
     ("home", "names"),
-    [("wsekern/fabric.py", COLLECTIVES), ("wsekern/readings.py", {"shard_map"})],
+    [("wsekern/fabric/", COLLECTIVES), ("wsekern/readings.py", {"shard_map"})],
     ids=["collectives", "shard_map"],
 )
 def test_only_one_file_talks_between_pes_or_runs_kernels_on_them(home, names):
@@ -112,7 +112,7 @@ def test_only_one_file_talks_between_pes_or_runs_kernels_on_them(home, names):
         for file, tree in sources(*FLOORS, "examples").items()
         if (lines := list(users_of(names, tree, of_lax=names is COLLECTIVES)))
     }
-    assert list(found) == [home], found
+    assert found and all(file.startswith(home) for file in found), found
 
 
 def test_files_and_functions_stay_short():

@@ -73,6 +73,37 @@ CASES = {
         lambda *qkv: attention(*qkv, is_causal=True, scale=0.3),
         (Q, KV, KV),
     ),
+    "attention in a window": Case(
+        lambda *qkv, wafer: wk.attention(*qkv, causal=True, window=3, wafer=wafer),
+        lambda *qkv: attention(*qkv, is_causal=True, local_window_size=(2, 0)),
+        (Q, KV, KV),
+    ),
+    "attention with a bias": Case(
+        lambda q, k, v, bias, wafer: wk.attention(q, k, v, bias=bias, wafer=wafer),
+        attention,
+        (Q, KV, KV, spec(1, 4, 8, 8)),
+    ),
+    "attention in segments": Case(
+        lambda q, k, v, ids, wafer: wk.attention(q, k, v, segment_ids=ids, wafer=wafer),
+        lambda q, k, v, ids: attention(q, k, v, mask=(ids[:, :, None] == ids[:, None, :])[:, None]),
+        (Q, KV, KV, spec(1, 8, dtype=jnp.int32)),
+    ),
+    "gemv": Case(wk.gemv, jnp.matmul, (A, B)),
+    "matmul by a transpose": Case(
+        lambda a, b, wafer: wk.matmul(a, b, transpose_b=True, wafer=wafer),
+        lambda a, b: jnp.matmul(a, b.mT),
+        (A, spec(24, 16)),
+    ),
+    "matmul of a transpose": Case(
+        lambda a, b, wafer: wk.matmul(a, b, transpose_a=True, wafer=wafer),
+        lambda a, b: jnp.matmul(a.mT, b),
+        (spec(16, 8), B),
+    ),
+    "matmul with an epilogue": Case(
+        lambda a, b, bias, wafer: wk.matmul(a, b, bias=bias, activation="silu", wafer=wafer),
+        lambda a, b, bias: jax.nn.silu(jnp.matmul(a, b) + bias),
+        (A, B, spec(24)),
+    ),
     "rms_norm": Case(wk.rms_norm, rms_norm, (A, ROW)),
     "layer_norm": Case(wk.layer_norm, layer_norm, (A, ROW, ROW)),
     "rotary": Case(wk.rotary, rotary, (Q,)),
@@ -133,10 +164,7 @@ def test_its_gradient_is_the_plain_ones_program(name):
 def test_every_operation_of_the_library_is_here():
     """A new one joins the table above."""
     machines = {"A100", "H100", "H200", "TPU_V5E", "WSE1", "WSE2", "WSE3"}
-    others = {"Wafer", "emulate_devices", "traffic"}
-    others |= {
-        "KVCache",
-        "decode_attention",
-    }  # jax.nn has no cache; its attention copies a plain one
-    covered = {name.split()[-1] for name in CASES}
+    others = {"Wafer", "emulate_devices", "explain_matmul", "traffic"}
+    others |= {"KVCache", "decode_attention"}  # jax.nn has no cache, and copies a plain one
+    covered = {word for name in CASES for word in name.split() if word in wk.__all__}
     assert set(wk.__all__) - machines - others == covered

@@ -9,7 +9,7 @@ This face lists the names; `moves`, `exchange` and `collectives` define them, an
 a reduction has a file of its own.
 """
 
-from wsekern.fabric.algorithms import Algorithm, cheapest, predicted_cycles
+from wsekern.fabric.algorithms import Algorithm, cheapest, predicted_cycles, received
 from wsekern.fabric.collectives import all_reduce, broadcast, reduce
 from wsekern.fabric.exchange import all_gather, all_to_all, gather, reduce_scatter, scatter
 from wsekern.fabric.moves import (
@@ -18,6 +18,7 @@ from wsekern.fabric.moves import (
     axis_index,
     axis_size,
     ring_index,
+    ring_order,
     route,
     shift,
     skew,
@@ -42,9 +43,11 @@ __all__ = [
     "flood",
     "gather",
     "predicted_cycles",
+    "received",
     "reduce",
     "reduce_scatter",
     "ring_index",
+    "ring_order",
     "route",
     "scatter",
     "shift",

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from wsekern.context import inside
 from wsekern.fabric import chain, k_tree, multicast, optimal, ring, star, tree, two_phase
-from wsekern.fabric.cost import Cost
+from wsekern.fabric.cost import Cost, Received
 from wsekern.hardware import Machine
 
 Algorithm = Literal[
@@ -24,16 +24,17 @@ class _Reduction(NamedTuple):
     """A reduction along a line to a root, and its terms of cost."""
 
     reduced: Callable
+    received: Callable[[int, int, int], Received]
     cost: Callable[[int, float, int], Cost]
 
 
 LINES: dict[str, _Reduction] = {
-    "star": _Reduction(star.reduced, star.cost),
-    "chain": _Reduction(chain.reduced, chain.cost),
-    "tree": _Reduction(tree.reduced, tree.cost),
-    "two_phase": _Reduction(two_phase.reduced, two_phase.cost),
-    "optimal": _Reduction(optimal.reduced, optimal.cost),
-    "k_tree": _Reduction(k_tree.reduced, k_tree.cost),
+    "star": _Reduction(star.reduced, star.received, star.cost),
+    "chain": _Reduction(chain.reduced, chain.received, chain.cost),
+    "tree": _Reduction(tree.reduced, tree.received, tree.cost),
+    "two_phase": _Reduction(two_phase.reduced, two_phase.received, two_phase.cost),
+    "optimal": _Reduction(optimal.reduced, optimal.received, optimal.cost),
+    "k_tree": _Reduction(k_tree.reduced, k_tree.received, k_tree.cost),
 }
 _ALL = ("auto", "xla", *LINES, "ring", "snake")
 
@@ -79,6 +80,36 @@ def predicted_cycles(
         return cycles
     far = [max(place, size - 1 - place) for size, place in zip(sizes, places, strict=True)]
     return cycles + multicast.cost(sum(far) + 1, 1, words).cycles(machine)
+
+
+def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None = None) -> Received:
+    """What the PE that receives most does in a reduction: words of 32 bits, and steps.
+
+    Args:
+      algorithm: any but "auto" and "xla".
+      sizes: PEs along each axis, outermost first; one number is a line.
+      words: of a PE's tile.
+      root: the place of the one PE that needs the result (row-major); None: every PE needs it.
+
+    Raises:
+      ValueError: `algorithm` is unknown, or cannot serve.
+    """
+    check("received", algorithm, len(sizes), root)
+    total = Received(0, 0)
+    if algorithm == "ring":
+        for size in sizes:
+            total = total.plus(ring.received(size, words))
+        return total
+    places = places_of(root_of(algorithm, sizes) if root is None else root, sizes)
+    if algorithm == "snake":
+        # Moves side by side for each of the chain's, of which a PE takes one: see line.snake.
+        moves = (sizes[0] > 1) + 2 * (sizes[1] > 1)
+        total = chain.received(math.prod(sizes), words, snake_place(places, sizes))
+        total = Received(moves * total.words, total.steps)
+    else:
+        for size, place in zip(sizes, places, strict=True):
+            total = total.plus(LINES[algorithm].received(size, words, place))
+    return total if root is not None else total.plus(Received(words, 1))
 
 
 def cheapest(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.cost import Cost, Received, sides
 from wsekern.fabric.line import Line
 from wsekern.fabric.operation import Operation
 
@@ -41,18 +41,16 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
 def run(tile: jax.Array, line: Line, chains: Chains, op: Operation) -> jax.Array:
     """`tile` with, on the heads, the reduction of their chains; elsewhere what is of no use."""
     head, stride = chains
-    far = (np.arange(line.size) - head) // stride  # places from the head, signed
-    far = np.where(head < 0, 0, far)
-    hops = int(np.abs(far).max())
+    far, hops = _far(chains)
     if hops == 0:
         return tile
     pieces, whole = _cut(tile, pieces_of(hops, tile.size))
     count, fill = len(pieces), op.neutral(tile.dtype)
     late = jnp.asarray(hops - np.abs(far), jnp.int32)[line.place]
     heard = [
-        (by, jnp.asarray(_hears(head, far, stride, by))[line.place])
+        (by, jnp.asarray(_hears(head, far, by))[line.place])
         for by in (stride, -stride)
-        if _hears(head, far, stride, by).any()
+        if _hears(head, far, by).any()
     ]
 
     def step(pieces, t):
@@ -67,6 +65,22 @@ def run(tile: jax.Array, line: Line, chains: Chains, op: Operation) -> jax.Array
 
     pieces, _ = lax.scan(step, pieces, jnp.arange(hops - 1 + count))
     return whole(pieces)
+
+
+def received_of(chains: Chains, words: int) -> Received:
+    """`ceil(B / C)` words from each side in each of n + C - 1 steps."""
+    far, hops = _far(chains)
+    if hops == 0:
+        return Received(0, 0)
+    count = pieces_of(hops, words)
+    heard = [bool(_hears(chains.head, far, by * chains.stride).any()) for by in (1, -1)]
+    steps = hops - 1 + count
+    return Received(sum(heard) * steps * -(-words // count), steps)
+
+
+def received(pes: int, words: int, root: int = 0) -> Received:
+    """As `received_of`, of the chain through all PEs of the line."""
+    return received_of(Chains(np.full(pes, root), 1), words)
 
 
 def pieces_of(hops: int, words: float) -> int:
@@ -86,7 +100,14 @@ def cost(pes: int, words: float, root: int = 0) -> Cost:
     )
 
 
-def _hears(head: np.ndarray, far: np.ndarray, stride: int, by: int) -> np.ndarray:
+def _far(chains: Chains) -> tuple[np.ndarray, int]:
+    """Each PE's place in its chain, counted from the head, and how long the longest chain is."""
+    far = (np.arange(len(chains.head)) - chains.head) // chains.stride
+    far = np.where(chains.head < 0, 0, far)
+    return far, int(np.abs(far).max())
+
+
+def _hears(head: np.ndarray, far: np.ndarray, by: int) -> np.ndarray:
     """Which PEs take in what their neighbour sends when all tiles move by `by` places."""
     source = np.arange(len(head)) - by
     there = (source >= 0) & (source < len(head))

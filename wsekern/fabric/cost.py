@@ -8,6 +8,7 @@ more. Every algorithm's file states its own terms.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from wsekern.hardware import Machine
 
@@ -31,6 +32,17 @@ class Cost:
 
 # From PEs of a line, words of a tile and the root's place to the terms of a reduction.
 CostOf = Callable[[int, float, int], Cost]
+
+
+class Received(NamedTuple):
+    """What the PE that receives most does in a collective, off the program that runs."""
+
+    words: int  # elements of the tile's dtype
+    steps: int  # that wait for one another
+
+    def plus(self, other: "Received") -> "Received":
+        """This, and then the other."""
+        return Received(self.words + other.words, self.steps + other.steps)
 
 
 def sides(pes: int, root: int) -> list[int]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from wsekern.fabric import chain
-from wsekern.fabric.cost import Cost
+from wsekern.fabric.cost import Cost, Received
 from wsekern.fabric.line import Line
 from wsekern.fabric.operation import Operation
 
@@ -23,10 +23,15 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
     Two chains one after another, of about `sqrt(P) / 2` hops each where the root is in the middle:
     see `chain.reduced`.
     """
-    heads, size = _heads(line.size, root)
-    tile = chain.run(tile, line, chain.Chains(heads, 1), op)
-    among = np.where(heads == np.arange(line.size), root, -1)
-    return chain.run(tile, line, chain.Chains(among, size), op)
+    for chains in _levels(line.size, root):
+        tile = chain.run(tile, line, chains, op)
+    return tile
+
+
+def received(pes: int, words: int, root: int) -> Received:
+    """The chains' of both levels, one after the other."""
+    first, second = (chain.received_of(chains, words) for chains in _levels(pes, root))
+    return first.plus(second)
 
 
 def middle(pes: int) -> int:
@@ -58,6 +63,12 @@ def cost(pes: int, words: float, root: int | None = None) -> Cost:
         distance=max(root, pes - 1 - root),
         depth=int(np.abs(within).max() + np.abs(across).max()),
     )
+
+
+def _levels(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
+    heads, size = _heads(pes, root)
+    among = np.where(heads == np.arange(pes), root, -1)
+    return chain.Chains(heads, 1), chain.Chains(among, size)
 
 
 def _heads(pes: int, root: int) -> tuple[np.ndarray, int]:

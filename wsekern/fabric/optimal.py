@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from wsekern.fabric import moves
-from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.cost import Cost, Received, sides
 from wsekern.fabric.line import Line
 from wsekern.fabric.operation import Operation
 
@@ -31,6 +31,12 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
     for pairs in rounds(line.size, tile.size * tile.dtype.itemsize / 4, root):
         tile = op.combine(tile, moves.route(tile, line.axis, pairs, fill=fill))
     return tile
+
+
+def received(pes: int, words: int, root: int = 0) -> Received:
+    """The tile in each step at the most."""
+    steps = len(rounds(pes, words, root))
+    return Received(steps * words, steps)
 
 
 def cost(pes: int, words: float, root: int = 0) -> Cost:

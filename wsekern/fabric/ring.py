@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from wsekern.fabric import exchange, moves
-from wsekern.fabric.cost import Cost
+from wsekern.fabric.cost import Cost, Received
 from wsekern.fabric.operation import Operation
 
 
@@ -35,6 +35,11 @@ def all_reduced(tile: jax.Array, along: str, op: Operation) -> jax.Array:
     # Place i of the line has summed the part after its place in the ring.
     order = np.array(moves.ring_order(size, "folded"))
     return gathered[np.roll(order, 1)].reshape(-1)[: tile.size].reshape(tile.shape)
+
+
+def received(pes: int, words: int) -> Received:
+    """`2 (P - 1) ceil(B / P)` words in P steps."""
+    return Received(2 * (pes - 1) * -(-words // pes), pes) if pes > 1 else Received(0, 0)
 
 
 def cost(pes: int, words: float) -> Cost:

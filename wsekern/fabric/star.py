@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.cost import Cost, Received, sides
 from wsekern.fabric.line import Line
 from wsekern.fabric.operation import Operation
 
@@ -31,6 +31,12 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
     start = (tile, [tile] * len(directions))
     (total, _), _ = lax.scan(step, start, length=max(sides(line.size, root), default=0))
     return jnp.where(line.place == root, total, tile)
+
+
+def received(pes: int, words: int, root: int = 0) -> Received:
+    """`n B` words from each side, in n steps."""
+    steps = max(sides(pes, root), default=0)
+    return Received(len(sides(pes, root)) * steps * words, steps)
 
 
 def cost(pes: int, words: float, root: int = 0) -> Cost:

@@ -6,7 +6,7 @@ Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: the best for few
 import jax
 import jax.numpy as jnp
 
-from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.cost import Cost, Received, sides
 from wsekern.fabric.line import Line
 from wsekern.fabric.operation import Operation
 
@@ -28,6 +28,12 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
                 total = jnp.where(hears & inwards, op.combine(total, arrived), total)
         tile = total
     return tile
+
+
+def received(pes: int, words: int, root: int = 0) -> Received:
+    """The tile once in each step, from each side that still has PEs to hear."""
+    levels = [_levels(side) for side in sides(pes, root)]
+    return Received(sum(levels) * words, max(levels, default=0))
 
 
 def cost(pes: int, words: float, root: int = 0) -> Cost:

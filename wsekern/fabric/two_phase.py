@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from wsekern.fabric import chain
-from wsekern.fabric.cost import Cost, sides
+from wsekern.fabric.cost import Cost, Received, sides
 from wsekern.fabric.line import Line
 from wsekern.fabric.operation import Operation
 
@@ -21,13 +21,15 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
 
     Two chains one after another, of `S - 1` and about `P / S` hops: see `chain.reduced`.
     """
-    size = group(line.size, root)
-    place = np.arange(line.size)
-    far = np.abs(place - root) // size * size
-    heads = root + np.sign(place - root) * far
-    tile = chain.run(tile, line, chain.Chains(heads, 1), op)
-    among = np.where(heads == place, root, -1)
-    return chain.run(tile, line, chain.Chains(among, size), op)
+    for chains in _phases(line.size, root):
+        tile = chain.run(tile, line, chains, op)
+    return tile
+
+
+def received(pes: int, words: int, root: int = 0) -> Received:
+    """The chains' of both phases, one after the other."""
+    first, second = (chain.received_of(chains, words) for chains in _phases(pes, root))
+    return first.plus(second)
 
 
 def group(pes: int, root: int = 0) -> int:
@@ -49,3 +51,9 @@ def cost(pes: int, words: float, root: int = 0) -> Cost:
         distance=hops,
         depth=min(size - 1, hops) + max(groups, default=1) - 1,
     )
+
+
+def _phases(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
+    size, place = group(pes, root), np.arange(pes)
+    heads = root + np.sign(place - root) * (np.abs(place - root) // size * size)
+    return chain.Chains(heads, 1), chain.Chains(np.where(heads == place, root, -1), size)

@@ -2,6 +2,21 @@
 
 A. Vaswani et al., "Attention Is All You Need", 2017. Grouped queries: J. Ainslie et al., "GQA:
 Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", 2023.
+
+What a PE receives, on p PEs along y, in its tile's words of queries Q and of keys and values KV
+(a gradient that travels is in float32), and the steps that wait for one another:
+
+- `ring`: (p-1) KV in p-1 steps; the gradient (2p-1) KV in p. Two tiles of keys are held at a time.
+  Causal, and as many keys as queries, without window or bias: in zig-zag order, so that every PE
+  has the same work. That relayout is 2Q + KV (of two PEs half of it) and two steps more; of the
+  gradient 3Q + 2KV, two words a row and head, and two steps. A window of W keys needs the n = 1 + ceil((W-1) / (S/p))
+  nearest tiles alone: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n.
+- `allgather`: (p-1) KV in one step, p tiles of keys held; the gradient gathers them again and sums
+  what belongs to each: 2(p-1) KV in two.
+- `ulysses`: (p-1)/p of 2Q + KV in two steps, the sequence whole and 1/p of the heads; the gradient
+  (p-1)/p of 3Q + 2KV and a word a row and head, in two.
+
+Segment ids travel with the rows that they belong to.
 """
 
 from __future__ import annotations
@@ -17,7 +32,7 @@ from wsekern import context, fabric, layout
 from wsekern.axes import ROWS, WAFERS
 from wsekern.kernels import attention_operands as operands
 from wsekern.kernels import attention_plan as planning
-from wsekern.kernels import ring, tile_gradients, tile_vendor, ulysses, zigzag
+from wsekern.kernels import ring, tile_vendor, ulysses, zigzag
 from wsekern.kernels import tile_attention as tile
 from wsekern.kernels.attention_operands import Floats, Segments
 from wsekern.kernels.attention_plan import Algorithm, Plan
@@ -44,23 +59,8 @@ def attention(
 
     Head n of the queries attends to head n // (N / K) of keys and values. The softmax is in
     float32. A query that may see no key gets zeros. Gradients recompute the scores; reverse mode
-    only.
-
-    What a PE receives, on p PEs along y, in its tile's words of queries Q and of keys and values KV
-    (the gradient's KV in float32), and the steps that wait for one another:
-
-    - `ring`: (p-1) KV in p-1 steps; the gradient (2p-1) KV in p. Two tiles of keys are held at a
-      time. Causal, and as many keys as queries, without window or bias: in zig-zag order, so that
-      every PE has the same work. That relayout is 2Q + KV and two steps more; of the gradient
-      3Q + 2KV, a word a row and head, and two steps. A window of W keys needs the n = 1 +
-      ceil((W-1) / (S/p)) nearest tiles alone: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n.
-    - `allgather`: (p-1) KV in one step, p tiles of keys held; the gradient 2(p-1) KV (of it (p-1)/p
-      for each tile of its own sums) in two.
-    - `ulysses`: (p-1)/p of 2Q + KV in two steps, the sequence whole and 1/p of the heads; the
-      gradient (p-1)/p of 3Q + 2KV and a word a row and head, in two.
-
-    Segment ids travel with the rows that they belong to. The gradients of `sinks`, and of a `bias`
-    that is the same along an axis, end with an all-reduce along it.
+    only. What each algorithm costs a PE stands at the head of this file; the gradients of `sinks`,
+    and of a `bias` that is the same along an axis, end with an all-reduce along it.
 
     Args:
       q: queries, laid out `P("wafer", "y", "x", None)`.
@@ -218,8 +218,8 @@ def _per_pe_gradients(
     elif plan.order == "ring":
         grads = ring.ring_gradients(rows, keys, plan.rule, plan.tiles)
     else:
-        grads = tile_gradients.nothing_yet(rows, keys)
-        grads = tile_gradients.add(grads, rows, keys, plan.rule)
+        kind = _kind(plan) if floats.sinks is None else "any"  # whose sum the tile does not know
+        grads = tile_vendor.gradients(rows, keys, plan.rule, kind)
     dkv = grads.dkv
     if plan.order == "allgather":
         dkv = fabric.reduce_scatter(tile.parted(dkv, plan.k_blocks * fabric.axis_size(ROWS)), ROWS)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from wsekern.axes import COLS, WAFERS
-from wsekern.kernels import allgather
+from wsekern.kernels import allgather, tile_vendor
 from wsekern.kernels.attention_operands import Floats, Segments, shared_axes
 from wsekern.kernels.visibility import Rule
 from wsekern.wafer import Wafer
@@ -79,7 +79,7 @@ def plan(
     # In 16 bits it rounds nothing only where it is a power of two.
     folds = q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5
     platform = jax.default_backend() if wafer is None else wafer.platform
-    vendor = _vendor(floats, wafer)
+    vendor = _vendor(floats, order, wafer)
     folds = folds and vendor is None
     single = order not in ("ring", "zigzag") and q_blocks == 1 and columns <= _BLOCK
     rule = Rule(
@@ -151,9 +151,12 @@ def _chosen(floats: Floats, wafer: Wafer) -> tuple[str, str]:
     return "ulysses", f"{size} are much, and {k.shape[2]} heads divide by {pes} PEs"
 
 
-def _vendor(floats: Floats, wafer: Wafer | None) -> Literal["cudnn"] | None:
+def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"] | None:
     """The `implementation` of jax.nn's attention that takes a PE's whole tiles, if one does."""
     q = floats.q
+    merging = floats.sinks is not None or order in ("ring", "zigzag")  # a sink is, like a tile
+    if merging and not tile_vendor.merges(q.dtype):
+        return None
     platform = None if wafer is None or wafer.reading == "virtual" else wafer.platform
     served = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if platform == "gpu" and served else None

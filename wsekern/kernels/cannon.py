@@ -142,5 +142,4 @@ def _apart(ring: fabric.Ring) -> bool:
 
 
 def _folded(along: str) -> list[int]:
-    size = fabric.axis_size(along)
-    return [*range(0, size, 2), *reversed(range(1, size, 2))]
+    return fabric.ring_order(fabric.axis_size(along), "folded")

@@ -202,9 +202,12 @@ def _summa(p: Problem) -> Candidate:
     h, w = p.wafer.height, p.wafer.width
     steps = max(h, w)
     of_x, of_y = p.x * w / steps, p.y * h / steps
+    # A panel is flooded, or summed where it is one of the result.
+    summed_x = 2 * (w - 1) / w if p.form == "nt" else 1
+    summed_y = 2 * (h - 1) / h if p.form == "tn" else 1
     return Candidate(
         plan=Plan("summa"),
-        words=steps * (2 * of_x * (w - 1) / w + 2 * of_y * (h - 1) / h) / _WORD,
+        words=steps * (summed_x * of_x + summed_y * of_y) / _WORD,
         steps=2 * steps,
         hops=steps * (h + w),
         held_bytes=of_x + of_y,
@@ -271,20 +274,29 @@ def _stationary(p: Problem) -> Candidate:
     tall = -(-p.rows // h) * h
     few = 2 * p.rows <= tall  # padding is most of what a gather would move
 
-    def over_rows(width, size):
+    wide_x, wide_s = -(-p.meeting // w), -(-p.columns // w)
+
+    def gathered(width, size):
         whole = p.x_copies * p.rows * width * size
-        return (2 * whole if few else p.x_copies * tall * width * size) * (h - 1) / h
+        return whole if few else p.x_copies * tall * width * size * (h - 1) / h
+
+    def summed(width):
+        return p.x_copies * (2 * p.rows if few else tall) * width * _WORD * (h - 1) / h
 
     rounds = _rounds(p)
     options = (("rows", p.rows),) if rounds == 1 else (("rows", p.rows), ("rounds", rounds))
     met = p.x_copies * p.rows * -(-p.meeting // h) * p.x_bytes
-    moved = over_rows(-(-p.meeting // w), p.x_bytes) + 2 * met * (w - 1) / w
+    moved = {
+        "nn": gathered(wide_x, p.x_bytes) + met + summed(wide_s),
+        "nt": gathered(wide_s, p.s_bytes) + 2 * met * (w - 1) / w + summed(wide_x),
+        "tn": gathered(wide_x, p.x_bytes) + met + gathered(wide_s, p.s_bytes),
+    }[p.form]
     return Candidate(
         plan=Plan("stationary", options),
-        words=(moved + over_rows(-(-p.columns // w), 4)) / _WORD,
+        words=moved / _WORD,
         steps=3 * rounds,
         hops=(2 * h + w) * rounds,
-        held_bytes=(p.x_copies * p.rows * -(-p.meeting // w) * p.x_bytes + met) / rounds,
+        held_bytes=(p.x_copies * p.rows * wide_x * p.x_bytes + met) / rounds,
         rounds=rounds,
         note=f"in {rounds} rounds" if rounds > 1 else "",
     )

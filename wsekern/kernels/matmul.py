@@ -5,8 +5,8 @@ tiles of `a` and `b` (of the result and `b` in `a @ b^T`, of `a` and the result 
 S those of the third; what is summed is float32.
 
 - `allgather`: (w - 1) X + (h - 1) Y words in 2 steps; w X + h Y are held.
-- `summa`: 2 (w - 1) X + 2 (h - 1) Y words (a panel's broadcast is a sum over its line) in
-  2 max(h, w) steps; one panel of each is held.
+- `summa`: w X + h Y words in 2 max(h, w) floods that wait for nothing (a panel of the result, X in
+  `a @ b^T` and Y in `a^T @ b`, is summed instead); one panel of each is held.
 - `cannon`: p (X + Y) words in 2 p steps on p x p, and two tiles of each are held. Where L =
   lcm(h, w) <= 2 max(h, w), also on rectangles: L - 1 shifts of w / L of X and h / L of Y, after
   skews by the binary digits of the distance. A wafer has edges: a wrap is as long as the grid.
@@ -15,11 +15,11 @@ S those of the third; what is summed is float32.
 - `collective`: as many words as `allgather`, of which those along one axis (x if h Y <= w X)
   are halves of tiles that go round both ways while others are multiplied, in 2 w - 1 steps
   (2 h - 1 along y); h Y and two tiles of X are held (w X and two of Y).
-- `stationary`: Y stays. Of T = h X and T' = h S words (2 M / h of it where M, the rows, are at
-  most h / 2: then the sum of so many is less) (T + T') (h - 1) / h are received, and of the M K
-  / h that meet Y 2 (w - 1) / w, in 3 steps; these rows are held. Of many rows `auto` takes r
-  rounds of a share of them each: 3 r steps, as many words, an r-th held; `a^T @ b`, and the
-  gradient that it is, then takes `summa`.
+- `stationary`: Y stays. All rows of X are gathered, (h - 1) X words, those that meet Y flooded,
+  M K / h, and the sums scattered, (h - 1) S, in 3 steps; these rows are held. Of M <= h / 2 rows
+  only the true ones are flooded and summed: M / h of h X, and of 2 (h - 1) S. Of many rows `auto`
+  takes r rounds of a share of them each: 3 r steps, as many words, an r-th held; `a^T @ b`, and
+  the gradient that it is, then takes `summa`.
 - `2.5d`: for matrices that all c wafers hold: each does a c-th of the steps of `mesh`, then
   2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
 

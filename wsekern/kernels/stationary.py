@@ -3,7 +3,7 @@
 Public per-PE functions, of tiles, where S and X have few rows and Y is large (a weight). R. Pope et
 al., "Efficiently Scaling Transformer Inference", 2022, call it weight-stationary. A PE's tile of Y
 needs the part of X that meets it, all rows of it, which lies along the other axis: rows are first
-gathered along y, then that part is sent along x, as the sum of what each PE there has of it. Many
+gathered along y, then that part is flooded along x, as far as each PE there has it. Many
 rows go in rounds, each of the same share of every tile's rows.
 """
 
@@ -66,8 +66,8 @@ def _all_rows(x: jax.Array, rows: int) -> jax.Array:
     size, length = fabric.axis_size(ROWS), x.shape[-2]
     if 2 * rows > size * length:
         return tile.sized(fabric.all_gather(x, ROWS, -2), -2, rows)
-    # So many are padding that the sum of the true ones, each in its place, is less to send.
-    return fabric.all_reduce(panels.overlap(x, -2, -fabric.axis_index(ROWS) * length, rows), ROWS)
+    # So many are padding that a flood of the true ones, each in its place, is less to send.
+    return fabric.flood(panels.overlap(x, -2, -fabric.axis_index(ROWS) * length, rows), ROWS)
 
 
 def _own_rows(x: jax.Array, shape: tile.Shape) -> jax.Array:
@@ -82,4 +82,4 @@ def _own_rows(x: jax.Array, shape: tile.Shape) -> jax.Array:
 def _met(x: jax.Array, length: int) -> jax.Array:
     """The columns that meet this PE's `length` rows of Y."""
     start = fabric.axis_index(ROWS) * length - fabric.axis_index(COLS) * x.shape[-1]
-    return fabric.all_reduce(panels.overlap(x, -1, start, length), COLS)
+    return fabric.flood(panels.overlap(x, -1, start, length), COLS)

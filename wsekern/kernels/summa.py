@@ -3,7 +3,7 @@
 Public per-PE functions, of tiles on a grid of any height and width. R. A. van de Geijn and J.
 Watts, "SUMMA: Scalable Universal Matrix Multiplication Algorithm", 1997. A panel is as wide as a
 tile along the longer side of the grid; along the shorter it may lie in two tiles, and each PE then
-sends its part of it. A broadcast is the sum of what each PE has of the panel.
+sends its part of it: a flood of what each PE has of the panel.
 """
 
 import jax
@@ -62,7 +62,7 @@ def _steps() -> int:
 
 def _panel(x: jax.Array, axis: int, along: str, width: int, s: Int[Array, ""] | int) -> jax.Array:
     start = s * width - fabric.axis_index(along) * x.shape[axis]
-    return fabric.all_reduce(panels.part(x, axis, start, width), along)
+    return fabric.flood(panels.part(x, axis, start, width), along)
 
 
 def _put(x: jax.Array, panel: jax.Array, axis: int, along: str, s: Int[Array, ""]) -> jax.Array:

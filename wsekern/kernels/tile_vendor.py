@@ -6,12 +6,15 @@ joins `absorb` here; what it needs is a tile's result and the log-sum-exp of eac
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from wsekern.kernels import tile_attention as blocked
+from wsekern.kernels import tile_gradients
+from wsekern.kernels.tile_gradients import Gradients
 from wsekern.kernels.visibility import Keys, Rows, Rule
 
 # "full": each query sees each key. "diagonal": as many keys as queries, query t sees keys 0 to t.
@@ -24,21 +27,54 @@ def absorb(
     """The softmax with one more tile of keys in it; None is one over no keys.
 
     The vendor's kernel is `jax.nn.dot_product_attention`'s, for tiles that are full or exactly
-    causal. It returns a row's log-sum-exp in the dtype of the operands, so tiles are merged under
-    weights no more exact than that. Its cuDNN side has not been run: there was no GPU to do so.
+    causal. Its cuDNN side has not been run: there was no GPU to do so.
     """
-    plain = rows.segments is None and rows.bias is None and rule.soft_cap is None
-    if rule.vendor is not None and plain and kind != "any":
+    if _serves(rows, rule, kind):
         return _merged(running, *_vendor(rows, keys, rule, kind == "diagonal"))
     whole = rule.everywhere() if kind == "full" else rule
     return blocked.absorb(running, rows, keys, whole)
 
 
+def gradients(rows: Rows, keys: Keys, rule: Rule, kind: Kind) -> Gradients:
+    """The gradients of a tile of queries and the one tile of keys that they see, in float32."""
+    if not _serves(rows, rule, kind):
+        return tile_gradients.add(tile_gradients.nothing_yet(rows, keys), rows, keys, rule)
+    assert rows.dout is not None
+    causal, kv_heads = kind == "diagonal", rows.q.shape[2]
+    q, dout = blocked.unblocked_queries(rows.q), blocked.unblocked_queries(rows.dout)
+    operands = q, *blocked.unblocked_keys(keys.kv)
+    _, pull = jax.vjp(lambda *qkv: _kernel(*qkv, rule, causal)[0], *operands)
+    dq, dk, dv = (x.astype(jnp.float32) for x in pull(dout.astype(q.dtype)))
+    dq = blocked.blocked_queries(dq, kv_heads, rows.q.shape[0]).transpose(0, 1, 2, 5, 3, 4)
+    return Gradients(dq, blocked.blocked_keys(dk, dv, keys.kv.shape[0]), None)
+
+
+def merges(dtype: jnp.dtype) -> bool:
+    """Whether tiles of `dtype` can be merged by the log-sum-exp that jax.nn's attention returns.
+
+    jax 0.10 to 0.12 round it to the operands' dtype: of 16 bits, weights would be off by percents.
+    """
+    x = jax.ShapeDtypeStruct((1, 8, 1, 8), dtype)
+    attention = functools.partial(jax.nn.dot_product_attention, return_residual=True)
+    return jax.eval_shape(attention, x, x, x)[1].dtype == jnp.float32
+
+
+def _serves(rows: Rows, rule: Rule, kind: Kind) -> bool:
+    plain = rows.segments is None and rows.bias is None and rule.soft_cap is None
+    return rule.vendor is not None and plain and kind != "any"
+
+
 def _vendor(rows: Rows, keys: Keys, rule: Rule, causal: bool) -> tuple[jax.Array, jax.Array]:
     kv_heads, blocks = rows.q.shape[2], rows.q.shape[0]
-    k, v = blocked.unblocked_keys(keys.kv)
-    out, lse = jax.nn.dot_product_attention(
-        blocked.unblocked_queries(rows.q),
+    q = blocked.unblocked_queries(rows.q)
+    out, lse = _kernel(q, *blocked.unblocked_keys(keys.kv), rule, causal)
+    out, lse = (blocked.blocked_queries(x, kv_heads, blocks) for x in (out, lse[..., None]))
+    return out.astype(jnp.float32), lse[..., 0].astype(jnp.float32)
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, causal: bool):
+    return jax.nn.dot_product_attention(
+        q,
         k,
         v,
         scale=rule.scale,
@@ -46,8 +82,6 @@ def _vendor(rows: Rows, keys: Keys, rule: Rule, causal: bool) -> tuple[jax.Array
         implementation=rule.vendor,
         return_residual=True,
     )
-    out, lse = (blocked.blocked_queries(x, kv_heads, blocks) for x in (out, lse[..., None]))
-    return out.astype(jnp.float32), lse[..., 0].astype(jnp.float32)
 
 
 def _merged(running: blocked.Running | None, out: jax.Array, lse: jax.Array) -> blocked.Running:

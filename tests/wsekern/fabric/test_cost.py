@@ -6,9 +6,12 @@ Luczynski et al., HPDC 2024; He et al., OSDI 2025; T_R = 2.
 import functools
 import math
 
+import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
+from wsekern import fabric
 from wsekern.fabric import algorithms, multicast, optimal
 from wsekern.fabric.algorithms import LINES, cheapest, predicted_cycles
 
@@ -106,3 +109,24 @@ def test_auto_is_the_cheapest_of_all():
         others = [a for a in LINES if (len(sizes) == 2 or a != "snake")]
         assert least == predicted_cycles(name, sizes, 100, wk.WSE2, root)
         assert all(least <= predicted_cycles(a, sizes, 100, wk.WSE2, root) for a in others)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 7), (1, 16), (4, 5)])
+@pytest.mark.parametrize("algorithm", [*LINES, "ring", "snake"])
+def test_a_program_receives_what_its_algorithm_says(algorithm, sizes):
+    """Read off the trace, for a word and for many, to one PE and to all."""
+    wafer = wk.Wafer.abstract(wk.WSE2, *sizes)
+    along = ("y", "x")
+    for words, root in ((1, None), (30, None), (30, sizes[0] * sizes[1] - 2)):
+        if root is not None and algorithm == "ring":
+            continue
+
+        def kernel(u, root=root):
+            if root is None:
+                return fabric.all_reduce(u, along, algorithm=algorithm)
+            return fabric.reduce(u, along, root, algorithm=algorithm)
+
+        run = wafer.map(kernel, in_specs=P(along), out_specs=P(along))
+        u = jax.ShapeDtypeStruct((words * wafer.size,), "float32")
+        read = wk.traffic(run, u, wafer=wafer)
+        assert (read.words, read.steps) == fabric.received(algorithm, sizes, words, root)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wsekern as wk
-from wsekern.kernels import attention_plan
+from wsekern.kernels import attention_plan, tile_vendor
 from wsekern.kernels.attention import explain
 
 every = pytest.mark.parametrize("algorithm", ["ring", "allgather", "ulysses"])
@@ -158,11 +158,16 @@ def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient():
 @pytest.mark.parametrize("rows", [4, 512])
 def test_the_vendors_tiles_merge_into_the_same(monkeypatch, rows):
     """The path that cuDNN takes, with jax.nn's plain kernel in its place."""
-    monkeypatch.setattr(attention_plan, "_vendor", lambda floats, wafer: "xla")
+    monkeypatch.setattr(attention_plan, "_vendor", lambda floats, order, wafer: "xla")
     monkeypatch.setattr(attention_plan, "_BLOCK", rows)
-    for algorithm in ("ring", "ulysses"):
-        wafer = wk.Wafer.devices(2, 2)
+    for algorithm, grid in (("ring", (2, 2)), ("ulysses", (2, 2)), ("allgather", (1, 4))):
+        wafer = wk.Wafer.devices(*grid)
         assert_right(operands(1, 32, 32, 8, 4, 4), wafer, algorithm, causal=True)
+
+
+def test_tiles_of_16_bits_are_not_merged_by_a_rounded_sum():
+    assert tile_vendor.merges(jnp.float32)
+    assert not tile_vendor.merges(jnp.bfloat16)
 
 
 def test_a_window_sends_only_what_it_sees():

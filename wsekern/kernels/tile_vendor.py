@@ -43,7 +43,7 @@ def gradients(rows: Rows, keys: Keys, rule: Rule, kind: Kind) -> Gradients:
     causal, kv_heads = kind == "diagonal", rows.q.shape[2]
     q, dout = blocked.unblocked_queries(rows.q), blocked.unblocked_queries(rows.dout)
     operands = q, *blocked.unblocked_keys(keys.kv)
-    _, pull = jax.vjp(lambda *qkv: _kernel(*qkv, rule, causal)[0], *operands)
+    _, pull = jax.vjp(lambda q, k, v: _kernel(q, k, v, rule, causal)[0], *operands)
     dq, dk, dv = (x.astype(jnp.float32) for x in pull(dout.astype(q.dtype)))
     dq = blocked.blocked_queries(dq, kv_heads, rows.q.shape[0]).transpose(0, 1, 2, 5, 3, 4)
     return Gradients(dq, blocked.blocked_keys(dk, dv, keys.kv.shape[0]), None)

@@ -9,8 +9,8 @@ What a PE receives, on p PEs along y, in its tile's words of queries Q and of ke
 - `ring`: (p-1) KV in p-1 steps; the gradient (2p-1) KV in p. Two tiles of keys are held at a time.
   Causal, and as many keys as queries, without window or bias: in zig-zag order, so that every PE
   has the same work. That relayout is 2Q + KV (of two PEs half of it) and two steps more; of the
-  gradient 3Q + 2KV, two words a row and head, and two steps. A window of W keys needs the n = 1 + ceil((W-1) / (S/p))
-  nearest tiles alone: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n.
+  gradient 3Q + 2KV, two words a row and head, and two steps. A window of W keys needs the n = 1 +
+  ceil((W-1) / (S/p)) nearest tiles alone: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n.
 - `allgather`: (p-1) KV in one step, p tiles of keys held; the gradient gathers them again and sums
   what belongs to each: 2(p-1) KV in two.
 - `ulysses`: (p-1)/p of 2Q + KV in two steps, the sequence whole and 1/p of the heads; the gradient
@@ -261,7 +261,7 @@ def _blocked(
     k_segments = operands.blocked_segments(segments.k, plan.k_blocks)
     if plan.order == "allgather":
         kv, k_segments = fabric.all_gather((kv, k_segments), ROWS)
-        kv, k_segments = _fewer(kv, k_segments)
+        kv, k_segments = _fewer(kv, k_segments, plan.block)
     heads = kv.shape[3]
     blocked = functools.partial(tile.blocked_queries, kv_heads=heads, blocks=plan.q_blocks)
     of_row = lambda x: None if x is None else blocked(x[..., None])[..., 0]  # noqa: E731
@@ -287,9 +287,9 @@ def _kind(plan: Plan) -> tile_vendor.Kind:
     return "diagonal" if exact else "any"
 
 
-def _fewer(kv, segments):
+def _fewer(kv, segments, block):
     """Gathered keys and values, and their segments, in as few blocks as there may be."""
-    blocks = planning.fewest(kv.shape[0], kv.shape[0] * kv.shape[-2])
+    blocks = planning.fewest(kv.shape[0], kv.shape[0] * kv.shape[-2], block)
     if segments is not None:
         segments = segments.reshape(blocks, -1, *segments.shape[1:]).swapaxes(1, 2)
         segments = segments.reshape(*segments.shape[:2], -1)

@@ -18,6 +18,7 @@ from wsekern.wafer import Wafer
 Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
 
 _BLOCK = 512  # rows of a block inside a PE
+_NARROW = 128  # below which a product runs at a worse rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Plan:
     folded: float  # what queries are multiplied by once, so that scores need not be
     rows: int  # of queries, over the whole grid, padded
     columns: int  # of keys
+    block: int  # rows of a block at the most, where they divide
     q_blocks: int  # of one PE, once moved
     k_blocks: int  # of one PE, before it gathers
     repeats: int  # of each head of keys and values
@@ -67,11 +69,12 @@ def plan(
     order, why = _order(floats, options, wafer)
     height, width = (1, 1) if wafer is None else (wafer.height, wafer.width)
     halves = 2 if order == "zigzag" else 1
-    rows, q_blocks = _blocks(T, height * halves)
-    columns, k_blocks = _blocks(S, height * halves)
+    block = _block(options.window)
+    rows, q_blocks = _blocks(T, height * halves, block)
+    columns, k_blocks = _blocks(S, height * halves, block)
     if order in ("ulysses", "local"):
-        q_blocks = fewest(height * q_blocks, rows)
-        k_blocks = fewest(height * k_blocks, columns)
+        q_blocks = fewest(height * q_blocks, rows, block)
+        k_blocks = fewest(height * k_blocks, columns, block)
     repeats, kv_heads = _heads(q.shape[2], k.shape[2], width)
     # A causal query never sees what pads the keys, unless there are more queries than keys.
     padding = columns > S and (not options.causal or T > S)
@@ -81,7 +84,7 @@ def plan(
     platform = jax.default_backend() if wafer is None else wafer.platform
     vendor = _vendor(floats, order, wafer)
     folds = folds and vendor is None
-    single = order not in ("ring", "zigzag") and q_blocks == 1 and columns <= _BLOCK
+    single = order not in ("ring", "zigzag") and q_blocks == 1 and columns <= block
     rule = Rule(
         scale=1.0 if folds else scale,
         causal=options.causal,
@@ -98,6 +101,7 @@ def plan(
         folded=scale if folds else 1.0,
         rows=rows,
         columns=columns,
+        block=block,
         q_blocks=q_blocks * halves,
         k_blocks=k_blocks * halves,
         repeats=repeats,
@@ -109,9 +113,9 @@ def plan(
     return made, why
 
 
-def fewest(blocks: int, length: int) -> int:
+def fewest(blocks: int, length: int, block: int) -> int:
     """The smallest part of `blocks` that leaves none of a `length` longer than it has to be."""
-    longest = max(length // blocks, _BLOCK)
+    longest = max(length // blocks, block)
     return min(m for m in range(1, blocks + 1) if blocks % m == 0 and length // m <= longest)
 
 
@@ -162,10 +166,15 @@ def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"]
     return "cudnn" if platform == "gpu" and served else None
 
 
-def _blocks(length: int, parts: int) -> tuple[int, int]:
+def _block(window: int | None) -> int:
+    """Rows of a block: of a window, few enough that not half of what is computed is masked."""
+    return _BLOCK if window is None else min(_BLOCK, max(_NARROW, window // 2))
+
+
+def _blocks(length: int, parts: int, block: int) -> tuple[int, int]:
     """A length padded so that each of `parts` has equal blocks, and how many it has."""
     rows = -(-length // parts)
-    blocks = -(-rows // _BLOCK)
+    blocks = -(-rows // block)
     return parts * blocks * -(-rows // blocks), blocks
 
 

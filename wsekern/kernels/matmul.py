@@ -24,7 +24,7 @@ S those of the third; what is summed is float32.
   2 (c - 1) / c S words in one more step (half of that of X or Y in the other forms).
 
 "auto" takes, on devices, `stationary` where that moves a quarter of what a gather would; else
-`allgather` while what it gathers is at most 3 MiB on emulated devices or a 64th of an accelerator's
+`allgather` while what it gathers is at most 4 MiB on emulated devices or a 64th of an accelerator's
 memory; beyond that `stationary` in rounds, or `summa` where the rows do not divide into such. On a
 wafer (virtual, abstract): the fewest predicted cycles within a quarter of a PE's SRAM.
 """

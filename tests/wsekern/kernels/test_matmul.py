@@ -255,7 +255,7 @@ def test_forms_of_a_batch_with_one_matrix(form, where, wafer_called):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_many_rows_in_rounds(form):
-    """As `auto` takes them on emulated devices beyond 3 MiB, forward and backward."""
+    """As `auto` takes them on emulated devices beyond 4 MiB, forward and backward."""
     wafer = wk.Wafer.devices(2, 4)
     run = functools.partial(product(wafer), **FORMS[form])
     a, b, dc = whole_numbers(1024, 1024), whole_numbers(1024, 1100), whole_numbers(1024, 1100)

@@ -1,0 +1,85 @@
+"""This file is reductions: what each algorithm takes on a wafer, and on emulated devices."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from benchmarks import harness
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Predicts all-reduces along a line of WSE-2 PEs, then times them along y on devices."""
+
+    pes: tuple[int, ...] = (16, 64, 256, 512)
+    """PEs of a line of the wafer."""
+    words: tuple[int, ...] = (1, 64, 1024, 16384)
+    """32-bit words of a PE's tile."""
+    grid: tuple[str, ...] = ("8x1",)
+    """Grids of emulated devices, HEIGHTxWIDTH."""
+    rounds: int = 11
+    """How often each candidate is timed."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the predicted cycles, then a table for each grid and number of words."""
+    options = tyro.cli(Options, prog="python -m benchmarks collectives", args=argv)
+    grids = [harness.parse_grid(text) for text in options.grid]
+    harness.start(max(math.prod(grid) for grid in grids))
+    harness.show_environment()
+    harness.console().print(_predicted(options))
+    tables = {}
+    for grid in grids:
+        for words in options.words:
+            title = f"all-reduce of {words} words a device along y on {grid[0]}x{grid[1]}"
+            results = harness.compare(_candidates(grid, words), "xla", rounds=options.rounds)
+            harness.show(title, results)
+            tables[title] = results
+    if options.json:
+        harness.dump(options.json, tables)
+
+
+def _predicted(options: Options) -> Table:
+    import wsekern as wk
+    from wsekern import fabric
+    from wsekern.fabric.algorithms import LINES
+
+    names = [*LINES, "ring"]
+    table = Table(
+        title="predicted cycles of an all-reduce on WSE-2", title_justify="left", box=None
+    )
+    for heading in ("PEs", "words", *names, "auto"):
+        table.add_column(heading, justify="right")
+    for pes in options.pes:
+        for words in options.words:
+            cycles = [fabric.predicted_cycles(name, [pes], words, wk.WSE2) for name in names]
+            best, _ = fabric.cheapest([pes], words, wk.WSE2)
+            table.add_row(f"{pes}", f"{words}", *(f"{c:,.0f}" for c in cycles), best)
+    return table
+
+
+def _candidates(grid: tuple[int, int], words: int) -> Mapping[str, Callable[[], Any]]:
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    import wsekern as wk
+    from wsekern import fabric
+    from wsekern.fabric.algorithms import LINES
+
+    wafer, spec = wk.Wafer.devices(*grid), P(("y", "x"))
+    x = wafer.shard(jnp.ones(wafer.size * words), spec)
+
+    def case(algorithm):
+        def kernel(tile):
+            return fabric.all_reduce(tile, "y", algorithm=algorithm)
+
+        return harness.compiled(wafer.map(kernel, in_specs=spec, out_specs=spec), x)
+
+    return {name: case(name) for name in ("xla", *LINES, "ring")}

@@ -283,16 +283,19 @@ def _stationary(p: Problem) -> Candidate:
     def summed(width):
         return p.x_copies * (2 * p.rows if few else tall) * width * _WORD * (h - 1) / h
 
-    rounds = _rounds(p)
-    options = (("rows", p.rows),) if rounds == 1 else (("rows", p.rows), ("rounds", rounds))
+    rounds, turned = _rounds(p), h == w and p.wafer.machine is None
+    options = {"rows": p.rows} | ({"rounds": rounds} if rounds > 1 else {})
+    options |= {"turned": True} if turned else {}
     met = p.x_copies * p.rows * -(-p.meeting // h) * p.x_bytes
     moved = {
         "nn": gathered(wide_x, p.x_bytes) + met + summed(wide_s),
         "nt": gathered(wide_s, p.s_bytes) + 2 * met * (w - 1) / w + summed(wide_x),
         "tn": gathered(wide_x, p.x_bytes) + met + gathered(wide_s, p.s_bytes),
     }[p.form]
+    if turned:
+        moved -= (met if p.form != "nt" else 2 * met * (w - 1) / w) - p.x
     return Candidate(
-        plan=Plan("stationary", options),
+        plan=Plan("stationary", tuple(options.items())),
         words=moved / _WORD,
         steps=3 * rounds,
         hops=(2 * h + w) * rounds,

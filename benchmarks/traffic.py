@@ -85,6 +85,12 @@ def _products() -> dict[str, Case]:
             "collective", lambda p: 2 * (p - 1) * TILE, lambda p: max(p - 1, 1)
         ),
         "matmul, stationary": case("stationary", lambda p: (3 * p - 2) * TILE, lambda p: 3),
+        "gemv": Case(
+            program=wk.gemv,
+            operands=lambda p: (jax.ShapeDtypeStruct((8 * p,), "float32"), matrices(p)[1]),
+            words=lambda p: _all_reduced(p, 8).words,
+            steps=lambda p: _all_reduced(p, 8).steps,
+        ),
         "matmul, cannon": case("cannon", lambda p: 2 * p * TILE, lambda p: p),
         "matmul, mesh": case("mesh", lambda p: 2 * p * TILE, lambda p: p),
     }

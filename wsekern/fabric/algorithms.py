@@ -50,7 +50,7 @@ def root_of(algorithm: str, sizes: Sequence[int]) -> int:
 def predicted_cycles(
     algorithm: str, sizes: Sequence[int], words: float, machine: Machine, root: int | None = None
 ) -> float:
-    """Cycles of a reduction on `machine`, without its ramp of code.
+    """Cycles of a reduction on `machine`; what combining two words takes is not counted.
 
     Args:
       algorithm: any but "auto" and "xla".

@@ -45,10 +45,10 @@ def decode_attention(
     The tokens' own keys and values are in the cache already; each sees itself and those before it.
     Head n of the queries attends to head n // (N / K) of the cache. The softmax is in float32.
     Every PE attends to its own slots, ceil(capacity / height) of them, however many are filled.
-    Two all-reduces along y follow, dependent on one another: with B and N its share of sequences
-    and heads, and p PEs along y, a PE receives 2 B T N (H + 2) (p - 1) / p words (float32). It
-    holds two arrays of B T N slots scores; on a CPU XLA widens 16-bit keys and values besides.
-    There is no gradient.
+    Two all-reduces along y follow, one after the other: with B and N its share of sequences and
+    heads, of B T N and of B T N (H + 1) words (float32), by what `fabric.all_reduce` takes for so
+    many; XLA's on p devices bring 2 (p - 1) / p of them. A PE holds two arrays of B T N slots
+    scores; on a CPU XLA widens 16-bit keys and values besides. There is no gradient.
 
     Args:
       q: queries, laid out `P("wafer", None, "x", None)`, the same in every row of PEs; so is the

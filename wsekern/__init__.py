@@ -25,14 +25,25 @@ if TYPE_CHECKING:
     from wsekern.kernels.attention import attention as attention
     from wsekern.kernels.cache import KVCache as KVCache
     from wsekern.kernels.decode import decode_attention as decode_attention
+    from wsekern.kernels.differences import check_time_step as check_time_step
+    from wsekern.kernels.differences import difference_coefficients as difference_coefficients
+    from wsekern.kernels.differences import diffusion_limit as diffusion_limit
+    from wsekern.kernels.differences import wave_limit as wave_limit
     from wsekern.kernels.embedding import embedding as embedding
     from wsekern.kernels.explain_matmul import explain_matmul as explain_matmul
     from wsekern.kernels.gemv import gemv as gemv
+    from wsekern.kernels.halo import crop as crop
+    from wsekern.kernels.halo import halo_exchange as halo_exchange
+    from wsekern.kernels.halo import halo_tile as halo_tile
     from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul import matmul as matmul
     from wsekern.kernels.norm import layer_norm as layer_norm
     from wsekern.kernels.norm import rms_norm as rms_norm
+    from wsekern.kernels.points import Receivers as Receivers
+    from wsekern.kernels.points import Sources as Sources
     from wsekern.kernels.rotary import rotary as rotary
+    from wsekern.kernels.stencil import stencil as stencil
+    from wsekern.kernels.stencil import stencil_tile as stencil_tile
     from wsekern.wafer import Wafer as Wafer
 
 _HOMES = {
@@ -47,16 +58,27 @@ _HOMES = {
     "KVCache": "kernels.cache",
     "Wafer": "wafer",
     "attention": "kernels.attention",
+    "check_time_step": "kernels.differences",
     "cross_entropy": "kernels.loss",
     "decode_attention": "kernels.decode",
+    "difference_coefficients": "kernels.differences",
+    "diffusion_limit": "kernels.differences",
     "embedding": "kernels.embedding",
     "explain_matmul": "kernels.explain_matmul",
     "gemv": "kernels.gemv",
+    "crop": "kernels.halo",
+    "halo_exchange": "kernels.halo",
+    "halo_tile": "kernels.halo",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
     "rms_norm": "kernels.norm",
+    "Receivers": "kernels.points",
+    "Sources": "kernels.points",
     "rotary": "kernels.rotary",
+    "stencil": "kernels.stencil",
+    "stencil_tile": "kernels.stencil",
     "traffic": "estimate.traffic",
+    "wave_limit": "kernels.differences",
 }
 __all__ = sorted(_HOMES)
 

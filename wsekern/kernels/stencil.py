@@ -1,0 +1,331 @@
+"""This file is stencils: a user's update of a tile with its halo, taken many steps.
+
+Deep halos, exchanged once for several steps, are from C. Ding and Y. He, "A Ghost Cell Expansion
+Method for Reducing Communications in Solving PDE Problems", 2001.
+
+`update(u)` maps tiles with their halo, of any size, to new tiles without it. It is called as
+`update(u, coefficients)` where there are some, and with `step=`, counted from 0, if it has a
+parameter of that name. Coefficients with as many dimensions as the field are split as it is and
+have the same halo, but for dimensions of size 1; beyond the field lie their own last cells, or the
+other end where it is periodic. Other ones are whole on every PE. A star, which reads no cell
+diagonally across, sends less with `corners=False` where there is one step to an exchange; deeper
+halos need corners. Donate `u` to a jit of your own to have its memory used for the result.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from wsekern import context, fabric, layout, readings
+from wsekern.kernels import halo, points, stepping
+from wsekern.kernels import lines as geometry
+from wsekern.kernels.halo import Along
+from wsekern.kernels.lines import Boundary, Line, Width
+from wsekern.kernels.local import program_of
+from wsekern.wafer import Wafer
+
+_ONE = Line(names=(), parts=1, tile=1, size=1, low="edge", high="edge")
+
+
+def stencil(
+    u: Any,
+    update: Callable[..., Any],
+    *,
+    radius: Width | Sequence[Width],
+    boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
+    steps: int = 1,
+    coefficients: Any = None,
+    corners: bool = True,
+    sources: points.Sources | None = None,
+    receivers: points.Receivers | None = None,
+    save_every: int | None = None,
+    checkpoint: str | None = None,
+    depth: int | None = None,
+    spec: P | None = None,
+    wafer: Wafer | None = None,
+) -> Any:
+    """`u` after `steps` steps of `update`, the same field on every mesh.
+
+    A PE sends a message to each neighbor once in `depth` steps, of `depth * radius` cells in depth,
+    and between computes its neighbors' nearest cells itself. It holds two padded copies of its
+    tiles. Differentiable, forward and reverse.
+
+    Args:
+      u: a field, or a pytree of fields of one shape.
+      update: from tiles with `radius` cells around to new tiles; how it is called stands above.
+      radius: cells that `update` takes off, as the `width` of `halo_exchange`.
+      boundary: as in `halo_exchange`, in each step; "fixed" holds `radius` cells still.
+      steps: how many.
+      coefficients: a pytree that `update` reads.
+      corners: whether `update` reads cells diagonally across.
+      sources: what is added to a field at points after each step.
+      receivers: where a field is read after each step.
+      save_every: after how many steps each a snapshot is kept.
+      checkpoint: "sqrt" keeps for the gradient about 2 * sqrt(steps / depth) states, and takes each
+        step three times; None keeps what `update` needs of each step.
+      depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
+      spec: as in `halo_exchange`.
+      wafer: as in `halo_exchange`.
+
+    Returns:
+      `u`; with `save_every` also snapshots `[steps // save_every, ...]`; with `receivers` also,
+      last, what they read, `[steps, points]`.
+
+    Raises:
+      ValueError: `update` does not take `radius` cells off or changes dtype, a halo is wider than
+        a tile, or an option does not fit.
+    """
+    options = _Options(
+        update, radius, boundary, steps, coefficients, corners, save_every, checkpoint, depth
+    )
+    return _stencil(u, options, sources, receivers, spec, wafer)
+
+
+def stencil_tile(
+    tile: Any,
+    update: Callable[..., Any],
+    along: Along,
+    *,
+    radius: Width | Sequence[Width],
+    boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
+    steps: int = 1,
+    coefficients: Any = None,
+    corners: bool = True,
+    checkpoint: str | None = None,
+    depth: int | None = None,
+    size: Sequence[int] | None = None,
+) -> Any:
+    """This PE's `tile` after `steps` steps; for kernels and for your own `jax.shard_map`.
+
+    Args:
+      tile: a tile, or a pytree of tiles of one shape.
+      update: as in `stencil`.
+      along: for each dimension the axis that it is split over, None, or a tuple of axes.
+      radius: as in `stencil`.
+      boundary: as in `stencil`.
+      steps: as in `stencil`.
+      coefficients: as in `stencil`, this PE's tiles of them.
+      corners: as in `stencil`.
+      checkpoint: as in `stencil`.
+      depth: as in `stencil`.
+      size: cells of the whole field along each dimension; by default all tiles are full.
+
+    Raises:
+      ValueError: as `stencil`.
+    """
+    what = "stencil_tile"
+    fields, tree = jax.tree.flatten(tile)
+    halo.check_fields(what, fields)
+    along = (*along,)
+    lines = halo.tile_lines(what, tile, along, boundary, size)
+    widths = geometry.widths(radius, along, what, "radius")
+    options = _Options(
+        update, radius, boundary, steps, coefficients, corners, None, checkpoint, depth
+    )
+    plan = _plan(what, tile, options, lines, widths, _on_wafer_here())
+    held = plan.coefficients_of(coefficients)
+    out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)
+    return jax.tree.unflatten(tree, out)
+
+
+class _Options(NamedTuple):
+    """What is asked for, as it was given."""
+
+    update: Callable[..., Any]
+    radius: Any
+    boundary: Any
+    steps: int
+    coefficients: Any
+    corners: bool
+    save_every: int | None
+    checkpoint: str | None
+    depth: int | None
+
+
+def _stencil(u, options, sources, receivers, spec, wafer):
+    what = "stencil"
+    fields, tree = jax.tree.flatten(u)
+    halo.check_fields(what, fields)
+    wafer, along = geometry.home(u, spec, wafer)
+    shape = fields[0].shape
+    radius = geometry.widths(options.radius, along, what, "radius")
+    parts = (1,) * len(shape)
+    if wafer is not None:
+        parts = tuple(layout.parts(P(entry), wafer) for entry in along)
+    lines = tuple(
+        geometry.of_field(shape, along, side, parts, what)
+        for side in geometry.by_field(options.boundary, u)
+    )
+    on_wafer = wafer is not None and wafer.reading != "devices"
+    plan = _plan(what, u, options, lines, radius, on_wafer)
+    emitters = points.emitters(sources, u, lines[0], options.steps)
+    readers = points.readers(receivers, u, lines[0])
+    kernel = functools.partial(_per_pe, plan=plan, along=along)
+    coefficients = plan.coefficients_of(options.coefficients)
+    operands = (tuple(fields), coefficients, emitters, readers)
+    if wafer is None:
+        out, saved, record = program_of(kernel)(*operands)
+    else:
+        out, saved, record = _on_wafer(kernel, operands, along, plan, wafer)
+    return _results(tree, out, saved, record, options.save_every, receivers)
+
+
+def _plan(what, u, options, lines, radius, on_wafer) -> stepping.Plan:
+    halo.check_room(what, lines, radius, "radius")
+    _check(what, options)
+    most = _deepest(lines, radius)
+    depth = options.depth
+    if depth is not None and depth > most:
+        raise ValueError(
+            f"{what}: depth={depth} with radius {radius} needs a halo wider than the smallest "
+            f"tile; the largest depth is {most}"
+        )
+    if depth is None:
+        depth = stepping.depth(lines[0], radius, most, on_wafer)
+    depth = max(1, min(depth, options.save_every or options.steps or 1))
+    plan = stepping.Plan(
+        update=options.update,
+        tree=jax.tree.structure(u),
+        coefficients=jax.tree.structure(options.coefficients),
+        told_step="step" in _parameters(options.update),
+        lines=lines,
+        coefficient_lines=_coefficient_lines(options.coefficients, lines[0]),
+        radius=radius,
+        steps=options.steps,
+        depth=depth,
+        corners=options.corners or depth > 1,
+        on_wafer=on_wafer,
+        save_every=options.save_every,
+        checkpoint=options.checkpoint,
+    )
+    _check_update(what, plan, u, options.coefficients)
+    return plan
+
+
+def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
+    out, saved, record = stepping.run(plan, fields, coefficients, emitters, readers)
+    if record is not None:
+        names = tuple(n for entry in along if entry for n in readings.axes_of(entry))
+        record = fabric.all_reduce(record, names) if names else record
+    return out, saved, record
+
+
+def _on_wafer(kernel, operands, along, plan, wafer):
+    fields, coefficients, emitters, readers = operands
+    laid = P(*along)
+    specs = tuple(
+        P() if own is None else P(*(e if l.parts > 1 else None for e, l in zip(along, own)))  # noqa: B905
+        for own in plan.coefficient_lines
+    )
+    fields = tuple(layout.pad(f, laid, wafer, None) for f in fields)
+    coefficients = tuple(
+        layout.pad(c, s, wafer, None) for c, s in zip(coefficients, specs, strict=True)
+    )
+    run = wafer.map(
+        kernel,
+        in_specs=(laid, specs, P(), P()),
+        out_specs=(laid, P(None, *along), P()),
+    )
+    out, saved, record = run(fields, coefficients, emitters, readers)
+    shape = tuple(line.size for line in plan.lines[0])
+    out = tuple(layout.crop(f, shape, laid, wafer) for f in out)
+    if saved is not None:
+        saved = tuple(layout.crop(s, (s.shape[0], *shape), P(None, *along), wafer) for s in saved)
+    return out, saved, record
+
+
+def _on_wafer_here() -> bool:
+    wafer = context.inside()
+    return wafer is not None and wafer.reading != "devices"
+
+
+def _results(tree, out, saved, record, save_every, receivers):
+    results = [jax.tree.unflatten(tree, out)]
+    if save_every is not None:
+        results.append(jax.tree.unflatten(tree, saved))
+    if receivers is not None:
+        results.append(record)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _coefficient_lines(
+    coefficients: Any, lines: tuple[Line, ...]
+) -> tuple[tuple[Line, ...] | None, ...]:
+    """For each coefficient its lines; None for one that is whole on every PE."""
+
+    def of(leaf):
+        if jnp.ndim(leaf) != len(lines):
+            return None
+        return tuple(
+            _ONE if size == 1 else line.beside()
+            for size, line in zip(jnp.shape(leaf), lines, strict=True)
+        )
+
+    return tuple(of(leaf) for leaf in jax.tree.leaves(coefficients))
+
+
+def _deepest(lines, radius) -> int:
+    """How many steps one exchange can serve."""
+    most = [
+        line.rest // max(pair)
+        for line, pair in zip(lines[0], radius, strict=True)
+        if line.parts > 1 and max(pair)
+    ]
+    return min(most, default=2**30)
+
+
+def _parameters(update: Callable) -> Sequence[str]:
+    try:
+        return list(inspect.signature(update).parameters)
+    except ValueError:  # a function that does not tell
+        return []
+
+
+def _check(what, options):
+    least = {"steps": 0, "save_every": 1, "depth": 1}
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int) or value < smallest):
+            raise ValueError(f"{what}: {name}={value!r} must be an integer of {smallest} or more")
+    if options.checkpoint not in (None, "sqrt"):
+        raise ValueError(f"{what}: checkpoint={options.checkpoint!r} is not 'sqrt' or None")
+
+
+def _check_update(what, plan, u, coefficients):
+    """Traces `update` once on tiles with their halo, before anything is compiled."""
+    tiles = [line.tile for line in plan.lines[0]]
+    around = [n + sum(pair) for n, pair in zip(tiles, plan.radius, strict=True)]
+
+    def shaped(leaf, lines):
+        if lines is None:
+            return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+        sizes = [1 if l.size == 1 else n for l, n in zip(lines, around, strict=True)]
+        return jax.ShapeDtypeStruct(sizes, jnp.result_type(leaf))
+
+    fields = jax.tree.map(lambda f: jax.ShapeDtypeStruct(around, f.dtype), u)
+    leaves, tree = jax.tree.flatten(coefficients)
+    shapes = [shaped(c, own) for c, own in zip(leaves, plan.coefficient_lines, strict=True)]
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    new = jax.eval_shape(plan.call, fields, jax.tree.unflatten(tree, shapes), step)
+    if jax.tree.structure(new) != plan.tree:
+        raise ValueError(
+            f"{what}: update makes {jax.tree.structure(new)} of fields {plan.tree}; it must give "
+            "the fields that it takes"
+        )
+    for field, made in zip(jax.tree.leaves(u), jax.tree.leaves(new), strict=True):
+        if made.shape != tuple(tiles):
+            off = [a - b for a, b in zip(around, made.shape, strict=False)]
+            raise ValueError(
+                f"{what}: radius is {plan.radius}, so update must make {tuple(tiles)} of "
+                f"{tuple(around)}, and it makes {made.shape}: it takes {off} cells off"
+            )
+        if made.dtype != field.dtype:
+            raise ValueError(
+                f"{what}: update makes {made.dtype} of {field.dtype}; cast what it returns, or "
+                "its constants"
+            )

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from wsekern.kernels.embedding import embedding as embedding
     from wsekern.kernels.explain_matmul import explain_matmul as explain_matmul
     from wsekern.kernels.gemv import gemv as gemv
+    from wsekern.kernels.halo import crop as crop
+    from wsekern.kernels.halo import halo_exchange as halo_exchange
+    from wsekern.kernels.halo import halo_tile as halo_tile
     from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul import matmul as matmul
     from wsekern.kernels.norm import layer_norm as layer_norm
@@ -52,6 +55,9 @@ _HOMES = {
     "embedding": "kernels.embedding",
     "explain_matmul": "kernels.explain_matmul",
     "gemv": "kernels.gemv",
+    "crop": "kernels.halo",
+    "halo_exchange": "kernels.halo",
+    "halo_tile": "kernels.halo",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
     "rms_norm": "kernels.norm",

@@ -48,10 +48,10 @@ def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ..
     return tuple(sizes)
 
 
-def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float = 0.0) -> jax.Array:
+def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> jax.Array:
     """`array` grown at its far ends with `fill`, until every dimension divides by its PEs.
 
-    On Explicit axes it is laid out by `spec` too: a gradient must have its operand's very type.
+    Without a `fill`, None, by its last cells again. On Explicit axes it is laid out by `spec` too: a gradient must have its operand's very type.
 
     Raises:
       ValueError: the array lies on other devices.
@@ -60,7 +60,10 @@ def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float = 0.0) -> jax.Array
     wanted = padded_shape(array.shape, spec, wafer)
     if wanted != array.shape:
         widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
-        array = jnp.pad(array, widths, constant_values=fill)
+        if fill is None:
+            array = jnp.pad(array, widths, mode="edge")
+        else:
+            array = jnp.pad(array, widths, constant_values=fill)
     if wafer.reading == "devices" and readings.explicit(wafer):
         array = readings.constrain(wafer, array, spec)
     return array

@@ -1,0 +1,234 @@
+"""This file is how the dimensions of a field lie on PEs: split over which axes, ended by what.
+
+A dimension is a line of cells. It is cut into tiles of one size, of which the last that holds any
+cell may hold fewer; beyond the line's two ends lies what its boundaries say.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from wsekern import context, fabric, readings
+from wsekern.axes import AXES, COLS, ROWS, WAFERS
+from wsekern.wafer import Wafer
+
+# What lies beyond an end: a rule by name, a number, or a function of the cells nearest to the end.
+Boundary = str | float | Callable[[jax.Array], jax.Array]
+RULES = ("periodic", "zero", "edge", "reflect", "symmetric", "fixed")
+Width = int | tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One dimension of a field."""
+
+    names: tuple[str, ...]  # the axes that it is split over, outermost first
+    parts: int  # PEs along them
+    tile: int  # cells that a PE has room for
+    size: int  # cells of the whole
+    low: Boundary
+    high: Boundary
+
+    @property
+    def last(self) -> int:
+        """The place of the PE that holds the last cell."""
+        return (self.size - 1) // self.tile
+
+    @property
+    def rest(self) -> int:
+        """How many cells that PE holds."""
+        return self.size - self.last * self.tile
+
+    @property
+    def periodic(self) -> bool:
+        return self.low == "periodic"
+
+
+def of_field(
+    shape: Sequence[int],
+    along: Sequence[None | str | tuple[str, ...]],
+    boundary: Any,
+    parts: Sequence[int],
+    what: str,
+) -> tuple[Line, ...]:
+    """The lines of a whole field of `shape`, split over the axes `along` into `parts`."""
+    sides = boundaries(boundary, len(shape), what)
+    return tuple(
+        Line(
+            names=readings.axes_of(entry),
+            parts=count,
+            tile=-(-size // count),
+            size=size,
+            low=low,
+            high=high,
+        )
+        for size, entry, count, (low, high) in zip(shape, along, parts, sides, strict=True)
+    )
+
+
+def parts_along(along: Sequence[None | str | tuple[str, ...]]) -> tuple[int, ...]:
+    """How many PEs each dimension is split over; inside a kernel or a `shard_map`."""
+    return tuple(fabric.axis_size(entry) if entry else 1 for entry in along)
+
+
+def boundaries(boundary: Any, ndim: int, what: str) -> tuple[tuple[Boundary, Boundary], ...]:
+    """The boundaries of each dimension's two ends, from one for all or one for each dimension."""
+    if not isinstance(boundary, list | tuple):
+        boundary = (boundary,) * ndim
+    if len(boundary) != ndim:
+        raise ValueError(
+            f"{what}: boundary has {len(boundary)} entries, the field {ndim} dimensions; give one "
+            "for all, or one for each, which may be a pair (low, high)"
+        )
+    sides = []
+    for dim, entry in enumerate(boundary):
+        pair = tuple(entry) if isinstance(entry, list | tuple) else (entry, entry)
+        if len(pair) != 2:
+            raise ValueError(f"{what}: boundary of dimension {dim} is {entry}, not (low, high)")
+        low, high = (_rule(side, what) for side in pair)
+        if (low == "periodic") != (high == "periodic"):
+            raise ValueError(
+                f"{what}: boundary of dimension {dim} is {pair}: a line is periodic at both ends "
+                "or at none"
+            )
+        sides.append((low, high))
+    return tuple(sides)
+
+
+def by_field(option: Any, fields: Any) -> list[Any]:
+    """`option` for each leaf of `fields`: a dict by the leaf's name or place, or one for all."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(fields)[0]]
+    if not isinstance(option, dict):
+        return [option] * len(paths)
+    names = [_name(path) for path in paths]
+    for key in option:
+        if key not in names:
+            raise ValueError(f"stencil: {key!r} is not one of the fields {names}")
+    return [option.get(name) for name in names]
+
+
+def widths(width: Any, along: Sequence, what: str, name: str) -> tuple[tuple[int, int], ...]:
+    """Low and high width for each dimension, from one for all that are split, or one for each."""
+    if not isinstance(width, list | tuple):
+        split = [entry is not None for entry in along]
+        # A whole field on one PE has no axes to tell by: then one width is for all dimensions.
+        width = [width if own or not any(split) else 0 for own in split]
+    if len(width) != len(along):
+        raise ValueError(
+            f"{what}: {name} has {len(width)} entries, the field {len(along)} dimensions"
+        )
+    pairs = [tuple(w) if isinstance(w, list | tuple) else (w, w) for w in width]
+    for dim, pair in enumerate(pairs):
+        whole = all(isinstance(w, int | np.integer) and w >= 0 for w in pair)
+        if len(pair) != 2 or not whole:
+            raise ValueError(
+                f"{what}: {name} of dimension {dim} is {pair}; it must be cells, 0 or more, or a "
+                "pair (low, high) of them"
+            )
+    return tuple((int(low), int(high)) for low, high in pairs)
+
+
+def home(
+    fields: Any, spec: P | None, wafer: Wafer | None
+) -> tuple[Wafer | None, tuple[None | str | tuple[str, ...], ...]]:
+    """On which wafer `fields` are computed, if on any, and over which axes each dimension lies.
+
+    Without a wafer given or entered, the mesh that the first field is split over is one.
+    """
+    first = jax.tree.leaves(fields)[0]
+    laid = _sharding(first)
+    wafer = context.current() if wafer is None else wafer
+    if wafer is None and laid is not None and laid.mesh.size > 1:
+        wafer = _adopted(laid)
+    given = spec
+    if spec is None and wafer is not None and laid is not None and laid.mesh == wafer.mesh:
+        spec = _in_our_names(laid.spec, wafer)
+    wafer = context.resolve(wafer)
+    if spec is None or not any(spec):
+        spec = _default(first.ndim, wafer) if given is None else P()
+    entries = (*spec, *[None] * (first.ndim - len(spec)))
+    return wafer, tuple(_plain(entry) for entry in entries)
+
+
+def _rule(side: Any, what: str) -> Boundary:
+    if isinstance(side, str):
+        if side not in RULES:
+            raise ValueError(
+                f"{what}: boundary {side!r} is not one of {RULES}, a number, or a function"
+            )
+        return 0.0 if side == "zero" else side
+    if callable(side):
+        return side
+    if isinstance(side, bool) or not isinstance(side, int | float | np.number):
+        raise ValueError(
+            f"{what}: boundary {side!r} is not one of {RULES}, a number, or a function"
+        )
+    return float(side)
+
+
+def _name(path: tuple) -> Any:
+    """What a leaf is called at the top of its pytree."""
+    if not path:
+        return 0
+    key = path[0]
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
+
+
+def _plain(entry: Any) -> None | str | tuple[str, ...]:
+    names = readings.axes_of(entry)
+    return None if not names else names[0] if len(names) == 1 else names
+
+
+def _default(ndim: int, wafer: Wafer | None) -> P:
+    """The first dimension along y and over the wafers, the second along x."""
+    several = wafer is not None and wafer.wafers > 1
+    if ndim == 1:
+        return P((WAFERS, ROWS, COLS)) if several else P((ROWS, COLS))
+    return P((WAFERS, ROWS), COLS) if several else P(ROWS, COLS)
+
+
+def _sharding(array: Any) -> NamedSharding | None:
+    if isinstance(array, jax.core.Tracer):
+        laid = getattr(jax.typeof(array), "sharding", None)
+    else:
+        laid = getattr(array, "sharding", None)
+    return laid if isinstance(laid, NamedSharding) and any(laid.spec) else None
+
+
+def _adopted(laid: NamedSharding) -> Wafer | None:
+    """The mesh that an array is split over as a wafer, its axes named from the innermost."""
+    used = [name for entry in laid.spec for name in readings.axes_of(entry)]
+    used = [name for name in used if laid.mesh.shape[name] > 1]
+    if not used or len(used) > len(AXES):
+        return None
+    ours = AXES[len(AXES) - len(used) :]
+    sizes = {axis: laid.mesh.shape[name] for axis, name in zip(ours, used, strict=True)}
+    return Wafer(
+        reading="devices",
+        height=sizes.get(ROWS, 1),
+        width=sizes[COLS],
+        wafers=sizes.get(WAFERS, 1),
+        mesh=laid.mesh,
+        names=tuple(zip(ours, used, strict=True)),
+    )
+
+
+def _in_our_names(spec: P, wafer: Wafer) -> P:
+    ours = {theirs: axis for axis, theirs in wafer.names}
+    return P(
+        *(tuple(ours[n] for n in readings.axes_of(entry) if n in ours) or None for entry in spec)
+    )
+
+
+def cells_per_pe(lines: Sequence[Line]) -> int:
+    """How many cells a PE has room for."""
+    return math.prod(line.tile for line in lines)

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from wsekern.kernels.matmul import matmul as matmul
     from wsekern.kernels.norm import layer_norm as layer_norm
     from wsekern.kernels.norm import rms_norm as rms_norm
+    from wsekern.kernels.points import Receivers as Receivers
+    from wsekern.kernels.points import Sources as Sources
     from wsekern.kernels.rotary import rotary as rotary
+    from wsekern.kernels.stencil import stencil as stencil
+    from wsekern.kernels.stencil import stencil_tile as stencil_tile
     from wsekern.wafer import Wafer as Wafer
 
 _HOMES = {
@@ -61,7 +65,11 @@ _HOMES = {
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
     "rms_norm": "kernels.norm",
+    "Receivers": "kernels.points",
+    "Sources": "kernels.points",
     "rotary": "kernels.rotary",
+    "stencil": "kernels.stencil",
+    "stencil_tile": "kernels.stencil",
     "traffic": "estimate.traffic",
 }
 __all__ = sorted(_HOMES)

@@ -67,7 +67,7 @@ def halo_exchange(
     """
     what = "halo_exchange"
     fields, tree = jax.tree.flatten(u)
-    _check_fields(what, fields)
+    check_fields(what, fields)
     wafer, along = geometry.home(u, spec, wafer)
     widths = geometry.widths(width, along, what, "width")
     shape = fields[0].shape
@@ -114,7 +114,7 @@ def halo_tile(
     """
     what = "halo_tile"
     fields, tree = jax.tree.flatten(tile)
-    _check_fields(what, fields)
+    check_fields(what, fields)
     lines = tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(width, along, what, "width")
     check_room(what, lines, widths)
@@ -274,7 +274,8 @@ def _places(lines, at, dim, high, corners):
     return sent, put, shape
 
 
-def _check_fields(what: str, fields: Sequence[jax.Array]) -> None:
+def check_fields(what: str, fields: Sequence[jax.Array]) -> None:
+    """Raises ValueError where there is no field, or one that differs in shape."""
     if not fields:
         raise ValueError(f"{what}: there is no field")
     for field in fields:

@@ -49,6 +49,11 @@ class Line:
     def periodic(self) -> bool:
         return self.low == "periodic"
 
+    def beside(self) -> "Line":
+        """The line of what is known at the same cells and does not change."""
+        rule = "periodic" if self.periodic else "edge"
+        return dataclasses.replace(self, low=rule, high=rule)
+
 
 def of_field(
     shape: Sequence[int],

@@ -1,0 +1,120 @@
+"""This file is stencils: many steps against jnp.roll under jit, one device, and one exchange."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from benchmarks import harness, plain_stencil
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times steps of periodic float32 stencils, and one halo exchange."""
+
+    grid: tuple[str, ...] = ("2x4", "4x4")
+    """Grids of emulated devices, HEIGHTxWIDTH."""
+    stencils: tuple[str, ...] = ("5-point", "9-point", "25-point")
+    """Which stencils."""
+    size: int = 2048
+    """Rows and columns of the field of the 5-point and the 9-point stencil."""
+    volume: tuple[int, int, int] = (256, 256, 128)
+    """Sizes of the field of the 25-point stencil, whose last dimension is not split."""
+    steps: int = 80
+    """How many steps one call takes; a tenth of them with 25 points."""
+    depths: tuple[int, ...] = (1, 4, 8)
+    """Steps between exchanges, besides what is chosen without asking."""
+    exchange: bool = True
+    """Time a single exchange too."""
+    rounds: int = 7
+    """How often each candidate is timed."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one table for each grid and stencil."""
+    options = tyro.cli(Options, prog="python -m benchmarks stencil", args=argv)
+    grids = [harness.parse_grid(text) for text in options.grid]
+    harness.start(max(math.prod(grid) for grid in grids))
+    harness.show_environment()
+    tables = {}
+    for grid in grids:
+        for name in options.stencils:
+            shape = options.volume if name == "25-point" else (options.size,) * 2
+            steps = max(1, options.steps // 10) if name == "25-point" else options.steps
+            title = f"{name}, {'x'.join(map(str, shape))}, {steps} steps on {grid[0]}x{grid[1]}"
+            tables[title] = _steps_table(grid, name, shape, steps, options)
+            harness.show(title, tables[title], _columns(tables[title], steps))
+        for width in (1, 4) if options.exchange else ():
+            title = f"one exchange, {options.size}^2, width {width} on {grid[0]}x{grid[1]}"
+            tables[title] = _exchange_table(grid, width, options)
+            harness.show(title, tables[title])
+    if options.json:
+        harness.dump(options.json, tables)
+
+
+def _columns(results, steps) -> dict[str, Callable[[harness.Result], str]]:
+    best = min(r.seconds for r in results if r.name.startswith("one device"))
+    return {
+        "us a step": lambda r: f"{r.seconds / steps * 1e6:.0f}",
+        "over one device": lambda r: f"{r.seconds / best:.2f}",
+    }
+
+
+def _steps_table(grid, name, shape, steps, options) -> list[harness.Result]:
+    import jax
+
+    import wsekern as wk
+    from wsekern.wafer import TILED
+
+    wafer = wk.Wafer.devices(*grid)
+    whole = jax.random.normal(jax.random.key(0), shape)
+    tiled = wafer.shard(whole, TILED)
+
+    def ours(depth):
+        run = functools.partial(
+            wk.stencil,
+            update=plain_stencil.UPDATES[name],
+            radius=plain_stencil.RADII[name],
+            boundary="periodic",
+            steps=steps,
+            depth=depth,
+            wafer=wafer,
+        )
+        return harness.compiled(run, tiled)
+
+    rolled = functools.partial(plain_stencil.rolled, name=name, steps=steps)
+    layout = wafer.sharding(TILED)
+    candidates: dict[str, Callable[[], Any]] = {
+        "jit": harness.compiled(rolled, tiled, out_shardings=layout),
+        "stencil": ours(None),
+    }
+    for depth in options.depths:
+        candidates[f"stencil, depth {depth}"] = ours(depth)
+    for depth in options.depths:
+        run = functools.partial(plain_stencil.padded, name=name, steps=steps, unrolled=depth)
+        candidates[f"one device, {depth} unrolled"] = harness.compiled(run, whole)
+    notes = {"jit": "jnp.roll under jax.jit, same shardings"}
+    return harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
+
+
+def _exchange_table(grid, width, options) -> list[harness.Result]:
+    import jax
+
+    import wsekern as wk
+    from wsekern.wafer import TILED
+
+    wafer = wk.Wafer.devices(*grid)
+    u = wafer.shard(jax.random.normal(jax.random.key(0), (options.size,) * 2), TILED)
+    ours = functools.partial(wk.halo_exchange, width=width, boundary="periodic", wafer=wafer)
+    candidates = {
+        "by hand": harness.compiled(plain_stencil.exchanged(wafer, width), u),
+        "halo_exchange": harness.compiled(ours, u),
+    }
+    notes = {"by hand": "shard_map, jnp.pad, ppermute and writes in place"}
+    return harness.compare(candidates, "by hand", rounds=3 * options.rounds, notes=notes)

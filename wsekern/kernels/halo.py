@@ -192,6 +192,7 @@ def exchange(
     at: Sequence[Pairs],
     *,
     corners: bool = True,
+    fresh: bool = False,
 ) -> list[jax.Array]:
     """The buffers with their neighbors' cells in their padding; public to kernels, per PE.
 
@@ -199,30 +200,89 @@ def exchange(
       buffers: tiles between padding, each of its own dtype and shape.
       lines: the dimensions of each; along the same axes in all.
       at: low and high padding of each.
-      corners: whether padding of earlier dimensions is part of what is sent.
+      corners: whether what earlier dimensions have brought is part of what is sent.
+      fresh: whether the tiles have just been padded. Then all is cut from them before anything is
+        written. Else each cut waits for the write before it: of a buffer that a loop carries, XLA
+        would copy the whole, not knowing that a write comes after every cut.
     """
-    buffers, before = list(buffers), list(buffers)
+    slabs = [
+        _Slabs(b, own, a, corners, fresh) for b, own, a in zip(buffers, lines, at, strict=True)
+    ]
     for dim in range(buffers[0].ndim):
         for high in (False, True):
-            moving = [
-                i
-                for i in range(len(buffers))
-                if at[i][dim][high] and lines[i][dim].parts > 1
-            ]
+            moving = [field for field in slabs if field.moves(dim, high)]
             if not moving:
                 continue
-            source = buffers if corners else before
-            places = [_places(lines[i], at[i], dim, bool(high), corners) for i in moving]
-            slabs = [
-                lax.slice(source[i], sent, [a + b for a, b in zip(sent, shape, strict=True)])
-                for i, (sent, _, shape) in zip(moving, places, strict=True)
-            ]
-            line = lines[moving[0]][dim]
-            wraps = any(lines[i][dim].periodic for i in moving)
-            slabs = message.shift_together(slabs, line.names, -1 if high else 1, periodic=wraps)
-            for i, slab, (_, starts, _) in zip(moving, slabs, places, strict=True):
-                buffers[i] = lax.dynamic_update_slice(buffers[i], slab, starts)
-    return buffers
+            sent = [field.cut(dim, high) for field in moving]
+            wraps = any(field.lines[dim].periodic for field in moving)
+            along = moving[0].lines[dim].names
+            got = message.shift_together(sent, along, -1 if high else 1, periodic=wraps)
+            for field, slab in zip(moving, got, strict=True):
+                field.receive(dim, high, slab)
+    return [field.written() for field in slabs]
+
+
+class _Slabs:
+    """What one field sends and receives."""
+
+    def __init__(self, buffer, lines, at, corners, fresh):
+        self.buffer, self.lines, self.at = buffer, lines, at
+        self.corners, self.fresh = corners, fresh
+        self.received: dict[tuple[int, bool], jax.Array] = {}
+
+    def moves(self, dim: int, high: bool) -> bool:
+        return self.lines[dim].parts > 1 and self.at[dim][high] > 0
+
+    def cut(self, dim: int, high: bool) -> jax.Array:
+        """The cells that lie beyond a side of the neighbor's tile."""
+        width = self.at[dim][high]
+        begin = 0 if high else self.lines[dim].tile - width  # in the tile
+        starts, shape = self._span(dim)
+        starts[dim], shape[dim] = self.at[dim][0] + begin, width
+        if not (self.fresh and self.corners):
+            return lax.slice(self.buffer, starts, _sum(starts, shape))
+        low = [pair[0] for pair in self.at]
+        end = _sum(low, [line.tile for line in self.lines])
+        low[dim], end[dim] = starts[dim], starts[dim] + width
+        slab = lax.slice(self.buffer, low, end)
+        for earlier in range(dim):
+            around = [self.received.get((earlier, side)) for side in (False, True)]
+            before, after = (
+                [] if s is None else [lax.slice_in_dim(s, begin, begin + width, axis=dim)]
+                for s in around
+            )
+            slab = jnp.concatenate([*before, slab, *after], earlier) if before or after else slab
+        return slab
+
+    def receive(self, dim: int, high: bool, slab: jax.Array) -> None:
+        if self.fresh:
+            self.received[dim, high] = slab
+        else:
+            self._write(dim, high, slab)
+
+    def written(self) -> jax.Array:
+        # The last to arrive is written first: what it waited for has been cut by then.
+        for (dim, high), slab in reversed(self.received.items()):
+            self._write(dim, high, slab)
+        return self.buffer
+
+    def _write(self, dim: int, high: bool, slab: jax.Array) -> None:
+        starts, _ = self._span(dim)
+        starts[dim] = self.at[dim][0] + self.lines[dim].tile if high else 0
+        self.buffer = lax.dynamic_update_slice(self.buffer, slab, starts)
+
+    def _span(self, dim: int) -> tuple[list[int], list[int]]:
+        """Where a slab begins and how far it reaches in the dimensions other than `dim`."""
+        starts, shape = [], []
+        for other, (line, (low, high)) in enumerate(zip(self.lines, self.at, strict=True)):
+            brought = self.corners and other < dim and line.parts > 1
+            starts.append(0 if brought else low)
+            shape.append(low + line.tile + high if brought else line.tile)
+        return starts, shape
+
+
+def _sum(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [one + other for one, other in zip(a, b, strict=True)]
 
 
 def check_room(
@@ -237,7 +297,7 @@ def check_room(
 def _per_pe(*fields, lines, widths, corners):
     at = [widths] * len(fields)
     buffers = [padded(f, widths) for f in fields]
-    buffers = exchange(buffers, lines, at, corners=corners)
+    buffers = exchange(buffers, lines, at, corners=corners, fresh=True)
     return [
         ends.fill(b, own, at=widths, margins=widths, radius=widths, corners=corners)
         for b, own in zip(buffers, lines, strict=True)
@@ -252,26 +312,6 @@ def _inside(*tiles, widths):
 
 def _ends(shape, widths):
     return [size - high for size, (_, high) in zip(shape, widths, strict=True)]
-
-
-def _places(lines, at, dim, high, corners):
-    """Where a slab is cut on the PE that sends it, where it is put, and its shape."""
-    sent, put, shape = [], [], []
-    for other, line in enumerate(lines):
-        low_padding, high_padding = at[other]
-        if corners and other < dim:
-            sent.append(0)
-            shape.append(low_padding + line.tile + high_padding)
-        else:
-            sent.append(low_padding)
-            shape.append(line.tile)
-        put.append(sent[-1])
-    low_padding, high_padding = at[dim]
-    tile = lines[dim].tile
-    shape[dim] = high_padding if high else low_padding
-    sent[dim] = low_padding if high else tile
-    put[dim] = low_padding + tile if high else 0
-    return sent, put, shape
 
 
 def check_fields(what: str, fields: Sequence[jax.Array]) -> None:

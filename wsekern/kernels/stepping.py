@@ -89,9 +89,10 @@ def depth(lines: Sequence[Line], radius: Pairs, most: int, reading: str) -> int:
         ]
         return (_CELLS_OF_AN_EXCHANGE * len(split) + sum(cells)) / k
 
-    # Even ones: after them the fields lie in the buffer where they began.
-    depths = [k for k in (1, 2, 4, 6, _DEEPEST) if k <= most]
-    return min(depths, key=cost)
+    # Even ones: after them the fields lie in the buffer where they began. Of a halo of one cell XLA
+    # copies the whole buffer at each exchange, so one step at a time is for tiles that need it.
+    depths = [k for k in (2, 4, 6, _DEEPEST) if k <= most]
+    return min(depths, key=cost, default=1)
 
 
 def run(
@@ -129,7 +130,7 @@ def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, .
     at = [_widths(own, plan.padding) for own in own_lines]
     buffers = [padded(held[i], width) for i, width in zip(split, at, strict=True)]
     if buffers:
-        buffers = exchange(buffers, own_lines, at)
+        buffers = exchange(buffers, own_lines, at, fresh=True)
     for i, buffer, own, width in zip(split, buffers, own_lines, at, strict=True):
         held[i] = ends.fill(buffer, own, at=width, margins=width, radius=width)
     return tuple(held)
@@ -154,7 +155,7 @@ class _Run:
             buffers = self._buffers(tiles)
             buffers, first = self._loop(self._blocks, buffers, begin, steps // unit, unit)
             done = steps // unit * unit
-            buffers, last = self._blocks(buffers, begin + done, steps - done)
+            buffers, last = self._blocks(buffers, begin + done, steps - done, fresh=done == 0)
             tiles = self._tiles(buffers)
         else:
             tiles, first = self._segments(tiles, begin, steps // unit, unit)
@@ -190,7 +191,7 @@ class _Run:
         return carry, None if records is None else records.reshape(times * unit, -1)
 
     def _from_tiles(self, tiles, begin, steps: int):
-        buffers, record = self._blocks(self._buffers(tiles), begin, steps)
+        buffers, record = self._blocks(self._buffers(tiles), begin, steps, fresh=True)
         return self._tiles(buffers), record
 
     def _buffers(self, tiles):
@@ -202,14 +203,15 @@ class _Run:
         end = [pair[0] + line.tile for pair, line in zip(self.plan.padding, self.plan.lines[0])]  # noqa: B905
         return tuple(lax.slice(b, low, end) for b in buffers[0])
 
-    def _blocks(self, buffers, begin, steps: int):
+    def _blocks(self, buffers, begin, steps: int, fresh: bool = False):
         """`steps` steps unrolled, with an exchange before each `depth` of them."""
         plan, records = self.plan, []
         now, other = buffers
         for j in range(steps):
             left = min(plan.depth, steps - j // plan.depth * plan.depth) - j % plan.depth
             if j % plan.depth == 0:
-                now = tuple(exchange(now, plan.lines, [plan.padding] * len(now)))
+                at = [plan.padding] * len(now)
+                now = tuple(exchange(now, plan.lines, at, fresh=fresh and j == 0))
             now, other = self._step(now, other, left, begin + j), now
             if self.readers is not None:
                 records.append(points.read(self.readers, now, plan.lines[0], plan.padding))

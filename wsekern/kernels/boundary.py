@@ -38,36 +38,46 @@ def fill(
         the outermost of them. So nothing depends on how deep a halo is.
       corners: whether the other dimensions' padding is filled over too.
     """
-    for dim, line in enumerate(lines):
+    for dim in range(len(lines)):
         for high in (False, True):
-            margin = margins[dim][high]
-            rule = line.high if high else line.low
-            if margin == 0 or (rule == "periodic" and line.parts > 1):
-                continue
-            span = None if corners else tuple(pair[0] for pair in at)
-            ghost = _ghost(buffer, dim, line, rule, high, at[dim][0], margin, radius[dim][high])
-            start = _end(line, at[dim][0]) if high else at[dim][0] - margin
-            buffer = _written(buffer, ghost, dim, line, high, start, span, lines)
+            buffer = fill_side(
+                buffer, dim, high, lines, at=at, margins=margins, radius=radius, corners=corners
+            )
     return buffer
 
 
-def hold_rim(
-    new: jax.Array, old: jax.Array, lines: Sequence[Line], *, at: Pairs, radius: Pairs
+def fill_side(
+    buffer: jax.Array,
+    dim: int,
+    high: bool,
+    lines: Sequence[Line],
+    *,
+    at: Pairs,
+    margins: Pairs,
+    radius: Pairs,
+    corners: bool = True,
 ) -> jax.Array:
-    """`new` with the `radius` cells nearest to a fixed end as they are in `old`."""
-    for dim, line in enumerate(lines):
-        for high, rule in enumerate((line.low, line.high)):
-            width = radius[dim][high]
-            if rule != "fixed" or width == 0:
-                continue
-            start = _end(line, at[dim][0]) - width if high else at[dim][0]
-            rim = _cut(old, dim, start, width)
-            new = _written(new, rim, dim, line, bool(high), start, None, lines)
-    return new
+    """`buffer` with the ghost cells of one side filled; see `fill`."""
+    line, margin = lines[dim], margins[dim][high]
+    if margin == 0 or (line.periodic and line.parts > 1):
+        return buffer
+    span = None if corners else tuple(pair[0] for pair in at)
+    ghost = ghost_cells(buffer, dim, line, high, at[dim][0], margin, radius[dim][high])
+    start = _end(line, at[dim][0]) if high else at[dim][0] - margin
+    return _written(buffer, ghost, dim, line, high, start, span, lines)
 
 
-def _ghost(buffer, dim, line, rule, high, low_padding, margin, width):
-    """The ghost cells of one side, in the order of the buffer."""
+def ghost_cells(
+    buffer: jax.Array,
+    dim: int,
+    line: Line,
+    high: bool,
+    low_padding: int,
+    margin: int,
+    width: int,
+) -> jax.Array:
+    """The ghost cells of one side, in the order of the buffer, as wide as `margin`."""
+    rule = line.high if high else line.low
 
     def inward(skip: int, count: int) -> jax.Array:
         if high:
@@ -97,6 +107,21 @@ def _ghost(buffer, dim, line, rule, high, low_padding, margin, width):
     outermost = lax.slice_in_dim(ghost, *((width - 1, width) if high else (0, 1)), axis=dim)
     far = jnp.broadcast_to(outermost, (*shape[:dim], margin - width, *shape[dim + 1 :]))
     return jnp.concatenate([ghost, far] if high else [far, ghost], dim)
+
+
+def hold_rim(
+    new: jax.Array, old: jax.Array, lines: Sequence[Line], *, at: Pairs, radius: Pairs
+) -> jax.Array:
+    """`new` with the `radius` cells nearest to a fixed end as they are in `old`."""
+    for dim, line in enumerate(lines):
+        for high, rule in enumerate((line.low, line.high)):
+            width = radius[dim][high]
+            if rule != "fixed" or width == 0:
+                continue
+            start = _end(line, at[dim][0]) - width if high else at[dim][0]
+            rim = _cut(old, dim, start, width)
+            new = _written(new, rim, dim, line, bool(high), start, None, lines)
+    return new
 
 
 def _written(buffer, slab, dim, line, high, start, span, lines):

@@ -222,6 +222,71 @@ def exchange(
     return [field.written() for field in slabs]
 
 
+def joined(
+    tiles: Sequence[jax.Array],
+    lines: Sequence[Sequence[Line]],
+    widths: Pairs,
+    *,
+    corners: bool = True,
+) -> list[jax.Array]:
+    """The tiles with their halos, put together as new arrays; public to kernels, per PE.
+
+    Where a tile is hardly wider than its halo, as on a virtual wafer, a padded buffer is many times
+    the tile; of what is joined here, XLA holds no more than the update cuts from it.
+    """
+    blocks = list(tiles)
+    for dim, (low, high) in enumerate(widths):
+        sides = [
+            _arrivals(blocks if corners else tiles, lines, dim, bool(side), width)
+            for side, width in enumerate((low, high))
+        ]
+        for i, own in enumerate(lines):
+            around = [blocks[i]]
+            for side, slabs in enumerate(sides):
+                if slabs is not None:
+                    slab = _widened(slabs[i], blocks[i], dim, widths)
+                    around.insert(len(around) * side, slab)
+            blocks[i] = jnp.concatenate(around, dim) if around[1:] else blocks[i]
+            if high and own[dim].size != own[dim].tile * own[dim].parts:
+                at = tuple(pair if d <= dim else (0, 0) for d, pair in enumerate(widths))
+                blocks[i] = ends.fill_side(
+                    blocks[i], dim, True, own, at=at, margins=widths, radius=widths
+                )
+    return blocks
+
+
+def _arrivals(blocks, lines, dim, high, width):
+    """What lies beyond one side of each block: the neighbor's cells, or at an end ghost cells."""
+    if width == 0:
+        return None
+    ghosts = [
+        None if own[dim].periodic and own[dim].parts > 1
+        else ends.ghost_cells(b, dim, own[dim], high, 0, width, width)
+        for b, own in zip(blocks, lines, strict=True)
+    ]  # fmt: skip
+    line = lines[0][dim]
+    if line.parts == 1:
+        return ghosts
+    begin = 0 if high else line.tile - width
+    sent = [lax.slice_in_dim(b, begin, begin + width, axis=dim) for b in blocks]
+    wraps = any(own[dim].periodic for own in lines)
+    got = message.shift_together(sent, line.names, -1 if high else 1, periodic=wraps)
+    ends_here = fabric.axis_index(line.names) == (line.last if high else 0)
+    return [
+        g if ghost is None else jnp.where(ends_here, ghost, g)
+        for g, ghost in zip(got, ghosts, strict=True)
+    ]
+
+
+def _widened(slab, block, dim, widths):
+    """`slab` with zeros for the corners that it lacks, to be joined to `block`."""
+    missing = [
+        pair if d < dim and slab.shape[d] != block.shape[d] else (0, 0)
+        for d, pair in enumerate(widths)
+    ]
+    return padded(slab, tuple(missing)) if any(map(any, missing)) else slab
+
+
 class _Slabs:
     """What one field sends and receives."""
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from wsekern import fabric, layout, readings
+from wsekern import context, fabric, layout, readings
 from wsekern.kernels import halo, points, stepping
 from wsekern.kernels import lines as geometry
 from wsekern.kernels.halo import Along
@@ -33,6 +33,7 @@ def stencil(
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     steps: int = 1,
     coefficients: Any = None,
+    corners: bool = True,
     sources: points.Sources | None = None,
     receivers: points.Receivers | None = None,
     save_every: int | None = None,
@@ -61,6 +62,8 @@ def stencil(
       coefficients: what `update` reads and does not change, a pytree. Arrays with as many
         dimensions as `u` are split as it is, but for dimensions of size 1; around them lie their
         own last cells, or the other end where `u` is periodic. Others are whole on every PE.
+      corners: whether `update` reads cells diagonally across. One that does not, a star, sends less
+        where there is one step to an exchange; deeper halos need corners in any case.
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
@@ -93,8 +96,8 @@ def stencil(
         for side in geometry.by_field(boundary, u)
     )
     plan = _plan(
-        what, u, update, lines, widths, steps, save_every, checkpoint, depth, coefficients,
-        "virtual" if wafer is None else wafer.reading,
+        what, u, update, lines, widths, steps, save_every, checkpoint, depth, coefficients, corners,
+        on_wafer=wafer is not None and wafer.reading != "devices",
     )  # fmt: skip
     emitters = points.emitters(sources, u, lines[0], steps)
     readers = points.readers(receivers, u, lines[0])
@@ -116,6 +119,7 @@ def stencil_tile(
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     steps: int = 1,
     coefficients: Any = None,
+    corners: bool = True,
     checkpoint: str | None = None,
     depth: int | None = None,
     size: Sequence[int] | None = None,
@@ -130,6 +134,7 @@ def stencil_tile(
       boundary: as in `stencil`.
       steps: as in `stencil`.
       coefficients: as in `stencil`, this PE's tiles of them.
+      corners: as in `stencil`.
       checkpoint: as in `stencil`.
       depth: as in `stencil`.
       size: cells of the whole field along each dimension; by default all tiles are full.
@@ -143,16 +148,18 @@ def stencil_tile(
     lines = halo.tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(radius, along, what, "radius")
     plan = _plan(
-        what, tile, update, lines, widths, steps, None, checkpoint, depth, coefficients, "devices"
-    )
+        what, tile, update, lines, widths, steps, None, checkpoint, depth, coefficients, corners,
+        on_wafer=_on_wafer_here(),
+    )  # fmt: skip
     leaves = plan.coefficients_of(coefficients)
     out, _, _ = _per_pe(tuple(fields), leaves, None, None, plan=plan, along=tuple(along))
     return jax.tree.unflatten(tree, out)
 
 
 def _plan(
-    what, u, update, lines, radius, steps, save_every, checkpoint, depth, coefficients, reading
-) -> stepping.Plan:
+    what, u, update, lines, radius, steps, save_every, checkpoint, depth, coefficients, corners,
+    *, on_wafer,
+) -> stepping.Plan:  # fmt: skip
     halo.check_room(what, lines, radius, "radius")
     _check(what, steps, save_every, checkpoint, depth)
     most = _deepest(lines, radius)
@@ -162,7 +169,7 @@ def _plan(
             f"tile; the largest depth is {most}"
         )
     if depth is None:
-        depth = stepping.depth(lines[0], radius, most, reading)
+        depth = stepping.depth(lines[0], radius, most, on_wafer)
     _, tree = jax.tree.flatten(u)
     plan = stepping.Plan(
         update=update,
@@ -174,6 +181,8 @@ def _plan(
         radius=radius,
         steps=steps,
         depth=max(1, min(depth, save_every or steps or 1)),
+        corners=corners or min(depth, save_every or steps or 1) > 1,
+        on_wafer=on_wafer,
         save_every=save_every,
         checkpoint=checkpoint,
     )
@@ -213,6 +222,11 @@ def _on_wafer(kernel, operands, along, plan, wafer):
             layout.crop(s, (s.shape[0], *shape), P(None, *along), wafer) for s in saved
         )
     return out, saved, record
+
+
+def _on_wafer_here() -> bool:
+    wafer = context.inside()
+    return wafer is not None and wafer.reading != "devices"
 
 
 def _results(tree, out, saved, record, save_every, receivers):

@@ -16,7 +16,7 @@ from jax import lax
 from wsekern.kernels import boundary as ends
 from wsekern.kernels import points
 from wsekern.kernels.boundary import Pairs
-from wsekern.kernels.halo import exchange, padded
+from wsekern.kernels.halo import exchange, joined, padded
 from wsekern.kernels.lines import Line
 
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
@@ -38,6 +38,8 @@ class Plan:
     radius: Pairs
     steps: int
     depth: int  # steps from one exchange to the next
+    corners: bool  # whether `update` reads them
+    on_wafer: bool  # virtual or abstract PEs, where a step costs memory and not messages
     save_every: int | None
     checkpoint: str | None
 
@@ -52,12 +54,14 @@ class Plan:
         return tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(coefficients))
 
     @property
+    def joins(self) -> bool:
+        """Whether a tile and its halo are joined anew in each step, instead of kept padded."""
+        return self.on_wafer and self.depth == 1
+
+    @property
     def padding(self) -> Pairs:
         """Of a buffer: a deep halo where a dimension is split, else one step's."""
-        return tuple(
-            (self.depth * low, self.depth * high) if line.parts > 1 else (low, high)
-            for line, (low, high) in zip(self.lines[0], self.radius, strict=True)
-        )
+        return ((0, 0),) * len(self.radius) if self.joins else self.margins(self.depth)
 
     def margins(self, left: int) -> Pairs:
         """The cells around a tile that the next `left` steps need."""
@@ -67,14 +71,14 @@ class Plan:
         )
 
 
-def depth(lines: Sequence[Line], radius: Pairs, most: int, reading: str) -> int:
+def depth(lines: Sequence[Line], radius: Pairs, most: int, on_wafer: bool) -> int:
     """How many steps one exchange shall serve, by the time of an exchange and of a cell.
 
     On a wafer, virtual or abstract, a neighbor is two cycles away and nothing is gained by
     computing its cells too.
     """
     split = [i for i, line in enumerate(lines) if line.parts > 1 and max(radius[i])]
-    if reading != "devices" and split:
+    if on_wafer and split:
         return 1
     if not split:
         return 2  # nothing is sent, and two steps are what the buffers need to take turns
@@ -127,7 +131,7 @@ def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, .
     held = list(coefficients)
     split = [i for i, own in enumerate(plan.coefficient_lines) if own is not None]
     own_lines = [plan.coefficient_lines[i] for i in split]
-    at = [_widths(own, plan.padding) for own in own_lines]
+    at = [_widths(own, plan.margins(plan.depth)) for own in own_lines]
     buffers = [padded(held[i], width) for i, width in zip(split, at, strict=True)]
     if buffers:
         buffers = exchange(buffers, own_lines, at, fresh=True)
@@ -209,9 +213,12 @@ class _Run:
         now, other = buffers
         for j in range(steps):
             left = min(plan.depth, steps - j // plan.depth * plan.depth) - j % plan.depth
-            if j % plan.depth == 0:
+            if j % plan.depth == 0 and not plan.joins:
                 at = [plan.padding] * len(now)
-                now = tuple(exchange(now, plan.lines, at, fresh=fresh and j == 0))
+                cut_first = plan.on_wafer or (fresh and j == 0)
+                now = tuple(
+                    exchange(now, plan.lines, at, corners=plan.corners, fresh=cut_first)
+                )
             now, other = self._step(now, other, left, begin + j), now
             if self.readers is not None:
                 records.append(points.read(self.readers, now, plan.lines[0], plan.padding))
@@ -222,29 +229,28 @@ class _Run:
     def _step(self, now, other, left: int, step):
         """The fields one step later, in `other`'s memory, when `left` steps are to be taken."""
         plan, at = self.plan, self.plan.padding
-        margins, after = plan.margins(left), plan.margins(left - 1)
-        now = tuple(
-            ends.fill(b, own, at=at, margins=margins, radius=plan.radius)
-            for b, own in zip(now, plan.lines, strict=True)
-        )
-        windows = [_window(b, plan.lines[0], at, margins) for b in now]
-        held = [
-            c if own is None else _window(c, own, _widths(own, at), _widths(own, margins))
-            for c, own in zip(self.coefficients, plan.coefficient_lines, strict=True)
-        ]
+        if plan.joins:
+            windows = joined(now, plan.lines, plan.radius, corners=plan.corners)
+        else:
+            margins = plan.margins(left)
+            now = [
+                ends.fill(b, own, at=at, margins=margins, radius=plan.radius)
+                for b, own in zip(now, plan.lines, strict=True)
+            ]
+            windows = [_window(b, plan.lines[0], at, margins) for b in now]
         new = plan.call(
             jax.tree.unflatten(plan.tree, windows),
-            jax.tree.unflatten(plan.coefficients, held),
+            jax.tree.unflatten(plan.coefficients, self._held(left)),
             step,
         )
-        starts = [
-            pair[0] - (m[0] if line.parts > 1 else 0)
-            for pair, m, line in zip(at, after, plan.lines[0], strict=True)
-        ]
-        out = [
-            lax.dynamic_update_slice(b, n, starts)
-            for b, n in zip(other, jax.tree.leaves(new), strict=True)
-        ]
+        out = jax.tree.leaves(new)
+        if not plan.joins:
+            after = plan.margins(left - 1)
+            starts = [
+                pair[0] - (margin[0] if line.parts > 1 else 0)
+                for pair, margin, line in zip(at, after, plan.lines[0], strict=True)
+            ]
+            out = [lax.dynamic_update_slice(b, n, starts) for b, n in zip(other, out, strict=True)]
         out = [
             ends.hold_rim(n, o, own, at=at, radius=plan.radius)
             for n, o, own in zip(out, now, plan.lines, strict=True)
@@ -252,6 +258,15 @@ class _Run:
         if self.emitters is not None:
             out = points.emit(self.emitters, out, plan.lines[0], at, step)
         return tuple(out)
+
+    def _held(self, left: int) -> list[jax.Array]:
+        """The coefficients, around which there are the cells that `left` steps need."""
+        plan = self.plan
+        at, margins = plan.margins(plan.depth), plan.margins(left)
+        return [
+            c if own is None else _window(c, own, _widths(own, at), _widths(own, margins))
+            for c, own in zip(self.coefficients, plan.coefficient_lines, strict=True)
+        ]
 
 
 def _window(buffer, lines, at, margins):

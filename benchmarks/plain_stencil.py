@@ -58,6 +58,7 @@ def padded(u: jax.Array, name: str, steps: int, unrolled: int) -> jax.Array:
     import jax.numpy as jnp
 
     margin = unrolled * (4 if name == "25-point" else 1)
+
     def some(_, u):
         v = jnp.pad(u, margin, mode="wrap")
         for _ in range(unrolled):

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from wsekern.kernels.attention import attention as attention
     from wsekern.kernels.cache import KVCache as KVCache
     from wsekern.kernels.decode import decode_attention as decode_attention
+    from wsekern.kernels.differences import check_time_step as check_time_step
+    from wsekern.kernels.differences import difference_coefficients as difference_coefficients
+    from wsekern.kernels.differences import diffusion_limit as diffusion_limit
+    from wsekern.kernels.differences import wave_limit as wave_limit
     from wsekern.kernels.embedding import embedding as embedding
     from wsekern.kernels.explain_matmul import explain_matmul as explain_matmul
     from wsekern.kernels.gemv import gemv as gemv
@@ -54,8 +58,11 @@ _HOMES = {
     "KVCache": "kernels.cache",
     "Wafer": "wafer",
     "attention": "kernels.attention",
+    "check_time_step": "kernels.differences",
     "cross_entropy": "kernels.loss",
     "decode_attention": "kernels.decode",
+    "difference_coefficients": "kernels.differences",
+    "diffusion_limit": "kernels.differences",
     "embedding": "kernels.embedding",
     "explain_matmul": "kernels.explain_matmul",
     "gemv": "kernels.gemv",
@@ -71,6 +78,7 @@ _HOMES = {
     "stencil": "kernels.stencil",
     "stencil_tile": "kernels.stencil",
     "traffic": "estimate.traffic",
+    "wave_limit": "kernels.differences",
 }
 __all__ = sorted(_HOMES)
 

@@ -370,9 +370,7 @@ def _per_pe(*fields, lines, widths, corners):
 
 
 def _inside(*tiles, widths):
-    return [
-        lax.slice(t, [low for low, _ in widths], _ends(t.shape, widths)) for t in tiles
-    ]
+    return [lax.slice(t, [low for low, _ in widths], _ends(t.shape, widths)) for t in tiles]
 
 
 def _ends(shape, widths):

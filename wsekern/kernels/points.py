@@ -32,7 +32,9 @@ class Receivers:
     field: Any = None  # its name or place in the pytree; by default the first
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("at", "values"), meta_fields=("index",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("at", "values"), meta_fields=("index",)
+)
 @dataclasses.dataclass(frozen=True)
 class Emitters:
     """Sources as a kernel takes them."""
@@ -42,7 +44,9 @@ class Emitters:
     index: int  # of the field's leaf
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("at",), meta_fields=("index", "count"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("at",), meta_fields=("index", "count")
+)
 @dataclasses.dataclass(frozen=True)
 class Readers:
     """Receivers as a kernel takes them."""
@@ -84,7 +88,9 @@ def emit(
     buffer = out[sources.index]
     values = sources.values[step].astype(buffer.dtype)
     # Of a periodic line, the cell may also lie in this PE's halo round the other way.
-    rounds = [(-line.size, 0, line.size) if line.periodic and line.parts > 1 else (0,) for line in lines]
+    rounds = [
+        (-line.size, 0, line.size) if line.periodic and line.parts > 1 else (0,) for line in lines
+    ]
     for by in itertools.product(*rounds):
         place = _local(sources.at + jnp.array(by, jnp.int32)[None], lines, at)
         inside = jnp.all((place >= 0) & (place < jnp.array(buffer.shape)[None]), -1)

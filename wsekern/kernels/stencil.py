@@ -218,9 +218,7 @@ def _on_wafer(kernel, operands, along, plan, wafer):
     shape = tuple(line.size for line in plan.lines[0])
     out = tuple(layout.crop(f, shape, laid, wafer) for f in out)
     if saved is not None:
-        saved = tuple(
-            layout.crop(s, (s.shape[0], *shape), P(None, *along), wafer) for s in saved
-        )
+        saved = tuple(layout.crop(s, (s.shape[0], *shape), P(None, *along), wafer) for s in saved)
     return out, saved, record
 
 

@@ -123,7 +123,7 @@ def run(
     out, rest = state.advance(tiles, done, plan.steps - done)
     if rest is None:
         return out, saved, None
-    return out, saved, jnp.concatenate([records.reshape(done, -1), rest])
+    return out, saved, jnp.concatenate([records.reshape(done, readers.count), rest])
 
 
 def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -192,7 +192,7 @@ class _Run:
         """`body` as often as `times`, and all its readings in order."""
         begins = begin + unit * jnp.arange(times, dtype=jnp.int32)
         carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
-        return carry, None if records is None else records.reshape(times * unit, -1)
+        return carry, None if records is None else records.reshape(times * unit, self.readers.count)
 
     def _from_tiles(self, tiles, begin, steps: int):
         buffers, record = self._blocks(self._buffers(tiles), begin, steps, fresh=True)
@@ -216,9 +216,7 @@ class _Run:
             if j % plan.depth == 0 and not plan.joins:
                 at = [plan.padding] * len(now)
                 cut_first = plan.on_wafer or (fresh and j == 0)
-                now = tuple(
-                    exchange(now, plan.lines, at, corners=plan.corners, fresh=cut_first)
-                )
+                now = tuple(exchange(now, plan.lines, at, corners=plan.corners, fresh=cut_first))
             now, other = self._step(now, other, left, begin + j), now
             if self.readers is not None:
                 records.append(points.read(self.readers, now, plan.lines[0], plan.padding))

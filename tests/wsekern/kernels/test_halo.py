@@ -20,7 +20,6 @@ MODES = {
     "symmetric": {"mode": "symmetric"},
     2.5: {"constant_values": 2.5},
 }
-each_boundary = pytest.mark.parametrize("boundary", MODES)
 
 
 def field(shape=SHAPE, seed=0):
@@ -50,13 +49,25 @@ def around_each_tile(whole, tiles, widths):
     )
 
 
-@each_boundary
+@pytest.mark.parametrize("boundary", ["periodic", "reflect"])
 def test_each_tile_gets_what_numpy_pads(wafer, boundary):
+    got = exchange(field(), boundary=boundary, wafer=wafer)
+    want = np.pad(field(), 1, **MODES[boundary])
+    np.testing.assert_array_equal(got, around_each_tile(want, grid_of(wafer), [(1, 1)] * 2))
+
+
+def test_every_boundary(full_wafer):
     u = field()
-    got = exchange(u, boundary=boundary, wafer=wafer)
-    want = around_each_tile(np.pad(u, 1, **MODES[boundary]), grid_of(wafer), [(1, 1)] * 2)
-    np.testing.assert_array_equal(got, want)
-    cropped = jax.jit(functools.partial(wk.crop, width=1, wafer=wafer))(got)
+    for boundary, mode in MODES.items():
+        got = exchange(u, boundary=boundary, wafer=full_wafer)
+        want = around_each_tile(np.pad(u, 1, **mode), grid_of(full_wafer), [(1, 1)] * 2)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_crop_is_the_inverse(wafer):
+    u = field()
+    got = exchange(u, 2, wafer=wafer)
+    cropped = jax.jit(functools.partial(wk.crop, width=2, wafer=wafer))(got)
     np.testing.assert_array_equal(cropped, u)
 
 
@@ -98,7 +109,7 @@ def test_a_boundary_may_be_a_function(full_wafer):
     )
 
 
-@pytest.mark.parametrize("boundary", ["zero", "edge", "reflect", "symmetric"])
+@pytest.mark.parametrize("boundary", ["zero", "reflect"])
 def test_sizes_that_do_not_divide(full_wafer, boundary):
     u = field((15, 14))
     got = np.asarray(exchange(u, boundary=boundary, wafer=full_wafer))

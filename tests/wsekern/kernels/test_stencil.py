@@ -1,0 +1,375 @@
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+
+SHAPE = (16, 16)
+WEIGHTS = np.array([[1, -2, 3], [5, 100, -7], [11, 13, -17]]) / 128
+INSIDE = (slice(1, -1),) * 2
+
+
+def field(shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def weighted(v):
+    """Nine points, each of its own weight."""
+    rows, columns = v.shape[0] - 2, v.shape[1] - 2
+    return sum(
+        jnp.float32(WEIGHTS[i, j]) * v[i : i + rows, j : j + columns]
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+def star(v):
+    around = v[2:, 1:-1] + v[:-2, 1:-1] + v[1:-1, 2:] + v[1:-1, :-2]
+    return v[INSIDE] + 0.2 * (around - 4 * v[INSIDE])
+
+
+def wave(state, c):
+    u = state["u"]
+    around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
+    new = 2 * u[INSIDE] - state["before"][INSIDE] + c[INSIDE] * (around - 4 * u[INSIDE])
+    return {"u": new, "before": u[INSIDE]}
+
+
+def run(u, update=weighted, *, radius=1, **options):
+    return jax.jit(functools.partial(wk.stencil, update=update, radius=radius, **options))(u)
+
+
+def plain(u, update, steps, mode="constant", fixed=False):
+    """The same by padding the whole array, in numpy."""
+    for _ in range(steps):
+        new = np.array(update(np.pad(u, 1, mode=mode)), np.float32)
+        if fixed:
+            new[[0, -1]], new[:, [0, -1]] = u[[0, -1]], u[:, [0, -1]]
+        u = new
+    return u
+
+
+@pytest.mark.parametrize("boundary", ["zero", "periodic"])
+def test_equals_the_plain_steps(wafer, boundary):
+    mode = {"zero": "constant", "periodic": "wrap"}[boundary]
+    got = run(field(), steps=5, boundary=boundary, wafer=wafer)
+    np.testing.assert_allclose(got, plain(field(), weighted, 5, mode), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "symmetric", "edge", "fixed"])
+def test_boundaries_hold_in_every_step(full_wafer, boundary):
+    mode = "edge" if boundary == "fixed" else boundary
+    got = run(field(), steps=5, boundary=boundary, wafer=full_wafer)
+    want = plain(field(), weighted, 5, mode, boundary == "fixed")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("boundary", ["zero", "edge", "fixed"])
+def test_sizes_that_do_not_divide(full_wafer, boundary):
+    mode = "constant" if boundary == "zero" else "edge"
+    u = field((15, 14))
+    got = run(u, steps=4, boundary=boundary, wafer=full_wafer)
+    want = plain(u, weighted, 4, mode, boundary == "fixed")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_a_delta_reaches_each_cell_with_its_own_weight(full_wafer):
+    """Exact: the weights are multiples of 1/128, and one step sums one of them."""
+    for cell in ((0, 0), (7, 8), (15, 3)):
+        u = np.zeros(SHAPE, np.float32)
+        u[cell] = 1
+        got = run(u, boundary="periodic", wafer=full_wafer)
+        want = np.zeros(SHAPE)
+        for i in range(3):
+            for j in range(3):
+                want[(cell[0] + 1 - i) % 16, (cell[1] + 1 - j) % 16] = WEIGHTS[i, j]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_mode_decays_as_the_discrete_operator_says(full_wafer):
+    x = np.cos(2 * np.pi * np.arange(16) / 16)
+    u = np.outer(x, x).astype(np.float32)
+    rate = 1 - 2 * 0.2 * 2 * (1 - np.cos(2 * np.pi / 16))
+    got = run(u, star, steps=10, boundary="periodic", wafer=full_wafer)
+    np.testing.assert_allclose(got, rate**10 * u, atol=1e-6)
+
+
+def test_a_wave_disperses_and_turns_back():
+    """A standing wave at its discrete frequency; run backwards it is what it was."""
+    wafer, n, c = wk.Wafer.devices(2, 4), 32, 0.25
+    k = 2 * np.pi * 3 / n
+    frequency = 2 * np.arcsin(np.sqrt(c) * np.sin(k / 2))
+    x = np.broadcast_to(np.cos(k * np.arange(n)), (n, n))
+    state = {"u": np.float32(x), "before": np.float32(np.cos(frequency) * x)}
+    go = jax.jit(
+        functools.partial(
+            wk.stencil,
+            update=wave,
+            radius=1,
+            boundary="periodic",
+            steps=20,
+            coefficients=np.full((n, n), c, np.float32),
+            wafer=wafer,
+        )
+    )
+    there = go(state)
+    np.testing.assert_allclose(there["u"], np.cos(20 * frequency) * x, atol=1e-4)
+    back = go({"u": there["before"], "before": there["u"]})
+    np.testing.assert_allclose(back["before"], state["u"], atol=1e-5)
+
+
+def test_source_and_receiver_may_change_places(full_wafer):
+    """Reciprocity: what is heard at b of a is what is heard at a of b."""
+    a, b, steps = (3, 4), (12, 9), 24
+    c = (0.2 + 0.05 * np.random.default_rng(3).uniform(size=SHAPE)).astype(np.float32)
+    # Of a variable speed, the operator c * Laplacian is symmetric in the weights 1 / c.
+    pulse = np.zeros((steps, 1), np.float32)
+    pulse[:4, 0] = [1, 2, -1, 0.5]
+
+    def heard(source, receiver):
+        state = {"u": jnp.zeros(SHAPE), "before": jnp.zeros(SHAPE)}
+        _, record = wk.stencil(
+            state,
+            wave,
+            radius=1,
+            steps=steps,
+            coefficients=c,
+            sources=wk.Sources(at=[source], values=pulse * c[source], field="u"),
+            receivers=wk.Receivers(at=[receiver], field="u"),
+            wafer=full_wafer,
+        )
+        return record
+
+    there, back = heard(a, b), heard(b, a)
+    assert there.shape == (steps, 1) and np.abs(there).max() > 0.01
+    np.testing.assert_allclose(there, back, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_depth_changes_nothing(wafer_called, depth):
+    u, wafer = field(), wafer_called("2x4")
+    options = {"boundary": ["reflect", "periodic"], "steps": 7}
+    got = run(u, depth=depth, wafer=wafer, **options)
+    np.testing.assert_allclose(got, run(u, **options), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_bitwise_the_same_on_all_meshes_and_depths_without_fused_multiply_add():
+    """In a process of its own, whose compiler may not fuse."""
+    root = pathlib.Path(__file__).parents[3]
+    script = """
+import functools
+import wsekern as wk
+wk.emulate_devices(16)
+import jax, numpy as np
+from tests.wsekern.kernels.test_stencil import field, star, weighted
+wafers = [wk.Wafer.devices(*g) for g in ((2, 2), (2, 4), (4, 1), (1, 8), (2, 2, 2))]
+wafers.append(wk.Wafer.virtual(wk.WSE2, 8, 8))
+for update in (star, weighted):
+    go = functools.partial(wk.stencil, update=update, radius=1, boundary="reflect", steps=20)
+    want = np.asarray(jax.jit(go)(field()))
+    for wafer in wafers:
+        for depth in (None, 1, 2):
+            if depth == 2 and wafer.size > 16 or depth == 2 and wafer.width == 8:
+                continue
+            got = jax.jit(functools.partial(go, depth=depth, wafer=wafer))(field())
+            assert np.array_equal(got, want), (update, wafer, depth)
+print("same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env={**os.environ, "XLA_FLAGS": "--xla_cpu_max_isa=AVX"},
+    )
+    assert done.stdout.split() == ["same"], done.stderr
+
+
+def test_with_default_flags_within_four_ulp(wafer_called):
+    want = run(field(), steps=20, boundary="reflect")
+    ulp = np.spacing(np.abs(want).max())
+    for name in ("2x4", "2of2x2", "virtual-4x4"):
+        got = run(field(), steps=20, boundary="reflect", wafer=wafer_called(name))
+        assert np.abs(np.asarray(got) - want).max() <= 4 * ulp
+
+
+def test_words_of_a_step_are_the_hand_count():
+    """Of tiles of 16 x 16: rows, then columns with the corners; and they are the same anywhere."""
+    u = lambda wafer: jax.ShapeDtypeStruct((16 * wafer.height, 16 * wafer.width), jnp.float32)  # noqa: E731
+    for grid in ((4, 4), (8, 16), (750, 994)):
+        wafer = wk.Wafer.abstract(wk.WSE2, *grid)
+
+        def read(update, wafer=wafer, **options):
+            go = functools.partial(wk.stencil, update=update, radius=1, steps=20, **options)
+            return wk.traffic(go, u(wafer), wafer=wafer)
+
+        nine, five = read(weighted), read(star, corners=False)
+        assert (nine.words, nine.steps) == (20 * (2 * 16 + 2 * 18), 20 * 2)
+        assert (five.words, five.steps) == (20 * 4 * 16, 20)
+        deep = read(weighted, depth=4)
+        assert (deep.words, deep.steps) == (5 * (2 * 4 * 16 + 2 * 4 * 24), 5 * 2)
+
+
+def test_a_dimension_that_is_not_split_is_left_alone_unless_asked(full_wafer):
+    u = field((8, 8, 4))
+
+    def update(v):
+        return v[1:-1, 1:-1] + 0.5 * jnp.roll(v[2:, 1:-1], 1, 2)
+
+    def deep(v):
+        inner = v[1:-1, 1:-1]
+        return inner[:, :, 1:-1] + 0.5 * v[2:, 1:-1, :-2]
+
+    want = u
+    for _ in range(3):
+        v = np.pad(want, [(1, 1), (1, 1), (0, 0)])
+        want = v[1:-1, 1:-1] + np.float32(0.5) * np.roll(v[2:, 1:-1], 1, 2)
+    got = run(u, update, steps=3, wafer=full_wafer)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    asked = run(
+        u, deep, radius=(1, 1, 1), boundary=["zero", "zero", "periodic"], steps=3, wafer=full_wafer
+    )
+    np.testing.assert_allclose(asked, want, rtol=1e-6)
+
+
+def test_an_update_may_be_told_the_step_and_read_what_is_whole(full_wafer):
+    forcing = np.arange(6, dtype=np.float32)
+
+    def update(v, held, step):
+        return v[INSIDE] + held["forcing"][step] * held["rows"][1:-1]
+
+    rows = field((16, 1))
+    got = run(
+        field(),
+        update,
+        steps=6,
+        coefficients={"forcing": forcing, "rows": rows},
+        wafer=full_wafer,
+    )
+    np.testing.assert_allclose(got, field() + 15 * rows, rtol=1e-5, atol=1e-5)
+
+
+def test_snapshots_and_readings(full_wafer):
+    at = [(0, 0), (7, 9), (15, 15)]
+    last, saved, record = run(
+        field(), steps=7, save_every=3, receivers=wk.Receivers(at=at), wafer=full_wafer
+    )
+    assert saved.shape == (2, *SHAPE) and record.shape == (7, 3)
+    want = [plain(field(), weighted, n) for n in range(1, 8)]
+    np.testing.assert_allclose(last, want[6], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(saved, [want[2], want[5]], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        record, [[w[cell] for cell in at] for w in want], rtol=1e-5, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("boundary", ["zero", "periodic"])
+def test_sources_are_added_in_every_copy_of_their_cell(full_wafer, boundary):
+    at, values = [(0, 0), (8, 7), (15, 12)], field((4, 3), 5)
+    got = run(
+        field(), steps=4, boundary=boundary, depth=2 if full_wafer.size == 8 else None,
+        sources=wk.Sources(at=at, values=values), wafer=full_wafer,
+    )  # fmt: skip
+    want = field()
+    for step in range(4):
+        want = plain(want, weighted, 1, {"zero": "constant", "periodic": "wrap"}[boundary])
+        for cell, value in zip(at, values[step], strict=True):
+            want[cell] += value
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [None, "sqrt"])
+def test_gradient_of_a_wave_by_its_velocity(full_wafer, checkpoint):
+    c, u = np.full(SHAPE, 0.2, np.float32) + 0.02 * field(), field(seed=1)
+    target = field(seed=2)
+
+    def plain_wave(c, u):
+        state = {"u": u, "before": u}
+        for _ in range(20):
+            state = wave({k: jnp.pad(f, 1) for k, f in state.items()}, jnp.pad(c, 1, mode="edge"))
+        return jnp.sum(state["u"] * target)
+
+    def ours(c, u):
+        options = {"steps": 20, "coefficients": c, "checkpoint": checkpoint, "wafer": full_wafer}
+        state = wk.stencil({"u": u, "before": u}, wave, radius=1, **options)
+        return jnp.sum(state["u"] * target)
+
+    got = jax.jit(jax.grad(ours, (0, 1)))(c, u)
+    want = jax.jit(jax.grad(plain_wave, (0, 1)))(c, u)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_forward_mode(full_wafer):
+    u, du = field(), field(seed=1)
+    go = functools.partial(wk.stencil, update=weighted, radius=1, steps=4, wafer=full_wafer)
+    _, got = jax.jit(lambda u, du: jax.jvp(go, (u,), (du,)))(u, du)
+    np.testing.assert_allclose(got, plain(du, weighted, 4), rtol=1e-5, atol=5e-6)
+
+
+def test_in_a_shard_map_of_ones_own():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    spec = P("b", "a")
+    per_pe = functools.partial(wk.stencil_tile, update=weighted, along=spec, radius=1, steps=5)
+    got = jax.jit(jax.shard_map(per_pe, mesh=mesh, in_specs=spec, out_specs=spec))(field())
+    np.testing.assert_allclose(got, plain(field(), weighted, 5), rtol=1e-5, atol=2e-6)
+
+
+def test_in_a_kernel(full_wafer):
+    spec = P("y", "x")
+    per_pe = functools.partial(wk.stencil_tile, update=weighted, along=spec, radius=1, steps=2)
+    got = full_wafer.map(per_pe, in_specs=spec, out_specs=spec)(field())
+    np.testing.assert_allclose(got, plain(field(), weighted, 2), rtol=1e-5, atol=2e-6)
+
+
+def test_no_step_copies_a_field():
+    """Two buffers take turns: within the loop nothing is copied, concatenated or gathered."""
+    wafer = wk.Wafer.devices(2, 4)
+    u = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=wafer.sharding(P("y", "x")))
+    go = functools.partial(wk.stencil, update=star, radius=1, boundary="periodic", steps=64)
+    program = jax.jit(functools.partial(go, wafer=wafer, depth=4)).lower(u).compile().as_text()
+    (body,) = [part for part in program.split("\n\n") if "collective-permute(" in part]
+    assert " copy(" not in body and "concatenate" not in body and "all-gather" not in body
+
+
+def test_donated_memory_is_used():
+    u = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    go = functools.partial(wk.stencil, update=star, radius=1, steps=4)
+    program = jax.jit(go, donate_argnums=0).lower(u).compile()
+    assert program.memory_analysis().alias_size_in_bytes == 64 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"radius": 2}, r"radius is .*\(2, 2\).* it takes \[2, 2\] cells off"),
+        ({"update": lambda v: v[INSIDE].astype(jnp.bfloat16)}, "makes bfloat16 of float32; cast"),
+        ({"update": lambda v: (v[INSIDE],)}, "it must give the fields that it takes"),
+        ({"radius": 9}, "radius of dimension 0 is .* 8 is the largest"),
+        ({"depth": 5}, "depth=5 .* the largest depth is 4"),
+        ({"depth": 0}, "depth=0 must be an integer of 1 or more"),
+        ({"steps": -1}, "steps=-1 must be an integer of 0 or more"),
+        ({"checkpoint": "all"}, "checkpoint='all' is not 'sqrt'"),
+        ({"sources": wk.Sources(at=[(1, 16)], values=np.ones((1, 1)))}, r"has \(1, 16\), outside"),
+        ({"sources": wk.Sources(at=[(1, 1)], values=np.ones((2, 1)))}, r"it must be \(1, 1\)"),
+        ({"receivers": wk.Receivers(at=[1, 2])}, r"receivers.at is \(2,\), it must be \(points, 2"),
+        ({"receivers": wk.Receivers(at=[(0.5, 1)])}, "it must be whole cells"),
+        ({"receivers": wk.Receivers(at=[(0, 1)], field="v")}, "'v' is not one of the fields"),
+    ],
+)
+def test_refuses(options, message):
+    options = {"update": weighted, "radius": 1, "wafer": wk.Wafer.devices(2, 4), **options}
+    with pytest.raises(ValueError, match=f"^stencil: .*{message}"):
+        wk.stencil(field(), **options)

@@ -51,7 +51,8 @@ def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ..
 def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> jax.Array:
     """`array` grown at its far ends with `fill`, until every dimension divides by its PEs.
 
-    Without a `fill`, None, by its last cells again. On Explicit axes it is laid out by `spec` too: a gradient must have its operand's very type.
+    Where `fill` is None, with its last cells again. On Explicit axes it is laid out by `spec` too:
+    a gradient must have its operand's very type.
 
     Raises:
       ValueError: the array lies on other devices.

@@ -21,7 +21,6 @@ from wsekern.kernels.lines import Boundary, Line, Width
 from wsekern.kernels.local import program_of
 from wsekern.wafer import Wafer
 
-
 _ONE = Line(names=(), parts=1, tile=1, size=1, low="edge", high="edge")
 
 

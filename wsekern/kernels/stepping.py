@@ -16,8 +16,8 @@ from jax import lax
 from wsekern.kernels import boundary as ends
 from wsekern.kernels import points
 from wsekern.kernels.boundary import Pairs
-from wsekern.kernels.halo import exchange, joined, padded
 from wsekern.kernels.lines import Line
+from wsekern.kernels.neighbors import exchange, joined, padded
 
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
 # collective, of which there are two a dimension, at about a cell a nanosecond.
@@ -108,18 +108,19 @@ def run(
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None, jax.Array | None]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
     state = _Run(plan, _around(plan, coefficients), emitters, readers)
-    if plan.save_every is None:
+    every = plan.save_every
+    if every is None:
         out, record = state.advance(tuple(fields), 0, plan.steps)
         return out, None, record
 
     def save(tiles, begin):
-        tiles, record = state.advance(tiles, begin, plan.save_every)
+        tiles, record = state.advance(tiles, begin, every)
         return tiles, (tiles, record)
 
-    times = plan.steps // plan.save_every
-    begins = jnp.arange(times, dtype=jnp.int32) * plan.save_every
+    times = plan.steps // every
+    begins = jnp.arange(times, dtype=jnp.int32) * every
     tiles, (saved, records) = lax.scan(save, tuple(fields), begins)
-    done = times * plan.save_every
+    done = times * every
     out, rest = state.advance(tiles, done, plan.steps - done)
     if rest is None:
         return out, saved, None
@@ -130,7 +131,7 @@ def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, .
     """The coefficients that are split, with as deep a halo as the fields."""
     held = list(coefficients)
     split = [i for i, own in enumerate(plan.coefficient_lines) if own is not None]
-    own_lines = [plan.coefficient_lines[i] for i in split]
+    own_lines = [own for own in plan.coefficient_lines if own is not None]
     at = [_widths(own, plan.margins(plan.depth)) for own in own_lines]
     buffers = [padded(held[i], width) for i, width in zip(split, at, strict=True)]
     if buffers:

@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import wsekern as wk
 
 SHAPE = (16, 16)
 # boundary -> how numpy says it
-MODES = {
+MODES: dict[Any, dict[str, Any]] = {
     "periodic": {"mode": "wrap"},
     "zero": {},
     "edge": {"mode": "edge"},

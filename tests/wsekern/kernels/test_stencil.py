@@ -340,6 +340,7 @@ def test_no_step_copies_a_field():
     u = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=wafer.sharding(P("y", "x")))
     go = functools.partial(wk.stencil, update=star, radius=1, boundary="periodic", steps=64)
     program = jax.jit(functools.partial(go, wafer=wafer, depth=4)).lower(u).compile().as_text()
+    assert program is not None
     (body,) = [part for part in program.split("\n\n") if "collective-permute(" in part]
     assert " copy(" not in body and "concatenate" not in body and "all-gather" not in body
 
@@ -348,7 +349,8 @@ def test_donated_memory_is_used():
     u = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     go = functools.partial(wk.stencil, update=star, radius=1, steps=4)
     program = jax.jit(go, donate_argnums=0).lower(u).compile()
-    assert program.memory_analysis().alias_size_in_bytes == 64 * 64 * 4
+    memory = program.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes == 64 * 64 * 4
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ def halo_exchange(
     """The tiles of `u`, each with its halo, side by side as one array.
 
     A dimension of `N` cells over `p` PEs becomes one of `p * (N/p + low + high)`; `crop` is the
-    inverse. A PE sends, to each neighbor along a dimension, one message of that many cells in
-    depth, in two steps a dimension.
+    inverse. A PE sends one message to each neighbor, in one step a dimension.
 
     Args:
       u: a field, or a pytree of fields of one shape; of any floating or integer dtypes.
@@ -115,7 +114,7 @@ def halo_tile(
     fields, tree = jax.tree.flatten(tile)
     check_fields(what, fields)
     lines = tile_lines(what, tile, along, boundary, size)
-    widths = geometry.widths(width, along, what, "width")
+    widths = geometry.widths(width, (*along,), what, "width")
     check_room(what, lines, widths)
     return jax.tree.unflatten(tree, _per_pe(*fields, lines=lines, widths=widths, corners=corners))
 

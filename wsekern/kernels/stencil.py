@@ -2,12 +2,20 @@
 
 Deep halos, exchanged once for several steps, are from C. Ding and Y. He, "A Ghost Cell Expansion
 Method for Reducing Communications in Solving PDE Problems", 2001.
+
+`update(u)` maps tiles with their halo, of any size, to new tiles without it. It is called as
+`update(u, coefficients)` where there are some, and with `step=`, counted from 0, if it has a
+parameter of that name. Coefficients with as many dimensions as the field are split as it is and
+have the same halo, but for dimensions of size 1; beyond the field lie their own last cells, or the
+other end where it is periodic. Other ones are whole on every PE. A star, which reads no cell
+diagonally across, sends less with `corners=False` where there is one step to an exchange; deeper
+halos need corners. Donate `u` to a jit of your own to have its memory used for the result.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,70 +51,39 @@ def stencil(
 ) -> Any:
     """`u` after `steps` steps of `update`, the same field on every mesh.
 
-    A PE sends a message to each neighbor once in `depth` steps, of `depth * radius` cells in depth;
-    between, it computes the neighbors' nearest cells itself. It holds two padded copies of its
-    tiles, which take turns. Donate `u` to your own jit to have its memory used for the result.
-    Differentiable, forward and reverse.
+    A PE sends a message to each neighbor once in `depth` steps, of `depth * radius` cells in depth,
+    and between computes its neighbors' nearest cells itself. It holds two padded copies of its
+    tiles. Differentiable, forward and reverse.
 
     Args:
       u: a field, or a pytree of fields of one shape.
-      update: from tiles with `radius` cells around, to new tiles without them; for any size of
-        tile. Called as `update(u)`, or `update(u, coefficients)` where there are some, which have
-        the same cells around; and with `step=`, from 0, if it has a parameter of that name. Cells
-        beyond an end follow `boundary` in each step.
-      radius: cells that `update` takes off: one number for every dimension that is split, or a
-        number or a pair (low, high) for each dimension. A dimension of radius 0 is left alone.
-      boundary: as in `halo_exchange`; "fixed" holds the `radius` cells at that side still.
+      update: from tiles with `radius` cells around to new tiles; how it is called stands above.
+      radius: cells that `update` takes off, as the `width` of `halo_exchange`.
+      boundary: as in `halo_exchange`, in each step; "fixed" holds `radius` cells still.
       steps: how many.
-      coefficients: what `update` reads and does not change, a pytree. Arrays with as many
-        dimensions as `u` are split as it is, but for dimensions of size 1; around them lie their
-        own last cells, or the other end where `u` is periodic. Others are whole on every PE.
-      corners: whether `update` reads cells diagonally across. One that does not, a star, sends less
-        where there is one step to an exchange; deeper halos need corners in any case.
+      coefficients: a pytree that `update` reads.
+      corners: whether `update` reads cells diagonally across.
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
-      checkpoint: "sqrt" keeps about 2 * sqrt(steps / depth) states for the gradient and takes each
+      checkpoint: "sqrt" keeps for the gradient about 2 * sqrt(steps / depth) states, and takes each
         step three times; None keeps what `update` needs of each step.
-      depth: steps from one exchange to the next; by default as the machine, the tile and `radius`
-        suggest. The result is the same.
+      depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
 
     Returns:
-      `u` after the last step; with `save_every`, that and snapshots `[steps // save_every, ...]`;
-      with `receivers`, also the readings `[steps, points]`, last.
+      `u`; with `save_every` also snapshots `[steps // save_every, ...]`; with `receivers` also,
+      last, what they read, `[steps, points]`.
 
     Raises:
-      ValueError: `update` changes dtype or does not take `radius` cells off, a halo is wider than
-        a tile, a boundary is unknown, or an option does not fit.
+      ValueError: `update` does not take `radius` cells off or changes dtype, a halo is wider than
+        a tile, or an option does not fit.
     """
-    what = "stencil"
-    fields, tree = jax.tree.flatten(u)
-    halo.check_fields(what, fields)
-    wafer, along = geometry.home(u, spec, wafer)
-    shape = fields[0].shape
-    widths = geometry.widths(radius, along, what, "radius")
-    parts = (1,) * len(shape)
-    if wafer is not None:
-        parts = tuple(layout.parts(P(entry), wafer) for entry in along)
-    lines = tuple(
-        geometry.of_field(shape, along, side, parts, what)
-        for side in geometry.by_field(boundary, u)
+    options = _Options(
+        update, radius, boundary, steps, coefficients, corners, save_every, checkpoint, depth
     )
-    plan = _plan(
-        what, u, update, lines, widths, steps, save_every, checkpoint, depth, coefficients, corners,
-        on_wafer=wafer is not None and wafer.reading != "devices",
-    )  # fmt: skip
-    emitters = points.emitters(sources, u, lines[0], steps)
-    readers = points.readers(receivers, u, lines[0])
-    kernel = functools.partial(_per_pe, plan=plan, along=along)
-    operands = (tuple(fields), plan.coefficients_of(coefficients), emitters, readers)
-    if wafer is None:
-        out, saved, record = program_of(kernel)(*operands)
-    else:
-        out, saved, record = _on_wafer(kernel, operands, along, plan, wafer)
-    return _results(tree, out, saved, record, save_every, receivers)
+    return _stencil(u, options, sources, receivers, spec, wafer)
 
 
 def stencil_tile(
@@ -144,24 +121,65 @@ def stencil_tile(
     what = "stencil_tile"
     fields, tree = jax.tree.flatten(tile)
     halo.check_fields(what, fields)
+    along = (*along,)
     lines = halo.tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(radius, along, what, "radius")
-    plan = _plan(
-        what, tile, update, lines, widths, steps, None, checkpoint, depth, coefficients, corners,
-        on_wafer=_on_wafer_here(),
-    )  # fmt: skip
-    leaves = plan.coefficients_of(coefficients)
-    out, _, _ = _per_pe(tuple(fields), leaves, None, None, plan=plan, along=tuple(along))
+    options = _Options(
+        update, radius, boundary, steps, coefficients, corners, None, checkpoint, depth
+    )
+    plan = _plan(what, tile, options, lines, widths, _on_wafer_here())
+    held = plan.coefficients_of(coefficients)
+    out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)
     return jax.tree.unflatten(tree, out)
 
 
-def _plan(
-    what, u, update, lines, radius, steps, save_every, checkpoint, depth, coefficients, corners,
-    *, on_wafer,
-) -> stepping.Plan:  # fmt: skip
+class _Options(NamedTuple):
+    """What is asked for, as it was given."""
+
+    update: Callable[..., Any]
+    radius: Any
+    boundary: Any
+    steps: int
+    coefficients: Any
+    corners: bool
+    save_every: int | None
+    checkpoint: str | None
+    depth: int | None
+
+
+def _stencil(u, options, sources, receivers, spec, wafer):
+    what = "stencil"
+    fields, tree = jax.tree.flatten(u)
+    halo.check_fields(what, fields)
+    wafer, along = geometry.home(u, spec, wafer)
+    shape = fields[0].shape
+    radius = geometry.widths(options.radius, along, what, "radius")
+    parts = (1,) * len(shape)
+    if wafer is not None:
+        parts = tuple(layout.parts(P(entry), wafer) for entry in along)
+    lines = tuple(
+        geometry.of_field(shape, along, side, parts, what)
+        for side in geometry.by_field(options.boundary, u)
+    )
+    on_wafer = wafer is not None and wafer.reading != "devices"
+    plan = _plan(what, u, options, lines, radius, on_wafer)
+    emitters = points.emitters(sources, u, lines[0], options.steps)
+    readers = points.readers(receivers, u, lines[0])
+    kernel = functools.partial(_per_pe, plan=plan, along=along)
+    coefficients = plan.coefficients_of(options.coefficients)
+    operands = (tuple(fields), coefficients, emitters, readers)
+    if wafer is None:
+        out, saved, record = program_of(kernel)(*operands)
+    else:
+        out, saved, record = _on_wafer(kernel, operands, along, plan, wafer)
+    return _results(tree, out, saved, record, options.save_every, receivers)
+
+
+def _plan(what, u, options, lines, radius, on_wafer) -> stepping.Plan:
     halo.check_room(what, lines, radius, "radius")
-    _check(what, steps, save_every, checkpoint, depth)
+    _check(what, options)
     most = _deepest(lines, radius)
+    depth = options.depth
     if depth is not None and depth > most:
         raise ValueError(
             f"{what}: depth={depth} with radius {radius} needs a halo wider than the smallest "
@@ -169,23 +187,23 @@ def _plan(
         )
     if depth is None:
         depth = stepping.depth(lines[0], radius, most, on_wafer)
-    _, tree = jax.tree.flatten(u)
+    depth = max(1, min(depth, options.save_every or options.steps or 1))
     plan = stepping.Plan(
-        update=update,
-        tree=tree,
-        coefficients=jax.tree.structure(coefficients),
-        told_step="step" in _parameters(update),
+        update=options.update,
+        tree=jax.tree.structure(u),
+        coefficients=jax.tree.structure(options.coefficients),
+        told_step="step" in _parameters(options.update),
         lines=lines,
-        coefficient_lines=_coefficient_lines(coefficients, lines[0]),
+        coefficient_lines=_coefficient_lines(options.coefficients, lines[0]),
         radius=radius,
-        steps=steps,
-        depth=max(1, min(depth, save_every or steps or 1)),
-        corners=corners or min(depth, save_every or steps or 1) > 1,
+        steps=options.steps,
+        depth=depth,
+        corners=options.corners or depth > 1,
         on_wafer=on_wafer,
-        save_every=save_every,
-        checkpoint=checkpoint,
+        save_every=options.save_every,
+        checkpoint=options.checkpoint,
     )
-    _check_update(what, plan, u, coefficients)
+    _check_update(what, plan, u, options.coefficients)
     return plan
 
 
@@ -268,14 +286,14 @@ def _parameters(update: Callable) -> Sequence[str]:
         return []
 
 
-def _check(what, steps, save_every, checkpoint, depth):
-    for name, value, least in (
-        ("steps", steps, 0), ("save_every", save_every, 1), ("depth", depth, 1)
-    ):  # fmt: skip
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{what}: {name}={value!r} must be an integer of {least} or more")
-    if checkpoint not in (None, "sqrt"):
-        raise ValueError(f"{what}: checkpoint={checkpoint!r} is not 'sqrt' or None")
+def _check(what, options):
+    least = {"steps": 0, "save_every": 1, "depth": 1}
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int) or value < smallest):
+            raise ValueError(f"{what}: {name}={value!r} must be an integer of {smallest} or more")
+    if options.checkpoint not in (None, "sqrt"):
+        raise ValueError(f"{what}: checkpoint={options.checkpoint!r} is not 'sqrt' or None")
 
 
 def _check_update(what, plan, u, coefficients):

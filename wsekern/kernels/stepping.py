@@ -5,6 +5,7 @@ field, and the compiler, which cannot fuse through a write in place, evaluates n
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wsekern.kernels import adjoint, points
 from wsekern.kernels import boundary as ends
-from wsekern.kernels import points
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
 from wsekern.kernels.neighbors import exchange, joined, padded
@@ -22,6 +23,7 @@ from wsekern.kernels.neighbors import exchange, joined, padded
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
 # collective, of which there are two a dimension, at about a cell a nanosecond.
 _CELLS_OF_AN_EXCHANGE = 150_000
+_KEPT_STEPS = 10  # of which a gradient with checkpoints keeps what `update` needs, at most
 _DEEPEST = 8  # beyond, the unrolled program only takes longer to compile
 
 
@@ -46,17 +48,22 @@ class Plan:
     def call(self, fields: Any, coefficients: Any, step: Any) -> Any:
         """The user's update, with what it takes."""
         named = {"step": step} if self.told_step else {}
-        if self.coefficients.num_leaves:
-            return self.update(fields, coefficients, **named)
-        return self.update(fields, **named)
+        update = functools.partial(self.update, **named)
+        operands = (fields, coefficients) if self.coefficients.num_leaves else (fields,)
+        if self.checkpoint is not None:
+            return adjoint.gathering(update, *operands)
+        return update(*operands)
 
     def coefficients_of(self, coefficients: Any) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(coefficients))
 
     @property
     def joins(self) -> bool:
-        """Whether a tile and its halo are joined anew in each step, instead of kept padded."""
-        return self.on_wafer and self.depth == 1
+        """Whether a tile and its halo are joined anew in each step, instead of kept padded.
+
+        The transpose of a join is a cut, that of a write into a buffer a copy of it.
+        """
+        return self.depth == 1 and (self.on_wafer or self.checkpoint is not None)
 
     @property
     def padding(self) -> Pairs:
@@ -156,6 +163,8 @@ class _Run:
         """The tiles `steps` steps later, and the readings `[steps, points]` of this PE."""
         depth = self.plan.depth
         unit = depth if depth % 2 == 0 else 2 * depth
+        if self.plan.checkpoint is not None:
+            unit = min(_KEPT_STEPS, max(1, round(steps ** (1 / 3))))
         if self.plan.checkpoint is None:
             buffers = self._buffers(tiles)
             buffers, first = self._loop(self._blocks, buffers, begin, steps // unit, unit)
@@ -196,8 +205,12 @@ class _Run:
         return carry, None if records is None else records.reshape(times * unit, self.readers.count)
 
     def _from_tiles(self, tiles, begin, steps: int):
-        buffers, record = self._blocks(self._buffers(tiles), begin, steps, fresh=True)
-        return self._tiles(buffers), record
+        # A loop: of steps in a row XLA would fuse two, and evaluate the first for each neighbor.
+        def one(tiles, begin, unit):
+            buffers, record = self._blocks(self._buffers(tiles), begin, unit, fresh=True)
+            return self._tiles(buffers), record
+
+        return self._loop(one, tiles, begin, steps, 1)
 
     def _buffers(self, tiles):
         buffers = tuple(padded(t, self.plan.padding) for t in tiles)

@@ -66,9 +66,8 @@ def stencil(
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
-      checkpoint: "sqrt" keeps for the gradient, which is reverse mode alone then, about three
-        states for each cube root of `steps`, takes each step three times, and exchanges in each;
-        None keeps what `update` needs of each step.
+      checkpoint: "sqrt" keeps for the gradient 2 * sqrt(steps / 10) states and what `update`
+        needs of 10 steps, takes each step three times and exchanges in each; None keeps what `update` needs of each step.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.

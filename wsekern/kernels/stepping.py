@@ -5,7 +5,6 @@ field, and the compiler, which cannot fuse through a write in place, evaluates n
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.kernels import adjoint, points
 from wsekern.kernels import boundary as ends
+from wsekern.kernels import points
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
 from wsekern.kernels.neighbors import exchange, joined, padded
@@ -48,11 +47,9 @@ class Plan:
     def call(self, fields: Any, coefficients: Any, step: Any) -> Any:
         """The user's update, with what it takes."""
         named = {"step": step} if self.told_step else {}
-        update = functools.partial(self.update, **named)
-        operands = (fields, coefficients) if self.coefficients.num_leaves else (fields,)
-        if self.checkpoint is not None:
-            return adjoint.gathering(update, *operands)
-        return update(*operands)
+        if self.coefficients.num_leaves:
+            return self.update(fields, coefficients, **named)
+        return self.update(fields, **named)
 
     def coefficients_of(self, coefficients: Any) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(coefficients))
@@ -161,20 +158,18 @@ class _Run:
 
     def advance(self, tiles, begin, steps: int):
         """The tiles `steps` steps later, and the readings `[steps, points]` of this PE."""
-        depth = self.plan.depth
-        unit = depth if depth % 2 == 0 else 2 * depth
         if self.plan.checkpoint is not None:
             unit = min(_KEPT_STEPS, max(1, round(steps ** (1 / 3))))
-        if self.plan.checkpoint is None:
+            done = steps // unit * unit
+            tiles, first = self._segments(tiles, begin, steps // unit, unit)
+            tiles, last = self._from_tiles(tiles, begin + done, steps - done)
+        else:
+            unit = self.plan.depth * (1 + self.plan.depth % 2)  # an even number of turns
+            done = steps // unit * unit
             buffers = self._buffers(tiles)
             buffers, first = self._loop(self._blocks, buffers, begin, steps // unit, unit)
-            done = steps // unit * unit
             buffers, last = self._blocks(buffers, begin + done, steps - done, fresh=done == 0)
             tiles = self._tiles(buffers)
-        else:
-            tiles, first = self._segments(tiles, begin, steps // unit, unit)
-            done = steps // unit * unit
-            tiles, last = self._from_tiles(tiles, begin + done, steps - done)
         if self.readers is None:
             return tiles, None
         return tiles, jnp.concatenate([first, last])

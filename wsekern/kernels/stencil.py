@@ -67,7 +67,8 @@ def stencil(
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
       checkpoint: "sqrt" keeps for the gradient 2 * sqrt(steps / 10) states and what `update`
-        needs of 10 steps, takes each step three times and exchanges in each; None keeps what `update` needs of each step.
+        needs of 10 steps, takes each step three times and exchanges in each; None keeps what it
+        needs of all.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.

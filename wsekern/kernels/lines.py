@@ -5,7 +5,6 @@ cell may hold fewer; beyond the line's two ends lies what its boundaries say.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -232,8 +231,3 @@ def _in_our_names(spec: P, wafer: Wafer) -> P:
     return P(
         *(tuple(ours[n] for n in readings.axes_of(entry) if n in ours) or None for entry in spec)
     )
-
-
-def cells_per_pe(lines: Sequence[Line]) -> int:
-    """How many cells a PE has room for."""
-    return math.prod(line.tile for line in lines)

@@ -66,8 +66,9 @@ def stencil(
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
-      checkpoint: "sqrt" keeps for the gradient about 2 * sqrt(steps / depth) states, and takes each
-        step three times; None keeps what `update` needs of each step.
+      checkpoint: "sqrt" keeps for the gradient 2 * sqrt(steps / 10) states and what `update`
+        needs of 10 steps, takes each step three times and exchanges in each; None keeps what it
+        needs of all.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
@@ -188,6 +189,8 @@ def _plan(what, u, options, lines, radius, on_wafer) -> stepping.Plan:
     if depth is None:
         depth = stepping.depth(lines[0], radius, most, on_wafer)
     depth = max(1, min(depth, options.save_every or options.steps or 1))
+    if options.checkpoint is not None:
+        depth = 1  # a deep halo's cells would be computed, kept and differentiated on several PEs
     plan = stepping.Plan(
         update=options.update,
         tree=jax.tree.structure(u),

@@ -22,6 +22,7 @@ from wsekern.kernels.neighbors import exchange, joined, padded
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
 # collective, of which there are two a dimension, at about a cell a nanosecond.
 _CELLS_OF_AN_EXCHANGE = 150_000
+_KEPT_STEPS = 10  # of which a gradient with checkpoints keeps what `update` needs, at most
 _DEEPEST = 8  # beyond, the unrolled program only takes longer to compile
 
 
@@ -55,8 +56,11 @@ class Plan:
 
     @property
     def joins(self) -> bool:
-        """Whether a tile and its halo are joined anew in each step, instead of kept padded."""
-        return self.on_wafer and self.depth == 1
+        """Whether a tile and its halo are joined anew in each step, instead of kept padded.
+
+        The transpose of a join is a cut, that of a write into a buffer a copy of it.
+        """
+        return self.depth == 1 and (self.on_wafer or self.checkpoint is not None)
 
     @property
     def padding(self) -> Pairs:
@@ -154,18 +158,18 @@ class _Run:
 
     def advance(self, tiles, begin, steps: int):
         """The tiles `steps` steps later, and the readings `[steps, points]` of this PE."""
-        depth = self.plan.depth
-        unit = depth if depth % 2 == 0 else 2 * depth
-        if self.plan.checkpoint is None:
+        if self.plan.checkpoint is not None:
+            unit = min(_KEPT_STEPS, max(1, round(steps ** (1 / 3))))
+            done = steps // unit * unit
+            tiles, first = self._segments(tiles, begin, steps // unit, unit)
+            tiles, last = self._from_tiles(tiles, begin + done, steps - done)
+        else:
+            unit = self.plan.depth * (1 + self.plan.depth % 2)  # an even number of turns
+            done = steps // unit * unit
             buffers = self._buffers(tiles)
             buffers, first = self._loop(self._blocks, buffers, begin, steps // unit, unit)
-            done = steps // unit * unit
             buffers, last = self._blocks(buffers, begin + done, steps - done, fresh=done == 0)
             tiles = self._tiles(buffers)
-        else:
-            tiles, first = self._segments(tiles, begin, steps // unit, unit)
-            done = steps // unit * unit
-            tiles, last = self._from_tiles(tiles, begin + done, steps - done)
         if self.readers is None:
             return tiles, None
         return tiles, jnp.concatenate([first, last])
@@ -196,8 +200,12 @@ class _Run:
         return carry, None if records is None else records.reshape(times * unit, self.readers.count)
 
     def _from_tiles(self, tiles, begin, steps: int):
-        buffers, record = self._blocks(self._buffers(tiles), begin, steps, fresh=True)
-        return self._tiles(buffers), record
+        # A loop: of steps in a row XLA would fuse two, and evaluate the first for each neighbor.
+        def one(tiles, begin, unit):
+            buffers, record = self._blocks(self._buffers(tiles), begin, unit, fresh=True)
+            return self._tiles(buffers), record
+
+        return self._loop(one, tiles, begin, steps, 1)
 
     def _buffers(self, tiles):
         buffers = tuple(padded(t, self.plan.padding) for t in tiles)

@@ -312,6 +312,18 @@ def test_gradient_of_a_wave_by_its_velocity(full_wafer, checkpoint):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+def test_a_gradient_with_checkpoints_keeps_few_states():
+    """100 steps of a wave of two fields, in less than 40 fields."""
+    c = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    def loss(c, u):
+        options = {"steps": 100, "coefficients": c, "checkpoint": "sqrt"}
+        return jnp.sum(wk.stencil({"u": u, "before": u}, wave, radius=1, **options)["u"])
+
+    memory = jax.jit(jax.grad(loss)).lower(c, c).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 40 * 64 * 64 * 4
+
+
 def test_forward_mode(full_wafer):
     u, du = field(), field(seed=1)
     go = functools.partial(wk.stencil, update=weighted, radius=1, steps=4, wafer=full_wafer)

@@ -83,7 +83,7 @@ def predicted_cycles(
 
 
 def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None = None) -> Received:
-    """What the PE that receives most does in a reduction: words of 32 bits, and steps.
+    """What the PE that receives most does in a reduction of 32-bit tiles: words, and steps.
 
     Args:
       algorithm: any but "auto" and "xla".

@@ -43,7 +43,7 @@ def reduce(
     """`x` reduced over `along`, on the root; zeros on every other PE.
 
     Words, steps and cycles are those of the algorithm, in its own file (`wsekern/fabric/`). Sums
-    and means are differentiable; the gradient is a flood from the root.
+    and means have exact derivatives of any order, in both modes; others refuse.
 
     Args:
       x: a tile, or a pytree of tiles.
@@ -66,8 +66,8 @@ def all_reduce(x: Any, along: Along, op: Op = "sum", *, algorithm: Algorithm = "
     """`x` reduced over `along`, on every PE, and JAX knows that it is the same on each.
 
     A reduction to the PE that suits the algorithm and a flood from it: one step and B words more
-    than `reduce`. Sums and means are differentiable, as XLA's are; for the others put
-    `lax.stop_gradient` around `x`.
+    than `reduce`. Sums and means have XLA's derivatives, of any order and in both modes; for the
+    others put `lax.stop_gradient` around `x`.
 
     Args:
       x: a tile, or a pytree of tiles.
@@ -90,6 +90,8 @@ def _each(x: Any, along: Along, op: Op, algorithm: Algorithm, root: int | None) 
     here = None if between else root
 
     def one(tile):
+        if tile.dtype == jnp.bool_ and op in ("sum", "mean"):
+            tile = tile.astype(jnp.int32)  # truths are counted, as XLA does
         words = tile.size * tile.dtype.itemsize / 4
         taken = algorithms.chosen(algorithm, sizes, words, here)
         if taken == "xla" or not grid:
@@ -110,38 +112,36 @@ def _reduced(tile, names, root, op, algorithm):
         return _by_algorithm(_refusing(tile, op), names, root, op, algorithm)
     if not virtual():
         return _differentiable(tile, names, root, op, algorithm)
-    # Under vmap what a custom_vjp calls knows no axis any more once it has been jitted. Of XLA's
-    # sum only the gradient is used, so that its value is never computed.
+    # Under vmap what a rule of differentiation calls knows no axis any more once it is jitted.
+    # Of XLA's sum only the derivative is used, so that its value is never computed.
     value = _by_algorithm(lax.stop_gradient(tile), names, root, op, algorithm)
     return _grafted(value, _by_xla(tile, names, root, op))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+# Plain autodiff would keep every step of a scan, and run it backwards, for what is one sum. The
+# derivative is that of XLA's sum, which knows whether cotangents are summed already. The rules call
+# what they are rules of, so that they hold for derivatives of any order.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _differentiable(tile, names, root, op, algorithm):
     return _by_algorithm(tile, names, root, op, algorithm)
 
 
-# Plain autodiff would keep every step of a scan, and run it backwards, for what is one sum. The
-# gradient is that of XLA's sum, which knows whether the parts of `dout` are summed already.
-def _fwd(tile, names, root, op, algorithm):
-    return _by_algorithm(tile, names, root, op, algorithm), None
+@_differentiable.defjvp
+def _differentiable_jvp(names, root, op, algorithm, tiles, dtiles):
+    (tile,), (dtile,) = tiles, dtiles
+    out = _differentiable(tile, names, root, op, algorithm)
+    return out, _by_xla(dtile, names, root, op)
 
 
-def _bwd(names, root, op, algorithm, _, dout):
-    zeros = varying(jnp.zeros_like(dout), names)
-    return jax.vjp(lambda tile: _by_xla(tile, names, root, op), zeros)[1](dout)
-
-
-_differentiable.defvjp(_fwd, _bwd)
-
-
-@jax.custom_vjp
-def _grafted(value, source_of_gradient):
-    del source_of_gradient
+@jax.custom_jvp
+def _grafted(value, source_of_derivative):
+    del source_of_derivative
     return value
 
 
-_grafted.defvjp(lambda value, _: (value, None), lambda _, dout: (jnp.zeros_like(dout), dout))
+@_grafted.defjvp
+def _grafted_jvp(primals, tangents):
+    return _grafted(*primals), tangents[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -37,7 +37,7 @@ CostOf = Callable[[int, float, int], Cost]
 class Received(NamedTuple):
     """What the PE that receives most does in a collective, off the program that runs."""
 
-    words: int  # elements of the tile's dtype
+    words: int
     steps: int  # that wait for one another
 
     def plus(self, other: "Received") -> "Received":

@@ -20,10 +20,14 @@ class Operation(NamedTuple):
 
 
 def _lowest(dtype):
+    if dtype == jnp.bool_:
+        return False
     return -np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
 
 
 def _highest(dtype):
+    if dtype == jnp.bool_:
+        return True
     return np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
 
 

@@ -5,6 +5,7 @@ chain of steps is longer than d, the one whose words make the fewest hops,
 `E(n, d) = min over s of E(s, d - 1) + E(n - s, d) + n - s`; then the depth that costs least.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Iterator
@@ -40,17 +41,27 @@ def received(pes: int, words: int, root: int = 0) -> Received:
 
 
 def cost(pes: int, words: float, root: int = 0) -> Cost:
-    """`min over d of B E(P, d) / (P - 1) + P - 1 + (2 T_R + 1) d` cycles."""
+    """`min over d of B E(P, d) / (P - 1) + P - 1 + (2 T_R + 1) d` cycles, as published.
+
+    That takes the fabric to be evenly used; where a PE of the tree found has many children, what
+    they send it, one after another, is the cost.
+    """
     depths = [_best_depth(side + 1, words) for side in sides(pes, root)]
     ends = [side + 1 for side in sides(pes, root)]
     hops = sum(_fewest_hops(n)[d, n] for n, d in zip(ends, depths, strict=True))
     return Cost(
-        contention=0,  # the model takes the fabric to be evenly used
+        contention=words * _most_children(pes, words, root),
         energy=words * float(hops),
         links=pes - 1,
         distance=max(sides(pes, root), default=0),
         depth=max(depths, default=0),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _most_children(pes: int, words: float, root: int) -> int:
+    parents = [b for pairs in rounds(pes, words, root) for _, b in pairs]
+    return max(collections.Counter(parents).values(), default=0)
 
 
 @functools.lru_cache(maxsize=256)

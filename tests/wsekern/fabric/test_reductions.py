@@ -140,6 +140,44 @@ def test_gradients_are_those_of_the_plain_sum(full_wafer, algorithm):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want)
 
 
+@pytest.mark.parametrize("algorithm", ["chain", "ring", "auto"])
+def test_second_derivatives_and_forward_mode_are_those_of_the_plain_sum(full_wafer, algorithm):
+    u = tiles(full_wafer, 3)
+    run = full_wafer.map(
+        lambda u: fabric.all_reduce((u * u)[0, 0, 0], GRID, algorithm=algorithm),
+        in_specs=ALL,
+        out_specs=P("wafer"),
+    )
+
+    def product(total):
+        def loss(u):
+            return (total(u) ** 2).sum()
+
+        # Of a gradient's sum, and of the function itself along a direction.
+        return jax.jit(
+            lambda u: (
+                jax.grad(lambda v: jax.grad(loss)(v).sum())(u),
+                jax.jvp(loss, (u,), (jnp.ones_like(u),)),
+            )
+        )
+
+    got, want = (product(f)(u) for f in (run, lambda u: (u * u).sum((1, 2)).reshape(-1)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, want)
+
+
+def test_truths_are_counted_as_xla_counts_them(full_wafer):
+    def kernel(u):
+        ops: list[fabric.Op] = ["sum", "mean", "max", "min"]
+        return [[fabric.all_reduce(u > 0, "x", op, algorithm=a) for op in ops] for a in alike]
+
+    alike: list[Any] = ["xla", "chain", "k_tree", "ring", "auto"]
+    want, *others = mapped(full_wafer, kernel)(tiles(full_wafer, 5))
+    for got in others:
+        for x, y in zip(got, want, strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("algorithm", ["chain", "k_tree"])
 def test_the_gradient_of_a_rooted_sum_floods_back(full_wafer, algorithm):
     u = tiles(full_wafer, 4)

@@ -51,7 +51,7 @@ def gemv(
       ValueError: the shapes do not fit one another, the dtypes differ or are not floating, int8
         comes without scales, or `activation` is unknown.
     """
-    x, b = jnp.asarray(x), jnp.asarray(b)
+    x, b = layout.as_array(x), layout.as_array(b)
     _check(x, b, transpose_b, bias, scales)
     activation = epilogue.function("gemv", activation)
     wafer = context.resolve(wafer)

@@ -154,7 +154,7 @@ def matmul(
         unknown, or cannot serve the grid.
     """
     several = isinstance(b, tuple | list)
-    a, bs = jnp.asarray(a), tuple(map(jnp.asarray, b if several else (b,)))
+    a, bs = layout.as_array(a), tuple(map(layout.as_array, b if several else (b,)))
     biases, scales = (
         _each(n, v, several, len(bs)) for n, v in (("bias", bias), ("scales", scales))
     )
@@ -179,7 +179,8 @@ def _plain(form, a, b, bias, scales, activation):
         c = (c * epilogue.along_last(scales, c)).astype(a.dtype)
     else:
         c = jnp.matmul(a, b)
-    return epilogue.applied(c, bias, None, activation)[0].astype(a.dtype)
+    c = epilogue.applied(c, bias, None, activation)[0]
+    return c if c.dtype == a.dtype else c.astype(a.dtype)
 
 
 def _on(wafer, form, a, bs, biases, scales, activation, algorithm):
@@ -376,7 +377,7 @@ def _each(name, value, several, count):
         raise ValueError(
             f"matmul: {name} must be a tuple of {count}, one for each right factor, or None"
         )
-    return tuple(v if v is None else jnp.asarray(v) for v in values)
+    return tuple(v if v is None else layout.as_array(v) for v in values)
 
 
 def _check(form, a, bs, biases, scales, algorithm):

@@ -41,7 +41,7 @@ suite: $(VENV)/installed-test ## run every test
 
 typed: $(VENV)/installed-test ## run the kernels' tests with every shape in a signature checked
 	$(python) -m pytest tests/wsekern/kernels -m 'not refuses and not slow' \
-	  --jaxtyping-packages=wsekern,beartype.beartype $(ARGS)
+	  --jaxtyping-packages=wsekern,typechecker.checked $(ARGS)
 
 clean: ## remove environments and caches; runs stay
 	rm -rf .venv .venv-* .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,7 +51,7 @@ def attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-    bias: Float[Array, "*rest S"] | None = None,
+    bias: Float[Array, ...] | None = None,
     algorithm: Algorithm = "auto",
     wafer: Wafer | None = None,
 ) -> Float[Array, "B T N H"]:

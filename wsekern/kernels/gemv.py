@@ -21,7 +21,7 @@ from wsekern.wafer import Wafer
 
 def gemv(
     x: Float[Array, "*batch K"],
-    b: Float[Array, "K N"] | Int8[Array, "K N"],
+    b: Float[Array, "_ _"] | Int8[Array, "_ _"],
     *,
     transpose_b: bool = False,
     bias: Float[Array, " N"] | None = None,

@@ -39,8 +39,8 @@ class Receivers:
 class Emitters:
     """Sources as a kernel takes them."""
 
-    at: jax.Array
-    values: jax.Array
+    at: Any
+    values: Any
     index: int  # of the field's leaf
 
 
@@ -51,7 +51,7 @@ class Emitters:
 class Readers:
     """Receivers as a kernel takes them."""
 
-    at: jax.Array
+    at: Any
     index: int
     count: int
 

@@ -32,7 +32,9 @@ def operands(B, T, S, N, K, H, bias=None, sinks=False):
 
 def packed(B, length, parts=3):
     """Segments of unequal lengths, other ones in each sequence."""
-    return np.sort(np.random.default_rng(length).integers(0, parts, (B, length))).astype(np.int32)
+    return jnp.asarray(
+        np.sort(np.random.default_rng(length).integers(0, parts, (B, length))).astype(np.int32)
+    )
 
 
 def plain(
@@ -166,8 +168,8 @@ def test_the_vendors_tiles_merge_into_the_same(monkeypatch, rows):
 
 
 def test_tiles_of_16_bits_are_not_merged_by_a_rounded_sum():
-    assert tile_vendor.merges(jnp.float32)
-    assert not tile_vendor.merges(jnp.bfloat16)
+    assert tile_vendor.merges(jnp.dtype("float32"))
+    assert not tile_vendor.merges(jnp.dtype("bfloat16"))
 
 
 def test_a_window_sends_only_what_it_sees():

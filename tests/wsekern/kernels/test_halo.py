@@ -236,6 +236,7 @@ def test_an_array_that_is_split_needs_no_wafer(spec, kind):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -254,6 +255,7 @@ def test_refuses(options, message):
         wk.halo_exchange(field(), **{"width": 1, **options}, wafer=wk.Wafer.devices(2, 4))
 
 
+@pytest.mark.refuses
 def test_refuses_a_periodic_size_that_does_not_divide():
     with pytest.raises(ValueError, match="periodic, and its 15 cells do not divide by the 2 PEs"):
         wk.halo_exchange(field((15, 16)), 1, boundary="periodic", wafer=wk.Wafer.devices(2, 4))

@@ -258,7 +258,7 @@ def test_many_rows_in_rounds(form):
     """As `auto` takes them on emulated devices beyond 4 MiB, forward and backward."""
     wafer = wk.Wafer.devices(2, 4)
     run = functools.partial(product(wafer), **FORMS[form])
-    a, b, dc = whole_numbers(1024, 1536), whole_numbers(1536, 1100), whole_numbers(1024, 1100)
+    a, b, dc = whole_numbers(1024, 1536), whole_numbers(1536, 1500), whole_numbers(1024, 1500)
     operands = as_form(form, a, b)
     explained = str(wk.explain_matmul(*operands, wafer=wafer, **FORMS[form]))
     assert ("summa, " if form == "tn" else "in 2 rounds") in explained

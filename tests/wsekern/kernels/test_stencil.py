@@ -365,6 +365,7 @@ def test_donated_memory_is_used():
     assert memory is not None and memory.alias_size_in_bytes == 64 * 64 * 4
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("options", "message"),
     [

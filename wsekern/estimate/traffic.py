@@ -126,7 +126,7 @@ def _read_equation(equation: Any, ins: list[int], sizes: dict[str, int]) -> _Rea
     if name in ("jit", "pjit") and params["name"] == _FLOOD:
         return _move(equation, "flood", lambda P: 1, ins, sizes)
     if name == "scan":
-        return _scan(params, ins, sizes)
+        return _scan(equation, ins, sizes)
     if name == "while":
         return _while(params, ins, sizes)
     if name == "cond":
@@ -177,15 +177,20 @@ def _words(aval: Any) -> float:
 
 def _cond(params: dict[str, Any], ins: list[int], sizes: dict[str, int]) -> _Reading:
     known = [max(step, ins[0]) for step in ins[1:]]  # which branch it is, first of all
-    branches = [_read(branch.jaxpr, known, sizes) for branch in params["branches"]]
+    branches = [
+        _read(getattr(branch, "jaxpr", branch), known, sizes) for branch in params["branches"]
+    ]
     most = max(branches, key=lambda branch: sum(branch.words.values()))
     outs = [max(steps) for steps in zip(*(branch.outs for branch in branches), strict=True)]
     return most._replace(outs=outs)
 
 
-def _scan(params: dict[str, Any], ins: list[int], sizes: dict[str, int]) -> _Reading:
-    body, length = params["jaxpr"].jaxpr, params["length"]
-    consts, carry = params["num_consts"], params["num_carry"]
+def _scan(equation: Any, ins: list[int], sizes: dict[str, int]) -> _Reading:
+    body, length = _inner(equation.params), equation.params["length"]
+    # Told by shapes, which jax 0.10 and 0.12 share: what is scanned has one dimension more.
+    scanned = sum(_rank(a) > _rank(b) for a, b in zip(equation.invars, body.invars, strict=True))
+    carry = sum(_rank(a) == _rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True))
+    consts = len(body.invars) - carry - scanned
     held, carried, xs = ins[:consts], ins[consts : consts + carry], ins[consts + carry :]
     last, steps, ys = _NOTHING, 0, [0] * (len(body.outvars) - carry)
     for _ in range(length):
@@ -200,8 +205,12 @@ def _scan(params: dict[str, Any], ins: list[int], sizes: dict[str, int]) -> _Rea
     return whole._replace(outs=[*carried, *ys], steps=steps)
 
 
+def _rank(atom: Any) -> int:
+    return len(atom.aval.shape)
+
+
 def _while(params: dict[str, Any], ins: list[int], sizes: dict[str, int]) -> _Reading:
-    body = params["body_jaxpr"].jaxpr
+    body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
     start = params["cond_nconsts"]
     if _read(body, ins[start:], sizes).moves:
         raise ValueError(

@@ -355,7 +355,7 @@ def test_the_explanation_of_auto_is_what_runs(rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["devices-2x4", "virtual-3x2"])
-@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(sizes=st.tuples(*[st.integers(1, 9)] * 3))
 def test_random_sizes(kind, sizes):
     M, K, N = sizes

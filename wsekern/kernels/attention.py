@@ -261,7 +261,7 @@ def _blocked(
     k_segments = operands.blocked_segments(segments.k, plan.k_blocks)
     if plan.order == "allgather":
         kv, k_segments = fabric.all_gather((kv, k_segments), ROWS)
-        kv, k_segments = _fewer(kv, k_segments, plan.block)
+        kv, k_segments = _fewer(kv, k_segments, plan.k_block)
     heads = kv.shape[3]
     blocked = functools.partial(tile.blocked_queries, kv_heads=heads, blocks=plan.q_blocks)
     of_row = lambda x: None if x is None else blocked(x[..., None])[..., 0]  # noqa: E731

@@ -19,6 +19,7 @@ Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
 
 _BLOCK = 512  # rows of a block inside a PE
 _NARROW = 128  # below which a product runs at a worse rate
+_BAND = _BLOCK * _BLOCK // _NARROW  # keys at once of so few rows: as many scores as in a block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Plan:
     folded: float  # what queries are multiplied by once, so that scores need not be
     rows: int  # of queries, over the whole grid, padded
     columns: int  # of keys
-    block: int  # rows of a block at the most, where they divide
+    k_block: int  # rows of a block of keys at the most, where they divide
     q_blocks: int  # of one PE, once moved
     k_blocks: int  # of one PE, before it gathers
     repeats: int  # of each head of keys and values
@@ -69,12 +70,17 @@ def plan(
     order, why = _order(floats, options, wafer)
     height, width = (1, 1) if wafer is None else (wafer.height, wafer.width)
     halves = 2 if order == "zigzag" else 1
-    block = _block(options.window)
+    band = None if options.window is None else options.window + _NARROW - 1
+    band = None if band is None or band > _BAND else band
+    block = _BLOCK if band is None else _NARROW
     rows, q_blocks = _blocks(T, height * halves, block)
     columns, k_blocks = _blocks(S, height * halves, block)
+    of_keys = _BLOCK if band is None else columns
+    if band is not None:
+        k_blocks = 1
     if order in ("ulysses", "local"):
         q_blocks = fewest(height * q_blocks, rows, block)
-        k_blocks = fewest(height * k_blocks, columns, block)
+        k_blocks = fewest(height * k_blocks, columns, of_keys)
     repeats, kv_heads = _heads(q.shape[2], k.shape[2], width)
     # A causal query never sees what pads the keys, unless there are more queries than keys.
     padding = columns > S and (not options.causal or T > S)
@@ -84,11 +90,14 @@ def plan(
     platform = jax.default_backend() if wafer is None else wafer.platform
     vendor = _vendor(floats, order, wafer)
     folds = folds and vendor is None
-    single = order not in ("ring", "zigzag") and q_blocks == 1 and columns <= block
+    single = order not in ("ring", "zigzag") and (
+        band is not None or (q_blocks == 1 and columns <= _BLOCK)
+    )
     rule = Rule(
         scale=1.0 if folds else scale,
         causal=options.causal,
         window=options.window,
+        band=band,
         keys=S if padding else None,
         soft_cap=options.soft_cap,
         skips=not single and (wafer is None or wafer.reading != "virtual"),
@@ -101,7 +110,7 @@ def plan(
         folded=scale if folds else 1.0,
         rows=rows,
         columns=columns,
-        block=block,
+        k_block=of_keys,
         q_blocks=q_blocks * halves,
         k_blocks=k_blocks * halves,
         repeats=repeats,
@@ -164,11 +173,6 @@ def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"]
     platform = None if wafer is None or wafer.reading == "virtual" else wafer.platform
     served = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if platform == "gpu" and served else None
-
-
-def _block(window: int | None) -> int:
-    """Rows of a block: of a window, few enough that not half of what is computed is masked."""
-    return _BLOCK if window is None else min(_BLOCK, max(_NARROW, window // 2))
 
 
 def _blocks(length: int, parts: int, block: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.kernels.tile_heads import few_at_once
-from wsekern.kernels.visibility import LOWEST, Keys, Rows, Rule, scored, where_seen
+from wsekern.kernels.visibility import LOWEST, Keys, Rows, Rule, near, scored, where_seen
 
 
 class Running(NamedTuple):
@@ -90,7 +90,7 @@ def absorb(running: Running | None, rows: Rows, keys: Keys, rule: Rule) -> Runni
 
     A block of keys that no query of a block of `rows` sees is not computed.
     """
-    if running is None and len(rows.q) == len(keys.kv) == 1:
+    if running is None and rule.band is None and len(rows.q) == len(keys.kv) == 1:
         row, key = jax.tree.map(lambda x: x[0], (rows, keys))
         alone = _absorb_block(None, row, key, rule, rule.bounded)
         return jax.tree.map(lambda x: x[None], alone)
@@ -103,6 +103,9 @@ def _absorb_heads(running: Running, rows: Rows, keys: Keys, rule: Rule) -> Runni
         running, rows = block
 
         def one_key_block(running, keys):
+            if rule.band is not None:
+                keys, _ = near(rows, keys, rule)
+
             def step(running, masked):
                 return _absorb_block(running, rows, keys, rule, masked)
 

@@ -18,7 +18,7 @@ from wsekern import fabric
 from wsekern.kernels.tile_attention import dot, scan
 from wsekern.kernels.tile_heads import few_at_once
 from wsekern.kernels.tile_product import runnable
-from wsekern.kernels.visibility import Keys, Rows, Rule, scored, where_seen
+from wsekern.kernels.visibility import Keys, Rows, Rule, near, scored, where_seen
 
 
 class Gradients(NamedTuple):
@@ -52,15 +52,22 @@ def _add_heads(so_far: Gradients, rows: Rows, keys: Keys, rule: Rule) -> Gradien
             dkv, dbias = carry
             dq, rows, index = block
 
+            met, part, at = keys, dkv, None
+            if rule.band is not None:
+                met, at = near(rows, keys, rule)
+                part = lax.dynamic_slice_in_dim(dkv, at, met.kv.shape[-2], -2)
+
             def step(so_far, masked):
                 dq, dkv, dbias = so_far
-                new, dscores = of_block(rows, keys, rule, masked)
+                new, dscores = of_block(rows, met, rule, masked)
                 if dbias is not None:
-                    dbias = _add_columns(dbias, dscores, index, keys)
+                    dbias = _add_columns(dbias, dscores, index, met)
                 return Gradients(dq + new[0], dkv + new[1], dbias)
 
-            dq, dkv, dbias = where_seen(step, Gradients(dq, dkv, dbias), rows, keys, rule)
-            return (dkv, dbias), dq
+            dq, part, dbias = where_seen(step, Gradients(dq, part, dbias), rows, met, rule)
+            if at is not None:
+                part = lax.dynamic_update_slice_in_dim(dkv, part, at, -2)
+            return (part, dbias), dq
 
         (dkv, dbias), dq = scan(one_query_block, (dkv, dbias), (dq, rows, blocks))
         return (dq, dbias), dkv

@@ -31,7 +31,8 @@ def few_at_once(body: Callable, carry: Any, rows: Rows, keys: Keys, rule: Rule) 
       rule: tells how many scores of a block there may be at once; None is any number.
     """
     _, B, K, G, c, _ = rows.q.shape
-    one = G * c * keys.kv.shape[-2]
+    S = keys.kv.shape[-2]
+    one = G * c * min(S, rule.band or S)
     if rule.at_once is None or B * K * one <= rule.at_once:
         return body(carry, rows, keys)
     heads = max(h for h in range(1, K + 1) if K % h == 0 and (h == 1 or h * one <= rule.at_once))

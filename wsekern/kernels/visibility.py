@@ -26,6 +26,9 @@ class Rule:
     scale: float  # of products of queries and keys
     causal: bool = False  # only keys at the query's own position or before
     window: int | None = None  # only the last so many of these
+    # Keys that a block of queries meets at once, one block of which is then the whole tile; None
+    # where it meets blocks of them in turn.
+    band: int | None = None
     keys: int | None = None  # positions from here on are padding; None where none need be masked
     soft_cap: float | None = None  # scores are soft_cap * tanh(score / soft_cap)
     # Whether a branch leaves out a block that no query sees. Virtual PEs would run all branches.
@@ -62,6 +65,22 @@ class Keys(NamedTuple):
     kv: Float[Array, "nk 2 B K s H"]
     start: Int[Array, " nk"]
     segments: Int[Array, "nk B s"] | None = None
+
+
+def near(rows: Rows, keys: Keys, rule: Rule) -> tuple[Keys, jax.Array]:
+    """The keys of a whole tile that a block `rows` meets at once, and the place of the first.
+
+    There are as many of them everywhere: at an end of the tile some lie outside of the window.
+    """
+    whole = keys.kv.shape[-2]
+    assert rule.band is not None and rule.window is not None
+    length = min(rule.band, whole)
+    at = jnp.clip(rows.start - rule.window + 1 - keys.start, 0, whole - length)
+    kv = lax.dynamic_slice_in_dim(keys.kv, at, length, -2)
+    segments = keys.segments
+    if segments is not None:
+        segments = lax.dynamic_slice_in_dim(segments, at, length, -1)
+    return Keys(kv, keys.start + at, segments), at
 
 
 def where_seen(step: Callable, carry: Any, rows: Rows, keys: Keys, rule: Rule) -> Any:

@@ -97,7 +97,7 @@ CASES: dict[str, tuple[dict, dict]] = {
         {"sinks": True},
         {"causal": True, "soft_cap": 2.0, "segment_ids": packed(B, T)},
     ),
-    "bias of each score": ({"bias": (B, N, T, S)}, {"causal": True}),
+    "window, bias of each score": ({"bias": (B, N, T, S)}, {"causal": True, "window": 8}),
     "bias of rows or columns": ({"bias": (1, 1, S)}, {}),
     "bias of heads, and rows that see no key": (
         {"bias": (N, T, 1)},
@@ -130,7 +130,9 @@ def test_rules_hold_without_a_wafer(name):
 @every
 @pytest.mark.parametrize("name", CASES)
 def test_rules_hold_in_blocks_of_few_heads(monkeypatch, algorithm, name):
+    """And windows in bands of keys, of which a tile has more."""
     monkeypatch.setattr(attention_plan, "_BLOCK", 4)
+    monkeypatch.setattr(attention_plan, "_NARROW", 3)
     arrays, options = CASES[name]
     assert_right(operands(*SIZES, **arrays), wk.Wafer.devices(2, 2), algorithm, **options)
 

@@ -45,9 +45,10 @@ def plain(q, k, v, causal=False, scale=None):
 
 @functools.cache
 def wanted(shape, causal):
-    """The plain result and gradients, for `operands(shape)` and `dout_of(shape)`."""
+    """The plain result and gradients in float64, for `operands(shape)` and `dout_of(shape)`."""
     run = with_gradients(functools.partial(plain, causal=causal))
-    return run(*operands(shape), dout_of(shape))
+    with jax.enable_x64(True):
+        return run(*(np.float64(x) for x in (*operands(shape), dout_of(shape))))
 
 
 def dout_of(shape):

@@ -82,7 +82,9 @@ def assert_right(arrays, wafer, algorithm, **options):
     got = results(
         functools.partial(wk.attention, algorithm=algorithm, wafer=wafer, **options), arrays
     )
-    want = results(functools.partial(plain, **options), arrays)
+    with jax.enable_x64(True):
+        exact = {name: np.float64(x) for name, x in arrays.items()}
+        want = results(functools.partial(plain, **options), exact)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
 

@@ -19,6 +19,9 @@ ifneq ($(call new_enough,$(PYTHON)),True)
   $(error Python 3.11 or newer is needed, found '$(PYTHON)'; name one with PYTHON=...)
 endif
 python := $(VENV)/bin/python
+# Two processes, whatever the machine: each emulates sixteen devices. WORKERS=0 is this one alone.
+WORKERS ?= 2
+pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,7 +32,7 @@ train: $(VENV)/installed-viz ## train a small language model; ARGS='--steps 1000
 test: lint suite typed ## lint, check types, run every test
 
 quick: $(VENV)/installed-test ## run the tests that are not slow; ARGS='-k ring' goes to pytest
-	$(python) -m pytest -m 'not slow' $(ARGS)
+	$(pytest) -m 'not slow' $(ARGS)
 
 lint: $(VENV)/installed-test ## style, formatting and types, over all folders
 	$(python) -m ruff check .
@@ -37,10 +40,10 @@ lint: $(VENV)/installed-test ## style, formatting and types, over all folders
 	$(python) -m mypy
 
 suite: $(VENV)/installed-test ## run every test
-	$(python) -m pytest $(ARGS)
+	$(pytest) $(ARGS)
 
 typed: $(VENV)/installed-test ## run the kernels' tests with every shape in a signature checked
-	$(python) -m pytest tests/wsekern/kernels -m 'not refuses and not slow' \
+	$(pytest) tests/wsekern/kernels -m 'not refuses and not slow' \
 	  --jaxtyping-packages=wsekern,typechecker.checked $(ARGS)
 
 clean: ## remove environments and caches; runs stay

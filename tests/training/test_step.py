@@ -43,8 +43,6 @@ def alone():
         ("devices", 2, 4, 1),
         ("devices", 2, 2, 2),
         ("virtual", 4, 4, 1),
-        pytest.param("devices", 2, 2, 1, marks=pytest.mark.slow),
-        pytest.param("devices", 4, 2, 1, marks=pytest.mark.slow),
         pytest.param("devices", 3, 3, 1, marks=pytest.mark.slow),
     ],
 )

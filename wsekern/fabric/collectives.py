@@ -166,6 +166,23 @@ def _by_xla(tile: jax.Array, names: Sequence[str], root: int | None, op: Op) -> 
 
 
 def _by_algorithm(tile, names, root, op, algorithm):
+    if virtual():
+        return _run(tile, names, root, op, algorithm)
+    return _named(tuple(names), root, op, algorithm)(tile)
+
+
+@functools.cache
+def _named(names: tuple[str, ...], root: int | None, op: Op, algorithm: str):
+    """`_run`, as a call that a trace shows by the algorithm's name: a wafer prices it as a whole."""
+
+    def run(tile):
+        return _run(tile, names, root, op, algorithm)
+
+    run.__name__ = f"reduction_{algorithm}_{'all' if root is None else root}"
+    return jax.jit(run)
+
+
+def _run(tile, names, root, op, algorithm):
     if algorithm == "ring":
         for name in reversed(names):
             tile = ring.all_reduced(tile, name, OPERATIONS[op])

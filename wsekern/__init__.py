@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wsekern.emulation import emulate_devices as emulate_devices
-    from wsekern.estimate.traffic import traffic as traffic
+    from wsekern.estimator.estimate import estimate as estimate
+    from wsekern.estimator.traffic import traffic as traffic
     from wsekern.hardware import A100 as A100
     from wsekern.hardware import H100 as H100
     from wsekern.hardware import H200 as H200
@@ -64,6 +65,7 @@ _HOMES = {
     "difference_coefficients": "kernels.differences",
     "diffusion_limit": "kernels.differences",
     "embedding": "kernels.embedding",
+    "estimate": "estimator.estimate",
     "explain_matmul": "kernels.explain_matmul",
     "gemv": "kernels.gemv",
     "crop": "kernels.halo",
@@ -77,7 +79,7 @@ _HOMES = {
     "rotary": "kernels.rotary",
     "stencil": "kernels.stencil",
     "stencil_tile": "kernels.stencil",
-    "traffic": "estimate.traffic",
+    "traffic": "estimator.traffic",
     "wave_limit": "kernels.differences",
 }
 __all__ = sorted(_HOMES)

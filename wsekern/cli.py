@@ -1,4 +1,4 @@
-"""This file is the `wsekern` command: what this machine offers, and the benchmarks of a checkout.
+"""This file is the `wsekern` command: what this machine offers, what a program costs, benchmarks.
 
 Only `info` starts jax, and only once it runs, so that every `--help` answers at once.
 """
@@ -12,6 +12,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from wsekern.estimator import command
 from wsekern.hardware import (
     ACCELERATORS,
     GB,
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{named!r} is not a command; {hint}")
     if words[:1] == ["bench"] and words[1:2] not in (["-h"], ["--help"]):
         return bench(words[1:])  # whose flags the benchmarks themselves read
-    parser.parse_args(words)
+    asked = parser.parse_args(words)
+    if named == "estimate":
+        return command.run(asked)
     return info() if named else parser.print_help()
 
 
@@ -82,6 +85,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, list[str]]:
         "prints the devices that jax finds, the grid they make, and the machines known by figures"
     )
     commands.add_parser("info", help=told, description=told)
+    command.add_parser(commands)
     told = "lists the benchmarks of a checkout, or runs the one named"
     usage = "wsekern bench [-h] [NAME [OPTION ...]]"
     described = commands.add_parser("bench", help=told, usage=usage)

@@ -25,6 +25,7 @@ class Machine:
     fmacs_float16: int  # of float16 and bfloat16 operands: the SIMD lanes
     clock_hz: float  # a default; say your own where it matters
     power_watts: float | None  # the system under load; None: not published
+    idle_watts: float | None = None  # the system at rest; None: not published
     # One PE has 48 KB of SRAM in eight banks, reads two 8-byte words and writes one a cycle: Hot
     # Chips 33 and 34 talks (S. Lie, 2021 and 2022). 893,064 PEs x 24 B x 0.85 GHz are the 18.2 PB/s
     # that the roofline of the ASPLOS 2026 stencil compiler paper draws.
@@ -37,6 +38,10 @@ class Machine:
     hop_cycles: int = 1
     ramp_cycles: int = 2
     colors: int = 24  # routes that a router tells apart; same source
+    # Sixteen channels of about 7 Gb/s that a program can use of the system's 100 Gb Ethernet.
+    io_bytes_per_second: float = 14e9
+    # What a real kernel's instructions take of a PE's memory: the 25-point stencil, SC 2022.
+    code_bytes: int = 22 * KIB
 
     def __post_init__(self):
         if self.usable_height > self.grid_height or self.usable_width > self.grid_width:
@@ -126,6 +131,7 @@ WSE2 = Machine(
     fmacs_float16=4,
     clock_hz=0.85e9,  # SDK examples and HPDC 2024; WaferLLM (OSDI 2025) counts at 1.1e9
     power_watts=22_800.0,
+    idle_watts=16_100.0,  # same source
 )
 
 # WSE-3: 900,000 cores, 44 GB, 5 nm, eight float16 lanes (Hot Chips 36). The compiler's grid is

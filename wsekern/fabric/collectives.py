@@ -173,7 +173,7 @@ def _by_algorithm(tile, names, root, op, algorithm):
 
 @functools.cache
 def _named(names: tuple[str, ...], root: int | None, op: Op, algorithm: str):
-    """`_run`, as a call that a trace shows by the algorithm's name: a wafer prices it as a whole."""
+    """`_run`, as a call by the algorithm's name, under which a wafer prices a trace of it."""
 
     def run(tile):
         return _run(tile, names, root, op, algorithm)

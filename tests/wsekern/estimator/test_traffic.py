@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.estimate.traffic import traffic
+from wsekern.estimator.traffic import traffic
 
 WAFER = wk.Wafer.abstract(wk.WSE2, 4, 8)
 TILED = P("y", "x")

@@ -14,10 +14,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from wsekern import context
+from wsekern.estimator import trace
 from wsekern.wafer import Wafer
 
 # What a PE receives of a collective over P PEs, in words of the tile that it hands in.
@@ -67,16 +66,8 @@ def traffic(function: Callable, *operands: Any, wafer: Wafer | None = None) -> T
     Raises:
       ValueError: there is no wafer, or a move stands in a loop whose length the trace does not say.
     """
-    wafer = context.current() if wafer is None else wafer
-    if wafer is None:
-        raise ValueError("traffic: there is no wafer; give wafer= or enter one")
-    if wafer.reading == "virtual":
-        assert wafer.machine is not None
-        wafer = Wafer.abstract(wafer.machine, wafer.height, wafer.width, wafer.wafers)
-    with wafer:
-        # A new function each time: a trace made before, on another wafer, is not looked up.
-        closed = jax.make_jaxpr(lambda *operands: function(*operands))(*operands)
-    read = _read(closed.jaxpr, [0] * len(closed.jaxpr.invars), {})
+    jaxpr, _ = trace.traced("traffic", function, operands, wafer)
+    read = _read(jaxpr, [0] * len(jaxpr.invars), {})
     return Traffic(
         words=sum(read.words.values()),
         steps=read.steps,
@@ -109,7 +100,7 @@ def _read(jaxpr: Any, ins: Sequence[int], sizes: dict[str, int]) -> _Reading:
     ready = dict.fromkeys(jaxpr.constvars, 0) | dict(zip(jaxpr.invars, ins, strict=True))
 
     def step_of(atom: Any) -> int:
-        return 0 if hasattr(atom, "val") else ready[atom]
+        return 0 if trace.is_literal(atom) else ready[atom]
 
     total = _NOTHING
     for equation in jaxpr.eqns:
@@ -133,18 +124,10 @@ def _read_equation(equation: Any, ins: list[int], sizes: dict[str, int]) -> _Rea
         return _cond(params, ins, sizes)
     if name == "shard_map":
         sizes = sizes | dict(params["mesh"].shape)
-    inner = _inner(params)
+    inner = trace.called(params)
     if inner is not None:
         return _read(inner, ins, sizes)
     return _NOTHING._replace(outs=[max(ins, default=0)] * len(equation.outvars))
-
-
-def _inner(params: dict[str, Any]) -> Any:
-    """The jaxpr that an equation calls, if it calls one."""
-    for value in (params.get("jaxpr"), params.get("call_jaxpr"), params.get("fun_jaxpr")):
-        if value is not None:
-            return getattr(value, "jaxpr", value)
-    return None
 
 
 def _move(
@@ -186,11 +169,7 @@ def _cond(params: dict[str, Any], ins: list[int], sizes: dict[str, int]) -> _Rea
 
 
 def _scan(equation: Any, ins: list[int], sizes: dict[str, int]) -> _Reading:
-    body, length = _inner(equation.params), equation.params["length"]
-    # Told by shapes, which jax 0.10 and 0.12 share: what is scanned has one dimension more.
-    scanned = sum(_rank(a) > _rank(b) for a, b in zip(equation.invars, body.invars, strict=True))
-    carry = sum(_rank(a) == _rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True))
-    consts = len(body.invars) - carry - scanned
+    body, length, consts, carry = trace.loop_of(equation)
     held, carried, xs = ins[:consts], ins[consts : consts + carry], ins[consts + carry :]
     last, steps, ys = _NOTHING, 0, [0] * (len(body.outvars) - carry)
     for _ in range(length):
@@ -203,10 +182,6 @@ def _scan(equation: Any, ins: list[int], sizes: dict[str, int]) -> _Reading:
         carried = now
     whole = _NOTHING.plus(last, length)
     return whole._replace(outs=[*carried, *ys], steps=steps)
-
-
-def _rank(atom: Any) -> int:
-    return len(atom.aval.shape)
 
 
 def _while(params: dict[str, Any], ins: list[int], sizes: dict[str, int]) -> _Reading:

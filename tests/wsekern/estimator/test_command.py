@@ -1,0 +1,58 @@
+"""The command `wsekern estimate`."""
+
+import json
+
+import pytest
+
+from wsekern.cli import main
+
+PROGRAM = """
+import jax
+import jax.numpy as jnp
+import wsekern as wk
+
+SHAPES = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 2
+
+
+def step(a, b):
+    return wk.matmul(a, b, algorithm="mesh")
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+def test_it_prints_a_table_and_json(program, capsys):
+    main(["estimate", f"{program}:step", "--machine", "CS-2", "--grid", "8x8"])
+    assert "WSE-2, 8x8 PEs, 0.85 GHz" in capsys.readouterr().out
+    words = ["--grid", "4x4", "--json", "--clock", "1.1", "--shapes", "8x8:float16", "8x8:float16"]
+    main(["estimate", f"{program}:step", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"] == "WSE-3" and found["grid"] == [4, 4, 1]
+    assert found["seconds"] == pytest.approx(found["cycles"] / 1.1e9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{}:stop"], "has no function 'stop'; did you mean 'step'?"),
+        (["{}:step", "--machine", "cs-33"], "machine 'cs-33' is not known; did you mean 'CS-3'?"),
+        (["{}:step", "--grid", "9"], "grid '9' is not HEIGHTxWIDTH"),
+        (["{}:step", "--grid", "2000x9"], "2000x9 PEs do not fit WSE-3"),
+        (["{}:step", "--shapes", "8x8"], "shape '8x8' is not like 4096x4096:float16"),
+        (["{}:step", "--shapes", "8x8:floaty"], "'floaty' is no dtype"),
+        (["nowhere.py:step"], "there is no file 'nowhere.py'"),
+        (["{}"], "names no function; write FILE.py:FUNCTION"),
+        ([], "name a program, as FILE.py:FUNCTION, or --validate"),
+        (["--validate", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_it_refuses_by_name(program, capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", *(word.format(program) for word in words)])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

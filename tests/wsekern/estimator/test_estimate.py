@@ -1,0 +1,201 @@
+"""What the estimator says of programs whose cost is counted by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+from wsekern import fabric
+from wsekern.estimator.cost import DEFAULT, Constants
+
+FREE = Constants(
+    vector_start=0.0,
+    product_start=0.0,
+    phase_start=0.0,
+    paired_float32=1.0,
+    accumulate_float32=1.0,
+)
+GRID = P("y", "x")
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def abstract(height, width=None, machine=wk.WSE2):
+    return wk.Wafer.abstract(machine, height, width or height)
+
+
+def mapped(wafer, kernel, specs=GRID):
+    return wafer.map(kernel, in_specs=specs, out_specs=GRID)
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_cannon_equals_a_hand_count(p):
+    """Skewed and shifted p - 1 times, either operand; two of each held, beside those given."""
+    tile = 6 * 6
+    a = array(6 * p, 6 * p)
+    e = wk.estimate(functools.partial(wk.matmul, algorithm="cannon"), a, a, wafer=abstract(p))
+    assert e.received == 2 * p * tile and e.moves == 2 * p
+    assert e.flops == 2 * (6 * p) ** 3
+    assert e.sram_per_pe == 4 * tile * (2 + 4 + 1)  # given, held of either, result
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_summa_equals_a_hand_count(p):
+    """Two floods of a panel for each of p products; both are held, and the source of one."""
+    tile = 6 * 6
+    a = array(6 * p, 6 * p)
+    e = wk.estimate(functools.partial(wk.matmul, algorithm="summa"), a, a, wafer=abstract(p))
+    assert e.received == 2 * p * tile and e.moves == 2 * p
+    assert e.flops == 2 * (6 * p) ** 3
+    assert e.sram_per_pe == 4 * tile * (2 + 3 + 1)
+
+
+def test_ring_attention_equals_a_hand_count():
+    """Keys and values travel p - 1 times; q, k, v, blocked keys and values, one pair on its way."""
+    p, T, heads, size = 4, 32, 2, 8
+    q = array(1, T, heads, size)
+    run = functools.partial(wk.attention, algorithm="ring")
+    e = wk.estimate(run, q, q, q, wafer=abstract(p, 1))
+    tile = T // p * heads * size
+    assert e.received == (p - 1) * 2 * tile and e.moves == p - 1
+    assert e.words["S"] == e.received
+    whole = 2 * 2 * T * T * heads * size  # scores, and values under weights
+    assert whole <= e.flops <= 1.6 * whole
+
+
+@pytest.mark.parametrize(("p", "depth"), [(2, 1), (4, 2)])
+def test_a_halo_equals_a_hand_count(p, depth):
+    """Rows first, then columns with the rows' halo in them."""
+    h, w = 8, 6
+    run = functools.partial(wk.halo_exchange, width=depth, boundary="periodic")
+    e = wk.estimate(run, array(h * p, w * p), wafer=abstract(p))
+    assert e.received == 2 * depth * w + 2 * depth * (h + 2 * depth)
+    assert e.moves == 4
+
+
+def test_a_tile_product_is_so_many_instructions():
+    """Of 3 x 5 and 5 x 40: fifteen of forty elements, whichever factor is longer."""
+    rows = 15 * (DEFAULT.product_start + 40 / 4)
+    for shapes in ([(3, 5), (5, 40)], [(40, 5), (5, 3)]):
+        a, b = (array(2 * s[0], 2 * s[1], dtype=jnp.float16) for s in shapes)
+        kernel = lambda a, b: (a @ b).astype(a.dtype)  # noqa: E731
+        e = wk.estimate(mapped(abstract(2), kernel), a, b, wafer=abstract(2))
+        assert e.cycles == pytest.approx(rows)
+
+
+def test_a_product_and_a_sum_are_one_instruction():
+    a = array(64, 64)
+    kernel = lambda x, y: x * 3.0 + y  # noqa: E731
+    e = wk.estimate(mapped(abstract(2), kernel), a, a, wafer=abstract(2))
+    n = 32 * 32
+    assert e.cycles == pytest.approx(DEFAULT.vector_start + n * DEFAULT.accumulate_float32)
+    assert e.flops == 2 * 64 * 64
+
+
+def test_a_move_overlaps_what_does_not_wait_for_it():
+    def both(x, y):
+        return fabric.shift(x, "x") + 1.0, y @ y
+
+    def one_after_the_other(x, y):
+        moved = fabric.shift(x, "x")
+        return moved + 1.0, y @ (y + moved)
+
+    wafer, a = abstract(4), array(160, 160)
+    cycles = [
+        wk.estimate(
+            wafer.map(k, in_specs=GRID, out_specs=GRID), a, a, wafer=wafer, constants=FREE
+        ).cycles
+        for k in (both, one_after_the_other)
+    ]
+    words, product = 40 * 40, 40**3
+    # A cyclic shift comes back along the line: as many words, 3 hops, two ramps and a step.
+    assert cycles[0] == pytest.approx(product + words)
+    assert cycles[1] == pytest.approx(words + 3 + 5 + words + product, rel=0.05)
+
+
+def test_a_scan_costs_its_trips():
+    wafer = abstract(8)
+
+    def cycles(trips):
+        def kernel(x):
+            def step(x, _):
+                return fabric.shift(x, "x") * 2.0, None
+
+            return lax.scan(step, x, length=trips)[0]
+
+        return wk.estimate(mapped(wafer, kernel), array(32, 32), wafer=wafer).cycles
+
+    a, b, c = cycles(50), cycles(100), cycles(1000)
+    assert b - a == pytest.approx((c - a) / 19, rel=1e-6)
+
+
+def test_what_the_place_of_a_pe_decides_costs_nothing():
+    def kernel(x):
+        place = fabric.axis_index("x") * 2 + 1
+        return jnp.where(place > 3, x, -x) if False else jnp.where(place > 3, x, jnp.zeros_like(x))
+
+    wafer = abstract(4)
+    e = wk.estimate(mapped(wafer, kernel), array(64, 64), wafer=wafer)
+    assert e.cycles == 0 and e.bound == "latency"
+
+
+def test_a_change_of_layout_is_charged_and_named():
+    wafer = abstract(8)
+    first = wafer.map(lambda x: x * 2.0, in_specs=GRID, out_specs=GRID)
+    second = wafer.map(lambda x: x + 1.0, in_specs=P("x", "y"), out_specs=P("x", "y"))
+    apart = wk.estimate(lambda x: second(first(x)), array(64, 64), wafer=wafer)
+    alike = wk.estimate(lambda x: first(first(x)), array(64, 64), wafer=wafer)
+    assert any(name == "relayout" for name, _, _ in apart.by_operation)
+    assert apart.moves == 1 and alike.moves == 0
+
+
+def test_unknown_operations_are_named_and_counted():
+    wafer = abstract(2)
+    e = wk.estimate(mapped(wafer, lambda x: jnp.sort(x)), array(64, 64), wafer=wafer)
+    assert list(e.unknown) == ["sort"] and e.cycles > 0
+    assert "spread evenly" in str(e) and "sort" in str(e)
+
+
+def test_a_gradient_costs_about_twice_the_product():
+    wafer, a = abstract(8), array(256, 256)
+    product = functools.partial(wk.matmul, algorithm="mesh")
+    forward = wk.estimate(product, a, a, wafer=wafer)
+    both = wk.estimate(jax.grad(lambda a, b: product(a, b).sum(), (0, 1)), a, a, wafer=wafer)
+    assert both.flops == pytest.approx(2 * forward.flops, rel=0.02)
+    assert forward.bound == "compute"
+
+
+def test_machines_differ_and_the_clock_is_an_input():
+    a = array(1024, 1024, dtype=jnp.float16)
+    run = functools.partial(wk.matmul, algorithm="mesh")
+    two, three = (wk.estimate(run, a, a, wafer=abstract(16, machine=m)) for m in (wk.WSE2, wk.WSE3))
+    assert three.cycles < two.cycles and two.energy != three.energy
+    fast = wk.estimate(run, a, a, wafer=abstract(16), clock_hz=1.1e9)
+    assert fast.cycles == two.cycles and fast.seconds < two.seconds
+    assert two.accelerators["H100 SXM"] > two.accelerators["H200 SXM"] * 0.5
+
+
+def test_what_does_not_fit_says_by_how_much():
+    a = array(1024, 1024)
+    e = wk.estimate(functools.partial(wk.matmul, algorithm="mesh"), a, a, wafer=abstract(2))
+    assert not e.fits
+    assert f"{e.sram_per_pe - e.sram_free:,.0f} too many" in str(e)
+
+
+def test_refuses_what_it_cannot_count():
+    def until_done(x):
+        return lax.while_loop(lambda x: x.sum() < 3, lambda x: x + 1, x)
+
+    with pytest.raises(ValueError, match=r"a while loop at test_estimate.py:\d+ runs as often"):
+        wk.estimate(until_done, array(8, 8), wafer=abstract(2))
+    assert wk.estimate(until_done, array(8, 8), wafer=abstract(2), trips=5).cycles > 0
+    with pytest.raises(ValueError, match="there is no wafer"):
+        wk.estimate(until_done, array(8, 8))
+    with pytest.raises(ValueError, match="give wafer=wk.Wafer.abstract"):
+        wk.estimate(jnp.sin, array(8, 8), wafer=wk.Wafer.devices(2, 2))

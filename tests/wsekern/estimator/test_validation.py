@@ -1,0 +1,143 @@
+"""The model against what was published, and the published programs against plain ones."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import wsekern as wk
+from wsekern.estimator import validation
+from wsekern.estimator.cost import Constants
+from wsekern.estimator.published import gemm, programs, waferllm, wave25
+
+
+@pytest.fixture(scope="module")
+def found():
+    return validation.validate()
+
+
+def test_predictions_are_near_what_was_measured(found):
+    errors = [abs(row.error) for row in found.counted]
+    assert len(errors) == 9
+    assert np.mean(errors) < 0.05 and max(errors) < 0.1
+    assert all(abs(row.error) < 0.003 for row in found.rows if row.fitted)
+    assert len(dataclasses.fields(Constants)) == len(validation.FITTED) <= 6
+
+
+def test_orderings_are_the_published_ones(found):
+    predicted = {row.point.id: row.predicted for row in found.rows}
+    decode = [predicted[f"decode-8b-{side}"] for side in (420, 540, 660)]
+    prefill = [predicted[f"prefill-8b-{side}"] for side in (480, 600, 720)]
+    assert decode == sorted(decode, reverse=True) and prefill == sorted(prefill)
+    a = jax.ShapeDtypeStruct((4320, 4320), jnp.float16)
+    wafer = wk.Wafer.abstract(wk.WSE2, 720, 720)
+    mesh, cannon, summa = (
+        wk.estimate(functools.partial(wk.matmul, algorithm=name), a, a, wafer=wafer).cycles
+        for name in ("mesh", "cannon", "summa")
+    )
+    assert mesh < cannon < summa
+
+
+def test_a_table_of_ones_own_is_read(tmp_path, found):
+    text = validation.POINTS.read_text().splitlines()
+    one = next(line for line in text if line.startswith("decode-8b-420"))
+    table = tmp_path / "mine.csv"
+    odd = "fft,WSE-2,FFT of something,8x8,,time,3,us,,mine"
+    other = one.replace("decode-8b-420", "mine").replace("LLaMA3-8B", "LLaMA2-13B")
+    table.write_text("\n".join([text[0], other, odd]))
+    mine = validation.validate(table)
+    assert [row.point.id for row in mine.rows] == ["mine"] and not mine.rows[0].fitted
+    assert mine.rows[0].predicted < found.rows[0].predicted
+    assert "workload 'FFT of something' is none of those" in mine.skipped["fft"]
+    (row,) = json.loads(mine.as_json())
+    assert row["id"] == "mine" and row["measured"] == 2699.9
+    assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+    assert "left out: fft" in str(mine)
+
+
+def test_a_table_without_a_column_is_refused(tmp_path):
+    table = tmp_path / "bad.csv"
+    table.write_text("id,machine\n")
+    with pytest.raises(ValueError, match="there is no column 'workload'"):
+        validation.validate(table)
+
+
+@pytest.mark.slow
+def test_other_programs_tell_the_constants(found):
+    """Fitted without one kind of program, the model predicts that kind within a third."""
+    errors = validation.left_out()
+    assert set(errors) == set(validation.COUNTED)
+    assert max(errors.values()) < 1 / 3
+
+
+def test_a_fit_finds_the_constants_that_made_the_points():
+    points = [p for p in validation.read(validation.POINTS) if p.family == "stencil"]
+    made = [programs.program_of(p) for p in points]
+    told = Constants(vector_start=20.0, paired_float32=1.3)
+    exact = [
+        dataclasses.replace(p, value=g.predicted(told)) for p, g in zip(points, made, strict=True)
+    ]
+    got = validation.fit(exact, made, trust=1e-3)
+    for p, g in zip(exact, made, strict=True):
+        assert g.predicted(got) == pytest.approx(p.value, rel=5e-3)
+
+
+def test_the_published_layers_compute_what_a_plain_one_does():
+    wafer = wk.Wafer.virtual(wk.WSE2, 4, 4)
+    D, F, S = 8, 16, 12
+    rng = np.random.default_rng(0)
+    shapes = waferllm.shapes(D, F, jnp.float32)
+    w = {n: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32) for n, s in shapes.items()}
+    h, keys, values = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, D), (S, D), (S, D))
+    )
+    out, k, v = jax.jit(lambda h, w, k, v: waferllm.decode_layer(h, w, k, v, wafer))(
+        h, w, keys, values
+    )
+
+    def norm(x, eps=1e-5):
+        return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+    n = norm(h)
+    np.testing.assert_allclose(v[-1:], n @ w["value"], atol=1e-5)
+    np.testing.assert_array_equal(k[:-1], keys[:-1])
+    # A PE's two features are one pair.
+    turn = lambda x: x * np.cos(1) + x.reshape(-1, 2)[:, ::-1].reshape(x.shape) * np.sin(1)  # noqa: E731
+    q = turn(n @ w["query"])
+    np.testing.assert_allclose(k[-1:], turn(n @ w["key"]), atol=1e-5)
+    mid = h + jax.nn.softmax(q @ k.T) @ v @ w["out"]
+    n = norm(mid)
+    want = mid + (jax.nn.silu(n @ w["gate"]) * (n @ w["up"])) @ w["down"]
+    np.testing.assert_allclose(out, want, atol=2e-5)
+    tokens = jnp.asarray(rng.normal(size=(S, D)), jnp.float32)
+    got = jax.jit(lambda h, w: waferllm.prefill_layer(h, w, wafer))(tokens, w)
+    n = norm(tokens, 1e-6)
+    mid = tokens + jax.nn.softmax(n @ w["query"] @ (n @ w["key"]).T) @ (n @ w["value"]) @ w["out"]
+    n = norm(mid, 1e-6)
+    want = mid + (jax.nn.silu(n @ w["gate"]) * (n @ w["up"])) @ w["down"]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_the_published_stencil_and_product_compute_what_plain_ones_do():
+    wafer = wk.Wafer.virtual(wk.WSE2, 6, 5)
+    rng = np.random.default_rng(0)
+    u, before, speed = (np.float32(rng.normal(size=(6, 5, 7))) * 0.1 for _ in range(3))
+    got = jax.jit(lambda u, b, s: wave25.wave(u, b, s, 2, wafer))(u, before, speed)
+    _, weights = wk.difference_coefficients(2, 8)
+
+    def step(u, before):
+        around = np.pad(u, 4)
+        total = np.zeros_like(u)
+        for far, weight in enumerate(weights):
+            total += weight * around[far : far + 6, 4:9, 4:11]
+            total += weight * around[4:10, far : far + 5, 4:11]
+            total += weight * around[4:10, 4:9, far : far + 7]
+        return 2 * u - before + speed * total, u
+
+    np.testing.assert_allclose(got, step(*step(u, before))[0], atol=1e-5)
+    a, b = (rng.integers(-9, 9, size).astype(np.float32) for size in ((12, 10), (10, 3)))
+    np.testing.assert_array_equal(jax.jit(lambda a, b: gemm.dense(a, b, wafer))(a, b), a @ b)

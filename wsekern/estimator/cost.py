@@ -1,0 +1,183 @@
+"""This file is what one equation of a trace costs the PE that computes it, in cycles.
+
+A PE issues vector instructions, whose operands are described, not copied: a slice, a transpose or a
+reshape of a tile is another description of it, and free. An instruction takes cycles to start, then
+so many for each element. A tile product of Mt x Kt and Kt x Nt is Mt Kt multiply-accumulates of a
+vector of Nt elements (or Nt Kt of Mt, if that is longer). What depends on nothing but where a PE
+stands is known when the program is placed, and costs nothing.
+
+`Constants` are all that is fitted, on the published points that `validation.FITTED` names.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from wsekern.estimator import trace
+from wsekern.hardware import Machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constants:
+    """The fitted constants, in cycles; the same for every machine and every program."""
+
+    vector_start: float = 14.8  # of a vector instruction, one that sends or receives included
+    product_start: float = 9.44  # of a multiply-accumulate within a tile product's loops
+    # Of what PEs begin together: a trip of a loop that moves anything, a phase of a collective.
+    phase_start: float = 178.1
+    # Of one element in float32, where more than one vector is read, and they meet in the memory's
+    # banks: of any such instruction, and of a multiply-accumulate, which writes one of them back.
+    paired_float32: float = 1.566
+    accumulate_float32: float = 2.142
+
+
+DEFAULT = Constants()
+
+# Which only describe a tile in another way, or name it.
+VIEWS = frozenset(
+    "reshape transpose broadcast_in_dim squeeze slice dynamic_slice rev expand_dims pvary pcast "
+    "copy copy_p stop_gradient optimization_barrier convert_element_type reduce_precision iota "
+    "axis_index sharding_constraint layout_constraint mesh_cast device_put split "
+    "bitcast_convert_type create_token name random_wrap random_unwrap".split()
+)
+ELEMENTWISE = frozenset(
+    "add sub mul max min neg abs sign floor ceil round and or not xor eq ne lt le gt ge select_n "
+    "clamp add_any integer_pow square is_finite rem shift_left shift_right_logical "
+    "shift_right_arithmetic population_count nextafter real imag conj".split()
+)
+# Which write what they take elsewhere.
+_COPIES = frozenset("concatenate stack pad gather scatter dynamic_update_slice scatter-add".split())
+# The operand of a copy that an instruction may as well write where the copy would.
+_WRITES = {"pad": 0, "dynamic_update_slice": 1}
+_REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum cummax "
+    "cummin cumprod cumlogsumexp".split()
+)
+# Functions without an instruction, by the passes of a range reduction and a polynomial, or of a
+# first guess and Newton's steps, that float32 takes.
+_PASSES = {
+    "exp": 8, "exp2": 7, "expm1": 9, "log": 9, "log1p": 10, "tanh": 12, "logistic": 12, "erf": 12,
+    "erf_inv": 14, "sin": 10, "cos": 10, "tan": 14, "pow": 18, "div": 4, "rsqrt": 4, "sqrt": 5,
+    "cbrt": 6, "atan2": 14,
+}  # fmt: skip
+KNOWN = VIEWS | ELEMENTWISE | _COPIES | _REDUCTIONS | _PASSES.keys() | {"dot_general"}
+
+
+class Work(NamedTuple):
+    """What one PE does for an equation."""
+
+    cycles: float = 0.0
+    flops: float = 0.0
+    port_bytes: float = 0.0  # read from and written to its memory
+    narrow: bool = False  # whether it is of 16 bits
+
+
+def of_equation(
+    equation: Any, machine: Machine, constants: Constants, accumulates: bool = False
+) -> Work:
+    """What a PE does for `equation`, whose operands are its tiles.
+
+    Args:
+      equation: of a jaxpr; one that is not in `KNOWN` counts as elementwise.
+      machine: whose lanes to count.
+      constants: what starts cost.
+      accumulates: whether it is the addition to which a product belongs: one multiply-accumulate.
+    """
+    name = equation.primitive.name
+    if name in VIEWS:
+        return Work()
+    if name == "dot_general":
+        return _product(equation, machine, constants)
+    out = max((v.aval for v in equation.outvars), key=_size)
+    n, reads = _size(out), [v.aval for v in equation.invars if size_of(v) > 1]
+    instructions = 1
+    if name == "dynamic_update_slice":
+        n, reads = size_of(equation.invars[1]), [equation.invars[1].aval]
+    elif name in ("concatenate", "stack", "pad"):
+        instructions = len(equation.invars)
+    elif name in _REDUCTIONS:
+        n = max(map(_size, reads), default=1)
+    if name.startswith("scatter"):
+        n, reads = size_of(equation.invars[2]), [equation.invars[2].aval]
+    passes = _PASSES.get(name, 1) * instructions
+    if n == 1:  # scalars are in registers, and need no descriptors
+        return Work(float(passes), float(passes))
+    float32 = constants.accumulate_float32 if accumulates else 1.0
+    if not accumulates and sum(_size(a) == n for a in reads) > 1:
+        float32 = constants.paired_float32
+    each = _cycles_of_element(out, machine, float32)
+    elements = n * _PASSES.get(name, 1)
+    flops = 0 if name in _COPIES else elements * (2 if accumulates else 1)
+    moved = elements * width_of(out) + sum(_size(a) * width_of(a) for a in reads)
+    cycles = passes * constants.vector_start + elements * each
+    return Work(cycles, flops, moved, width_of(out) == 2)
+
+
+class Fusions(NamedTuple):
+    """Equations of a jaxpr that one instruction does together with another."""
+
+    products: frozenset[Any]  # results that the next sum takes in: one multiply-accumulate with it
+    sums: dict[int, str]  # by place, the sums that do, with the kind of their product
+    copies: frozenset[int]  # places of copies of what is computed for them alone, and there
+
+
+def fusions(jaxpr: Any) -> Fusions:
+    """Which equations are one instruction; only a result that is used once is ever fused."""
+    uses: collections.Counter = collections.Counter()
+    for atoms in [*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars]:
+        uses.update(atom for atom in atoms if not trace.is_literal(atom))
+    made = {v: e.primitive.name for e in jaxpr.eqns for v in e.outvars if uses[v] == 1}
+    products: set[Any] = set()
+    sums: dict[int, str] = {}
+    copies = set()
+    for place, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        sources = [v for v in equation.invars if not trace.is_literal(v) and v in made]
+        if name in ("add", "sub", "add_any"):
+            factor = next((v for v in sources if made[v] in ("mul", "dot_general")), None)
+            if factor is not None:
+                products.add(factor)
+                sums[place] = made[factor]
+        elif name in _WRITES:
+            source = equation.invars[_WRITES[name]]
+            if source in sources and made[source] in ELEMENTWISE | {"dot_general"}:
+                copies.add(place)
+    return Fusions(frozenset(products), sums, frozenset(copies))
+
+
+def _product(equation: Any, machine: Machine, constants: Constants) -> Work:
+    a, b = (v.aval for v in equation.invars)
+    (over_a, _), (batch_a, _) = equation.params["dimension_numbers"]
+    K = math.prod(a.shape[d] for d in over_a)
+    batch = math.prod(a.shape[d] for d in batch_a)
+    M, N = _size(a) // (K * batch), _size(b) // (K * batch)
+    if not M * N * K * batch:
+        return Work()
+    few, many = sorted((M, N))
+    each = _cycles_of_element(a, machine, constants.accumulate_float32)
+    instructions = batch * K * few
+    elements = instructions * many
+    cycles = instructions * constants.product_start + elements * each
+    return Work(cycles, 2.0 * elements, 3.0 * elements * width_of(a), width_of(a) == 2)
+
+
+def width_of(aval: Any) -> int:
+    """Bytes of an element; of a random key, which numpy has no dtype for, those of a word."""
+    return getattr(aval.dtype, "itemsize", 4)
+
+
+def size_of(atom: Any) -> int:
+    """Elements of a variable or a literal."""
+    return math.prod(getattr(atom.aval, "shape", ()))
+
+
+def _cycles_of_element(aval: Any, machine: Machine, float32: float) -> float:
+    width = width_of(aval)
+    return 1 / machine.fmacs_float16 if width == 2 else float32 if width == 4 else 1.0
+
+
+def _size(aval: Any) -> int:
+    return math.prod(getattr(aval, "shape", ()))

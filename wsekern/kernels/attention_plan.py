@@ -70,14 +70,11 @@ def plan(
     order, why = _order(floats, options, wafer)
     height, width = (1, 1) if wafer is None else (wafer.height, wafer.width)
     halves = 2 if order == "zigzag" else 1
-    band = None if options.window is None else options.window + _NARROW - 1
-    band = None if band is None or band > _BAND else band
+    band = _band(options.window)
     block = _BLOCK if band is None else _NARROW
     rows, q_blocks = _blocks(T, height * halves, block)
     columns, k_blocks = _blocks(S, height * halves, block)
-    of_keys = _BLOCK if band is None else columns
-    if band is not None:
-        k_blocks = 1
+    k_blocks, of_keys = (k_blocks, _BLOCK) if band is None else (1, columns)
     if order in ("ulysses", "local"):
         q_blocks = fewest(height * q_blocks, rows, block)
         k_blocks = fewest(height * k_blocks, columns, of_keys)
@@ -85,11 +82,10 @@ def plan(
     # A causal query never sees what pads the keys, unless there are more queries than keys.
     padding = columns > S and (not options.causal or T > S)
     scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
-    # In 16 bits it rounds nothing only where it is a power of two.
-    folds = q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5
     platform = jax.default_backend() if wafer is None else wafer.platform
     vendor = _vendor(floats, order, wafer)
-    folds = folds and vendor is None
+    # In 16 bits it rounds nothing only where it is a power of two.
+    folds = vendor is None and (q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5)
     single = order not in ("ring", "zigzag") and (
         band is not None or (q_blocks == 1 and columns <= _BLOCK)
     )
@@ -104,7 +100,7 @@ def plan(
         at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
         vendor=vendor,
     )
-    made = Plan(
+    return Plan(
         order=order,
         rule=rule,
         folded=scale if folds else 1.0,
@@ -118,8 +114,7 @@ def plan(
         q_heads=kv_heads * (q.shape[2] // k.shape[2] // repeats),
         tiles=_tiles(options.window, rows, columns, height),
         bias_shared=shared_axes(floats.bias, order),
-    )
-    return made, why
+    ), why
 
 
 def fewest(blocks: int, length: int, block: int) -> int:
@@ -173,6 +168,13 @@ def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"]
     platform = None if wafer is None or wafer.reading == "virtual" else wafer.platform
     served = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if platform == "gpu" and served else None
+
+
+def _band(window: int | None) -> int | None:
+    """Keys that a block of queries meets at once, if a window leaves few enough."""
+    if window is None or window + _NARROW - 1 > _BAND:
+        return None
+    return window + _NARROW - 1
 
 
 def _blocks(length: int, parts: int, block: int) -> tuple[int, int]:

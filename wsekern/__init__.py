@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from wsekern.kernels.rotary import rotary as rotary
     from wsekern.kernels.stencil import stencil as stencil
     from wsekern.kernels.stencil import stencil_tile as stencil_tile
+    from wsekern.solvers.bicgstab import bicgstab as bicgstab
+    from wsekern.solvers.conjugate_gradient import cg as cg
+    from wsekern.solvers.jacobi import jacobi as jacobi
+    from wsekern.solvers.multigrid import multigrid as multigrid
+    from wsekern.solvers.multigrid import v_cycle as v_cycle
+    from wsekern.solvers.solution import Solution as Solution
     from wsekern.wafer import Wafer as Wafer
 
 _HOMES = {
@@ -59,6 +65,8 @@ _HOMES = {
     "KVCache": "kernels.cache",
     "Wafer": "wafer",
     "attention": "kernels.attention",
+    "bicgstab": "solvers.bicgstab",
+    "cg": "solvers.conjugate_gradient",
     "check_time_step": "kernels.differences",
     "cross_entropy": "kernels.loss",
     "decode_attention": "kernels.decode",
@@ -71,15 +79,19 @@ _HOMES = {
     "crop": "kernels.halo",
     "halo_exchange": "kernels.halo",
     "halo_tile": "kernels.halo",
+    "jacobi": "solvers.jacobi",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
+    "multigrid": "solvers.multigrid",
     "rms_norm": "kernels.norm",
     "Receivers": "kernels.points",
+    "Solution": "solvers.solution",
     "Sources": "kernels.points",
     "rotary": "kernels.rotary",
     "stencil": "kernels.stencil",
     "stencil_tile": "kernels.stencil",
     "traffic": "estimator.traffic",
+    "v_cycle": "solvers.multigrid",
     "wave_limit": "kernels.differences",
 }
 __all__ = sorted(_HOMES)

@@ -1,0 +1,245 @@
+"""Every solver against the dense solution, SciPy's iterations, and what theory says of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scipy.sparse.linalg
+
+import wsekern as wk
+
+N = 16
+RNG = np.random.default_rng(0)
+B = jnp.asarray(RNG.standard_normal((N, N)), jnp.float32)
+
+
+def star(u, wind):
+    """A Laplacian, positive, and a wind along the first dimension that no symmetry has."""
+    center = u[1:-1, 1:-1]
+    down, up = u[2:, 1:-1], u[:-2, 1:-1]
+    return 4 * center - down - up - u[1:-1, 2:] - u[1:-1, :-2] + wind * (down - up)
+
+
+def poisson(wafer=None, wind=0.0, boundary="zero"):
+    return functools.partial(
+        wk.stencil,
+        update=star,
+        radius=1,
+        boundary=boundary,
+        corners=False,
+        coefficients=jnp.float32(wind),
+        wafer=wafer,
+    )
+
+
+def matrix(n, wind=0.0):
+    eye = sp.eye(n)
+    line = sp.diags([-np.ones(n - 1), 2 * np.ones(n), -np.ones(n - 1)], [-1, 0, 1])
+    blown = sp.diags([-np.ones(n - 1), np.ones(n - 1)], [-1, 1])
+    return (sp.kron(line, eye) + sp.kron(eye, line) + wind * sp.kron(blown, eye)).tocsr()
+
+
+def iterations(solver, a, b, **options):
+    count = []
+    solver(a, np.float64(b).ravel(), rtol=1e-5, callback=lambda x: count.append(1), **options)
+    return len(count)
+
+
+def true_residual(x, b, wind=0.0):
+    r = np.float64(b).ravel() - matrix(b.shape[0], wind) @ np.float64(x).ravel()
+    return np.linalg.norm(r) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("grid", ["2x2", "2x4", "4x1", "2of2x2", "virtual-8x8", "3x3"])
+def test_every_mesh_reaches_the_same_true_residual(grid, wafer_called):
+    """In as many iterations as SciPy takes, or nearly; 16 cells do not divide by 3 rows of PEs."""
+    wafer, wind = wafer_called(grid), 0.3
+
+    @jax.jit
+    def both(b):
+        return wk.cg(poisson(wafer), b), wk.bicgstab(poisson(wafer, wind), b)
+
+    for got, blown in zip(both(B), (0.0, wind), strict=True):
+        assert bool(got.converged) and got.why == "converged"
+        assert true_residual(got.x, B, blown) < 1.1e-5
+        method = scipy.sparse.linalg.bicgstab if blown else scipy.sparse.linalg.cg
+        theirs = iterations(method, matrix(N, blown), B)
+        most = 1.3 * theirs + 2 if blown else theirs + 2
+        assert int(got.iterations) <= most
+        history = np.asarray(got.residuals)
+        assert np.isfinite(history[: int(got.iterations) + 1]).all()
+        assert np.isnan(history[int(got.iterations) + 1 :]).all()
+
+
+def test_as_many_iterations_as_there_are_eigenvalues():
+    """Three of them, of either sign together: cg takes a negative definite operator too."""
+    values = jnp.asarray(RNG.choice([1.0, 2.5, 7.0], (N, N)), jnp.float32)
+    for sign in (1, -1):
+        got = jax.jit(lambda b, s=sign: wk.cg(lambda u: s * values * u, b))(B)
+        assert int(got.iterations) == 3 and bool(got.converged)
+
+
+def test_preconditioned_as_scipy_is():
+    weights = jnp.asarray(10.0 ** RNG.uniform(0, 2, (N, N)), jnp.float32)
+    operator = lambda u: poisson()(u) + weights * u  # noqa: E731
+    got = jax.jit(lambda b: wk.cg(operator, b, preconditioner=lambda r: r / (4 + weights)))(B)
+    a = matrix(N) + sp.diags(np.float64(weights).ravel())
+    theirs = iterations(scipy.sparse.linalg.cg, a, B, M=sp.diags(1 / a.diagonal()))
+    assert bool(got.converged) and abs(int(got.iterations) - theirs) <= 2
+
+
+def test_jacobi_converges_where_the_diagonal_dominates():
+    operator = lambda u: poisson()(u) + 4 * u  # noqa: E731
+    got = jax.jit(lambda b: wk.jacobi(operator, b, diagonal=8.0))(B)
+    want = scipy.sparse.linalg.spsolve(matrix(N) + 4 * sp.eye(N * N), np.float64(B).ravel())
+    assert bool(got.converged)
+    np.testing.assert_allclose(got.x.ravel(), want, atol=1e-4)
+
+
+def laplacian_at(level, wafer=None, boundary="edge"):
+    def update(u):
+        return star(u, 0.0) / level**2
+
+    return functools.partial(
+        wk.stencil, update=update, radius=1, boundary=boundary, corners=False, wafer=wafer
+    )
+
+
+def odd(near):
+    return -near
+
+
+@pytest.mark.parametrize("size", [64, pytest.param(1024, marks=pytest.mark.slow)])
+def test_a_cycle_reduces_the_residual_alike_on_all_grids(size):
+    b = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
+    solve = functools.partial(
+        wk.multigrid,
+        functools.partial(laplacian_at, boundary=odd),
+        diagonal_at=lambda level: 4 / level**2,
+        tolerance=1e-4,
+    )
+    got = jax.jit(solve)(b)
+    history = np.asarray(got.residuals)[: int(got.iterations) + 1]
+    assert bool(got.converged)
+    assert (history[:-1] / history[1:]).min() > 5
+    # The same within a tenth: 7.8 to 8.6 on average over the cycles from 64 to 1024 cells a side.
+    mean = (history[0] / history[4]) ** 0.25
+    assert 7.4 < mean < 9.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["2x4", "virtual-4x4"])
+def test_multigrid_on_wafers_and_as_a_preconditioner(grid, wafer_called):
+    at = functools.partial(laplacian_at, wafer=wafer_called(grid), boundary=odd)
+    diagonal = lambda level: 4 / level**2  # noqa: E731
+
+    @jax.jit
+    def both(b):
+        cycle = wk.v_cycle(at, b.shape, diagonal_at=diagonal)
+        return (
+            wk.multigrid(at, b, diagonal_at=diagonal),
+            wk.cg(at(1), b, preconditioner=cycle),
+        )
+
+    alone, inside = both(B)
+    assert bool(alone.converged) and bool(inside.converged)
+    assert int(inside.iterations) <= int(alone.iterations)
+    np.testing.assert_allclose(alone.x, inside.x, atol=1e-3)
+
+
+@pytest.mark.parametrize("wind", [0.0, 0.3], ids=["cg", "bicgstab"])
+def test_gradients_are_those_of_the_dense_solution(full_wafer, wind):
+    """Of `b`, and of what the operator reads; by another solve, with the transpose."""
+    n = 8
+    b = B[:n, :n]
+
+    def ours(b, wind):
+        operator = functools.partial(
+            wk.stencil,
+            update=star,
+            radius=1,
+            corners=False,
+            coefficients=wind,
+            wafer=full_wafer,
+        )
+        solver = wk.cg if symmetric else wk.bicgstab
+        return (solver(operator, b, tolerance=1e-7, max_iterations=100).x ** 2).sum()
+
+    symmetric = wind == 0.0
+    argnums = 0 if symmetric else (0, 1)
+    got = jax.jit(jax.grad(ours, argnums))(b, jnp.float32(wind))
+    plain, slope = (
+        jnp.asarray(m.toarray(), jnp.float32) for m in (matrix(n), matrix(n, 1.0) - matrix(n))
+    )
+
+    def dense(b, wind):
+        return (jnp.linalg.solve(plain + wind * slope, b.ravel()) ** 2).sum()
+
+    want = jax.grad(dense, argnums)(b, jnp.float32(wind))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3)
+
+
+def test_several_fields_and_sixteen_bits():
+    """Two fields coupled; inner products of bfloat16 are summed in float32."""
+
+    def coupled(f):
+        u, v = f["u"], f["v"]
+        return {"u": 3 * u + v, "v": u + 2 * v}
+
+    b = {"u": B, "v": -B}
+    got = jax.jit(lambda b: wk.cg(coupled, b))(b)
+    assert int(got.iterations) <= 2
+    np.testing.assert_allclose(3 * got.x["u"] + got.x["v"], B, atol=1e-4)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), b)
+    rough = jax.jit(lambda b: wk.cg(coupled, b, tolerance=2e-2))(low)
+    assert rough.x["u"].dtype == jnp.bfloat16 and rough.residual.dtype == jnp.float32
+    assert bool(rough.converged)
+
+
+@pytest.mark.parametrize(
+    ("solver", "boundary"), [(wk.cg, "edge"), (wk.bicgstab, "periodic")], ids=["cg", "bicgstab"]
+)
+def test_an_inconsistent_system_is_told_from_a_consistent_one(solver, boundary):
+    """Constants are mapped to zero: a right side has a solution if its mean is zero."""
+    run = jax.jit(lambda b: solver(poisson(boundary=boundary), b, max_iterations=200))
+    assert run(B - B.mean()).why == "converged"
+    assert "inconsistent" in run(B + 0.5).why
+
+
+def test_what_goes_wrong_is_told():
+    indefinite = lambda u: poisson()(u) - 2.1 * u  # noqa: E731
+    assert "indefinite" in jax.jit(lambda b: wk.cg(indefinite, b))(B).why
+    tight = jax.jit(lambda b: wk.cg(poisson(), b, tolerance=1e-10, max_iterations=300))(B)
+    assert "stagnated" in tight.why and not bool(tight.converged)
+    short = jax.jit(lambda b: wk.jacobi(lambda u: 2 * u, b, diagonal=3.0, max_iterations=3))(B)
+    assert "most iterations" in short.why and int(short.iterations) == 3
+    run = jax.jit(lambda b: wk.cg(lambda u: 2 * u, b))
+    assert run(B.at[0, 0].set(jnp.nan)).why == "not finite"
+    at_once = run(jnp.zeros((N, N)))
+    assert int(at_once.iterations) == 0 and bool(at_once.converged)
+    near = jax.jit(lambda b, x: wk.cg(poisson(), b, x))(B, tight.x)
+    assert int(near.iterations) <= 1 and bool(near.converged)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: wk.cg(lambda u: u[1:], B), r"cg: operator\(b\) is float32\[15, 16\], it must be"),
+        (lambda: wk.cg(lambda u: u, B, B[1:]), r"cg: x0 is float32\[15, 16\], it must be as b"),
+        (lambda: wk.cg(lambda u: u, jnp.ones(3, jnp.int32)), "b is int32; cast it to a floating"),
+        (lambda: wk.cg(lambda u: u, {}), "b holds no field"),
+        (lambda: wk.cg(lambda u: u, B, max_iterations=0), "max_iterations=0 must be 1 or more"),
+        (lambda: wk.jacobi(lambda u: u, B, diagonal=1.0, damping=0), "damping=0 must be above 0"),
+        (
+            lambda: wk.multigrid(laplacian_at, B[:15], diagonal_at=lambda h: 4.0),
+            r"b is \(15, 16\), whose sides cannot be halved",
+        ),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

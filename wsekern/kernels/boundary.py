@@ -4,6 +4,7 @@ Public per-PE functions, of a tile in a padded buffer. Each dimension is filled 
 extent of the others, in order, as `numpy.pad` would: so a corner is the later dimension's.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
+from wsekern.kernels import adjoint
 from wsekern.kernels.lines import Line
 
 Pairs = tuple[tuple[int, int], ...]
@@ -24,6 +26,7 @@ def fill(
     margins: Pairs,
     radius: Pairs,
     corners: bool = True,
+    backward: bool = False,
 ) -> jax.Array:
     """`buffer` with its ghost cells filled, on the PEs at the ends of the field.
 
@@ -37,12 +40,14 @@ def fill(
       radius: how many of these follow the boundary's rule, the nearest ones; those beyond repeat
         the outermost of them. So nothing depends on how deep a halo is.
       corners: whether the other dimensions' padding is filled over too.
+      backward: whether this is only differentiated in reverse, and then shall be fast.
     """
+    side = functools.partial(
+        fill_side, lines=lines, at=at, margins=margins, radius=radius, corners=corners
+    )
     for dim in range(len(lines)):
         for high in (False, True):
-            buffer = fill_side(
-                buffer, dim, high, lines, at=at, margins=margins, radius=radius, corners=corners
-            )
+            buffer = side(buffer, dim, high, backward=backward)
     return buffer
 
 
@@ -56,15 +61,24 @@ def fill_side(
     margins: Pairs,
     radius: Pairs,
     corners: bool = True,
+    backward: bool = False,
 ) -> jax.Array:
     """`buffer` with the ghost cells of one side filled; see `fill`."""
     line, margin = lines[dim], margins[dim][high]
     if margin == 0 or (line.periodic and line.parts > 1):
         return buffer
-    span = None if corners else tuple(pair[0] for pair in at)
-    ghost = ghost_cells(buffer, dim, line, high, at[dim][0], margin, radius[dim][high])
-    start = _end(line, at[dim][0]) if high else at[dim][0] - margin
-    return _written(buffer, ghost, dim, line, high, start, span, lines)
+    starts = [0 if corners else pair[0] for pair in at]
+    starts[dim] = _end(line, at[dim][0]) if high else at[dim][0] - margin
+
+    def ghost(buffer):
+        slab = ghost_cells(buffer, dim, line, high, at[dim][0], margin, radius[dim][high])
+        if not corners:
+            for other, own in enumerate(lines):
+                if other != dim:
+                    slab = _cut(slab, other, starts[other], own.tile)
+        return [_at_end(slab, buffer, starts, line, high)]
+
+    return adjoint.writing([buffer], ghost, [starts], backward=backward)[0]
 
 
 def ghost_cells(
@@ -110,7 +124,13 @@ def ghost_cells(
 
 
 def hold_rim(
-    new: jax.Array, old: jax.Array, lines: Sequence[Line], *, at: Pairs, radius: Pairs
+    new: jax.Array,
+    old: jax.Array,
+    lines: Sequence[Line],
+    *,
+    at: Pairs,
+    radius: Pairs,
+    backward: bool = False,
 ) -> jax.Array:
     """`new` with the `radius` cells nearest to a fixed end as they are in `old`."""
     for dim, line in enumerate(lines):
@@ -118,27 +138,23 @@ def hold_rim(
             width = radius[dim][high]
             if rule != "fixed" or width == 0:
                 continue
-            start = _end(line, at[dim][0]) - width if high else at[dim][0]
-            rim = _cut(old, dim, start, width)
-            new = _written(new, rim, dim, line, bool(high), start, None, lines)
+            starts = [0] * new.ndim
+            starts[dim] = _end(line, at[dim][0]) - width if high else at[dim][0]
+
+            def rim(new, old, dim=dim, width=width, starts=starts, line=line, high=high):
+                return [_at_end(_cut(old, dim, starts[dim], width), new, starts, line, high)]
+
+            new, _ = adjoint.writing([new, old], rim, [starts, None], backward=backward)
     return new
 
 
-def _written(buffer, slab, dim, line, high, start, span, lines):
-    """`buffer` with `slab` at `start` along `dim`, on the PE at that end of the line."""
-    starts = [0] * buffer.ndim
-    if span is not None:
-        for other in range(buffer.ndim):
-            if other != dim:
-                slab = lax.slice_in_dim(
-                    slab, span[other], span[other] + lines[other].tile, axis=other
-                )
-                starts[other] = span[other]
-    starts[dim] = start
-    if line.parts > 1:
-        here = fabric.axis_index(line.names) == (line.last if high else 0)
-        slab = jnp.where(here, slab, lax.dynamic_slice(buffer, starts, slab.shape))
-    return lax.dynamic_update_slice(buffer, slab, starts)
+def _at_end(slab, buffer, starts, line, high):
+    """`slab` on the PE at that end of the line, elsewhere what `buffer` holds there."""
+    if line.parts == 1:
+        return slab
+    here = fabric.axis_index(line.names) == (line.last if high else 0)
+    end = [a + b for a, b in zip(starts, slab.shape, strict=True)]
+    return jnp.where(here, slab, lax.slice(buffer, starts, end))
 
 
 def _end(line: Line, low_padding: int) -> int:

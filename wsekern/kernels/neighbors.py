@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
+from wsekern.kernels import adjoint, message
 from wsekern.kernels import boundary as ends
-from wsekern.kernels import message
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
 
@@ -28,6 +28,7 @@ def exchange(
     *,
     corners: bool = True,
     fresh: bool = False,
+    backward: bool = False,
 ) -> list[jax.Array]:
     """The buffers with their neighbors' cells in their padding; public to kernels, per PE.
 
@@ -39,6 +40,7 @@ def exchange(
       fresh: whether the tiles have just been padded. Then all is cut from them before anything is
         written. Else each cut waits for the write before it: of a buffer that a loop carries, XLA
         would copy the whole, not knowing that a write comes after every cut.
+      backward: whether this is only differentiated in reverse, and then shall be fast.
     """
     slabs = [
         _Slabs(b, own, a, corners, fresh) for b, own, a in zip(buffers, lines, at, strict=True)
@@ -48,12 +50,26 @@ def exchange(
             moving = [field for field in slabs if field.moves(dim, high)]
             if not moving:
                 continue
-            sent = [field.cut(dim, high) for field in moving]
             wraps = any(field.lines[dim].periodic for field in moving)
             along = moving[0].lines[dim].names
-            got = message.shift_together(sent, along, -1 if high else 1, periodic=wraps)
-            for field, slab in zip(moving, got, strict=True):
-                field.receive(dim, high, slab)
+
+            def arriving(*buffers, moving=moving, dim=dim, high=high, along=along, wraps=wraps):
+                sent = [f.cut(b, dim, high) for f, b in zip(moving, buffers, strict=True)]
+                return message.shift_together(sent, along, -1 if high else 1, periodic=wraps)
+
+            if fresh:
+                got = arriving(*(field.buffer for field in moving))
+                for field, slab in zip(moving, got, strict=True):
+                    field.received[dim, high] = slab
+                continue
+            new = adjoint.writing(
+                [field.buffer for field in moving],
+                arriving,
+                [field.starts(dim, high) for field in moving],
+                backward=backward,
+            )
+            for field, buffer in zip(moving, new, strict=True):
+                field.buffer = buffer
     return [field.written() for field in slabs]
 
 
@@ -133,18 +149,18 @@ class _Slabs:
     def moves(self, dim: int, high: bool) -> bool:
         return self.lines[dim].parts > 1 and self.at[dim][high] > 0
 
-    def cut(self, dim: int, high: bool) -> jax.Array:
+    def cut(self, buffer: jax.Array, dim: int, high: bool) -> jax.Array:
         """The cells that lie beyond a side of the neighbor's tile."""
         width = self.at[dim][high]
         begin = 0 if high else self.lines[dim].tile - width  # in the tile
         starts, shape = self._span(dim)
         starts[dim], shape[dim] = self.at[dim][0] + begin, width
         if not (self.fresh and self.corners):
-            return lax.slice(self.buffer, starts, _sum(starts, shape))
+            return lax.slice(buffer, starts, _sum(starts, shape))
         low = [pair[0] for pair in self.at]
         end = _sum(low, [line.tile for line in self.lines])
         low[dim], end[dim] = starts[dim], starts[dim] + width
-        slab = lax.slice(self.buffer, low, end)
+        slab = lax.slice(buffer, low, end)
         for earlier in range(dim):
             around = [self.received.get((earlier, side)) for side in (False, True)]
             before, after = (
@@ -154,22 +170,17 @@ class _Slabs:
             slab = jnp.concatenate([*before, slab, *after], earlier) if before or after else slab
         return slab
 
-    def receive(self, dim: int, high: bool, slab: jax.Array) -> None:
-        if self.fresh:
-            self.received[dim, high] = slab
-        else:
-            self._write(dim, high, slab)
-
     def written(self) -> jax.Array:
         # The last to arrive is written first: what it waited for has been cut by then.
         for (dim, high), slab in reversed(self.received.items()):
-            self._write(dim, high, slab)
+            self.buffer = lax.dynamic_update_slice(self.buffer, slab, self.starts(dim, high))
         return self.buffer
 
-    def _write(self, dim: int, high: bool, slab: jax.Array) -> None:
+    def starts(self, dim: int, high: bool) -> list[int]:
+        """Where what comes from beyond a side is written."""
         starts, _ = self._span(dim)
         starts[dim] = self.at[dim][0] + self.lines[dim].tile if high else 0
-        self.buffer = lax.dynamic_update_slice(self.buffer, slab, starts)
+        return starts
 
     def _span(self, dim: int) -> tuple[list[int], list[int]]:
         """Where a slab begins and how far it reaches in the dimensions other than `dim`."""

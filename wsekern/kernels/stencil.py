@@ -27,6 +27,7 @@ from wsekern.kernels import lines as geometry
 from wsekern.kernels.halo import Along
 from wsekern.kernels.lines import Boundary, Line, Width
 from wsekern.kernels.local import program_of
+from wsekern.kernels.plan import Plan, steps_to_an_exchange
 from wsekern.wafer import Wafer
 
 _ONE = Line(names=(), parts=1, tile=1, size=1, low="edge", high="edge")
@@ -176,7 +177,7 @@ def _stencil(u, options, sources, receivers, spec, wafer):
     return _results(tree, out, saved, record, options.save_every, receivers)
 
 
-def _plan(what, u, options, lines, radius, on_wafer) -> stepping.Plan:
+def _plan(what, u, options, lines, radius, on_wafer) -> Plan:
     halo.check_room(what, lines, radius, "radius")
     _check(what, options)
     most = _deepest(lines, radius)
@@ -187,11 +188,9 @@ def _plan(what, u, options, lines, radius, on_wafer) -> stepping.Plan:
             f"tile; the largest depth is {most}"
         )
     if depth is None:
-        depth = stepping.depth(lines[0], radius, most, on_wafer)
+        depth = steps_to_an_exchange(lines[0], radius, most, on_wafer)
     depth = max(1, min(depth, options.save_every or options.steps or 1))
-    if options.checkpoint is not None:
-        depth = 1  # a deep halo's cells would be computed, kept and differentiated on several PEs
-    plan = stepping.Plan(
+    plan = Plan(
         update=options.update,
         tree=jax.tree.structure(u),
         coefficients=jax.tree.structure(options.coefficients),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -41,7 +42,7 @@ def gathering(
         else:
             held[i - len(fields)], views = _views_beside(held[i - len(fields)], windows)
             cuts += views
-    return taken.rest(*fields, *held, *cuts), held
+    return taken.rest(*cuts), held
 
 
 def writing(
@@ -66,55 +67,59 @@ def writing(
 
 
 class _Taken(NamedTuple):
-    """A function as one of its operands and of what it slices off them."""
+    """A function of arrays as one of what it takes of them."""
 
-    windows: tuple[tuple[Window, ...], ...]  # of each operand
-    rest: Callable[..., Sequence[jax.Array]]
+    windows: tuple[tuple[Window, ...], ...]  # of each operand; of whole numbers none
+    rest: Callable[..., list[jax.Array]]
 
 
 def _taken(function: Callable, operands: Sequence[jax.Array]) -> _Taken:
     closed = jax.make_jaxpr(function)(*operands)
     jaxpr = closed.jaxpr
-    # Each sliced variable's operand and window of it, also through a slice of a slice.
-    from_: dict[Any, tuple[int, Window]] = {
+    # Of which operand a variable is which window: itself, a slice, or a slice of a slice.
+    of: dict[Any, tuple[int, Window]] = {
         variable: (i, ((0,) * array.ndim, array.shape))
         for i, (variable, array) in enumerate(zip(jaxpr.invars, operands, strict=True))
         if jnp.issubdtype(array.dtype, jnp.floating)
     }
-    slices = []
+    kept = []
     for equation in jaxpr.eqns:
-        source = equation.invars[0] if equation.primitive.name == "slice" else None
-        if source in from_ and equation.params["strides"] is None:
-            i, (begin, _) = from_[source]
-            low, high = (
-                tuple(a + b for a, b in zip(begin, equation.params[which], strict=True))
-                for which in ("start_indices", "limit_indices")
-            )
-            from_[equation.outvars[0]] = i, (low, high)
-            slices.append(equation)
-    kept = [e for e in jaxpr.eqns if not any(e is s for s in slices)]
-    used = {v for e in kept for v in e.invars if not hasattr(v, "val")} | {
-        v for v in jaxpr.outvars if not hasattr(v, "val")
-    }
-    views = [e.outvars[0] for e in slices if e.outvars[0] in used]
+        window = _window(equation, of)
+        if window is None:
+            kept.append(equation)
+        else:
+            of[equation.outvars[0]] = window
+    read = [*(v for e in kept for v in e.invars), *jaxpr.outvars]
+    views = [v for v in dict.fromkeys(v for v in read if not hasattr(v, "val")) if v in of]
     windows = tuple(
-        tuple(dict.fromkeys(from_[v][1] for v in views if from_[v][0] == i))
+        tuple(dict.fromkeys(window for v in views for j, window in [of[v]] if j == i))
         for i in range(len(operands))
     )
     order = [(i, window) for i, own in enumerate(windows) for window in own]
+    places = [order.index(of[v]) for v in views]
+    whole = [v for v in jaxpr.invars if v not in of]
     rest = jaxpr.replace(
-        invars=[*jaxpr.invars, *views],
+        invars=[*whole, *views],
         eqns=kept,
         debug_info=jaxpr.debug_info._replace(arg_names=None),
     )
     run = core.jaxpr_as_fun(core.ClosedJaxpr(rest, closed.consts))
-    places = [order.index(from_[v]) for v in views]
+    given = [array for v, array in zip(jaxpr.invars, operands, strict=True) if v not in of]
+    return _Taken(windows, lambda *cuts: run(*given, *(cuts[place] for place in places)))
 
-    def of_cuts(*given):
-        cuts = given[len(operands) :]
-        return run(*given[: len(operands)], *(cuts[place] for place in places))
 
-    return _Taken(windows, of_cuts)
+def _window(equation: Any, of: dict[Any, tuple[int, Window]]) -> tuple[int, Window] | None:
+    """Of which operand an equation takes which window, if that is all it does."""
+    if equation.primitive.name != "slice" or hasattr(equation.invars[0], "val"):
+        return None
+    if equation.invars[0] not in of or set(equation.params["strides"] or [1]) != {1}:
+        return None
+    i, (begin, _) = of[equation.invars[0]]
+    low, high = (
+        tuple(a + b for a, b in zip(begin, equation.params[which], strict=True))
+        for which in ("start_indices", "limit_indices")
+    )
+    return i, (low, high)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -177,22 +182,27 @@ def _writing_fwd(buffers, make, starts):
         for b, own in zip(buffers, taken.windows, strict=True)
         for window in own
     ]
-    slabs, pull = jax.vjp(lambda *cuts: taken.rest(*buffers, *cuts), *cuts)
+    slabs, pull = jax.vjp(taken.rest, *cuts)
     known = _Known(taken.windows, tuple(slab.shape for slab in slabs))
     return _with(buffers, slabs, starts), (pull, known)
 
 
 def _writing_bwd(make, starts, residuals, cotangents):
     pull, known = residuals
-    owed, out, left = [], [], iter(known.shapes)
+    owed: list[Any] = []
+    out, left = [], iter(known.shapes)
     for cotangent, start in zip(cotangents, starts, strict=True):
+        whole = cotangent.dtype == jax.dtypes.float0  # a whole number's
         if start is not None:
             shape = next(left)
-            owed.append(lax.slice(cotangent, start, [a + b for a, b in zip(start, shape)]))  # noqa: B905
-            cotangent = lax.dynamic_update_slice(
-                cotangent, jnp.zeros(shape, cotangent.dtype), start
-            )
-        out.append(cotangent)
+            end = [a + b for a, b in zip(start, shape, strict=True)]
+            if whole:
+                owed.append(np.zeros(shape, jax.dtypes.float0))
+            else:
+                owed.append(lax.slice(cotangent, start, end))
+                nothing = jnp.zeros(shape, cotangent.dtype)
+                cotangent = lax.dynamic_update_slice(cotangent, nothing, start)
+        out.append(None if whole else cotangent)
     parts = list(pull(owed))
     for i, own in enumerate(known.windows):
         out[i], parts = _added(out[i], own, parts[: len(own)]), parts[len(own) :]

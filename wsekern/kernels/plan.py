@@ -46,6 +46,11 @@ class Plan:
         return tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(coefficients))
 
     @property
+    def unit(self) -> int:
+        """Steps after which the two buffers have their places again: an even number of turns."""
+        return self.depth * (1 + self.depth % 2)
+
+    @property
     def joins(self) -> bool:
         """Whether a tile and its halo are joined anew in each step, instead of kept padded."""
         return self.depth == 1 and self.on_wafer

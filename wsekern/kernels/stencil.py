@@ -67,9 +67,9 @@ def stencil(
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
-      checkpoint: "sqrt" keeps for the gradient 2 * sqrt(steps / 10) states and what `update`
-        needs of 10 steps, takes each step three times and exchanges in each; None keeps what it
-        needs of all.
+      checkpoint: "sqrt" keeps for the gradient, which is reverse mode alone then, sqrt(steps)
+        states and what `update` needs of 4 steps, and takes each step three times; None keeps what
+        it needs of all.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
@@ -167,7 +167,7 @@ def _stencil(u, options, sources, receivers, spec, wafer):
     plan = _plan(what, u, options, lines, radius, on_wafer)
     emitters = points.emitters(sources, u, lines[0], options.steps)
     readers = points.readers(receivers, u, lines[0])
-    kernel = functools.partial(_per_pe, plan=plan, along=along)
+    kernel = functools.partial(_per_pe, plan=plan, along=along if wafer is not None else ())
     coefficients = plan.coefficients_of(options.coefficients)
     operands = (tuple(fields), coefficients, emitters, readers)
     if wafer is None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wsekern import fabric
 from wsekern.kernels import adjoint, checkpoints, points
 from wsekern.kernels import boundary as ends
 from wsekern.kernels.boundary import Pairs
@@ -86,14 +87,14 @@ class Run:
 
     def advance(self, tiles, begin, steps: int):
         """The tiles `steps` steps later, and the readings `[steps, points]` of this PE."""
-        unit = self.plan.depth * (1 + self.plan.depth % 2)  # an even number of turns
+        unit = self.plan.unit
         done = steps // unit * unit
-        buffers = self._buffers(tiles)
-        buffers, first = self.loop(self._blocks, buffers, begin, steps // unit, unit)
-        buffers, last = self._blocks(buffers, begin + done, steps - done, fresh=done == 0)
+        buffers = self.buffers(tiles)
+        buffers, first = self.loop(self.blocks, buffers, begin, steps // unit, unit)
+        buffers, last = self.blocks(buffers, begin + done, steps - done, fresh=done == 0)
         if self.readers is None:
-            return self._tiles(buffers[0]), None
-        return self._tiles(buffers[0]), jnp.concatenate([first, last])
+            return self.tiles(buffers[0]), None
+        return self.tiles(buffers[0]), jnp.concatenate([first, last])
 
     def loop(self, body, carry, begin, times: int, unit: int):
         """`body` as often as `times`, and all its readings in order."""
@@ -101,35 +102,42 @@ class Run:
         carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
         return carry, None if records is None else records.reshape(times * unit, self.readers.count)
 
-    def backward(self, tiles, begin, steps: int):
-        """As `advance`, to be differentiated in reverse: each step in memory of its own."""
+    def backward(self, now, begin, steps: int):
+        """This run, the buffers after steps in memory of their own, and the readings.
+
+        To be differentiated in reverse: as `adjoint` says, the run comes back with what is held.
+        """
         run, records = self, []
-        now = tuple(padded(t, self.plan.padding) for t in tiles)
         for j in range(steps):
-            now, left = run._exchanged(now, j, steps, backward=True)
+            now, left = run._surrounded(now, j, steps, backward=True)
             other = tuple(jnp.zeros_like(b) for b in now)
             now, run = run._step(now, other, left, begin + j, backward=True)
             if self.readers is not None:
                 records.append(
                     points.read(self.readers, now, self.plan.lines[0], self.plan.padding)
                 )
-        return self._tiles(now), jnp.stack(records) if records else None
+        return run, now, jnp.stack(records) if records else None
 
-    def _buffers(self, tiles):
+    def varying(self) -> "Run":
+        """This run with what it holds typed as each PE's own, whose gradient is summed once."""
+        names = tuple(name for line in self.plan.lines[0] if line.parts > 1 for name in line.names)
+        return fabric.varying(self, names)
+
+    def buffers(self, tiles):
         buffers = tuple(padded(t, self.plan.padding) for t in tiles)
         return buffers, buffers
 
-    def _tiles(self, buffers):
+    def tiles(self, buffers):
         low = [pair[0] for pair in self.plan.padding]
         end = [pair[0] + line.tile for pair, line in zip(self.plan.padding, self.plan.lines[0])]  # noqa: B905
         return tuple(lax.slice(b, low, end) for b in buffers)
 
-    def _blocks(self, buffers, begin, steps: int, fresh: bool = False):
+    def blocks(self, buffers, begin, steps: int, fresh: bool = False):
         """`steps` steps unrolled, with an exchange before each `depth` of them."""
         records = []
         now, other = buffers
         for j in range(steps):
-            now, left = self._exchanged(now, j, steps, fresh=fresh and j == 0)
+            now, left = self._surrounded(now, j, steps, fresh=fresh and j == 0)
             (now, _), other = self._step(now, other, left, begin + j), now
             if self.readers is not None:
                 records.append(
@@ -139,17 +147,26 @@ class Run:
             return (now, other), None
         return (now, other), jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
 
-    def _exchanged(self, now, j: int, steps: int, *, fresh: bool = False, backward: bool = False):
-        """The buffers as step `j` finds them, and how many steps their halos are good for."""
+    def _surrounded(self, now, j: int, steps: int, *, fresh: bool = False, backward: bool = False):
+        """The buffers as step `j` reads them, and how many steps their halos are good for."""
         plan = self.plan
         left = min(plan.depth, steps - j // plan.depth * plan.depth) - j % plan.depth
-        if j % plan.depth == 0 and not plan.joins:
-            at = [plan.padding] * len(now)
-            first = not backward and (plan.on_wafer or fresh)
-            now = tuple(
-                exchange(now, plan.lines, at, corners=plan.corners, fresh=first, backward=backward)
+        if plan.joins:
+            return now, left
+        at, margins = plan.padding, plan.margins(left)
+        if j % plan.depth == 0:
+            now = exchange(
+                now,
+                plan.lines,
+                [at] * len(now),
+                corners=plan.corners,
+                fresh=not backward and (plan.on_wafer or fresh),
+                backward=backward,
             )
-        return now, left
+        fill = functools.partial(
+            ends.fill, at=at, margins=margins, radius=plan.radius, backward=backward
+        )
+        return tuple(fill(b, own) for b, own in zip(now, plan.lines, strict=True)), left
 
     def _step(self, now, other, left: int, step, *, backward: bool = False):
         """The fields one step later, in `other`'s memory, when `left` steps are to be taken.
@@ -157,7 +174,6 @@ class Run:
         And this run again, as `adjoint.gathering` passes on what is held.
         """
         plan, at = self.plan, self.plan.padding
-        now = self._with_ends(now, left, backward)
         if backward:
             update = functools.partial(self._updated, left=left, step=step)
             gather = jax.checkpoint(functools.partial(adjoint.gathering, update))
@@ -179,22 +195,6 @@ class Run:
         if self.emitters is not None:
             out = points.emit(self.emitters, out, plan.lines[0], at, step)
         return tuple(out), run
-
-    def _with_ends(self, now, left: int, backward: bool):
-        plan = self.plan
-        if plan.joins:
-            return now
-        return [
-            ends.fill(
-                b,
-                own,
-                at=plan.padding,
-                margins=plan.margins(left),
-                radius=plan.radius,
-                backward=backward,
-            )
-            for b, own in zip(now, plan.lines, strict=True)
-        ]
 
     def _updated(self, *operands, left: int, step) -> list[jax.Array]:
         """What the user's update makes of the fields and the coefficients, all as they are kept."""

@@ -171,18 +171,14 @@ import functools
 import wsekern as wk
 wk.emulate_devices(16)
 import jax, numpy as np
-from tests.wsekern.kernels.test_stencil import field, star, weighted
+from tests.wsekern.kernels.test_stencil import field, weighted
 wafers = [wk.Wafer.devices(*g) for g in ((2, 2), (2, 4), (4, 1), (1, 8), (2, 2, 2))]
 wafers.append(wk.Wafer.virtual(wk.WSE2, 8, 8))
-for update in (star, weighted):
-    go = functools.partial(wk.stencil, update=update, radius=1, boundary="reflect", steps=20)
-    want = np.asarray(jax.jit(go)(field()))
-    for wafer in wafers:
-        for depth in (None, 1, 2):
-            if depth == 2 and wafer.size > 16 or depth == 2 and wafer.width == 8:
-                continue
-            got = jax.jit(functools.partial(go, depth=depth, wafer=wafer))(field())
-            assert np.array_equal(got, want), (update, wafer, depth)
+go = functools.partial(wk.stencil, update=weighted, radius=1, boundary="reflect", steps=8)
+want = np.asarray(jax.jit(go)(field()))
+for wafer, depth in [(w, None) for w in wafers] + [(wafers[1], 1), (wafers[1], 2)]:
+    got = jax.jit(functools.partial(go, depth=depth, wafer=wafer))(field())
+    assert np.array_equal(got, want), (wafer, depth)
 print("same")
 """
     done = subprocess.run(
@@ -287,41 +283,6 @@ def test_sources_are_added_in_every_copy_of_their_cell(full_wafer, boundary):
         for cell, value in zip(at, values[step], strict=True):
             want[cell] += value
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", [None, "sqrt"])
-def test_gradient_of_a_wave_by_its_velocity(full_wafer, checkpoint):
-    c, u = np.full(SHAPE, 0.2, np.float32) + 0.02 * field(), field(seed=1)
-    target = field(seed=2)
-
-    def plain_wave(c, u):
-        state = {"u": u, "before": u}
-        for _ in range(20):
-            state = wave({k: jnp.pad(f, 1) for k, f in state.items()}, jnp.pad(c, 1, mode="edge"))
-        return jnp.sum(state["u"] * target)
-
-    def ours(c, u):
-        options = {"steps": 20, "coefficients": c, "checkpoint": checkpoint, "wafer": full_wafer}
-        state = wk.stencil({"u": u, "before": u}, wave, radius=1, **options)
-        return jnp.sum(state["u"] * target)
-
-    got = jax.jit(jax.grad(ours, (0, 1)))(c, u)
-    want = jax.jit(jax.grad(plain_wave, (0, 1)))(c, u)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
-
-
-def test_a_gradient_with_checkpoints_keeps_few_states():
-    """100 steps of a wave of two fields, in less than 40 fields."""
-    c = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-
-    def loss(c, u):
-        options = {"steps": 100, "coefficients": c, "checkpoint": "sqrt"}
-        return jnp.sum(wk.stencil({"u": u, "before": u}, wave, radius=1, **options)["u"])
-
-    memory = jax.jit(jax.grad(loss)).lower(c, c).compile().memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < 40 * 64 * 64 * 4
 
 
 def test_forward_mode(full_wafer):

@@ -1,0 +1,111 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import wsekern as wk
+
+SHAPE = (16, 16)
+INSIDE = (slice(1, -1),) * 2
+
+
+def field(shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def wave(state, c):
+    u = state["u"]
+    around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
+    new = 2 * u[INSIDE] - state["before"][INSIDE] + c[INSIDE] * (around - 4 * u[INSIDE])
+    return {"u": new, "before": u[INSIDE]}
+
+
+def gradients_of_a_wave(steps, **options):
+    """By velocity and field, and by plain padding too; steps of all lengths of a loop."""
+    c, u, target = np.full(SHAPE, 0.2, np.float32) + 0.02 * field(), field(seed=1), field(seed=2)
+
+    def plain(c, u):
+        def step(state, _):
+            padded = {k: jnp.pad(f, 1) for k, f in state.items()}
+            return wave(padded, jnp.pad(c, 1, mode="edge")), None
+
+        state, _ = lax.scan(step, {"u": u, "before": u}, length=steps)
+        return jnp.sum(state["u"] * target)
+
+    def ours(c, u):
+        options_ = {"steps": steps, "coefficients": c, **options}
+        state = wk.stencil({"u": u, "before": u}, wave, radius=1, **options_)
+        return jnp.sum(state["u"] * target)
+
+    return [jax.jit(jax.grad(f, (0, 1)))(c, u) for f in (ours, plain)]
+
+
+def close(got, want, rtol):
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+def test_gradient_of_a_wave(full_wafer):
+    """21 steps: segments of units, a unit more, and a step."""
+    close(*gradients_of_a_wave(21, checkpoint="sqrt", wafer=full_wafer), 1e-4)
+
+
+def test_gradient_without_checkpoints(wafer_called):
+    close(*gradients_of_a_wave(7, depth=2, wafer=wafer_called("2x4")), 1e-4)
+
+
+def everything(state, held, step):
+    """Not linear, in two fields and a whole number, with what is split, whole and told."""
+    u, v, k = state["u"], state["v"], held["k"]
+    around = (
+        k[2:, 1:-1] * u[2:, 1:-1] + k[:-2, 1:-1] * u[:-2, 1:-1] + u[1:-1, :-2] + 0.1 * u[2:, 2:]
+    )
+    u_new = v[INSIDE] + 0.1 * around * k[INSIDE] + held["forcing"][step] + held["rows"][1:-1]
+    return {"n": state["n"][INSIDE] + 1, "u": u_new, "v": u[INSIDE] * jnp.tanh(v[1:-1, 2:])}
+
+
+@pytest.mark.parametrize(
+    "boundary", ["reflect", [("fixed", lambda near: -near * near), "periodic"]]
+)
+def test_gradient_of_all_that_a_step_does(boundary, wafer_called):
+    steps = 13
+    shapes = [SHAPE, SHAPE, SHAPE, (16, 1), (steps,), (steps, 2)]
+    operands = [0.2 * field(shape, seed) for seed, shape in enumerate(shapes)]
+
+    def loss(u, v, k, rows, forcing, values, **options):
+        last, saved, heard = wk.stencil(
+            {"n": jnp.zeros(SHAPE, jnp.int32), "u": u, "v": v},
+            everything,
+            radius=1,
+            boundary=boundary,
+            steps=steps,
+            coefficients={"k": k, "rows": rows, "forcing": forcing},
+            sources=wk.Sources(at=[(3, 4), (0, 0)], values=values, field="u"),
+            receivers=wk.Receivers(at=[(5, 5), (1, 0), (9, 11)], field="v"),
+            save_every=9,
+            **options,
+        )
+        ends = jnp.sum(last["u"] * last["v"] * last["n"])
+        return jnp.sum(jnp.sin(heard)) + ends + jnp.sum(saved["u"] ** 2)
+
+    def gradient(**options):
+        return jax.jit(jax.grad(functools.partial(loss, **options), range(6)))(*operands)
+
+    want = gradient(depth=1)
+    close(gradient(checkpoint="sqrt"), want, 1e-4)
+    close(gradient(checkpoint="sqrt", depth=2, wafer=wafer_called("2x4")), want, 1e-4)
+
+
+def test_few_states_are_kept():
+    """100 steps of a wave of two fields, in less than 45 fields; their sum would be 200."""
+    c = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+
+    def loss(c, u):
+        options = {"steps": 100, "coefficients": c, "checkpoint": "sqrt"}
+        return jnp.sum(wk.stencil({"u": u, "before": u}, wave, radius=1, **options)["u"])
+
+    memory = jax.jit(jax.grad(loss)).lower(c, c).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 45 * 128 * 128 * 4

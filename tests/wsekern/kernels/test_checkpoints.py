@@ -48,9 +48,10 @@ def close(got, want, rtol):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
-def test_gradient_of_a_wave(full_wafer):
+@pytest.mark.parametrize("name", ["2x4", "virtual-4x4"])
+def test_gradient_of_a_wave(name, wafer_called):
     """21 steps: segments of units, a unit more, and a step."""
-    close(*gradients_of_a_wave(21, checkpoint="sqrt", wafer=full_wafer), 1e-4)
+    close(*gradients_of_a_wave(21, checkpoint="sqrt", wafer=wafer_called(name)), 1e-4)
 
 
 def test_gradient_without_checkpoints(wafer_called):
@@ -67,36 +68,30 @@ def everything(state, held, step):
     return {"n": state["n"][INSIDE] + 1, "u": u_new, "v": u[INSIDE] * jnp.tanh(v[1:-1, 2:])}
 
 
-@pytest.mark.parametrize(
-    "boundary", ["reflect", [("fixed", lambda near: -near * near), "periodic"]]
-)
-def test_gradient_of_all_that_a_step_does(boundary, wafer_called):
-    steps = 13
+def test_gradient_of_all_that_a_step_does(wafer_called):
+    steps = 9
     shapes = [SHAPE, SHAPE, SHAPE, (16, 1), (steps,), (steps, 2)]
     operands = [0.2 * field(shape, seed) for seed, shape in enumerate(shapes)]
 
     def loss(u, v, k, rows, forcing, values, **options):
-        last, saved, heard = wk.stencil(
+        last, heard = wk.stencil(
             {"n": jnp.zeros(SHAPE, jnp.int32), "u": u, "v": v},
             everything,
             radius=1,
-            boundary=boundary,
+            boundary=[("fixed", lambda near: -near * near), ("reflect", "zero")],
             steps=steps,
             coefficients={"k": k, "rows": rows, "forcing": forcing},
             sources=wk.Sources(at=[(3, 4), (0, 0)], values=values, field="u"),
             receivers=wk.Receivers(at=[(5, 5), (1, 0), (9, 11)], field="v"),
-            save_every=9,
             **options,
         )
-        ends = jnp.sum(last["u"] * last["v"] * last["n"])
-        return jnp.sum(jnp.sin(heard)) + ends + jnp.sum(saved["u"] ** 2)
+        return jnp.sum(jnp.sin(heard)) + jnp.sum(last["u"] * last["v"] * last["n"])
 
     def gradient(**options):
         return jax.jit(jax.grad(functools.partial(loss, **options), range(6)))(*operands)
 
-    want = gradient(depth=1)
-    close(gradient(checkpoint="sqrt"), want, 1e-4)
-    close(gradient(checkpoint="sqrt", depth=2, wafer=wafer_called("2x4")), want, 1e-4)
+    got = gradient(checkpoint="sqrt", depth=2, wafer=wafer_called("2of2x2"))
+    close(got, gradient(depth=1), 1e-4)
 
 
 def test_few_states_are_kept():

@@ -107,14 +107,18 @@ def boundaries(boundary: Any, ndim: int, what: str) -> tuple[tuple[Boundary, Bou
 
 def by_field(option: Any, fields: Any) -> list[Any]:
     """`option` for each leaf of `fields`: a dict by the leaf's name or place, or one for all."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(fields)[0]]
+    names = field_names(fields)
     if not isinstance(option, dict):
-        return [option] * len(paths)
-    names = [_name(path) for path in paths]
+        return [option] * len(names)
     for key in option:
         if key not in names:
             raise ValueError(f"stencil: {key!r} is not one of the fields {names}")
     return [option.get(name) for name in names]
+
+
+def field_names(fields: Any) -> list[Any]:
+    """What each leaf of `fields` is called."""
+    return [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(fields)[0]]
 
 
 def widths(width: Any, along: Sequence, what: str, name: str) -> tuple[tuple[int, int], ...]:

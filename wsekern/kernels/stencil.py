@@ -12,6 +12,7 @@ diagonally across, sends less with `corners=False` where there is one step to an
 halos need corners. Donate `u` to a jit of your own to have its memory used for the result.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from wsekern import context, fabric, layout, readings
-from wsekern.kernels import halo, points, stepping
+from wsekern.kernels import finite, halo, points, stepping
 from wsekern.kernels import lines as geometry
 from wsekern.kernels.halo import Along
 from wsekern.kernels.lines import Boundary, Line, Width
@@ -47,6 +48,7 @@ def stencil(
     save_every: int | None = None,
     checkpoint: str | None = None,
     depth: int | None = None,
+    check_finite: bool = False,
     spec: P | None = None,
     wafer: Wafer | None = None,
 ) -> Any:
@@ -71,6 +73,8 @@ def stencil(
         states and what `update` needs of 4 steps, and takes each step three times; None keeps what
         it needs of all.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
+      check_finite: whether to wait for the result and, where it is not finite, take the steps once
+        more to find where that began; outside `jax.jit`.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
 
@@ -81,11 +85,12 @@ def stencil(
     Raises:
       ValueError: `update` does not take `radius` cells off or changes dtype, a halo is wider than
         a tile, or an option does not fit.
+      FloatingPointError: with `check_finite`; says field, step and cell.
     """
     options = _Options(
         update, radius, boundary, steps, coefficients, corners, save_every, checkpoint, depth
     )
-    return _stencil(u, options, sources, receivers, spec, wafer)
+    return _stencil(u, options, sources, receivers, check_finite, spec, wafer)
 
 
 def stencil_tile(
@@ -149,7 +154,7 @@ class _Options(NamedTuple):
     depth: int | None
 
 
-def _stencil(u, options, sources, receivers, spec, wafer):
+def _stencil(u, options, sources, receivers, check_finite, spec, wafer):
     what = "stencil"
     fields, tree = jax.tree.flatten(u)
     halo.check_fields(what, fields)
@@ -167,13 +172,21 @@ def _stencil(u, options, sources, receivers, spec, wafer):
     plan = _plan(what, u, options, lines, radius, on_wafer)
     emitters = points.emitters(sources, u, lines[0], options.steps)
     readers = points.readers(receivers, u, lines[0])
-    kernel = functools.partial(_per_pe, plan=plan, along=along if wafer is not None else ())
+    _check_values(what, check_finite, u)
     coefficients = plan.coefficients_of(options.coefficients)
     operands = (tuple(fields), coefficients, emitters, readers)
-    if wafer is None:
-        out, saved, record = program_of(kernel)(*operands)
-    else:
-        out, saved, record = _on_wafer(kernel, operands, along, plan, wafer)
+    split = along if wafer is not None else ()
+    laid = (P(*along), P(None, *along), P())
+    kernel = functools.partial(_per_pe, plan=plan, along=split)
+    out, saved, record = _run(kernel, operands, along, plan, wafer, laid)
+    out = _cropped(out, along, plan, wafer)
+    if saved is not None:
+        saved = _cropped(saved, (None, *along), plan, wafer)
+    if check_finite and not finite.is_finite((out, saved, record)):
+        alone = dataclasses.replace(plan, depth=1, corners=options.corners, checkpoint=None)
+        look = functools.partial(_began_per_pe, plan=alone)
+        found = _run(look, operands, along, alone, wafer, P(*along, None))
+        finite.report(what, found, geometry.field_names(u), options.steps)
     return _results(tree, out, saved, record, options.save_every, receivers)
 
 
@@ -217,7 +230,13 @@ def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
     return out, saved, record
 
 
-def _on_wafer(kernel, operands, along, plan, wafer):
+def _began_per_pe(fields, coefficients, emitters, readers, *, plan):
+    return finite.began(stepping.prepared(plan, coefficients, emitters, None), fields, plan.steps)
+
+
+def _run(kernel, operands, along, plan, wafer, out_specs):
+    if wafer is None:
+        return program_of(kernel)(*operands)
     fields, coefficients, emitters, readers = operands
     laid = P(*along)
     specs = tuple(
@@ -228,17 +247,17 @@ def _on_wafer(kernel, operands, along, plan, wafer):
     coefficients = tuple(
         layout.pad(c, s, wafer, None) for c, s in zip(coefficients, specs, strict=True)
     )
-    run = wafer.map(
-        kernel,
-        in_specs=(laid, specs, P(), P()),
-        out_specs=(laid, P(None, *along), P()),
-    )
-    out, saved, record = run(fields, coefficients, emitters, readers)
+    run = wafer.map(kernel, in_specs=(laid, specs, P(), P()), out_specs=out_specs)
+    return run(fields, coefficients, emitters, readers)
+
+
+def _cropped(arrays, along, plan, wafer):
+    if wafer is None:
+        return arrays
     shape = tuple(line.size for line in plan.lines[0])
-    out = tuple(layout.crop(f, shape, laid, wafer) for f in out)
-    if saved is not None:
-        saved = tuple(layout.crop(s, (s.shape[0], *shape), P(None, *along), wafer) for s in saved)
-    return out, saved, record
+    return tuple(
+        layout.crop(a, (*a.shape[: a.ndim - len(shape)], *shape), P(*along), wafer) for a in arrays
+    )
 
 
 def _on_wafer_here() -> bool:
@@ -296,6 +315,14 @@ def _check(what, options):
             raise ValueError(f"{what}: {name}={value!r} must be an integer of {smallest} or more")
     if options.checkpoint not in (None, "sqrt"):
         raise ValueError(f"{what}: checkpoint={options.checkpoint!r} is not 'sqrt' or None")
+
+
+def _check_values(what, check_finite, u):
+    if check_finite and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(u)):
+        raise ValueError(
+            f"{what}: check_finite=True needs the values of u, which is traced; call stencil "
+            "outside jit and grad, it compiles its own program"
+        )
 
 
 def _check_update(what, plan, u, coefficients):

@@ -30,7 +30,7 @@ def run(
     readers: Any,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None, jax.Array | None]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
-    state = Run(plan, _around(plan, coefficients), emitters, readers)
+    state = prepared(plan, coefficients, emitters, readers)
     advance = (
         state.advance if plan.checkpoint is None else functools.partial(checkpoints.advance, state)
     )
@@ -51,6 +51,11 @@ def run(
     if rest is None:
         return out, saved, None
     return out, saved, jnp.concatenate([records.reshape(done, readers.count), rest])
+
+
+def prepared(plan: Plan, coefficients: Sequence[jax.Array], emitters: Any, readers: Any) -> "Run":
+    """What runs the plan, its coefficients with their halos."""
+    return Run(plan, _around(plan, coefficients), emitters, readers)
 
 
 def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

@@ -52,15 +52,18 @@ def axes_of(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def program(
-    wafer: Wafer, kernel: Callable, specs: Specs, replicated_by_construction: bool
+    wafer: Wafer,
+    kernel: Callable,
+    specs: Specs,
+    replicated_by_construction: bool,
+    donate: tuple[int, ...] = (),
 ) -> Callable:
     """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
     key = identity.key(kernel)
     if key is None:
-        return _Program(wafer, kernel, specs, replicated_by_construction)
-    return _kept_program(
-        _Keyed(key, identity.frozen(kernel)), wafer, specs, replicated_by_construction
-    )
+        return _Program(wafer, kernel, specs, replicated_by_construction, donate)
+    keyed = _Keyed(key, identity.frozen(kernel))
+    return _kept_program(keyed, wafer, specs, replicated_by_construction, donate)
 
 
 def check_divides(wafer: Wafer, what: str, array: Any, spec: P) -> None:
@@ -130,11 +133,12 @@ def explicit(wafer: Wafer) -> bool:
 class _Program:
     """A kernel over whole arrays: checks what it is handed, then calls one jitted function."""
 
-    def __init__(self, wafer, kernel, specs, replicated_by_construction):
+    def __init__(self, wafer, kernel, specs, replicated_by_construction, donate):
         self.wafer = wafer
         self.specs = specs
         run = _virtual if wafer.reading == "virtual" else _sharded
-        self.call = jax.jit(run(wafer, kernel, specs, not replicated_by_construction))
+        whole = run(wafer, kernel, specs, not replicated_by_construction)
+        self.call = jax.jit(whole, donate_argnums=donate)
 
     def __call__(self, *operands):
         specs = _broadcast(self.specs.in_specs, operands, "in_specs")
@@ -277,5 +281,5 @@ class _Keyed:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kept_program(kernel: _Keyed, wafer, specs, replicated_by_construction) -> _Program:
-    return _Program(wafer, kernel.kernel, specs, replicated_by_construction)
+def _kept_program(kernel: _Keyed, wafer, specs, replicated_by_construction, donate) -> _Program:
+    return _Program(wafer, kernel.kernel, specs, replicated_by_construction, donate)

@@ -219,6 +219,7 @@ class Wafer:
         in_specs: Any,
         out_specs: Any,
         replicated_by_construction: bool = False,
+        donate_argnums: tuple[int, ...] = (),
     ) -> Callable[..., Any]:
         """`kernel`, a function of one PE's tiles, as a function of whole arrays.
 
@@ -238,6 +239,7 @@ class Wafer:
             seen to be so by JAX (one passed round a ring, say). It turns JAX's check off for this
             map: compare all PEs' copies in a test, and test the gradient. Virtual PEs are never
             compared: the first one's result is taken.
+          donate_argnums: operands whose memory the results may take, as in `jax.jit`.
 
         Raises:
           ValueError: a spec is none or names an axis that does not exist, or one twice; from the
@@ -245,7 +247,7 @@ class Wafer:
             other devices.
         """
         specs = readings.Specs.of(in_specs, out_specs)
-        return readings.program(self, kernel, specs, replicated_by_construction)
+        return readings.program(self, kernel, specs, replicated_by_construction, donate_argnums)
 
     def mesh_spec(self, spec: P) -> P:
         """`spec` in the mesh's own names, without the axes that the mesh lacks."""

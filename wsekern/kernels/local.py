@@ -9,12 +9,12 @@ import jax
 from wsekern import identity
 
 
-def program_of(kernel: Callable) -> Callable:
+def program_of(kernel: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
     """`kernel`, which meets no other PE, jitted; the same program for equal kernels."""
     key = identity.key(kernel)
     if key is None:
-        return jax.jit(kernel)
-    return _kept(_Keyed(key, identity.frozen(kernel)))
+        return jax.jit(kernel, donate_argnums=donate_argnums)
+    return _kept(_Keyed(key, identity.frozen(kernel)), donate_argnums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,5 +24,5 @@ class _Keyed:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept(keyed: _Keyed) -> Callable:
-    return jax.jit(keyed.kernel)
+def _kept(keyed: _Keyed, donate_argnums: tuple[int, ...]) -> Callable:
+    return jax.jit(keyed.kernel, donate_argnums=donate_argnums)

@@ -1,13 +1,15 @@
 """This file is what a stencil shall do, and how many steps one exchange serves."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from wsekern.kernels import halo
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
 
@@ -15,6 +17,23 @@ from wsekern.kernels.lines import Line
 # collective, of which there are two a dimension, at about a cell a nanosecond.
 _CELLS_OF_AN_EXCHANGE = 150_000
 _DEEPEST = 8  # beyond, the unrolled program only takes longer to compile
+
+
+_ONE = Line(names=(), parts=1, tile=1, size=1, low="edge", high="edge")
+
+
+class Options(NamedTuple):
+    """What is asked for, as it was given."""
+
+    update: Callable[..., Any]
+    radius: Any
+    boundary: Any
+    steps: int
+    coefficients: Any
+    corners: bool
+    save_every: int | None
+    checkpoint: str | None
+    depth: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +87,80 @@ class Plan:
         )
 
 
-def steps_to_an_exchange(lines: Sequence[Line], radius: Pairs, most: int, on_wafer: bool) -> int:
+def planned(
+    what: str,
+    u: Any,
+    options: Options,
+    lines: tuple[tuple[Line, ...], ...],
+    radius: Pairs,
+    on_wafer: bool,
+) -> Plan:
+    """The plan for fields `u`, all of it checked; `what` is the name in messages."""
+    halo.check_room(what, lines, radius, "radius")
+    _check(what, options)
+    most = _deepest(lines, radius)
+    depth = options.depth
+    if depth is not None and depth > most:
+        raise ValueError(
+            f"{what}: depth={depth} with radius {radius} needs a halo wider than the smallest "
+            f"tile; the largest depth is {most}"
+        )
+    if depth is None:
+        depth = _steps_to_an_exchange(lines[0], radius, most, on_wafer)
+    depth = max(1, min(depth, options.save_every or options.steps or 1))
+    plan = Plan(
+        update=options.update,
+        tree=jax.tree.structure(u),
+        coefficients=jax.tree.structure(options.coefficients),
+        told_step="step" in _parameters(options.update),
+        lines=lines,
+        coefficient_lines=_coefficient_lines(options.coefficients, lines[0]),
+        radius=radius,
+        steps=options.steps,
+        depth=depth,
+        corners=options.corners or depth > 1,
+        on_wafer=on_wafer,
+        save_every=options.save_every,
+        checkpoint=options.checkpoint,
+    )
+    _check_update(what, plan, u, options.coefficients)
+    return plan
+
+
+def _coefficient_lines(
+    coefficients: Any, lines: tuple[Line, ...]
+) -> tuple[tuple[Line, ...] | None, ...]:
+    """For each coefficient its lines; None for one that is whole on every PE."""
+
+    def of(leaf):
+        if jnp.ndim(leaf) != len(lines):
+            return None
+        return tuple(
+            _ONE if size == 1 else line.beside()
+            for size, line in zip(jnp.shape(leaf), lines, strict=True)
+        )
+
+    return tuple(of(leaf) for leaf in jax.tree.leaves(coefficients))
+
+
+def _deepest(lines, radius) -> int:
+    """How many steps one exchange can serve."""
+    most = [
+        line.rest // max(pair)
+        for line, pair in zip(lines[0], radius, strict=True)
+        if line.parts > 1 and max(pair)
+    ]
+    return min(most, default=2**30)
+
+
+def _parameters(update: Callable) -> Sequence[str]:
+    try:
+        return list(inspect.signature(update).parameters)
+    except ValueError:  # a function that does not tell
+        return []
+
+
+def _steps_to_an_exchange(lines: Sequence[Line], radius: Pairs, most: int, on_wafer: bool) -> int:
     """How many steps one exchange shall serve, by the time of an exchange and of a cell.
 
     On a wafer, virtual or abstract, a neighbor is two cycles away and nothing is gained by
@@ -94,3 +186,48 @@ def steps_to_an_exchange(lines: Sequence[Line], radius: Pairs, most: int, on_waf
     # copies the whole buffer at each exchange, so one step at a time is for tiles that need it.
     depths = [k for k in (2, 4, 6, _DEEPEST) if k <= most]
     return min(depths, key=cost, default=1)
+
+
+def _check(what, options):
+    least = {"steps": 0, "save_every": 1, "depth": 1}
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int) or value < smallest):
+            raise ValueError(f"{what}: {name}={value!r} must be an integer of {smallest} or more")
+    if options.checkpoint not in (None, "sqrt"):
+        raise ValueError(f"{what}: checkpoint={options.checkpoint!r} is not 'sqrt' or None")
+
+
+def _check_update(what, plan, u, coefficients):
+    """Traces `update` once on tiles with their halo, before anything is compiled."""
+    tiles = [line.tile for line in plan.lines[0]]
+    around = [n + sum(pair) for n, pair in zip(tiles, plan.radius, strict=True)]
+
+    def shaped(leaf, lines):
+        if lines is None:
+            return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+        sizes = [1 if l.size == 1 else n for l, n in zip(lines, around, strict=True)]
+        return jax.ShapeDtypeStruct(sizes, jnp.result_type(leaf))
+
+    fields = jax.tree.map(lambda f: jax.ShapeDtypeStruct(around, f.dtype), u)
+    leaves, tree = jax.tree.flatten(coefficients)
+    shapes = [shaped(c, own) for c, own in zip(leaves, plan.coefficient_lines, strict=True)]
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    new = jax.eval_shape(plan.call, fields, jax.tree.unflatten(tree, shapes), step)
+    if jax.tree.structure(new) != plan.tree:
+        raise ValueError(
+            f"{what}: update makes {jax.tree.structure(new)} of fields {plan.tree}; it must give "
+            "the fields that it takes"
+        )
+    for field, made in zip(jax.tree.leaves(u), jax.tree.leaves(new), strict=True):
+        if made.shape != tuple(tiles):
+            off = [a - b for a, b in zip(around, made.shape, strict=False)]
+            raise ValueError(
+                f"{what}: radius is {plan.radius}, so update must make {tuple(tiles)} of "
+                f"{tuple(around)}, and it makes {made.shape}: it takes {off} cells off"
+            )
+        if made.dtype != field.dtype:
+            raise ValueError(
+                f"{what}: update makes {made.dtype} of {field.dtype}; cast what it returns, or "
+                "its constants"
+            )

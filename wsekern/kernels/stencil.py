@@ -9,29 +9,25 @@ parameter of that name. Coefficients with as many dimensions as the field are sp
 have the same halo, but for dimensions of size 1; beyond the field lie their own last cells, or the
 other end where it is periodic. Other ones are whole on every PE. A star, which reads no cell
 diagonally across, sends less with `corners=False` where there is one step to an exchange; deeper
-halos need corners. Donate `u` to a jit of your own to have its memory used for the result.
+halos need corners.
 """
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from wsekern import context, fabric, layout, readings
 from wsekern.kernels import finite, halo, points, stepping
 from wsekern.kernels import lines as geometry
 from wsekern.kernels.halo import Along
-from wsekern.kernels.lines import Boundary, Line, Width
+from wsekern.kernels.lines import Boundary, Width
 from wsekern.kernels.local import program_of
-from wsekern.kernels.plan import Plan, steps_to_an_exchange
+from wsekern.kernels.plan import Options, planned
 from wsekern.wafer import Wafer
-
-_ONE = Line(names=(), parts=1, tile=1, size=1, low="edge", high="edge")
 
 
 def stencil(
@@ -49,6 +45,7 @@ def stencil(
     checkpoint: str | None = None,
     depth: int | None = None,
     check_finite: bool = False,
+    donate: bool = False,
     spec: P | None = None,
     wafer: Wafer | None = None,
 ) -> Any:
@@ -75,6 +72,8 @@ def stencil(
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       check_finite: whether to wait for the result and, where it is not finite, take the steps once
         more to find where that began; outside `jax.jit`.
+      donate: whether the result may take the memory of `u`, which is gone then. In a jit of your
+        own it is that to which `u` is donated.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
 
@@ -87,10 +86,10 @@ def stencil(
         a tile, or an option does not fit.
       FloatingPointError: with `check_finite`; says field, step and cell.
     """
-    options = _Options(
+    options = Options(
         update, radius, boundary, steps, coefficients, corners, save_every, checkpoint, depth
     )
-    return _stencil(u, options, sources, receivers, check_finite, spec, wafer)
+    return _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer)
 
 
 def stencil_tile(
@@ -131,30 +130,16 @@ def stencil_tile(
     along = (*along,)
     lines = halo.tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(radius, along, what, "radius")
-    options = _Options(
+    options = Options(
         update, radius, boundary, steps, coefficients, corners, None, checkpoint, depth
     )
-    plan = _plan(what, tile, options, lines, widths, _on_wafer_here())
+    plan = planned(what, tile, options, lines, widths, _on_wafer_here())
     held = plan.coefficients_of(coefficients)
     out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)
     return jax.tree.unflatten(tree, out)
 
 
-class _Options(NamedTuple):
-    """What is asked for, as it was given."""
-
-    update: Callable[..., Any]
-    radius: Any
-    boundary: Any
-    steps: int
-    coefficients: Any
-    corners: bool
-    save_every: int | None
-    checkpoint: str | None
-    depth: int | None
-
-
-def _stencil(u, options, sources, receivers, check_finite, spec, wafer):
+def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
     what = "stencil"
     fields, tree = jax.tree.flatten(u)
     halo.check_fields(what, fields)
@@ -169,16 +154,17 @@ def _stencil(u, options, sources, receivers, check_finite, spec, wafer):
         for side in geometry.by_field(options.boundary, u)
     )
     on_wafer = wafer is not None and wafer.reading != "devices"
-    plan = _plan(what, u, options, lines, radius, on_wafer)
+    plan = planned(what, u, options, lines, radius, on_wafer)
     emitters = points.emitters(sources, u, lines[0], options.steps)
     readers = points.readers(receivers, u, lines[0])
-    _check_values(what, check_finite, u)
+    traced = any(isinstance(field, jax.core.Tracer) for field in fields)
+    _check_finite(what, check_finite, donate, traced)
     coefficients = plan.coefficients_of(options.coefficients)
     operands = (tuple(fields), coefficients, emitters, readers)
     split = along if wafer is not None else ()
     laid = (P(*along), P(None, *along), P())
     kernel = functools.partial(_per_pe, plan=plan, along=split)
-    out, saved, record = _run(kernel, operands, along, plan, wafer, laid)
+    out, saved, record = _run(kernel, operands, along, plan, wafer, laid, donate and not traced)
     out = _cropped(out, along, plan, wafer)
     if saved is not None:
         saved = _cropped(saved, (None, *along), plan, wafer)
@@ -188,38 +174,6 @@ def _stencil(u, options, sources, receivers, check_finite, spec, wafer):
         found = _run(look, operands, along, alone, wafer, P(*along, None))
         finite.report(what, found, geometry.field_names(u), options.steps)
     return _results(tree, out, saved, record, options.save_every, receivers)
-
-
-def _plan(what, u, options, lines, radius, on_wafer) -> Plan:
-    halo.check_room(what, lines, radius, "radius")
-    _check(what, options)
-    most = _deepest(lines, radius)
-    depth = options.depth
-    if depth is not None and depth > most:
-        raise ValueError(
-            f"{what}: depth={depth} with radius {radius} needs a halo wider than the smallest "
-            f"tile; the largest depth is {most}"
-        )
-    if depth is None:
-        depth = steps_to_an_exchange(lines[0], radius, most, on_wafer)
-    depth = max(1, min(depth, options.save_every or options.steps or 1))
-    plan = Plan(
-        update=options.update,
-        tree=jax.tree.structure(u),
-        coefficients=jax.tree.structure(options.coefficients),
-        told_step="step" in _parameters(options.update),
-        lines=lines,
-        coefficient_lines=_coefficient_lines(options.coefficients, lines[0]),
-        radius=radius,
-        steps=options.steps,
-        depth=depth,
-        corners=options.corners or depth > 1,
-        on_wafer=on_wafer,
-        save_every=options.save_every,
-        checkpoint=options.checkpoint,
-    )
-    _check_update(what, plan, u, options.coefficients)
-    return plan
 
 
 def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
@@ -234,9 +188,10 @@ def _began_per_pe(fields, coefficients, emitters, readers, *, plan):
     return finite.began(stepping.prepared(plan, coefficients, emitters, None), fields, plan.steps)
 
 
-def _run(kernel, operands, along, plan, wafer, out_specs):
+def _run(kernel, operands, along, plan, wafer, out_specs, donate=False):
+    donated = (0,) if donate else ()
     if wafer is None:
-        return program_of(kernel)(*operands)
+        return program_of(kernel, donated)(*operands)
     fields, coefficients, emitters, readers = operands
     laid = P(*along)
     specs = tuple(
@@ -247,7 +202,9 @@ def _run(kernel, operands, along, plan, wafer, out_specs):
     coefficients = tuple(
         layout.pad(c, s, wafer, None) for c, s in zip(coefficients, specs, strict=True)
     )
-    run = wafer.map(kernel, in_specs=(laid, specs, P(), P()), out_specs=out_specs)
+    run = wafer.map(
+        kernel, in_specs=(laid, specs, P(), P()), out_specs=out_specs, donate_argnums=donated
+    )
     return run(fields, coefficients, emitters, readers)
 
 
@@ -274,87 +231,14 @@ def _results(tree, out, saved, record, save_every, receivers):
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _coefficient_lines(
-    coefficients: Any, lines: tuple[Line, ...]
-) -> tuple[tuple[Line, ...] | None, ...]:
-    """For each coefficient its lines; None for one that is whole on every PE."""
-
-    def of(leaf):
-        if jnp.ndim(leaf) != len(lines):
-            return None
-        return tuple(
-            _ONE if size == 1 else line.beside()
-            for size, line in zip(jnp.shape(leaf), lines, strict=True)
-        )
-
-    return tuple(of(leaf) for leaf in jax.tree.leaves(coefficients))
-
-
-def _deepest(lines, radius) -> int:
-    """How many steps one exchange can serve."""
-    most = [
-        line.rest // max(pair)
-        for line, pair in zip(lines[0], radius, strict=True)
-        if line.parts > 1 and max(pair)
-    ]
-    return min(most, default=2**30)
-
-
-def _parameters(update: Callable) -> Sequence[str]:
-    try:
-        return list(inspect.signature(update).parameters)
-    except ValueError:  # a function that does not tell
-        return []
-
-
-def _check(what, options):
-    least = {"steps": 0, "save_every": 1, "depth": 1}
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value is not None and (not isinstance(value, int) or value < smallest):
-            raise ValueError(f"{what}: {name}={value!r} must be an integer of {smallest} or more")
-    if options.checkpoint not in (None, "sqrt"):
-        raise ValueError(f"{what}: checkpoint={options.checkpoint!r} is not 'sqrt' or None")
-
-
-def _check_values(what, check_finite, u):
-    if check_finite and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(u)):
+def _check_finite(what, check_finite, donate, traced):
+    if check_finite and traced:
         raise ValueError(
             f"{what}: check_finite=True needs the values of u, which is traced; call stencil "
             "outside jit and grad, it compiles its own program"
         )
-
-
-def _check_update(what, plan, u, coefficients):
-    """Traces `update` once on tiles with their halo, before anything is compiled."""
-    tiles = [line.tile for line in plan.lines[0]]
-    around = [n + sum(pair) for n, pair in zip(tiles, plan.radius, strict=True)]
-
-    def shaped(leaf, lines):
-        if lines is None:
-            return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-        sizes = [1 if l.size == 1 else n for l, n in zip(lines, around, strict=True)]
-        return jax.ShapeDtypeStruct(sizes, jnp.result_type(leaf))
-
-    fields = jax.tree.map(lambda f: jax.ShapeDtypeStruct(around, f.dtype), u)
-    leaves, tree = jax.tree.flatten(coefficients)
-    shapes = [shaped(c, own) for c, own in zip(leaves, plan.coefficient_lines, strict=True)]
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    new = jax.eval_shape(plan.call, fields, jax.tree.unflatten(tree, shapes), step)
-    if jax.tree.structure(new) != plan.tree:
+    if check_finite and donate:
         raise ValueError(
-            f"{what}: update makes {jax.tree.structure(new)} of fields {plan.tree}; it must give "
-            "the fields that it takes"
+            f"{what}: check_finite=True takes steps from u once more, and donate=True gives it "
+            "away; choose one"
         )
-    for field, made in zip(jax.tree.leaves(u), jax.tree.leaves(new), strict=True):
-        if made.shape != tuple(tiles):
-            off = [a - b for a, b in zip(around, made.shape, strict=False)]
-            raise ValueError(
-                f"{what}: radius is {plan.radius}, so update must make {tuple(tiles)} of "
-                f"{tuple(around)}, and it makes {made.shape}: it takes {off} cells off"
-            )
-        if made.dtype != field.dtype:
-            raise ValueError(
-                f"{what}: update makes {made.dtype} of {field.dtype}; cast what it returns, or "
-                "its constants"
-            )

@@ -23,8 +23,8 @@ def wave(state, c):
     return {"u": new, "before": u[INSIDE]}
 
 
-def gradients_of_a_wave(steps, **options):
-    """By velocity and field, and by plain padding too; steps of all lengths of a loop."""
+def check_a_wave(steps, **options):
+    """Its gradients by velocity and field are those of plain padding."""
     c, u, target = np.full(SHAPE, 0.2, np.float32) + 0.02 * field(), field(seed=1), field(seed=2)
 
     def plain(c, u):
@@ -40,10 +40,10 @@ def gradients_of_a_wave(steps, **options):
         state = wk.stencil({"u": u, "before": u}, wave, radius=1, **options_)
         return jnp.sum(state["u"] * target)
 
-    return [jax.jit(jax.grad(f, (0, 1)))(c, u) for f in (ours, plain)]
+    close(*(jax.jit(jax.grad(f, (0, 1)))(c, u) for f in (ours, plain)))
 
 
-def close(got, want, rtol):
+def close(got, want, rtol=1e-4):
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
@@ -51,11 +51,11 @@ def close(got, want, rtol):
 @pytest.mark.parametrize("name", ["2x4", "virtual-4x4"])
 def test_gradient_of_a_wave(name, wafer_called):
     """21 steps: segments of units, a unit more, and a step."""
-    close(*gradients_of_a_wave(21, checkpoint="sqrt", wafer=wafer_called(name)), 1e-4)
+    check_a_wave(21, checkpoint="sqrt", wafer=wafer_called(name))
 
 
 def test_gradient_without_checkpoints(wafer_called):
-    close(*gradients_of_a_wave(7, depth=2, wafer=wafer_called("2x4")), 1e-4)
+    check_a_wave(7, depth=2, wafer=wafer_called("2x4"))
 
 
 def everything(state, held, step):
@@ -91,7 +91,7 @@ def test_gradient_of_all_that_a_step_does(wafer_called):
         return jax.jit(jax.grad(functools.partial(loss, **options), range(6)))(*operands)
 
     got = gradient(checkpoint="sqrt", depth=2, wafer=wafer_called("2of2x2"))
-    close(got, gradient(depth=1), 1e-4)
+    close(got, gradient(depth=1))
 
 
 def test_few_states_are_kept():

@@ -329,6 +329,16 @@ def test_donated_memory_is_used():
     assert memory is not None and memory.alias_size_in_bytes == 64 * 64 * 4
 
 
+def test_donates_where_it_is_not_traced(wafer_called):
+    for wafer in (None, wafer_called("2x4")):
+        u = jnp.array(field()) if wafer is None else wafer.shard(jnp.array(field()))
+        got = wk.stencil(u, star, radius=1, steps=4, donate=True, wafer=wafer)
+        assert u.is_deleted()
+        np.testing.assert_array_equal(
+            got, wk.stencil(field(), star, radius=1, steps=4, wafer=wafer)
+        )
+
+
 @pytest.mark.refuses
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -1,0 +1,44 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import wsekern as wk
+
+INSIDE = (slice(1, -1),) * 2
+
+
+def spoils(state, step):
+    """Keeps both fields, but for what is 2 in `h` at the seventh step."""
+    h = state["h"][INSIDE]
+    return {"a": state["a"][INSIDE], "h": jnp.where((h == 2) & (step == 6), jnp.inf, h)}
+
+
+def test_field_step_and_cell_are_found(full_wafer):
+    u = np.ones((15, 14), np.float32)
+    u[11, 13] = 2
+    state = {"a": np.ones_like(u), "h": u}
+    options = {"radius": 1, "boundary": "edge", "check_finite": True, "wafer": full_wafer}
+    with pytest.raises(FloatingPointError, match=r"'h' .* cell \(11, 13\) after step 7 of 10"):
+        wk.stencil(state, spoils, steps=10, **options)
+
+
+def test_what_was_given_is_looked_at_too():
+    u = np.ones((6, 5), np.float32)
+    go = functools.partial(wk.stencil, radius=1, steps=2, check_finite=True)
+    spread = lambda v: v[1:-1, 1:-1] + v[:-2, 1:-1]  # noqa: E731
+    np.testing.assert_array_equal(go(u, spread)[2:], 4 * u[2:])
+    u[3, 4] = np.nan
+    with pytest.raises(FloatingPointError, match=r"field 0 .* cell \(3, 4\) before the first step"):
+        go(u, spread)
+
+
+@pytest.mark.refuses
+def test_refuses():
+    u = np.ones((6, 5), np.float32)
+    with pytest.raises(ValueError, match="needs the values of u, which is traced"):
+        jax.jit(lambda u: wk.stencil(u, lambda v: v, radius=0, check_finite=True))(u)
+    with pytest.raises(ValueError, match="donate=True gives it away; choose one"):
+        wk.stencil(u, lambda v: v, radius=0, check_finite=True, donate=True)

@@ -34,6 +34,7 @@ class Options(NamedTuple):
     save_every: int | None
     checkpoint: str | None
     depth: int | None
+    overlap: bool | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Plan:
     depth: int  # steps from one exchange to the next
     corners: bool  # whether `update` reads them
     on_wafer: bool  # virtual or abstract PEs, where a step costs memory and not messages
+    overlaps: bool  # whether the inside of a tile is computed while its halo travels
     save_every: int | None
     checkpoint: str | None
 
@@ -86,6 +88,29 @@ class Plan:
             for line, (low, high) in zip(self.lines[0], self.radius, strict=True)
         )
 
+    def left(self, j: int, steps: int) -> int:
+        """How many steps the halo shall still serve before the `j`th of `steps`."""
+        return min(self.depth, steps - j // self.depth * self.depth) - j % self.depth
+
+    def region(self, left: int) -> Pairs:
+        """Begin and end of the cells, counted in the tile, that the next of `left` steps makes."""
+        return tuple(
+            (-low, line.tile + high) if line.parts > 1 else (0, line.tile)
+            for line, (low, high) in zip(self.lines[0], self.margins(left - 1), strict=True)
+        )
+
+    def boxes(self, left: int) -> list[Pairs]:
+        """The region in parts: first what reads the tile alone, then what needs its neighbors."""
+        inside, rims = list(self.region(left)), []
+        for dim, (line, (low, high)) in enumerate(zip(self.lines[0], self.radius, strict=True)):
+            if line.parts == 1:
+                continue
+            begin, end = inside[dim]
+            for cells in ((begin, low), (line.tile - high, end)):
+                rims.append((*inside[:dim], cells, *inside[dim + 1 :]))
+            inside[dim] = (low, line.tile - high)
+        return [tuple(inside), *(rim for rim in rims if all(a < b for a, b in rim))]
+
 
 def planned(
     what: str,
@@ -94,6 +119,7 @@ def planned(
     lines: tuple[tuple[Line, ...], ...],
     radius: Pairs,
     on_wafer: bool,
+    platform: str,
 ) -> Plan:
     """The plan for fields `u`, all of it checked; `what` is the name in messages."""
     halo.check_room(what, lines, radius, "radius")
@@ -120,6 +146,7 @@ def planned(
         depth=depth,
         corners=options.corners or depth > 1,
         on_wafer=on_wafer,
+        overlaps=not on_wafer and _overlaps(options.overlap, lines[0], radius, platform),
         save_every=options.save_every,
         checkpoint=options.checkpoint,
     )
@@ -151,6 +178,18 @@ def _deepest(lines, radius) -> int:
         if line.parts > 1 and max(pair)
     ]
     return min(most, default=2**30)
+
+
+def _overlaps(asked, lines, radius, platform) -> bool:
+    """Whether a tile is split: on CPU devices nothing travels beside the computation."""
+    inside = [
+        line.tile - sum(pair)
+        for line, pair in zip(lines, radius, strict=True)
+        if line.parts > 1 and max(pair)
+    ]
+    if not inside or min(inside) < 1:
+        return False
+    return platform != "cpu" if asked is None else asked
 
 
 def _parameters(update: Callable) -> Sequence[str]:

@@ -44,6 +44,7 @@ def stencil(
     save_every: int | None = None,
     checkpoint: str | None = None,
     depth: int | None = None,
+    overlap: bool | None = None,
     check_finite: bool = False,
     donate: bool = False,
     spec: P | None = None,
@@ -70,6 +71,8 @@ def stencil(
         states and what `update` needs of 4 steps, and takes each step three times; None keeps what
         it needs of all.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
+      overlap: whether the inside of a tile is computed from it alone, and its rim apart, so that
+        the exchange has that time; by default where devices are no CPUs.
       check_finite: whether to wait for the result and, where it is not finite, take the steps once
         more to find where that began; outside `jax.jit`.
       donate: whether the result may take the memory of `u`, which is gone then. In a jit of your
@@ -87,7 +90,16 @@ def stencil(
       FloatingPointError: with `check_finite`; says field, step and cell.
     """
     options = Options(
-        update, radius, boundary, steps, coefficients, corners, save_every, checkpoint, depth
+        update=update,
+        radius=radius,
+        boundary=boundary,
+        steps=steps,
+        coefficients=coefficients,
+        corners=corners,
+        save_every=save_every,
+        checkpoint=checkpoint,
+        depth=depth,
+        overlap=overlap,
     )
     return _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer)
 
@@ -104,6 +116,7 @@ def stencil_tile(
     corners: bool = True,
     checkpoint: str | None = None,
     depth: int | None = None,
+    overlap: bool | None = None,
     size: Sequence[int] | None = None,
 ) -> Any:
     """This PE's `tile` after `steps` steps; for kernels and for your own `jax.shard_map`.
@@ -119,6 +132,7 @@ def stencil_tile(
       corners: as in `stencil`.
       checkpoint: as in `stencil`.
       depth: as in `stencil`.
+      overlap: as in `stencil`.
       size: cells of the whole field along each dimension; by default all tiles are full.
 
     Raises:
@@ -131,9 +145,18 @@ def stencil_tile(
     lines = halo.tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(radius, along, what, "radius")
     options = Options(
-        update, radius, boundary, steps, coefficients, corners, None, checkpoint, depth
+        update=update,
+        radius=radius,
+        boundary=boundary,
+        steps=steps,
+        coefficients=coefficients,
+        corners=corners,
+        save_every=None,
+        checkpoint=checkpoint,
+        depth=depth,
+        overlap=overlap,
     )
-    plan = planned(what, tile, options, lines, widths, _on_wafer_here())
+    plan = planned(what, tile, options, lines, widths, _on_wafer_here(), jax.default_backend())
     held = plan.coefficients_of(coefficients)
     out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)
     return jax.tree.unflatten(tree, out)
@@ -154,7 +177,7 @@ def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
         for side in geometry.by_field(options.boundary, u)
     )
     on_wafer = wafer is not None and wafer.reading != "devices"
-    plan = planned(what, u, options, lines, radius, on_wafer)
+    plan = planned(what, u, options, lines, radius, on_wafer, _platform(wafer))
     emitters = points.emitters(sources, u, lines[0], options.steps)
     readers = points.readers(receivers, u, lines[0])
     traced = any(isinstance(field, jax.core.Tracer) for field in fields)
@@ -220,6 +243,12 @@ def _cropped(arrays, along, plan, wafer):
 def _on_wafer_here() -> bool:
     wafer = context.inside()
     return wafer is not None and wafer.reading != "devices"
+
+
+def _platform(wafer: Wafer | None) -> str:
+    if wafer is None or wafer.reading != "devices":
+        return jax.default_backend()
+    return wafer.grid.devices.flat[0].platform
 
 
 def _results(tree, out, saved, record, save_every, receivers):

@@ -114,9 +114,13 @@ class Run:
         """
         run, records = self, []
         for j in range(steps):
-            now, left = run._surrounded(now, j, steps, backward=True)
+            left = self.plan.left(j, steps)
+            now = run._surrounded(now, left, j % self.plan.depth == 0, backward=True)
             other = tuple(jnp.zeros_like(b) for b in now)
-            now, run = run._step(now, other, left, begin + j, backward=True)
+            new, run = run._gathered(now, left, begin + j)
+            now = run._written(
+                now, other, [(new, self.plan.region(left))], begin + j, backward=True
+            )
             if self.readers is not None:
                 records.append(
                     points.read(self.readers, now, self.plan.lines[0], self.plan.padding)
@@ -142,8 +146,17 @@ class Run:
         records = []
         now, other = buffers
         for j in range(steps):
-            now, left = self._surrounded(now, j, steps, fresh=fresh and j == 0)
-            (now, _), other = self._step(now, other, left, begin + j), now
+            left, exchanges = self.plan.left(j, steps), j % self.plan.depth == 0
+            early = now
+            now = self._surrounded(now, left, exchanges, fresh=fresh and j == 0)
+            if exchanges and self.plan.overlaps:
+                new = self._in_parts(self._surrounded(early, left, False), now, left, begin + j)
+            else:
+                region = self.plan.region(left)
+                new = [
+                    (self._updated(*now, *self.coefficients, box=region, step=begin + j), region)
+                ]
+            now, other = self._written(now, other, new, begin + j), now
             if self.readers is not None:
                 records.append(
                     points.read(self.readers, now, self.plan.lines[0], self.plan.padding)
@@ -152,14 +165,15 @@ class Run:
             return (now, other), None
         return (now, other), jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
 
-    def _surrounded(self, now, j: int, steps: int, *, fresh: bool = False, backward: bool = False):
-        """The buffers as step `j` reads them, and how many steps their halos are good for."""
+    def _surrounded(
+        self, now, left: int, exchanges: bool, *, fresh: bool = False, backward: bool = False
+    ):
+        """The buffers as a step reads them from which `left` steps are to be taken."""
         plan = self.plan
-        left = min(plan.depth, steps - j // plan.depth * plan.depth) - j % plan.depth
         if plan.joins:
-            return now, left
+            return now
         at, margins = plan.padding, plan.margins(left)
-        if j % plan.depth == 0:
+        if exchanges:
             now = exchange(
                 now,
                 plan.lines,
@@ -171,66 +185,72 @@ class Run:
         fill = functools.partial(
             ends.fill, at=at, margins=margins, radius=plan.radius, backward=backward
         )
-        return tuple(fill(b, own) for b, own in zip(now, plan.lines, strict=True)), left
+        return tuple(fill(b, own) for b, own in zip(now, plan.lines, strict=True))
 
-    def _step(self, now, other, left: int, step, *, backward: bool = False):
-        """The fields one step later, in `other`'s memory, when `left` steps are to be taken.
-
-        And this run again, as `adjoint.gathering` passes on what is held.
-        """
-        plan, at = self.plan, self.plan.padding
-        if backward:
-            update = functools.partial(self._updated, left=left, step=step)
-            gather = jax.checkpoint(functools.partial(adjoint.gathering, update))
-            out, held = gather(list(now), list(self.coefficients))
-            run = dataclasses.replace(self, coefficients=tuple(held))
-        else:
-            out, run = self._updated(*now, *self.coefficients, left=left, step=step), self
-        if not plan.joins:
-            after = plan.margins(left - 1)
-            starts = [
-                pair[0] - (margin[0] if line.parts > 1 else 0)
-                for pair, margin, line in zip(at, after, plan.lines[0], strict=True)
-            ]
-            out = [lax.dynamic_update_slice(b, n, starts) for b, n in zip(other, out, strict=True)]
-        out = [
-            ends.hold_rim(n, o, own, at=at, radius=plan.radius, backward=backward)
-            for n, o, own in zip(out, now, plan.lines, strict=True)
-        ]
-        if self.emitters is not None:
-            out = points.emit(self.emitters, out, plan.lines[0], at, step)
-        return tuple(out), run
-
-    def _updated(self, *operands, left: int, step) -> list[jax.Array]:
-        """What the user's update makes of the fields and the coefficients, all as they are kept."""
+    def _updated(self, *operands, box: Pairs, step) -> list[jax.Array]:
+        """The cells `box` of the new fields, from fields and coefficients as they are kept."""
         plan = self.plan
         now, held = operands[: len(plan.lines)], operands[len(plan.lines) :]
         if plan.joins:
             windows = joined(now, plan.lines, plan.radius, corners=plan.corners)
         else:
-            margins = plan.margins(left)
-            windows = [_window(b, plan.lines[0], plan.padding, margins) for b in now]
+            windows = [_around_box(b, plan.padding, box, plan.radius) for b in now]
+        margins = plan.margins(plan.depth)
+        around = [
+            c
+            if own is None
+            else _around_box(c, _widths(own, margins), *_along(own, box, plan.radius))
+            for c, own in zip(held, plan.coefficient_lines, strict=True)
+        ]
         new = plan.call(
             jax.tree.unflatten(plan.tree, windows),
-            jax.tree.unflatten(plan.coefficients, self._held(held, left)),
+            jax.tree.unflatten(plan.coefficients, around),
             step,
         )
         return jax.tree.leaves(new)
 
-    def _held(self, held, left: int) -> list[jax.Array]:
-        """The coefficients, around which there are the cells that `left` steps need."""
-        plan = self.plan
-        at, margins = plan.margins(plan.depth), plan.margins(left)
+    def _gathered(self, now, left: int, step):
+        """The new fields, and this run again, as `adjoint.gathering` passes on what is held."""
+        update = functools.partial(self._updated, box=self.plan.region(left), step=step)
+        gather = jax.checkpoint(functools.partial(adjoint.gathering, update))
+        new, held = gather(list(now), list(self.coefficients))
+        return new, dataclasses.replace(self, coefficients=tuple(held))
+
+    def _in_parts(self, early, now, left: int, step):
+        """The new fields in boxes, the one inside of what was there before the exchange."""
+        inside, *rims = self.plan.boxes(left)
+        parts = [(early, inside), *((now, rim) for rim in rims)]
         return [
-            c if own is None else _window(c, own, _widths(own, at), _widths(own, margins))
-            for c, own in zip(held, plan.coefficient_lines, strict=True)
+            (self._updated(*fields, *self.coefficients, box=box, step=step), box)
+            for fields, box in parts
         ]
 
+    def _written(self, now, other, parts, step, *, backward: bool = False):
+        """The new fields in `other`'s memory, with their sources, and `now`'s rim where fixed."""
+        plan, out = self.plan, list(other)
+        for new, box in parts:
+            starts = [pair[0] + begin for pair, (begin, _) in zip(plan.padding, box, strict=True)]
+            out = new if plan.joins else [
+                lax.dynamic_update_slice(b, n, starts) for b, n in zip(out, new, strict=True)
+            ]  # fmt: skip
+        out = [
+            ends.hold_rim(n, o, own, at=plan.padding, radius=plan.radius, backward=backward)
+            for n, o, own in zip(out, now, plan.lines, strict=True)
+        ]
+        if self.emitters is not None:
+            out = points.emit(self.emitters, out, plan.lines[0], plan.padding, step)
+        return tuple(out)
 
-def _window(buffer, lines, at, margins):
-    low = [pair[0] - margin[0] for pair, margin in zip(at, margins, strict=True)]
-    end = [
-        pair[0] + line.tile + margin[1]
-        for pair, line, margin in zip(at, lines, margins, strict=True)
-    ]
+
+def _along(own: Sequence[Line], box: Pairs, radius: Pairs) -> tuple[Pairs, Pairs]:
+    """`box` and `radius` of a coefficient, which may have one cell for a whole line."""
+    alone = [line.size == 1 for line in own]
+    cells = tuple((0, 1) if one else pair for one, pair in zip(alone, box, strict=True))
+    return cells, _widths(own, radius)
+
+
+def _around_box(buffer: jax.Array, at: Pairs, box: Pairs, radius: Pairs) -> jax.Array:
+    """The cells `box` and as many around them as `radius`, of a tile between `at` of padding."""
+    low = [pair[0] + cells[0] - r[0] for pair, cells, r in zip(at, box, radius, strict=True)]
+    end = [pair[0] + cells[1] + r[1] for pair, cells, r in zip(at, box, radius, strict=True)]
     return lax.slice(buffer, low, end)

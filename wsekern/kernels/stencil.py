@@ -10,6 +10,10 @@ have the same halo, but for dimensions of size 1; beyond the field lie their own
 other end where it is periodic. Other ones are whole on every PE. A star, which reads no cell
 diagonally across, sends less with `corners=False` where there is one step to an exchange; deeper
 halos need corners.
+
+Fields of a staggered grid have one shape: a cell is kept with its faces to the east and south. The
+face before the first cell is then a ghost, and the one after the last cell is kept with it: between
+walls, with the boundary ("zero", "fixed"), it stays as it is given.
 """
 
 import dataclasses

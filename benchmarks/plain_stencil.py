@@ -60,7 +60,9 @@ def padded(u: jax.Array, name: str, steps: int, unrolled: int) -> jax.Array:
     margin = unrolled * (4 if name == "25-point" else 1)
 
     def some(_, u):
-        v = jnp.pad(u, margin, mode="wrap")
+        # Of two dimensions, a third is of columns that nothing leaves.
+        wide = [(margin, margin)] * (3 if name == "25-point" else 2)
+        v = jnp.pad(u, wide + [(0, 0)] * (u.ndim - len(wide)), mode="wrap")
         for _ in range(unrolled):
             v = UPDATES[name](v)
         return v

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import harness, plain_stencil
+from benchmarks import harness, plain_stencil, public_halo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,9 @@ def _steps_table(grid, name, shape, steps, options) -> list[harness.Result]:
     for depth in options.depths:
         run = functools.partial(plain_stencil.padded, name=name, steps=steps, unrolled=depth)
         candidates[f"one device, {depth} unrolled"] = harness.compiled(run, whole)
+        peer = None if name == "25-point" else public_halo.stepped(wafer, name, steps, depth)
+        if peer is not None:
+            candidates[f"jaxdecomp, depth {depth}"] = harness.compiled(peer, tiled)
     notes = {"jit": "jnp.roll under jax.jit, same shardings"}
     return harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
 
@@ -116,5 +119,8 @@ def _exchange_table(grid, width, options) -> list[harness.Result]:
         "by hand": harness.compiled(plain_stencil.exchanged(wafer, width), u),
         "halo_exchange": harness.compiled(ours, u),
     }
+    peer = public_halo.exchange(wafer, width)
+    if peer is not None:
+        candidates["jaxdecomp"] = harness.compiled(peer, u)
     notes = {"by hand": "shard_map, jnp.pad, ppermute and writes in place"}
     return harness.compare(candidates, "by hand", rounds=3 * options.rounds, notes=notes)

@@ -1,16 +1,17 @@
-"""This file is products over every PE of a wafer, virtually: how long one device takes for them."""
+"""This file is products and heat on every PE of a wafer, virtually: how long one device takes."""
 
 import dataclasses
+import functools
 import pathlib
 
 import tyro
 
-from benchmarks import harness
+from benchmarks import harness, plain_stencil
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Times a matrix product by `mesh` and a GEMV on a square virtual wafer, PE by PE, exactly."""
+    """Times a matrix product by `mesh`, a GEMV and heat on a virtual wafer, PE by PE, exactly."""
 
     side: int = 720
     """Rows and columns of PEs."""
@@ -18,6 +19,12 @@ class Options:
     """Rows and columns of the matrices of the product."""
     vector: int = 8192
     """Rows and columns of the matrix of the GEMV."""
+    heat: tuple[int, int, int] = (750, 994, 64)
+    """PEs along y and x and cells in each one's column, of a field of heat."""
+    steps: int = 10
+    """How many the heat takes."""
+    only_heat: bool = False
+    """Leave the products out."""
     rounds: int = 3
     """How often each is timed."""
     json: pathlib.Path | None = None
@@ -30,15 +37,42 @@ def main(argv: list[str] | None = None) -> None:
     harness.start(1)
     harness.show_environment()
     tables = {}
-    for size, vector in ((options.matrix, False), (options.vector, True)):
+    products = () if options.only_heat else ((options.matrix, False), (options.vector, True))
+    for size, vector in products:
         what = "GEMV" if vector else "matmul by mesh"
         title = f"{what}, {size} x {size} on {options.side} x {options.side} virtual PEs, float32"
         candidates, notes = _candidates(options.side, size, vector)
         results = harness.compare(candidates, "one device", rounds=options.rounds, notes=notes)
         harness.show(title, results)
         tables[title] = results
+    title = f"5-point heat, {options.steps} steps on {'x'.join(map(str, options.heat))} virtual PEs"
+    tables[title] = harness.compare(_heat(options), "padded", rounds=options.rounds)
+    harness.show(title, tables[title])
     if options.json:
         harness.dump(options.json, tables)
+
+
+def _heat(options: Options):
+    import jax
+
+    import wsekern as wk
+
+    rows, columns, _ = options.heat
+    u = jax.random.normal(jax.random.key(0), options.heat)
+    ours = functools.partial(
+        wk.stencil,
+        update=plain_stencil.five_points,
+        radius=1,
+        boundary="periodic",
+        corners=False,
+        steps=options.steps,
+        wafer=wk.Wafer.virtual(wk.WSE2, rows, columns),
+    )
+    steps = options.steps
+    padded = functools.partial(plain_stencil.padded, name="5-point", steps=steps, unrolled=1)
+    rolled = functools.partial(plain_stencil.rolled, name="5-point", steps=steps)
+    plain = {"padded": padded, "rolled": rolled, "virtual wafer": ours}
+    return {name: harness.compiled(run, u) for name, run in plain.items()}
 
 
 def _candidates(side: int, size: int, vector: bool):

@@ -1,0 +1,57 @@
+"""This file is the public halo exchange of the field as a peer: the PyPI package `jaxdecomp`.
+
+W. Kabalan and F. Lanusse, "JAX bindings for the NVIDIA cuDecomp library", 2023. It is measured
+where it is installed (`pip install -e '.[bench]' -c constraints.txt`).
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import plain_stencil
+
+
+def exchange(wafer: Any, width: int) -> Callable | None:
+    """Its periodic exchange of a field of two dimensions on a wafer of devices, or None."""
+    if importlib.util.find_spec("jaxdecomp") is None:
+        return None
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jaxdecomp import halo_exchange
+
+    spec = P("y", "x")
+    # It takes three dimensions, and finds the mesh by the operand's sharding.
+    laid = NamedSharding(wafer.grid, P("y", "x", None))
+
+    def padded(u):
+        pad = functools.partial(jnp.pad, pad_width=[(width, width), (width, width), (0, 0)])
+        return jax.shard_map(pad, mesh=wafer.grid, in_specs=laid.spec, out_specs=laid.spec)(u)
+
+    def run(u):
+        wide = jax.lax.with_sharding_constraint(padded(u[..., None]), laid)
+        out = halo_exchange(wide, (width, width), (True, True))
+        out = jax.lax.with_sharding_constraint(out, laid)
+        return jax.lax.with_sharding_constraint(out[..., 0], NamedSharding(wafer.grid, spec))
+
+    return run
+
+
+def stepped(wafer: Any, name: str, steps: int, depth: int) -> Callable | None:
+    """Steps of the periodic 5-point or 9-point stencil by it, `depth` of them to an exchange."""
+    exchanged = exchange(wafer, depth)
+    if exchanged is None:
+        return None
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    def some(v):
+        for _ in range(depth):
+            v = plain_stencil.UPDATES[name](v)
+        return v
+
+    spec = P("y", "x")
+    update = jax.shard_map(some, mesh=wafer.grid, in_specs=spec, out_specs=spec)
+    return lambda u: jax.lax.fori_loop(0, steps // depth, lambda _, u: update(exchanged(u)), u)

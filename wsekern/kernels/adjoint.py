@@ -66,6 +66,13 @@ def writing(
     return _with(buffers, make(*buffers), places)
 
 
+def windows(
+    function: Callable[..., Any], operands: Sequence[Any]
+) -> tuple[tuple[Window, ...], ...]:
+    """What `function` slices off each of its floating operands; of one it uses otherwise, all."""
+    return _taken(function, operands).windows
+
+
 class _Taken(NamedTuple):
     """A function of arrays as one of what it takes of them."""
 

@@ -7,9 +7,8 @@ Method for Reducing Communications in Solving PDE Problems", 2001.
 `update(u, coefficients)` where there are some, and with `step=`, counted from 0, if it has a
 parameter of that name. Coefficients with as many dimensions as the field are split as it is and
 have the same halo, but for dimensions of size 1; beyond the field lie their own last cells, or the
-other end where it is periodic. Other ones are whole on every PE. A star, which reads no cell
-diagonally across, sends less with `corners=False` where there is one step to an exchange; deeper
-halos need corners.
+other end where it is periodic. Other ones are whole on every PE. For a star, which reads no cell
+diagonally across, less is sent where there is one step to an exchange; deeper halos need corners.
 
 Fields of a staggered grid have one shape: a cell is kept with its faces to the east and south. The
 face before the first cell is then a ghost, and the one after the last cell is kept with it: between
@@ -30,7 +29,7 @@ from wsekern.kernels import lines as geometry
 from wsekern.kernels.halo import Along
 from wsekern.kernels.lines import Boundary, Width
 from wsekern.kernels.local import program_of
-from wsekern.kernels.plan import Options, planned
+from wsekern.kernels.planning import Options, planned
 from wsekern.wafer import Wafer
 
 
@@ -42,7 +41,7 @@ def stencil(
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     steps: int = 1,
     coefficients: Any = None,
-    corners: bool = True,
+    corners: bool | None = None,
     sources: points.Sources | None = None,
     receivers: points.Receivers | None = None,
     save_every: int | None = None,
@@ -67,7 +66,7 @@ def stencil(
       boundary: as in `halo_exchange`, in each step; "fixed" holds `radius` cells still.
       steps: how many.
       coefficients: a pytree that `update` reads.
-      corners: whether `update` reads cells diagonally across.
+      corners: whether `update` reads cells diagonally across; by default as its slices say.
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
@@ -117,7 +116,7 @@ def stencil_tile(
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     steps: int = 1,
     coefficients: Any = None,
-    corners: bool = True,
+    corners: bool | None = None,
     checkpoint: str | None = None,
     depth: int | None = None,
     overlap: bool | None = None,
@@ -196,7 +195,7 @@ def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
     if saved is not None:
         saved = _cropped(saved, (None, *along), plan, wafer)
     if check_finite and not finite.is_finite((out, saved, record)):
-        alone = dataclasses.replace(plan, depth=1, corners=options.corners, checkpoint=None)
+        alone = dataclasses.replace(plan, depth=1, corners=True, checkpoint=None)
         look = functools.partial(_began_per_pe, plan=alone)
         found = _run(look, operands, along, alone, wafer, P(*along, None))
         finite.report(what, found, geometry.field_names(u), options.steps)

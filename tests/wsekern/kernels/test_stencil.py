@@ -210,7 +210,7 @@ def test_words_of_a_step_are_the_hand_count():
             go = functools.partial(wk.stencil, update=update, radius=1, steps=20, **options)
             return wk.traffic(go, u(wafer), wafer=wafer)
 
-        nine, five = read(weighted), read(star, corners=False)
+        nine, five = read(weighted), read(star)
         assert (nine.words, nine.steps) == (20 * (2 * 16 + 2 * 18), 20 * 2)
         assert (five.words, five.steps) == (20 * 4 * 16, 20)
         deep = read(weighted, depth=4)

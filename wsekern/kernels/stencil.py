@@ -70,16 +70,13 @@ def stencil(
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: after how many steps each a snapshot is kept.
-      checkpoint: "sqrt" keeps for the gradient, which is reverse mode alone then, sqrt(steps)
-        states and what `update` needs of 4 steps, and takes each step three times; None keeps what
-        it needs of all.
+      checkpoint: "sqrt" keeps for a gradient, in reverse mode alone, sqrt(steps) states and what
+        `update` needs of a few steps, and takes each three times; None keeps what it needs of all.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
-      overlap: whether the inside of a tile is computed from it alone, and its rim apart, so that
-        the exchange has that time; by default where devices are no CPUs.
-      check_finite: whether to wait for the result and, where it is not finite, take the steps once
-        more to find where that began; outside `jax.jit`.
-      donate: whether the result may take the memory of `u`, which is gone then. In a jit of your
-        own it is that to which `u` is donated.
+      overlap: whether a tile's inside is computed apart from its rim, while the halo travels; by
+        default where devices are no CPUs.
+      check_finite: outside jit, whether to find out where a result that is not finite began.
+      donate: outside jit, whether the result may take the memory of `u`, which is gone then.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
 
@@ -92,18 +89,8 @@ def stencil(
         a tile, or an option does not fit.
       FloatingPointError: with `check_finite`; says field, step and cell.
     """
-    options = Options(
-        update=update,
-        radius=radius,
-        boundary=boundary,
-        steps=steps,
-        coefficients=coefficients,
-        corners=corners,
-        save_every=save_every,
-        checkpoint=checkpoint,
-        depth=depth,
-        overlap=overlap,
-    )
+    kept = (save_every, checkpoint, depth, overlap)
+    options = Options(update, radius, boundary, steps, coefficients, corners, *kept)
     return _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer)
 
 
@@ -147,18 +134,8 @@ def stencil_tile(
     along = (*along,)
     lines = halo.tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(radius, along, what, "radius")
-    options = Options(
-        update=update,
-        radius=radius,
-        boundary=boundary,
-        steps=steps,
-        coefficients=coefficients,
-        corners=corners,
-        save_every=None,
-        checkpoint=checkpoint,
-        depth=depth,
-        overlap=overlap,
-    )
+    kept = (None, checkpoint, depth, overlap)
+    options = Options(update, radius, boundary, steps, coefficients, corners, *kept)
     plan = planned(what, tile, options, lines, widths, _on_wafer_here(), jax.default_backend())
     held = plan.coefficients_of(coefficients)
     out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)

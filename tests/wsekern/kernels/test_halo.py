@@ -58,11 +58,13 @@ def test_each_tile_gets_what_numpy_pads(wafer, boundary):
 
 
 def test_every_boundary(full_wafer):
-    u = field()
-    for boundary, mode in MODES.items():
-        got = exchange(u, boundary=boundary, wafer=full_wafer)
-        want = around_each_tile(np.pad(u, 1, **mode), grid_of(full_wafer), [(1, 1)] * 2)
-        np.testing.assert_array_equal(got, want)
+    """A field for each, all in one program."""
+    u = {str(name): field(seed=seed) for seed, name in enumerate(MODES)}
+    got = exchange(u, boundary={str(name): name for name in MODES}, wafer=full_wafer)
+    for name, mode in MODES.items():
+        whole = np.pad(u[str(name)], 1, **mode)
+        want = around_each_tile(whole, grid_of(full_wafer), [(1, 1)] * 2)
+        np.testing.assert_array_equal(got[str(name)], want)
 
 
 def test_crop_is_the_inverse(wafer):

@@ -40,7 +40,5 @@ def test_the_inside_does_not_wait_for_the_halo():
 
 def test_overlap_changes_nothing(wafer_called):
     options = {"steps": 5, "boundary": ["fixed", "reflect"]}
-    want = run(field((31, 30)), **options)
-    for depth in (1, 2):
-        got = run(field((31, 30)), depth=depth, overlap=True, wafer=wafer_called("2x4"), **options)
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    got = run(field((31, 30)), depth=2, overlap=True, wafer=wafer_called("2x4"), **options)
+    np.testing.assert_allclose(got, run(field((31, 30)), **options), rtol=1e-6, atol=1e-6)

@@ -137,9 +137,13 @@ def _back(run, owed, start, begin, parts, units, rest, heard):
         return run.blocks(buffers, begin, parts.unit)[0], buffers[0]
 
     begins, done = parts.begins(begin, units, parts.unit), units * parts.unit
-    (now, _), starts = lax.scan(ahead, (start, start), begins)
+    now = start
+    if units:  # a loop of no turns would be compiled too
+        (now, _), starts = lax.scan(ahead, (start, start), begins)
     if rest:
         owed = _unit_back(run, owed, now, begin + done, rest, _part(heard, done))
+    if not units:
+        return owed
 
     def unit(owed, of_it):
         now, begin, heard = of_it

@@ -103,6 +103,8 @@ class Run:
 
     def loop(self, body, carry, begin, times: int, unit: int):
         """`body` as often as `times`, and all its readings in order."""
+        if times == 0:  # it would be compiled all the same
+            return carry, None if self.readers is None else jnp.zeros((0, self.readers.count))
         begins = begin + unit * jnp.arange(times, dtype=jnp.int32)
         carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
         return carry, None if records is None else records.reshape(times * unit, self.readers.count)

@@ -16,11 +16,12 @@ def spoils(state, step):
     return {"a": state["a"][INSIDE], "h": jnp.where((h == 2) & (step == 6), jnp.inf, h)}
 
 
-def test_field_step_and_cell_are_found(full_wafer):
+@pytest.mark.parametrize("name", ["2x4", "virtual-4x4"])
+def test_field_step_and_cell_are_found(name, wafer_called):
     u = np.ones((15, 14), np.float32)
     u[11, 13] = 2
     state = {"a": np.ones_like(u), "h": u}
-    options = {"radius": 1, "boundary": "edge", "check_finite": True, "wafer": full_wafer}
+    options = {"radius": 1, "boundary": "edge", "check_finite": True, "wafer": wafer_called(name)}
     with pytest.raises(FloatingPointError, match=r"'h' .* cell \(11, 13\) after step 7 of 10"):
         wk.stencil(state, spoils, steps=10, **options)
 

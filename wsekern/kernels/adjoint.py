@@ -80,7 +80,7 @@ class _Taken(NamedTuple):
     rest: Callable[..., list[jax.Array]]
 
 
-def _taken(function: Callable, operands: Sequence[jax.Array]) -> _Taken:
+def _taken(function: Callable, operands: Sequence[Any]) -> _Taken:
     closed = jax.make_jaxpr(function)(*operands)
     jaxpr = closed.jaxpr
     # Of which operand a variable is which window: itself, a slice, or a slice of a slice.

@@ -207,7 +207,7 @@ def _ends(shape, widths):
     return [size - high for size, (_, high) in zip(shape, widths, strict=True)]
 
 
-def check_fields(what: str, fields: Sequence[jax.Array]) -> None:
+def check_fields(what: str, fields: Sequence[Any]) -> None:
     """Raises ValueError where there is no field, or one that differs in shape."""
     if not fields:
         raise ValueError(f"{what}: there is no field")

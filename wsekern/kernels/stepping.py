@@ -86,7 +86,7 @@ class Run:
     """A plan and what its steps read."""
 
     plan: Plan
-    coefficients: tuple[jax.Array, ...]
+    coefficients: tuple[Any, ...]  # arrays, or what stands for them while a pytree is taken apart
     emitters: Any
     readers: Any
 

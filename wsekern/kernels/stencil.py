@@ -201,7 +201,7 @@ def _run(kernel, operands, along, plan, wafer, out_specs, donate=False):
         P() if own is None else P(*(e if l.parts > 1 else None for e, l in zip(along, own)))  # noqa: B905
         for own in plan.coefficient_lines
     )
-    fields = tuple(layout.pad(f, laid, wafer, None) for f in fields)
+    fields = tuple(layout.pad(layout.as_array(f), laid, wafer, None) for f in fields)
     coefficients = tuple(
         layout.pad(c, s, wafer, None) for c, s in zip(coefficients, specs, strict=True)
     )

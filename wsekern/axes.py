@@ -7,3 +7,5 @@ ROWS = "y"  # the row index, north to south
 COLS = "x"  # the column index, west to east
 WAFERS = "wafer"  # which wafer, where several work together
 AXES = (WAFERS, ROWS, COLS)  # outermost first
+# The axes of a mesh over whose devices virtual PEs are spread, in blocks along one of the above
+SPREAD = {WAFERS: "wafer_devices", ROWS: "y_devices", COLS: "x_devices"}

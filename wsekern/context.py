@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wsekern.wafer import Wafer
 
 _context = jax.make_user_context(None)
+_differentiated = jax.make_user_context(False)
 _entered = threading.local()
 
 
@@ -54,6 +55,16 @@ def inside() -> Wafer | None:
 def within(wafer: Wafer) -> contextlib.AbstractContextManager:
     """The context in which a kernel of `wafer` is traced."""
     return _context(_Inside(wafer))
+
+
+def differentiated() -> bool:
+    """Whether what is traced is differentiated inside the kernel, per PE."""
+    return bool(_differentiated.value)
+
+
+def differentiating() -> contextlib.AbstractContextManager:
+    """The context in which a kernel calls `jax.vjp` on moves of its own."""
+    return _differentiated(True)
 
 
 def enter(wafer: Wafer) -> None:

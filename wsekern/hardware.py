@@ -26,6 +26,7 @@ class Machine:
     clock_hz: float  # a default; say your own where it matters
     power_watts: float | None  # the system under load; None: not published
     idle_watts: float | None = None  # the system at rest; None: not published
+    cores: int | None = None  # made on the wafer, those in reserve with them; None: not published
     # One PE has 48 KB of SRAM in eight banks, reads two 8-byte words and writes one a cycle: Hot
     # Chips 33 and 34 talks (S. Lie, 2021 and 2022). 893,064 PEs x 24 B x 0.85 GHz are the 18.2 PB/s
     # that the roofline of the ASPLOS 2026 stencil compiler paper draws.
@@ -49,11 +50,30 @@ class Machine:
                 f"Machine {self.name}: the usable {self.usable_height}x{self.usable_width} is "
                 f"larger than its grid, {self.grid_height}x{self.grid_width}"
             )
+        if self.cores is not None and self.cores < self.grid_height * self.grid_width:
+            raise ValueError(
+                f"Machine {self.name}: {self.cores} cores are fewer than its grid, "
+                f"{self.grid_height}x{self.grid_width}, has PEs"
+            )
 
     @property
     def usable_pes(self) -> int:
         """PEs that one program can have."""
         return self.usable_height * self.usable_width
+
+    @property
+    def spare_columns(self) -> int:
+        """Columns of PEs in reserve, of which faulty ones are replaced.
+
+        How the reserve lies is not published: what is made beyond the grid is taken to be whole
+        columns east of it.
+        """
+        return 0 if self.cores is None else self.cores // self.grid_height - self.grid_width
+
+    @property
+    def physical(self) -> tuple[int, int]:
+        """Rows and columns of PEs that are made, the reserve with them."""
+        return self.grid_height, self.grid_width + self.spare_columns
 
     def fmacs_per_cycle(self, dtype: str) -> int:
         """Fused multiply-adds that one PE does in one cycle on operands of `dtype`.
@@ -110,6 +130,7 @@ WSE1 = Machine(
     grid_width=595,
     usable_height=600,
     usable_width=595,
+    cores=400_000,
     fmacs_float32=1,
     fmacs_float16=4,
     clock_hz=0.85e9,  # WSE-2's; none was published for this wafer
@@ -127,6 +148,7 @@ WSE2 = Machine(
     grid_width=996,
     usable_height=750,
     usable_width=994,
+    cores=850_000,  # the published count, more than the compiler's grid has; what is made: unknown
     fmacs_float32=1,
     fmacs_float16=4,
     clock_hz=0.85e9,  # SDK examples and HPDC 2024; WaferLLM (OSDI 2025) counts at 1.1e9
@@ -144,6 +166,7 @@ WSE3 = Machine(
     grid_width=1172,
     usable_height=755,
     usable_width=1170,
+    cores=970_000,  # of which 900,000 are in use: "100x Defect Tolerance", the vendor's blog, 2025
     fmacs_float32=1,
     fmacs_float16=8,
     clock_hz=0.85e9,  # gives the 1.52 PFLOP/s float32 roof of the ASPLOS 2026 paper
@@ -190,6 +213,8 @@ TPU_V5E = Accelerator(
 )
 
 MACHINES = (WSE1, WSE2, WSE3)
+# Systems of several wafers, by name. Andromeda: N. Dey et al., "Cerebras-GPT", 2023.
+CLUSTERS = {"Andromeda": (WSE2, 16)}
 ACCELERATORS = (A100, H100, H200, TPU_V5E)
 
 

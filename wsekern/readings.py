@@ -1,7 +1,8 @@
 """This file is how one kernel becomes a program, in each of the three readings of a wafer.
 
 Devices and abstract: `jax.shard_map` over a mesh. Virtual: every dimension is split into (grid,
-tile), and the kernel runs under one `jax.vmap` with an axis name for each axis of the grid.
+tile), and the kernel runs under one `jax.vmap` with an axis name for each axis of the grid. Where
+virtual PEs are spread over devices, that happens on each of these, to its own block of PEs.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from wsekern import identity
+from wsekern import host_memory, identity
 from wsekern.axes import AXES
 from wsekern.context import within
 
@@ -59,6 +60,9 @@ def program(
     donate: tuple[int, ...] = (),
 ) -> Callable:
     """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
+    if wafer.reading != "devices" and (wafer.placement or wafer.corner != (0, 0)):
+        # Where PEs lie on the wafer changes no result, and so no program.
+        wafer = dataclasses.replace(wafer, placement=None, corner=(0, 0))
     key = identity.key(kernel)
     if key is None:
         return _Program(wafer, kernel, specs, replicated_by_construction, donate)
@@ -84,6 +88,28 @@ def check_divides(wafer: Wafer, what: str, array: Any, spec: P) -> None:
             )
 
 
+def check_inside(wafer: Wafer, what: str, at: dict[str, int]) -> None:
+    """Raises ValueError where no PE stands at the places `at`."""
+    for axis, index in at.items():
+        if not 0 <= index < wafer.axis_size(axis):
+            raise ValueError(
+                f"{what}: {axis}={index} is outside the grid, which has "
+                f"{wafer.axis_size(axis)} along {axis}"
+            )
+
+
+def tile_at(wafer: Wafer, array: jax.Array, at: dict[str, int], spec: P) -> jax.Array:
+    """The tile of an array laid out by `spec` that the PE at the places `at` holds."""
+    slices = []
+    for entry, length in zip(spec, array.shape, strict=False):
+        index, parts = 0, 1
+        for axis in axes_of(entry):
+            index = index * wafer.axis_size(axis) + at[axis]
+            parts *= wafer.axis_size(axis)
+        slices.append(slice(index * length // parts, (index + 1) * length // parts))
+    return array[tuple(slices)]
+
+
 def _check_axes(what: str, spec: P) -> None:
     named = [axis for entry in spec for axis in axes_of(entry)]
     for axis in named:
@@ -95,7 +121,7 @@ def _check_axes(what: str, spec: P) -> None:
 
 def check_placed(wafer: Wafer, operand: Any) -> None:
     """Raises ValueError where `operand` is committed to devices that are not the wafer's."""
-    if wafer.reading != "devices" or isinstance(operand, jax.core.Tracer):
+    if not isinstance(wafer.mesh, Mesh) or isinstance(operand, jax.core.Tracer):
         return
     if not isinstance(operand, jax.Array) or not operand.committed:
         return
@@ -126,6 +152,8 @@ def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
 
 def explicit(wafer: Wafer) -> bool:
     """Whether the mesh's axes are Explicit: shardings are then part of an array's type."""
+    if wafer.reading == "virtual":
+        return False
     kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
     return kinds[wafer.names[-1][1]] == AxisType.Explicit
 
@@ -139,18 +167,41 @@ class _Program:
         run = _virtual if wafer.reading == "virtual" else _sharded
         whole = run(wafer, kernel, specs, not replicated_by_construction)
         self.call = jax.jit(whole, donate_argnums=donate)
+        self.needs: dict[Hashable, int] = {}  # bytes beside operands, by the shapes of these
 
     def __call__(self, *operands):
         specs = _broadcast(self.specs.in_specs, operands, "in_specs")
-        for operand, spec in zip(jax.tree.leaves(operands), specs, strict=True):
+        leaves = jax.tree.leaves(operands)
+        for operand, spec in zip(leaves, specs, strict=True):
             check_divides(self.wafer, "Wafer.map", operand, spec)
             check_placed(self.wafer, operand)
+        if self.wafer.reading == "virtual" and _in_one_memory(self.wafer):
+            return self._call_where_there_is_room(operands, leaves)
         try:
             return self.call(*operands)
         except jax.errors.JaxRuntimeError:
             if self.wafer.reading != "abstract":
                 raise
             raise never_runs(self.wafer, "Wafer.map") from None
+
+    def _call_where_there_is_room(self, operands, leaves):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            results = self.call(*operands)  # traced, and nothing taken yet
+            host_memory.check_traced(self.wafer, operands, results)
+            return results
+        key = tuple((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        if key not in self.needs:
+            results = jax.eval_shape(self.call, *operands)
+            devices = 1 if self.wafer.mesh is None else self.wafer.grid.size
+            self.needs[key] = host_memory.taken(self.call, operands, results, devices)
+        if self.needs[key]:
+            host_memory.check_room(self.wafer, self.needs[key], operands)
+        return self.call(*operands)
+
+
+def _in_one_memory(wafer: Wafer) -> bool:
+    """Whether all PEs are in one memory, as on emulated devices; else XLA says which is full."""
+    return wafer.mesh is None or wafer.platform == "cpu"
 
 
 def _sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
@@ -187,61 +238,108 @@ def _manual(wafer: Wafer) -> set[str]:
 
 def _virtual(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
     del check  # nothing to turn off: index 0 is taken of a replicated result
+    sizes = {axis: wafer.axis_size(axis) // wafer.devices_along(axis) for axis in wafer.axes}
 
     def per_pe(*tiles):
         with within(wafer):
             return kernel(*tiles)
 
-    def whole(*operands):
+    def block(specs, *operands):
         flat, tree = jax.tree.flatten(operands)
         in_specs = _broadcast(specs.in_specs, operands, "in_specs")
-        split = [_split(wafer, a, s) for a, s in zip(flat, in_specs, strict=True)]
+        split = [_split(sizes, a, s) for a, s in zip(flat, in_specs, strict=True)]
         run = lambda *tiles: per_pe(*jax.tree.unflatten(tree, tiles))  # noqa: E731
         for axis in reversed(wafer.axes):  # the outermost axis is mapped last
             mapped = tuple(0 if axis in _named(s) else None for s in in_specs)
-            run = jax.vmap(run, mapped, 0, axis_name=axis, axis_size=wafer.axis_size(axis))
+            run = jax.vmap(run, mapped, 0, axis_name=axis, axis_size=sizes[axis])
         results = run(*split)
         out_specs = _broadcast(specs.out_specs, results, "out_specs")
         flat, tree = jax.tree.flatten(results)
-        joined = [_join(wafer, a, s) for a, s in zip(flat, out_specs, strict=True)]
+        joined = [_join(sizes, a, s) for a, s in zip(flat, out_specs, strict=True)]
         return jax.tree.unflatten(tree, joined)
 
-    return whole
+    if wafer.mesh is None:
+        return functools.partial(block, specs)
+    return functools.partial(_spread, wafer, block, specs)
 
 
-def _split(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
+def _spread(wafer: Wafer, block: Callable, specs: Specs, *operands: Any) -> Any:
+    """`block` of each device's PEs, on all devices."""
+    # A device's block is one stretch of a dimension only where that lies along one axis.
+    apart = Specs.of(*(jax.tree.map(_apart, s) for s in (specs.in_specs, specs.out_specs)))
+    flat, tree = jax.tree.flatten(operands)
+    in_specs = _broadcast(specs.in_specs, operands, "in_specs")
+    cut = [_cut_apart(wafer, a, s) for a, s in zip(flat, in_specs, strict=True)]
+    mesh_specs = functools.partial(jax.tree.map, wafer.mesh_spec)
+    results = jax.shard_map(
+        functools.partial(block, apart),
+        mesh=wafer.mesh,
+        in_specs=mesh_specs(apart.in_specs),
+        out_specs=mesh_specs(apart.out_specs),
+        check_vma=False,  # it knows nothing of the axes of vmap
+    )(*jax.tree.unflatten(tree, cut))
+    out_specs = _broadcast(specs.out_specs, results, "out_specs")
+    flat, tree = jax.tree.flatten(results)
+    whole = [_put_together(a, s) for a, s in zip(flat, out_specs, strict=True)]
+    return jax.tree.unflatten(tree, whole)
+
+
+def _apart(spec: P) -> P:
+    """`spec` with an entry of its own for each axis."""
+    return P(*(axis for entry in spec for axis in axes_of(entry) or (None,)))
+
+
+def _cut_apart(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
+    shape: list[int] = []
+    for d, length in enumerate(jnp.shape(array)):
+        *outer, _ = axes_of(spec[d]) or (None,) if d < len(spec) else (None,)
+        counts = [wafer.axis_size(axis) for axis in outer]
+        shape += [*counts, length // math.prod(counts)]
+    return jnp.reshape(array, shape)
+
+
+def _put_together(array: jax.Array, spec: P) -> jax.Array:
+    shape, rest = [], list(array.shape)
+    for entry in spec:
+        axes = len(axes_of(entry)) or 1
+        shape.append(math.prod(rest[:axes]))
+        rest = rest[axes:]
+    return array.reshape(*shape, *rest)
+
+
+def _split(along: dict[str, int], array: jax.Array, spec: P) -> jax.Array:
     """`array` with one leading dimension for each axis of the grid that `spec` names."""
     sizes: list[int] = []
     leading: dict[str, int] = {}
     tile: list[int] = []
     for d, length in enumerate(jnp.shape(array)):
         entry = axes_of(spec[d]) if d < len(spec) else ()
-        for axis in (a for a in entry if a in wafer.axes):
+        for axis in (a for a in entry if a in along):
             leading[axis] = len(sizes)
-            sizes.append(wafer.axis_size(axis))
-            length //= wafer.axis_size(axis)
+            sizes.append(along[axis])
+            length //= along[axis]
         tile.append(len(sizes))
         sizes.append(length)
-    order = [leading[axis] for axis in wafer.axes if axis in leading]
+    order = [leading[axis] for axis in along if axis in leading]
     return jnp.reshape(array, sizes).transpose(*order, *tile)
 
 
-def _join(wafer: Wafer, blocks: jax.Array, spec: P) -> jax.Array:
+def _join(along: dict[str, int], blocks: jax.Array, spec: P) -> jax.Array:
     """The whole array from blocks with one leading dimension for every axis of the grid."""
     named = _named(spec)
-    if len(spec) > blocks.ndim - len(wafer.axes):
+    if len(spec) > blocks.ndim - len(along):
         raise ValueError(
-            f"Wafer.map: a result of a PE has {blocks.ndim - len(wafer.axes)} dimensions, its spec "
+            f"Wafer.map: a result of a PE has {blocks.ndim - len(along)} dimensions, its spec "
             f"{spec} has {len(spec)}"
         )
-    blocks = blocks[tuple(slice(None) if axis in named else 0 for axis in wafer.axes)]
-    leading = [axis for axis in wafer.axes if axis in named]
+    blocks = blocks[tuple(slice(None) if axis in named else 0 for axis in along)]
+    leading = [axis for axis in along if axis in named]
     order, shape = [], []
     for d, length in enumerate(blocks.shape[len(leading) :]):
         split = [a for a in (axes_of(spec[d]) if d < len(spec) else ()) if a in leading]
         order += [leading.index(axis) for axis in split] + [len(leading) + d]
         for axis in split:
-            length *= wafer.axis_size(axis)
+            length *= along[axis]
         shape.append(length)
     return blocks.transpose(order).reshape(shape)
 

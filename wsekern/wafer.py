@@ -5,7 +5,7 @@ one device) or abstractly (a trace over an `AbstractMesh`); `Wafer.map` is its d
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,9 +15,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from wsekern import context, readings
-from wsekern.axes import AXES, COLS, ROWS, WAFERS
+from wsekern import adopted, context, readings
+from wsekern.axes import AXES, COLS, ROWS, SPREAD, WAFERS
 from wsekern.hardware import Machine
+from wsekern.placement import devices as failing
+from wsekern.placement import machines, regions, spread
+from wsekern.placement.defects import Defects
+from wsekern.placement.place import Placement
 
 TILED = P(ROWS, COLS)
 
@@ -34,10 +38,12 @@ class Wafer:
     height: int  # PEs north to south
     width: int  # PEs west to east
     wafers: int = 1
-    mesh: Mesh | AbstractMesh | None = None  # None for virtual PEs
+    mesh: Mesh | AbstractMesh | None = None  # None for virtual PEs on one device
     machine: Machine | None = None  # what the PEs are taken to be; None for plain devices
     # What the mesh calls each axis; an axis that it lacks has size 1.
     names: tuple[tuple[str, str], ...] = ((ROWS, ROWS), (COLS, COLS))
+    placement: Placement | None = None  # on which physical PEs; None: side by side
+    corner: tuple[int, int] = (0, 0)  # of a region, the row and column it begins at
 
     def __post_init__(self):
         for name in ("height", "width", "wafers"):
@@ -47,7 +53,13 @@ class Wafer:
 
     @classmethod
     def devices(
-        cls, height: int, width: int, wafers: int = 1, devices: Sequence[jax.Device] | None = None
+        cls,
+        height: int,
+        width: int,
+        wafers: int = 1,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        failed: Collection[int] = (),
     ) -> "Wafer":
         """A wafer of real or CPU-emulated devices, neighbours in the grid near in the machine.
 
@@ -57,12 +69,19 @@ class Wafer:
           wafers: how many such grids work together.
           devices: which devices; by default the first of `jax.devices()`, in the order that suits
             their physical topology.
+          failed: ids of devices to leave out.
 
         Raises:
-          ValueError: the grid is not positive, or needs more devices than there are.
+          ValueError: the grid is not positive, or needs more devices than there are (and what the
+            largest grid is without those that failed), or `failed` names a stranger.
         """
         shape = cls(reading="devices", height=height, width=width, wafers=wafers)
         available = list(jax.devices() if devices is None else devices)
+        at_places = None
+        if failed:
+            available = failing.working(available, failed)
+            failing.check_enough(height, width, wafers, len(available), len(set(failed)))
+            at_places = failing.rectangle(available, height * wafers, width)
         if shape.size > len(available):
             raise ValueError(
                 f"Wafer.devices: {_grid(shape)} needs {shape.size} devices, there are "
@@ -72,11 +91,10 @@ class Wafer:
         axes = shape.axes if wafers == 1 else AXES
         grid = tuple(shape.axis_size(axis) for axis in axes)
         chosen = available[: shape.size]
-        ordered = (
-            mesh_utils.create_device_mesh(grid, chosen)
-            if devices is None
-            else np.array(chosen, dtype=object).reshape(grid)
-        )
+        if at_places is None and devices is None and not failed:
+            ordered = mesh_utils.create_device_mesh(grid, chosen)
+        else:
+            ordered = np.array(chosen if at_places is None else at_places, object).reshape(grid)
         mesh = Mesh(ordered, axes, axis_types=(AxisType.Auto,) * len(axes))
         return dataclasses.replace(shape, mesh=mesh, names=_same(axes))
 
@@ -100,25 +118,7 @@ class Wafer:
             Explicit with Auto.
         """
         given = {ROWS: y, COLS: x} | ({WAFERS: wafer} if wafer is not None else {})
-        for axis, name in given.items():
-            if name not in mesh.axis_names:
-                raise ValueError(
-                    f"Wafer.of: {axis}={name!r} is not an axis of the mesh, which has "
-                    f"{tuple(mesh.axis_names)}"
-                )
-        if len(set(given.values())) < len(given):
-            raise ValueError(f"Wafer.of: {given} names one mesh axis twice")
-        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        if len({kinds[name] for name in given.values()}) > 1:
-            raise ValueError(
-                f"Wafer.of: the axes are {[str(kinds[n]) for n in given.values()]}; make them all "
-                "Auto or all Explicit (axis_types= of the mesh)"
-            )
-        if kinds[y] == AxisType.Auto and AxisType.Explicit in kinds.values():
-            raise ValueError(
-                "Wafer.of: the axes named are Auto, and the mesh has Explicit ones beside them; "
-                "make all alike (axis_types= of the mesh)"
-            )
+        adopted.check(mesh, given)
         return cls(
             reading="devices",
             height=mesh.shape[y],
@@ -129,18 +129,47 @@ class Wafer:
         )
 
     @classmethod
-    def virtual(cls, machine: Machine, height: int, width: int, wafers: int = 1) -> "Wafer":
-        """PEs of a wafer-scale machine, each with its own tile, all on one device.
+    def virtual(
+        cls,
+        machine: Machine,
+        height: int,
+        width: int,
+        wafers: int = 1,
+        *,
+        devices: "tuple[int, ...] | Wafer | None" = None,
+        defects: Defects | None = None,
+        folded: bool = False,
+    ) -> "Wafer":
+        """PEs of a wafer-scale machine, each with its own tile, on one device or in blocks on more.
 
-        Results are those of `height * width * wafers` PEs, exactly; the time is one device's.
+        Results are those of `height * width * wafers` PEs, exactly; the time is the devices'.
+
+        Args:
+          machine: what it is made of.
+          height: rows of PEs.
+          width: columns.
+          wafers: how many such wafers work together.
+          devices: the grid of devices, `(2, 4)` or with the wafers first `(2, 2, 4)`, each of which
+            has a block of neighbouring PEs and sends others their edges; or a wafer that
+            `Wafer.devices` made, to say which devices.
+          defects: of the physical wafer, of each alike; the PEs are placed around them
+            (`wsekern.placement.place`), which no result shows, only `wsekern.estimate`.
+          folded: whether both axes are folded on the wafer: neighbors in a ring, its two ends too,
+            are then two hops apart, and so are neighbors on a line.
 
         Raises:
-          ValueError: the grid is not positive or does not fit the machine's usable rectangle.
+          ValueError: the grid is not positive, does not fit the machine's usable rectangle, or
+            what the defects leave of it (says the largest that does), or does not divide by the
+            devices.
         """
-        _check_fits("Wafer.virtual", machine, height, width)
-        return _present(
-            cls(reading="virtual", height=height, width=width, wafers=wafers, machine=machine)
-        )
+        machines.check_fits("Wafer.virtual", machine, height, width)
+        wafer = cls(reading="virtual", height=height, width=width, wafers=wafers, machine=machine)
+        wafer = _present(wafer)
+        placement = machines.placed(machine, height, width, defects, folded)
+        if devices is not None:
+            over = devices if isinstance(devices, Wafer) else cls.devices(*spread.grid(devices))
+            wafer = dataclasses.replace(wafer, mesh=spread.mesh_over(over, wafer))
+        return dataclasses.replace(wafer, placement=placement)
 
     @classmethod
     def abstract(
@@ -149,6 +178,9 @@ class Wafer:
         height: int | None = None,
         width: int | None = None,
         wafers: int = 1,
+        *,
+        defects: Defects | None = None,
+        folded: bool = False,
     ) -> "Wafer":
         """A wafer that programs are traced over but never run on; no device is needed.
 
@@ -157,19 +189,61 @@ class Wafer:
           height: rows; by default all that a program can use.
           width: columns; likewise.
           wafers: how many such wafers work together.
+          defects: as in `virtual`.
+          folded: as in `virtual`.
 
         Raises:
-          ValueError: the grid is not positive or does not fit the machine's usable rectangle.
+          ValueError: as `virtual`.
         """
         height = machine.usable_height if height is None else height
         width = machine.usable_width if width is None else width
-        _check_fits("Wafer.abstract", machine, height, width)
+        machines.check_fits("Wafer.abstract", machine, height, width)
         shape = _present(
             cls(reading="abstract", height=height, width=width, wafers=wafers, machine=machine)
         )
         sizes = tuple(shape.axis_size(axis) for axis in shape.axes)
         mesh = AbstractMesh(sizes, shape.axes, axis_types=(AxisType.Auto,) * len(sizes))
-        return dataclasses.replace(shape, mesh=mesh)
+        placement = machines.placed(machine, height, width, defects, folded)
+        return dataclasses.replace(shape, mesh=mesh, placement=placement)
+
+    def region(self, y: int, x: int, height: int, width: int) -> "Wafer":
+        """The PEs of a sub-rectangle, as a wafer of their own, for one of several programs.
+
+        Programs on regions that share no PE do not meet: on devices they run side by side. A region
+        has its PEs' places on the physical wafer.
+
+        Args:
+          y: the row of this wafer that it begins at.
+          x: the column.
+          height: its rows.
+          width: its columns.
+
+        Raises:
+          ValueError: it is not inside this wafer, or of a spread one, is no blocks of devices.
+        """
+        regions.check(height, width, y, x, (self.height, self.width))
+        names, placement = dict(self.names), self.placement
+        part = {names[ROWS]: (y, height), names[COLS]: (x, width)}
+        if self.reading == "virtual":
+            part = spread.part({ROWS: (y, height), COLS: (x, width)}, self)
+        return dataclasses.replace(
+            self,
+            height=height,
+            width=width,
+            mesh=regions.mesh_of(self.mesh, part),
+            placement=None if placement is None else placement.region(y, x, height, width),
+            corner=(self.corner[0] + y, self.corner[1] + x),
+        )
+
+    def split(self, rows: int, columns: int) -> tuple["Wafer", ...]:
+        """This wafer cut into `rows * columns` regions, row by row, as equal in size as can be.
+
+        Raises:
+          ValueError: there are not so many PEs along an axis.
+        """
+        down = regions.cuts("rows", self.height, rows)
+        across = regions.cuts("columns", self.width, columns)
+        return tuple(self.region(y, x, h, w) for y, h in down for x, w in across)
 
     @property
     def size(self) -> int:
@@ -188,7 +262,7 @@ class Wafer:
         """What its programs run on: "cpu", "gpu" or "tpu"; None for one that never runs."""
         if self.reading == "abstract":
             return None
-        if self.reading == "virtual":
+        if self.mesh is None:
             return jax.default_backend()
         return self.grid.devices.flat[0].platform
 
@@ -253,18 +327,28 @@ class Wafer:
         """`spec` in the mesh's own names, without the axes that the mesh lacks."""
 
         def rename(entry):
-            names = [self.axis_name(a) for a in readings.axes_of(entry)]
+            names = [self._mesh_name(a) for a in readings.axes_of(entry)]
             names = [n for n in names if n is not None]
             return None if not names else names[0] if len(names) == 1 else tuple(names)
 
         return P(*(rename(entry) for entry in spec))
 
+    def _mesh_name(self, axis: str) -> str | None:
+        names = SPREAD if self.reading == "virtual" else dict(self.names)
+        return names[axis] if axis in self.axes else None
+
+    def devices_along(self, axis: str) -> int:
+        """Over how many devices the PEs along `axis` are spread; 1 where they are on one."""
+        if self.mesh is None or self.reading == "abstract":
+            return 1
+        return self.mesh.shape.get(self._mesh_name(axis), 1)
+
     def sharding(self, spec: P) -> Sharding:
         """Where an array laid out by `spec` lives; for `jax.device_put` and `out_shardings=`.
 
-        The virtual reading keeps every array whole on one device.
+        Virtual PEs on one device keep every array whole there.
         """
-        if self.reading == "virtual":
+        if self.mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return NamedSharding(self.grid, self.mesh_spec(spec))
 
@@ -275,7 +359,7 @@ class Wafer:
           ValueError: a size does not divide by the PEs along it.
         """
         readings.check_divides(self, "Wafer.shard", array, spec)
-        if self.reading == "virtual":
+        if self.mesh is None:
             return jnp.asarray(array)
         if isinstance(array, jax.core.Tracer):
             return readings.constrain(self, array, spec)
@@ -290,27 +374,16 @@ class Wafer:
           ValueError: there is no such PE, or a size does not divide by the PEs along it.
         """
         at = {ROWS: y, COLS: x, WAFERS: wafer}
-        for axis, index in at.items():
-            if not 0 <= index < self.axis_size(axis):
-                raise ValueError(
-                    f"Wafer.tile: {axis}={index} is outside the grid, which has "
-                    f"{self.axis_size(axis)} along {axis}"
-                )
+        readings.check_inside(self, "Wafer.tile", at)
         readings.check_divides(self, "Wafer.tile", array, spec)
         if self.reading == "devices" and readings.explicit(self):
             array = readings.constrain(self, array, P())  # a split dimension could not be cut
-        slices = []
-        for entry, length in zip(spec, array.shape, strict=False):
-            index, parts = 0, 1
-            for axis in readings.axes_of(entry):
-                index = index * self.axis_size(axis) + at[axis]
-                parts *= self.axis_size(axis)
-            slices.append(slice(index * length // parts, (index + 1) * length // parts))
-        return array[tuple(slices)]
+        return readings.tile_at(self, array, at, spec)
 
     def __repr__(self) -> str:
         of = f" of {self.machine.name}" if self.machine else ""
-        return f"<Wafer {self.reading} {_grid(self)}{of}>"
+        on = f" on {self.grid.size} devices" if self.reading == "virtual" and self.mesh else ""
+        return f"<Wafer {self.reading} {_grid(self)}{of}{on}>"
 
 
 def _same(axes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -324,13 +397,3 @@ def _present(wafer: Wafer) -> Wafer:
 def _grid(wafer: Wafer) -> str:
     grid = f"{wafer.height}x{wafer.width}"
     return grid if wafer.wafers == 1 else f"{wafer.wafers}x{grid}"
-
-
-def _check_fits(what: str, machine: Machine, height: int, width: int) -> None:
-    long, short = max(height, width), min(height, width)
-    usable = (machine.usable_height, machine.usable_width)
-    if long > max(usable) or short > min(usable):
-        raise ValueError(
-            f"{what}: {height}x{width} PEs do not fit {machine.name}, whose programs can use "
-            f"{usable[0]}x{usable[1]}, either way round"
-        )

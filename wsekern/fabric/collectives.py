@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern.axes import WAFERS
-from wsekern.fabric import algorithms, chain, multicast, ring
+from wsekern.fabric import algorithms, axis, chain, multicast, ring
 from wsekern.fabric import line as lines
 from wsekern.fabric.algorithms import Algorithm
+from wsekern.fabric.axis import virtual
 from wsekern.fabric.exchange import check_root
-from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying, virtual
+from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 from wsekern.fabric.operation import OPERATIONS, Op
 
 
@@ -160,8 +161,7 @@ _refusing.defvjp(lambda tile, op: (tile, None), _refuse)
 
 def _by_xla(tile: jax.Array, names: Sequence[str], root: int | None, op: Op) -> jax.Array:
     move = {"sum": lax.psum, "max": lax.pmax, "min": lax.pmin, "mean": lax.pmean}[op]
-    for name in reversed(names) if virtual() else [tuple(names)]:
-        tile = move(tile, name) if name else tile
+    tile = axis.reduced(move, tile, names) if names else tile
     return tile if root is None else _on_root(tile, names, root)
 
 

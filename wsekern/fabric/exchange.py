@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying, virtual
+from wsekern.fabric import axis as lines
+from wsekern.fabric.axis import virtual
+from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 
 
 def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False) -> Any:
@@ -40,12 +41,7 @@ def reduce_scatter(x: Any, along: Along, axis: int = 0) -> Any:
     """
     _check_parts("reduce_scatter", x, along, axis)
     for name in names_of(along):
-        x = jax.tree.map(
-            lambda t, n=name: lax.psum_scatter(
-                varying(t, along), n, scatter_dimension=axis % t.ndim, tiled=True
-            ),
-            x,
-        )
+        x = jax.tree.map(lambda t, n=name: lines.scattered(varying(t, along), n, axis % t.ndim), x)
     return x
 
 
@@ -65,8 +61,8 @@ def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
     for name in names_of(along):
         # Of an operand that is the same on all PEs, vmap's all_to_all has the wrong shape.
         x = jax.tree.map(
-            lambda t, n=name: lax.all_to_all(
-                varying(t, along), n, split % t.ndim, concat % t.ndim, tiled=True
+            lambda t, n=name: lines.exchanged(
+                varying(t, along), n, split % t.ndim, concat % t.ndim
             ),
             x,
         )
@@ -114,7 +110,7 @@ def check_root(what: str, along: Along, root: int) -> None:
 
 def _gather(tile: jax.Array, name: str, axis: int, kind: str) -> jax.Array:
     tile = varying(tile, name) if virtual() else tile
-    return lax.all_gather(tile, name, axis=axis % tile.ndim, tiled=True, to=kind)
+    return lines.gathered(tile, name, axis % tile.ndim, kind)
 
 
 def _check_parts(what: str, x: Any, along: Along, axis: int) -> None:

@@ -23,14 +23,14 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
     Two chains one after another, of about `sqrt(P) / 2` hops each where the root is in the middle:
     see `chain.reduced`.
     """
-    for chains in _levels(line.size, root):
+    for chains in levels(line.size, root):
         tile = chain.run(tile, line, chains, op)
     return tile
 
 
 def received(pes: int, words: int, root: int) -> Received:
     """The chains' of both levels, one after the other."""
-    first, second = (chain.received_of(chains, words) for chains in _levels(pes, root))
+    first, second = (chain.received_of(chains, words) for chains in levels(pes, root))
     return first.plus(second)
 
 
@@ -65,7 +65,8 @@ def cost(pes: int, words: float, root: int | None = None) -> Cost:
     )
 
 
-def _levels(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
+def levels(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
+    """The chains of either level."""
     heads, size = _heads(pes, root)
     among = np.where(heads == np.arange(pes), root, -1)
     return chain.Chains(heads, 1), chain.Chains(among, size)

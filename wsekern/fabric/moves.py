@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern.axes import COLS, ROWS, WAFERS
-from wsekern.context import inside
+from wsekern.context import differentiated, inside
+from wsekern.fabric import axis, blocks
+from wsekern.fabric.axis import virtual
 
 if TYPE_CHECKING:
     from wsekern.wafer import Wafer
@@ -32,14 +34,14 @@ class Resolved(str):
 
 def axis_size(along: Along) -> int:
     """How many PEs stand along `along` (a tuple: their product)."""
-    return math.prod(lax.axis_size(name) for name in names_of(along))
+    return math.prod(axis.size(name) for name in names_of(along))
 
 
 def axis_index(along: Along) -> jax.Array:
     """This PE's place along `along`, int32 (a tuple: row-major, the first axis outermost)."""
     index = jnp.int32(0)
     for name in names_of(along):
-        index = index * lax.axis_size(name) + lax.axis_index(name)
+        index = index * axis.size(name) + axis.index(name)
     return index
 
 
@@ -232,6 +234,9 @@ def _permuted(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> 
         stays = (0, 0) in pairs
         return x if stays else jax.tree.map(lambda t: jnp.full_like(t, fill), x)
     (name,) = names
+    if axis.devices_along(name):
+        move = blocks.permuted_by_tiles if differentiated() else blocks.permuted
+        return jax.tree.map(lambda t: move(t, name, tuple(pairs), fill), x)
     size = lax.axis_size(name)
     receives = sorted(destination for _, destination in pairs)
     # A permutation under vmap must be complete: the rest is paired off, then masked.
@@ -251,17 +256,11 @@ def _permuted(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> 
     return jax.tree.map(lambda t: jnp.where(here, t, jnp.asarray(fill, t.dtype)), moved)
 
 
-def virtual() -> bool:
-    """Whether this trace is of virtual PEs."""
-    # Asked of JAX, not of the wafer: it holds in a backward trace, where no wafer is in force.
-    return not jax.sharding.get_abstract_mesh().manual_axes
-
-
 def _all_axes() -> tuple[str, ...]:
     wafer = inside()
     if wafer is not None:
         return wafer.axes
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return axis.bound()
 
 
 def names_of(along: Along) -> tuple[Resolved, ...]:
@@ -269,7 +268,7 @@ def names_of(along: Along) -> tuple[Resolved, ...]:
     axes = (along,) if isinstance(along, str) else along
     wafer = inside()
     if wafer is None:
-        here = tuple(a for a in axes if a != WAFERS or isinstance(a, Resolved) or a in _bound())
+        here = tuple(a for a in axes if a != WAFERS or isinstance(a, Resolved) or a in axis.bound())
     else:
         here = tuple(a if isinstance(a, Resolved) else _own(wafer, a) or "" for a in axes)
     return tuple(Resolved(name) for name in here if name)
@@ -283,7 +282,3 @@ def _own(wafer: Wafer, axis: str) -> str | None:
     if axis in {name for _, name in wafer.names}:
         return axis
     raise ValueError(f"fabric: {axis!r} is not an axis of the wafer, which has {wafer.axes}")
-
-
-def _bound() -> tuple[str, ...]:
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric import moves
+from wsekern.fabric import axis, moves
 from wsekern.fabric.cost import Cost
 
 
@@ -44,9 +44,7 @@ def from_root(x: Any, along: moves.Along, root: int) -> Any:
 
 
 def _sum(tile: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    for name in reversed(names) if moves.virtual() else [names]:
-        tile = lax.psum(tile, name)
-    return tile
+    return axis.reduced(lax.psum, tile, names)
 
 
 # The name stays in the trace, where it tells this sum, which is a multicast, from a reduction.

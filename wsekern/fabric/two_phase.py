@@ -21,14 +21,14 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
 
     Two chains one after another, of `S - 1` and about `P / S` hops: see `chain.reduced`.
     """
-    for chains in _phases(line.size, root):
+    for chains in phases(line.size, root):
         tile = chain.run(tile, line, chains, op)
     return tile
 
 
 def received(pes: int, words: int, root: int = 0) -> Received:
     """The chains' of both phases, one after the other."""
-    first, second = (chain.received_of(chains, words) for chains in _phases(pes, root))
+    first, second = (chain.received_of(chains, words) for chains in phases(pes, root))
     return first.plus(second)
 
 
@@ -53,7 +53,8 @@ def cost(pes: int, words: float, root: int = 0) -> Cost:
     )
 
 
-def _phases(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
+def phases(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
+    """The chains of either phase."""
     size, place = group(pes, root), np.arange(pes)
     heads = root + np.sign(place - root) * (np.abs(place - root) // size * size)
     return chain.Chains(heads, 1), chain.Chains(np.where(heads == place, root, -1), size)

@@ -1,0 +1,91 @@
+"""This file is a Monte-Carlo of yield: which rectangle a wafer still has, by how much of it fails.
+
+For each density of faults many wafers are drawn, and each is asked for its largest rectangle and
+for the whole of what its programs use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from wsekern.hardware import Machine
+
+DENSITIES = (0.001, 0.01, 0.03, 0.05, 0.06, 0.07, 0.08, 0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harvest:
+    """What wafers of one density of faults have left."""
+
+    density: float  # the share of PEs that are faulty
+    whole: float  # the share of wafers that have all that a program can use
+    rectangle: tuple[int, int]  # the largest, of the median wafer
+    share: float  # of the PEs made, that are in it
+    worst: int  # columns of the narrowest that any wafer has, with the rows a program can use
+    untouched: float  # the share of rows without a fault: all that leaving rows out would keep
+
+
+def harvest(
+    machine: Machine,
+    densities: Sequence[float] = DENSITIES,
+    *,
+    wafers: int = 1000,
+    seed: int = 0,
+) -> list[Harvest]:
+    """What is left of wafers of a machine at each density of faults, each PE's alike and its own.
+
+    A row keeps its good PEs, as `wsekern.placement.place` takes them: how many these are is drawn
+    for all rows at once.
+
+    Args:
+      machine: whose physical grid and usable rectangle.
+      densities: shares of PEs that are faulty, 0 to 1.
+      wafers: how many are drawn for each.
+      seed: of numpy's generator.
+
+    Raises:
+      ValueError: a density is not from 0 to 1, or `wafers` not positive.
+    """
+    if wafers < 1 or not all(0 <= density <= 1 for density in densities):
+        raise ValueError(
+            f"harvest: wafers={wafers} must be 1 or more, densities={list(densities)} from 0 to 1"
+        )
+    rng = np.random.default_rng(seed)
+    return [_at(machine, density, wafers, rng) for density in densities]
+
+
+def table(found: Sequence[Harvest]) -> str:
+    """The outcome in Markdown."""
+    lines = [
+        "| faulty PEs | wafers with the whole rectangle | largest rectangle, median | of all PEs | "
+        "narrowest at full height | rows without a fault |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {h.density:.2%} | {h.whole:.1%} | {h.rectangle[0]} x {h.rectangle[1]} | {h.share:.1%} |"
+        f" {h.worst} | {h.untouched:.2%} |"
+        for h in found
+    ]
+    return "\n".join(lines)
+
+
+def _at(machine: Machine, density: float, wafers: int, rng: np.random.Generator) -> Harvest:
+    rows, columns = machine.physical
+    good = rng.binomial(columns, 1 - density, (wafers, rows))
+    widths = np.sort(good, axis=1)[:, ::-1]  # of each wafer's rows, the widest first
+    areas = widths * np.arange(1, rows + 1)
+    best = areas.argmax(1)
+    size = areas.max(1)
+    median = int(np.argsort(size)[wafers // 2])
+    full = widths[:, machine.usable_height - 1]
+    return Harvest(
+        density=density,
+        whole=float((full >= machine.usable_width).mean()),
+        rectangle=(int(best[median]) + 1, int(widths[median, best[median]])),
+        share=float(size[median] / (rows * columns)),
+        worst=int(full.min()),
+        untouched=float((good == columns).mean()),
+    )

@@ -31,28 +31,47 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--machine", default="cs-3", help="wafer or system (default: cs-3)")
     parser.add_argument("--grid", help="HEIGHTxWIDTH PEs (default: all that a program can use)")
     parser.add_argument("--wafers", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument(
+        "--pe-yield", type=float, metavar="SHARE",
+        help="of the PEs that work, drawn at random; moves take the hops around the others",
+    )  # fmt: skip
     parser.add_argument("--clock", type=float, metavar="GHZ", help="(default: the machine's)")
     parser.add_argument(
         "--shapes", nargs="*", metavar="SHAPE", help="operands, as 4096x4096:float16"
     )
+    parser.add_argument(
+        "--density", type=float, default=1.0,
+        help="share of a product's factors that are not zero: others are skipped (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--trips", type=int, help="how often loops of unknown length run")
     parser.add_argument(
         "--validate", nargs="?", const="", metavar="POINTS.csv",
         help="predict published points instead, or those of a table of your own",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", metavar="FILE.html", help="write it all as one page")
+    parser.add_argument("--trace", metavar="FILE.json", help="write a timeline, for Perfetto")
+    parser.add_argument(
+        "--plot", metavar="FILE.png",
+        help="write a map of the wafer's links; with --validate, predicted against published",
+    )  # fmt: skip
+    parser.add_argument(
+        "--map", nargs="?", const="load", metavar="QUANTITY",
+        help="print a map of the wafer: load (the default), N, E, S, W, busy or sram",
+    )  # fmt: skip
     return parser
 
 
 def run(asked: argparse.Namespace) -> None:
     """Prints what is asked for; ends with status 2 where that cannot be."""
     try:
+        _check_outputs(asked)
         if asked.validate is not None:
-            return _validate(asked.validate, asked.json)
+            return _validate(asked.validate, asked.json, asked.plot)
         if asked.program is None:
             raise ValueError("name a program, as FILE.py:FUNCTION, or --validate")
         _estimate(asked)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"wsekern estimate: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -78,15 +97,19 @@ def _estimate(asked: argparse.Namespace) -> None:
     shapes = given if asked.shapes is None else [_shape(text) for text in asked.shapes]
 
     from wsekern.estimator.estimate import estimate
+    from wsekern.placement.defects import Defects
     from wsekern.wafer import Wafer
 
     height, width = _grid(asked.grid) if asked.grid else (None, None)
-    wafer = Wafer.abstract(machine, height, width, asked.wafers)
+    defects = None if asked.pe_yield is None else Defects.random(machine, asked.pe_yield)
+    wafer = Wafer.abstract(machine, height, width, asked.wafers, defects=defects)
     clock = asked.clock and asked.clock * 1e9
-    e = estimate(function, *shapes, wafer=wafer, clock_hz=clock, trips=asked.trips)
+    options = {"clock_hz": clock, "trips": asked.trips, "density": asked.density}
+    e = estimate(function, *shapes, wafer=wafer, **options)
+    _draw(e, asked)
     if not asked.json:
         return print(e)
-    names = [f.name for f in dataclasses.fields(e) if f.name not in ("wafer", "events")]
+    names = [f.name for f in dataclasses.fields(e) if f.name not in ("wafer", "events", "tiles")]
     fields = {name: getattr(e, name) for name in names}
     derived = ("seconds", "energy", "bound", "fits", "sram_free", "host_seconds")
     fields |= {name: getattr(e, name) for name in derived}
@@ -94,10 +117,56 @@ def _estimate(asked: argparse.Namespace) -> None:
     print(json.dumps(fields, indent=2))
 
 
-def _validate(table: str, as_json: bool) -> None:
+def _draw(e: Any, asked: argparse.Namespace) -> None:
+    from wsekern.pictures.terminal import terminal_map
+    from wsekern.pictures.wafer_map import wafer_map
+
+    if asked.map is not None:
+        terminal_map(e, asked.map)
+        print()
+    if asked.plot is not None:
+        wafer_map(e, path=asked.plot)
+    if asked.trace is not None:
+        e.timeline(asked.trace)
+    if asked.html is not None:
+        e.html(asked.html, pathlib.Path(asked.program).name)
+
+
+def _check_outputs(asked: argparse.Namespace) -> None:
+    """Refuses what cannot be written or drawn, before anything is estimated."""
+    from wsekern.pictures import figure, output, quantities
+
+    if asked.validate is not None:
+        for flag in ("html", "trace", "map"):
+            if getattr(asked, flag) is not None:
+                raise ValueError(
+                    f"--{flag} is of a program, not of --validate; give FILE.py:FUNCTION"
+                )
+    for path, suffixes in (
+        (asked.html, ()), (asked.trace, ()), (asked.plot, figure.SUFFIXES)
+    ):  # fmt: skip
+        if path is not None:
+            output.check_writable(path, suffixes)
+    paths = [path for path in (asked.html, asked.trace, asked.plot) if path is not None]
+    if len({str(pathlib.Path(path).resolve()) for path in paths}) < len(paths):
+        raise ValueError("--html, --trace and --plot name one file twice")
+    if asked.html is not None or asked.plot is not None:
+        figure.check_installed()
+    if asked.map is not None:
+        quantities.check(asked.map)
+        if asked.json:
+            raise ValueError(
+                "--map prints a picture, and --json nothing but JSON; give one of them"
+            )
+
+
+def _validate(table: str, as_json: bool, plot: str | None) -> None:
     from wsekern.estimator import validation
+    from wsekern.pictures.published import published
 
     found = validation.validate(table or validation.POINTS)
+    if plot is not None:
+        published(found, plot)
     if as_json:
         for point, why in found.skipped.items():
             print(f"left out: {point}: {why}", file=sys.stderr)

@@ -49,7 +49,9 @@ ELEMENTWISE = frozenset(
     "shift_right_arithmetic population_count nextafter real imag conj".split()
 )
 # Which write what they take elsewhere.
-_COPIES = frozenset("concatenate stack pad gather scatter dynamic_update_slice scatter-add".split())
+_COPIES = frozenset(
+    "concatenate stack pad tile gather scatter dynamic_update_slice scatter-add".split()
+)
 # The operand of a copy that an instruction may as well write where the copy would.
 _WRITES = {"pad": 0, "dynamic_update_slice": 1}
 _REDUCTIONS = frozenset(
@@ -73,6 +75,12 @@ class Work(NamedTuple):
     flops: float = 0.0
     port_bytes: float = 0.0  # read from and written to its memory
     narrow: bool = False  # whether it is of 16 bits
+
+    def thinned(self, share: float) -> Work:
+        """What is left of it where only a share of its instructions is issued."""
+        return self._replace(
+            cycles=share * self.cycles, flops=share * self.flops, port_bytes=share * self.port_bytes
+        )
 
 
 def of_equation(

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern.axes import AXES, COLS, ROWS, WAFERS
+from wsekern.estimator import loads
 from wsekern.estimator.cost import width_of
 from wsekern.fabric import algorithms
 from wsekern.fabric.multicast import cost as flood_cost
@@ -26,6 +27,7 @@ _REDUCTION = re.compile(r"reduction_(.+)_(all|\d+)$")
 _ALONG = {ROWS: ("S", "N"), COLS: ("E", "W"), WAFERS: ("wafer", "wafer")}
 # Phases of a reduction: the chains of either level, say; of a tree, its rounds.
 _PHASES = {"star": 1, "chain": 1, "snake": 1, "two_phase": 2, "k_tree": 2, "optimal": 2, "ring": 2}
+_PATTERNS = {"all-gather": "gather", "reduce-scatter": "scatter", "all-to-all": "exchange"}
 _SUMS = {"psum", "psum_invariant", "pmax", "pmin"}
 
 
@@ -38,6 +40,8 @@ class Move(NamedTuple):
     latency: float  # cycles from the last word on that link until it has arrived
     phases: int = 0  # that PEs begin together; a shift alone is one instruction
     hops: float = 0.0  # that the PE's words take, all together
+    tile: float = 0.0  # words that a PE hands in
+    pattern: loads.Pattern | None = None  # which links these cross; None: none of a wafer
 
 
 def of_equation(equation: Any, sizes: dict[str, int], machine: Machine) -> Move | None:
@@ -57,7 +61,9 @@ def of_equation(equation: Any, sizes: dict[str, int], machine: Machine) -> Move 
     if name in ("jit", "pjit"):
         return _named(equation, sizes, machine)
     P = math.prod(sizes[a] for a in _axes(params)) if "axis_name" in params else 1
-    line = functools.partial(_along_line, axes=_axes(params), sizes=sizes, machine=machine)
+    line = functools.partial(
+        _along_line, axes=_axes(params), sizes=sizes, machine=machine, tile=words
+    )
     if name in ("all_gather", "all_gather_invariant", "all_gather_reduced"):
         # Each tile is flooded; the link before the last PE carries all the others'.
         return line("all-gather", (P - 1) * words, (P - 1) * words)
@@ -68,6 +74,18 @@ def of_equation(equation: Any, sizes: dict[str, int], machine: Machine) -> Move 
         # A quarter of all pairs of PEs is the most that talks across one link.
         return line("all-to-all", (P - 1) * words / max(P, 1), P * words / 4)
     return None
+
+
+def axes_of(equation: Any) -> tuple[str, ...]:
+    """The axes along which the collective `equation` moves."""
+    inner = equation.params.get("jaxpr")
+    return _axes_within(inner.jaxpr) if inner is not None else _axes(equation.params)
+
+
+def root_of(equation: Any) -> int | None:
+    """The place of the PE that gets the result of a reduction; None where all do."""
+    named = _REDUCTION.match(str(equation.params.get("name", "")))
+    return None if named is None or named[2] == "all" else int(named[2])
 
 
 def _axes(params: dict[str, Any]) -> tuple[str, ...]:
@@ -86,6 +104,7 @@ def _along_line(
     axes: Sequence[str],
     sizes: dict[str, int],
     machine: Machine,
+    tile: float,
     stages: int = 0,
 ) -> Move | None:
     pes = math.prod(sizes[a] for a in axes)
@@ -94,7 +113,9 @@ def _along_line(
     far = sum(sizes[a] - 1 for a in axes) * machine.hop_cycles
     step = 2 * machine.ramp_cycles + machine.hop_cycles
     busy = {d: load for a in axes for d in _ALONG[a]}
-    return Move(kind, words, busy, far + step * max(stages, 1), 1, words * pes / 3)
+    pattern = loads.Pattern(kind=_PATTERNS[kind], axes=tuple(axes))
+    latency = far + step * max(stages, 1)
+    return Move(kind, words, busy, latency, 1, words * pes / 3, tile, pattern)
 
 
 def _permutation(
@@ -103,38 +124,16 @@ def _permutation(
     source, to = np.array(pairs, np.int64).reshape(-1, 2).T
     if (source == to).all():
         return None
+    most, pattern = loads.of_permutation(axes, sizes, source, to)
+    busy: dict[str, float] = {}
+    for direction, tiles in most:
+        busy[direction] = busy.get(direction, 0) + tiles * words
     grid = [sizes[a] for a in axes]
-    loads: dict[str, float] = {}
-    hops = np.zeros(len(source))
-    place = dict(zip(axes, np.unravel_index(source, grid), strict=True))
-    goal = dict(zip(axes, np.unravel_index(to, grid), strict=True))
-    for axis in sorted(axes, key=(COLS, ROWS, WAFERS).index):
-        others = [place[a] for a in axes if a != axis]  # where its route turns has moved already
-        line = np.ravel_multi_index(others, [sizes[a] for a in axes if a != axis]) if others else 0
-        for direction, taken in zip(
-            _ALONG[axis],
-            (_load(place[axis], goal[axis], line, sizes[axis]),
-             _load(sizes[axis] - 1 - place[axis], sizes[axis] - 1 - goal[axis], line, sizes[axis])),
-            strict=True,
-        ):  # fmt: skip
-            if taken:
-                loads[direction] = loads.get(direction, 0) + taken * words
-        hops += np.abs(goal[axis] - place[axis])
-        place[axis] = goal[axis]
+    steps = zip(np.unravel_index(source, grid), np.unravel_index(to, grid), strict=True)
+    hops = sum(np.abs(goal - place) for place, goal in steps)
     latency = float(hops.max()) * machine.hop_cycles + 2 * machine.ramp_cycles + machine.hop_cycles
-    return Move("shift", words, loads, latency, hops=words * float(hops.mean()))
-
-
-def _load(start: np.ndarray, goal: np.ndarray, line: Any, size: int) -> int:
-    """How many tiles cross the busiest link towards higher places, over all lines."""
-    up = goal > start
-    if not up.any():
-        return 0
-    lines = np.broadcast_to(line, start.shape)[up]
-    crossing = np.zeros((int(lines.max()) + 1, size + 1), np.int64)
-    np.add.at(crossing, (lines, start[up]), 1)
-    np.add.at(crossing, (lines, goal[up]), -1)
-    return int(crossing.cumsum(1).max())
+    travelled = words * float(hops.mean())
+    return Move("shift", words, busy, latency, hops=travelled, tile=words, pattern=pattern)
 
 
 def _named(equation: Any, sizes: dict[str, int], machine: Machine) -> Move | None:
@@ -159,7 +158,9 @@ def _flood(
         return None
     cycles = flood_cost(*_two(lengths), words).cycles(machine)
     busy = {d: words for a in axes for d in _ALONG[a]}
-    return Move("flood", words, busy, cycles - words, 1, words * (math.prod(lengths) - 1))
+    hops = words * (math.prod(lengths) - 1)
+    pattern = loads.Pattern(kind="flood", axes=axes)
+    return Move("flood", words, busy, cycles - words, 1, hops, words, pattern)
 
 
 def reduction(
@@ -189,7 +190,19 @@ def reduction(
         latency=cycles - load,
         phases=phases + (root is None),
         hops=words * (math.prod(lengths) - 1) / math.prod(lengths) * (1 + (root is None)),
+        tile=words,
+        pattern=loads.Pattern(
+            kind=algorithm,
+            axes=_by_number(axes),
+            root=root,
+            words=words if algorithm == "optimal" else 0.0,
+        ),
     )
+
+
+def _by_number(axes: Sequence[str]) -> tuple[str, ...]:
+    """Axes in the order of the mesh, as fabric's callers name them and so number the root."""
+    return tuple(sorted(axes, key=AXES.index))
 
 
 def _two(lengths: Sequence[int]) -> tuple[int, int]:

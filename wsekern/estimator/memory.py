@@ -82,7 +82,7 @@ def _within(equation: Any, given: list[bool], wafer: Wafer, within: bool) -> flo
     inner = trace.called(params)
     if inner is None:
         return 0.0
-    given = given[len(given) - len(inner.invars) :]
+    given = trace.handed(equation, given)
     if name == "scan":
         loop = trace.loop_of(equation)
         carried = inner.invars[loop.consts : loop.consts + loop.carry]

@@ -12,35 +12,7 @@ _LINES = 12  # of the schedule
 
 def table(e: Estimate) -> str:
     """The figures of an estimate, and the operations that take longest."""
-    grid = f"{e.wafer.height}x{e.wafer.width}" + (
-        f" PEs, {e.wafer.wafers} wafers" if e.wafer.wafers > 1 else " PEs"
-    )
-    sram = f"{e.sram_per_pe:,.0f} bytes of {e.sram_free:,.0f}"
-    if not e.fits:
-        sram += f": {e.sram_per_pe - e.sram_free:,.0f} too many; use more PEs or smaller tiles"
-    energy = "not known" if e.energy is None else _with_unit(e.energy, "J")
-    busy = ", ".join(
-        f"{lane} {cycles / e.cycles:.0%}" for lane, cycles in e.busy.items() if e.cycles
-    )
-    words = ", ".join(f"{lane} {n:,.0f}" for lane, n in e.words.items()) or "none"
-    rows = [
-        ("machine", f"{e.machine.name}, {grid}, {e.clock_hz / 1e9:.3g} GHz"),
-        ("cycles", f"{e.cycles:,.0f}"),
-        ("time", _with_unit(e.seconds, "s")),
-        ("energy", energy),
-        ("work", f"{_with_unit(e.flops_per_second, 'FLOP/s')}, {e.fraction_of_peak:.1%} of peak"),
-        ("bound by", f"{e.bound} (busy: {busy})"),
-        ("memory of a PE", sram),
-        ("words on a link", words),
-        ("words to a PE", f"{e.received:,.0f} in {e.moves:,} moves, {e.hops:,.0f} hops"),
-        ("host I/O", f"{_with_unit(e.host_bytes, 'B')}, {_with_unit(e.host_seconds, 's')}"),
-    ]
-    rows += [(name, f"{_with_unit(s, 's')} at its roofline")
-             for name, s in e.accelerators.items()]  # fmt: skip
-    if e.unknown:
-        told = ", ".join(f"{name} ({line or 'no line'})" for name, line in e.unknown.items())
-        rows.append(("spread evenly", told))
-    lines = [f"{name:<16} {value}" for name, value in rows]
+    lines = [f"{name:<16} {value}" for name, value in figures(e)]
     longest = e.by_operation[:_LINES]
     if longest:
         lines += ["", f"{'cycles':>16}  operation"]
@@ -48,7 +20,57 @@ def table(e: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _with_unit(value: float, unit: str) -> str:
+def _placed(e: Estimate) -> str:
+    placement = e.wafer.placement
+    assert placement is not None
+    height, width = placement.physical
+    y, x = placement.longest["y"], placement.longest["x"]
+    share = e.extra_cycles / e.cycles if e.cycles else 0.0
+    return (
+        f"{placement.faulty:,} of {height}x{width} PEs faulty; neighbors up to {y} hops apart "
+        f"along y, {x} along x: {e.extra_cycles:+,.0f} cycles ({share:+.1%} of them)"
+    )
+
+
+def of_wafer(e: Estimate) -> str:
+    """The machine and the grid: "WSE-3, 755x1170 PEs"."""
+    wafers = f", {e.wafer.wafers} wafers" if e.wafer.wafers > 1 else ""
+    return f"{e.machine.name}, {e.wafer.height}x{e.wafer.width} PEs{wafers}"
+
+
+def figures(e: Estimate) -> list[tuple[str, str]]:
+    """The figures of an estimate with their names, in the order in which they are told."""
+    sram = f"{e.sram_per_pe:,.0f} bytes of {e.sram_free:,.0f}"
+    if not e.fits:
+        sram += f": {e.sram_per_pe - e.sram_free:,.0f} too many; use more PEs or smaller tiles"
+    energy = "not known" if e.energy is None else with_unit(e.energy, "J")
+    busy = ", ".join(
+        f"{lane} {cycles / e.cycles:.0%}" for lane, cycles in e.busy.items() if e.cycles
+    )
+    words = ", ".join(f"{lane} {n:,.0f}" for lane, n in e.words.items()) or "none"
+    rows = [
+        ("machine", f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz"),
+        ("cycles", f"{e.cycles:,.0f}"),
+        ("time", with_unit(e.seconds, "s")),
+        ("energy", energy),
+        ("work", f"{with_unit(e.flops_per_second, 'FLOP/s')}, {e.fraction_of_peak:.1%} of peak"),
+        ("bound by", f"{e.bound} (busy: {busy})"),
+        ("memory of a PE", sram),
+        ("words on a link", words),
+        ("words to a PE", f"{e.received:,.0f} in {e.moves:,} moves, {e.hops:,.0f} hops"),
+        ("host I/O", f"{with_unit(e.host_bytes, 'B')}, {with_unit(e.host_seconds, 's')}"),
+    ]
+    rows += [(name, f"{with_unit(s, 's')} at its roofline") for name, s in e.accelerators.items()]
+    if e.wafer.placement is not None:
+        rows.insert(2, ("placement", _placed(e)))
+    if e.unknown:
+        told = ", ".join(f"{name} ({line or 'no line'})" for name, line in e.unknown.items())
+        rows.append(("spread evenly", told))
+    return rows
+
+
+def with_unit(value: float, unit: str) -> str:
+    """`value` with three digits and a prefix: "1.52 PFLOP/s"."""
     scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"))
     for scale, prefix in (*scales, (1e-6, "u")):
         if abs(value) >= scale:

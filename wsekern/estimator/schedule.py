@@ -13,7 +13,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from wsekern.estimator import cost, links, trace, whole
+from wsekern.estimator import cost, links, placed, roots, trace, whole
 from wsekern.estimator.cost import Constants
 from wsekern.hardware import Machine
 from wsekern.wafer import Wafer
@@ -36,7 +36,10 @@ PLACED = Value(placed=True)
 
 
 class Event(NamedTuple):
-    """What a lane ("compute", or the links of a direction) did, from one cycle to another."""
+    """What a lane ("compute", or the links of a direction) did, from one cycle to another.
+
+    The lane "loop" is for the trips that were not walked.
+    """
 
     lane: str
     start: float
@@ -49,12 +52,18 @@ class Schedule:
     """The clocks of a walk, and what has been counted; the keys of `sums` say what."""
 
     def __init__(
-        self, wafer: Wafer, constants: Constants, clock_hz: float, trips: int | None = None
+        self,
+        wafer: Wafer,
+        constants: Constants,
+        clock_hz: float,
+        trips: int | None = None,
+        density: float = 1.0,
     ):
         assert wafer.machine is not None
         self.machine: Machine = wafer.machine
         self.wafer, self.constants, self.clock_hz = wafer, constants, clock_hz
         self.trips = trips  # of loops whose length the trace does not say
+        self.density = density  # the share of a product's factors that are not zero
         self.clocks: dict[str, float] = {"compute": 0.0}
         self.sums: dict[Any, float] = collections.defaultdict(float)
         self.unknown: dict[str, str] = {}  # operations without a cost, and where they stand
@@ -63,6 +72,7 @@ class Schedule:
         self._floor = 0.0  # before which no move begins: it would need a third buffer
         self._roots = 1  # that the floods of a loop have, one after another
         self._sizes = {axis: wafer.axis_size(axis) for axis in wafer.axes}
+        self._starts: dict[int, dict[str, int]] = {}  # of floods, by their equations' ids
         self._memo: dict[Any, Any] = {}
 
     @property
@@ -84,6 +94,8 @@ class Schedule:
         def value(atom: Any) -> Value:
             return PLACED if trace.is_literal(atom) else here[atom]
 
+        if within:
+            self._starts |= self._kept(roots.of_floods, jaxpr)
         live = self._kept(trace.live, jaxpr)
         for place, equation in enumerate(jaxpr.eqns):
             if place not in live:
@@ -97,7 +109,8 @@ class Schedule:
     def _do(self, equation, given, within, fusions, place) -> list[Value]:
         name = equation.primitive.name
         if within:
-            move = self._kept(links.of_equation, equation, self._sizes, self.machine)
+            rest = self._sizes, self.machine, self.wafer.placement
+            move = self._kept(placed.of_equation, equation, *rest)
             if move is not None:
                 return self._move(equation, move, given)
         if name == "scan":
@@ -110,7 +123,7 @@ class Schedule:
             return self._kernel(equation, given)
         inner = trace.called(equation.params)
         if inner is not None:
-            return self._walk(inner, given[len(given) - len(inner.invars) :], within)
+            return self._walk(inner, trace.handed(equation, given), within)
         if not within:
             return self._whole(equation, given)
         return self._compute(equation, given, fusions, place)
@@ -132,7 +145,7 @@ class Schedule:
         if free:
             return [Value(ready, placed, any(v.counted for v in given))] * len(equation.outvars)
         self._note_unknown(equation)
-        work = cost.of_equation(equation, self.machine, self.constants, product == "mul")
+        work = self._work(equation, product == "mul")
         return [Value(self._busy(equation, work, ready))] * len(equation.outvars)
 
     def _whole(self, equation, given) -> list[Value]:
@@ -145,9 +158,13 @@ class Schedule:
         if placed or equation.primitive.name in cost.VIEWS:
             return [Value(ready, placed, spec=spec)] * len(equation.outvars)
         self._note_unknown(equation, spread={"dot_general"})
-        work = cost.of_equation(equation, self.machine, self.constants)
+        work = self._work(equation)
         end = self._busy(equation, whole.share(work, self.wafer, self.constants), ready)
         return [Value(end, spec=spec)] * len(equation.outvars)
+
+    def _work(self, equation, accumulates: bool = False) -> cost.Work:
+        work = cost.of_equation(equation, self.machine, self.constants, accumulates)
+        return work.thinned(self.density) if equation.primitive.name == "dot_general" else work
 
     def _kernel(self, equation, given) -> list[Value]:
         """What `Wafer.map` runs; an operand that lies otherwise is laid out anew before."""
@@ -166,6 +183,10 @@ class Schedule:
     def _move(self, equation, move: links.Move, given) -> list[Value]:
         ready = max((v.ready for v in given), default=0.0)
         counted = any(v.counted for v in given) and move.kind == "flood"
+        if id(equation) in self._starts and move.pattern is not None:
+            move = move._replace(
+                pattern=move.pattern.rooted(self._starts[id(equation)], self._sizes)
+            )
         sent = self._sent(equation, move, ready, self._roots if counted else 1)
         return [Value(sent)] * len(equation.outvars)
 
@@ -182,8 +203,7 @@ class Schedule:
             latency += (-(-roots // self.machine.colors) - 1) * (
                 self.constants.phase_start + 2 * self.machine.ramp_cycles + 1
             )
-        self.clocks["compute"] += set_up
-        self.sums["busy", "compute"] += set_up
+        self._set_up(equation, move.kind, set_up)
         free = [self.clocks.get(lane, 0.0) for lane in move.busy]
         start = max(ready + set_up, self._floor, *free)
         last = start
@@ -193,6 +213,8 @@ class Schedule:
             last = max(last, start + taken)
             self._note(lane, move.kind, equation, start, start + taken)
             self.sums["words", lane] += words
+        if move.pattern is not None:
+            self.sums["tiles", move.pattern] += move.tile
         self.sums["moves"] += 1
         self.sums["received"] += move.words
         self.sums["hops"] += move.hops
@@ -231,25 +253,50 @@ class Schedule:
         if length == 0:
             return [*carried, *([Value()] * (len(body.outvars) - carry))]
         carried = self._placed_in_every_trip(body, held, carried, xs)
-        outs, before = carried, None
         floor, began = self._floor, self.clocks["compute"]
-        roots, self._roots = self._roots, length
+        before_roots, self._roots = self._roots, length
         xs = [v._replace(counted=v.placed) for v in xs]
-        for trip in range(length):
+
+        def once(carried):
+            nonlocal began
             # What a trip receives has room from the trip before on.
             self._floor, began = max(floor, began), self.clocks["compute"]
-            sums, clocks = self.sums.copy(), dict(self.clocks)
+            moves = self.sums["moves"]
             outs = self._walk(body, [*held, *carried, *xs], within)
-            if self.sums["moves"] > sums["moves"]:
-                self.clocks["compute"] += self.constants.phase_start
-                self.sums["busy", "compute"] += self.constants.phase_start
+            if self.sums["moves"] > moves:
+                self._set_up(equation, "trip", self.constants.phase_start)
+            return outs
+
+        carried, outs = self._repeated(equation, once, carried, length)
+        self._floor, self._roots = floor, before_roots
+        last = max([v.ready for v in carried] + [v.ready for v in outs[carry:]], default=0.0)
+        return [*carried, *(v._replace(ready=last, placed=False) for v in outs[carry:])]
+
+    def _repeated(self, equation, once, carried, times) -> tuple[list[Value], list[Value]]:
+        """What is carried after `once` as often as `times`, and all that the last one gave.
+
+        Walked until one time is as the time before, which is then multiplied.
+        """
+        outs, before = carried, None
+        for trip in range(times):
+            sums, clocks = self.sums.copy(), dict(self.clocks)
+            outs = once(carried)
             change = {lane: now - clocks.get(lane, 0.0) for lane, now in self.clocks.items()}
-            later = [new.ready - old.ready for new, old in zip(outs[:carry], carried, strict=True)]
-            carried = outs[:carry]
-            rest = length - trip - 1
+            new = outs[: len(carried)]
+            later = [a.ready - b.ready for a, b in zip(new, carried, strict=True)]
+            carried = new
+            rest = times - trip - 1
             if _steady(before, (change, later)) or trip + 1 == _WALKED:
+                left = self.cycles
+                # The gaps of before, in which this trip may have found room, are soon full.
+                work = self.sums["busy", "compute"] - sums.get(("busy", "compute"), 0.0)
+                change["compute"] = max(change["compute"], work)
                 for lane, by in change.items():
                     self.clocks[lane] += by * rest
+                if rest:
+                    name = f"{rest:,} trips more, each like the last"
+                    line = self._line(equation)
+                    self.events.append(Event("loop", left, self.cycles, name, line))
                 carried = [
                     v._replace(ready=v.ready + by * rest)
                     for v, by in zip(carried, later, strict=True)
@@ -259,9 +306,7 @@ class Schedule:
                     self.sums[key] += (value - sums.get(key, 0.0)) * rest
                 break
             before = (change, later)
-        self._floor, self._roots = floor, roots
-        last = max([v.ready for v in carried] + [v.ready for v in outs[carry:]], default=0.0)
-        return [*carried, *(v._replace(ready=last, placed=False) for v in outs[carry:])]
+        return carried, outs
 
     def _placed_in_every_trip(self, body, held, carried, xs) -> list[Value]:
         """What is carried, as placed only where it stays so: a counter is, a tile is not."""
@@ -285,26 +330,27 @@ class Schedule:
         cond, body = (getattr(params[k], "jaxpr", params[k]) for k in ("cond_jaxpr", "body_jaxpr"))
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
         held, carried = given[of_cond : of_cond + of_body], given[of_cond + of_body :]
-        for _ in range(self.trips):
+
+        def once(carried):
             self._walk(cond, [*given[:of_cond], *carried], within)
-            carried = [
-                v._replace(placed=False) for v in self._walk(body, [*held, *carried], within)
-            ]
-        return list(carried)
+            outs = self._walk(body, [*held, *carried], within)
+            return [v._replace(placed=False) for v in outs]
+
+        return self._repeated(equation, once, carried, self.trips)[0]
 
     def _cond(self, equation, given, within) -> list[Value]:
         """The branch that takes longest."""
         at, known = given[0], given[1:]
         waiting = [v._replace(ready=max(v.ready, at.ready)) for v in known]
         worst: tuple | None = None
-        start = dict(self.clocks), self.sums.copy()
+        start = dict(self.clocks), self.sums.copy(), list(self.events)
         for branch in equation.params["branches"]:
-            self.clocks, self.sums = dict(start[0]), start[1].copy()
+            self.clocks, self.sums, self.events = dict(start[0]), start[1].copy(), start[2].copy()
             outs = self._walk(getattr(branch, "jaxpr", branch), waiting, within)
             if worst is None or self.cycles > max(worst[0].values()):
-                worst = self.clocks, self.sums, outs
+                worst = self.clocks, self.sums, self.events, outs
         assert worst is not None
-        self.clocks, self.sums, outs = worst
+        self.clocks, self.sums, self.events, outs = worst
         return [v._replace(placed=False) for v in outs]
 
     def _cycles_of_word(self, lane: str) -> float:
@@ -318,8 +364,18 @@ class Schedule:
         if name not in cost.KNOWN or name in spread:
             self.unknown.setdefault(name, trace.line_of(equation))
 
+    def _set_up(self, equation, what: str, cycles: float) -> None:
+        """The engine's part in what PEs do together, after all that it was given before."""
+        start = self.clocks["compute"]
+        self.clocks["compute"] += cycles
+        self.sums["busy", "compute"] += cycles
+        self._record("compute", f"set up {what}", equation, start, start + cycles)
+
     def _note(self, lane, name, equation, start, end) -> None:
         self.sums["busy", lane] += end - start
+        self._record(lane, name, equation, start, end)
+
+    def _record(self, lane, name, equation, start, end) -> None:
         if len(self.events) < _EVENTS and end > start:
             self.events.append(Event(lane, start, end, name, self._line(equation)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +33,9 @@ def traced(
         raise ValueError(f"{what}: there is no wafer; give wafer= or enter one")
     if wafer.reading == "virtual":
         assert wafer.machine is not None
+        placement, corner = wafer.placement, wafer.corner  # where its PEs lie
         wafer = Wafer.abstract(wafer.machine, wafer.height, wafer.width, wafer.wafers)
+        wafer = dataclasses.replace(wafer, placement=placement, corner=corner)
     with wafer:
         # A new function each time: a trace made before, on another wafer, is not looked up.
         closed = jax.make_jaxpr(lambda *operands: function(*operands))(*operands)
@@ -41,10 +44,23 @@ def traced(
 
 def called(params: dict[str, Any]) -> Any:
     """The jaxpr that an equation calls, if it calls one."""
-    for value in (params.get("jaxpr"), params.get("call_jaxpr"), params.get("fun_jaxpr")):
+    solves = params.get("jaxprs")  # those of a linear solve, of which the solution's own is run
+    solve = getattr(solves, "solve", None)
+    for value in (params.get("jaxpr"), params.get("call_jaxpr"), params.get("fun_jaxpr"), solve):
         if value is not None:
             return getattr(value, "jaxpr", value)
     return None
+
+
+def handed(equation: Any, given: Sequence[Any]) -> list[Any]:
+    """What an equation hands to the jaxpr that it calls, of what is `given` for its operands."""
+    taken = len(called(equation.params).invars)
+    lengths = equation.params.get("const_lengths")
+    if lengths is None:
+        return list(given[len(given) - taken :])
+    # Of a linear solve: what the product, the transposed one, both solutions read; the right side.
+    begin = lengths.matvec + lengths.vecmat
+    return [*given[begin : begin + lengths.solve], *given[sum(lengths) :]]
 
 
 class Loop(NamedTuple):
@@ -113,6 +129,6 @@ def placed(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
         if equation.primitive.name in MOVES or inner is None or equation.primitive.name == "scan":
             outs = [all(given) and equation.primitive.name not in MOVES] * len(equation.outvars)
         else:
-            outs = placed(inner, given[len(given) - len(inner.invars) :])
+            outs = placed(inner, handed(equation, given))
         here.update(zip(equation.outvars, outs, strict=True))
     return [of(v) for v in jaxpr.outvars]

@@ -126,7 +126,7 @@ def _read_equation(equation: Any, ins: list[int], sizes: dict[str, int]) -> _Rea
         sizes = sizes | dict(params["mesh"].shape)
     inner = trace.called(params)
     if inner is not None:
-        return _read(inner, ins, sizes)
+        return _read(inner, trace.handed(equation, ins), sizes)
     return _NOTHING._replace(outs=[max(ins, default=0)] * len(equation.outvars))
 
 

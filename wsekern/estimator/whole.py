@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wsekern.axes import COLS, ROWS
-from wsekern.estimator import links
+from wsekern.estimator import links, loads, placed
 from wsekern.estimator.cost import Constants, Work, size_of, width_of
 from wsekern.wafer import Wafer
 
@@ -66,13 +66,16 @@ def relayout(aval: Any, wafer: Wafer) -> links.Move:
     side = min(wafer.height, wafer.width)
     load = words / (2 * side)
     far = (wafer.height + wafer.width - 2) * wafer.machine.hop_cycles
-    return links.Move(
+    move = links.Move(
         "relayout",
         words / (wafer.height * wafer.width),
         {direction: load for direction in "NESW"},
         far + 2 * wafer.machine.ramp_cycles + 1,
         hops=words / (wafer.height * wafer.width) * far / 2,
+        tile=load,
+        pattern=loads.Pattern(kind="relayout"),
     )
+    return placed.along_lines(move, (ROWS, COLS), _sizes(wafer), wafer.machine, wafer.placement)
 
 
 def share(work: Work, wafer: Wafer, constants: Constants) -> Work:
@@ -103,9 +106,15 @@ def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[links.
         return kept, []
     assert wafer.machine is not None
     words = size_of(equation.outvars[0]) / parts(kept, wafer)
-    sizes = {axis: wafer.axis_size(axis) for axis in wafer.axes}
+    sizes = _sizes(wafer)
     move = links.reduction("xla", across, max(words, 1.0), sizes, wafer.machine)
-    return kept, [] if move is None else [move]
+    if move is None:
+        return kept, []
+    return kept, [placed.along_lines(move, across, sizes, wafer.machine, wafer.placement)]
+
+
+def _sizes(wafer: Wafer) -> dict[str, int]:
+    return {axis: wafer.axis_size(axis) for axis in wafer.axes}
 
 
 def _reshaped(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec | None, list[links.Move]]:

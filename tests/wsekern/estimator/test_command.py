@@ -33,7 +33,13 @@ def test_it_prints_a_table_and_json(program, capsys):
     main(["estimate", f"{program}:step", *words])
     found = json.loads(capsys.readouterr().out)
     assert found["machine"] == "WSE-3" and found["grid"] == [4, 4, 1]
+    assert found["extra_cycles"] == 0.0
     assert found["seconds"] == pytest.approx(found["cycles"] / 1.1e9)
+
+
+def test_defects_are_told(program, capsys):
+    main(["estimate", f"{program}:step", "--grid", "32x32", "--pe-yield", "0.95"])
+    assert " of 762x1272 PEs faulty; neighbors up to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,7 @@ def test_it_prints_a_table_and_json(program, capsys):
         (["{}:step", "--machine", "cs-33"], "machine 'cs-33' is not known; did you mean 'CS-3'?"),
         (["{}:step", "--grid", "9"], "grid '9' is not HEIGHTxWIDTH"),
         (["{}:step", "--grid", "2000x9"], "2000x9 PEs do not fit WSE-3"),
+        (["{}:step", "--pe-yield", "0.5"], "755x1170 PEs do not fit a wafer of 762x1272"),
         (["{}:step", "--shapes", "8x8"], "shape '8x8' is not like 4096x4096:float16"),
         (["{}:step", "--shapes", "8x8:floaty"], "'floaty' is no dtype"),
         (["nowhere.py:step"], "there is no file 'nowhere.py'"),

@@ -135,6 +135,30 @@ def test_a_scan_costs_its_trips():
     assert b - a == pytest.approx((c - a) / 19, rel=1e-6)
 
 
+def test_a_solver_costs_its_iterations():
+    """Of a linear solve, what its solution runs; each iteration moves as much as any other."""
+
+    def update(u, k):
+        around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
+        return (4 + k) * u[1:-1, 1:-1] - around
+
+    def solved(b, k):
+        operator = functools.partial(wk.stencil, update=update, radius=1, coefficients=k)
+        return wk.cg(operator, b).x
+
+    wafer = abstract(8)
+    moves, cycles = zip(
+        *(
+            (e.moves, e.cycles)
+            for trips in (10, 20, 200)
+            for e in [wk.estimate(solved, array(64, 64), array(), wafer=wafer, trips=trips)]
+        ),
+        strict=True,
+    )
+    assert moves[1] - moves[0] == (moves[2] - moves[1]) / 18 >= 10 * (4 + 2)
+    assert cycles[1] - cycles[0] == pytest.approx((cycles[2] - cycles[1]) / 18, rel=1e-2)
+
+
 def test_what_the_place_of_a_pe_decides_costs_nothing():
     def kernel(x):
         place = fabric.axis_index("x") * 2 + 1
@@ -199,3 +223,29 @@ def test_refuses_what_it_cannot_count():
         wk.estimate(until_done, array(8, 8))
     with pytest.raises(ValueError, match="give wafer=wk.Wafer.abstract"):
         wk.estimate(jnp.sin, array(8, 8), wafer=wk.Wafer.devices(2, 2))
+
+
+def test_zeros_are_skipped_in_products_alone():
+    a = jax.ShapeDtypeStruct((512, 512), jnp.float16)
+    wafer = wk.Wafer.abstract(wk.WSE3, 8, 8)
+    full, half = (wk.estimate(wk.matmul, a, a, wafer=wafer, density=d) for d in (1.0, 0.5))
+    assert half.flops == full.flops / 2 and half.words == full.words
+    assert full.cycles / 2 < half.cycles < 0.6 * full.cycles
+    with pytest.raises(ValueError, match="density=1.5 must be from 0 to 1"):
+        wk.estimate(wk.matmul, a, a, wafer=wafer, density=1.5)
+
+
+def test_what_is_computed_again_for_the_gradient_is_priced():
+    """Differentiation leaves a flood without operands behind in its trace."""
+    wafer = wk.Wafer.abstract(wk.WSE3, 4, 8)
+    a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    @jax.checkpoint
+    def layer(a, b):
+        return jnp.tanh(wk.matmul(jnp.tanh(a), b, algorithm="summa"))
+
+    product = 2 * 64**3
+    assert product < wk.estimate(layer, a, a, wafer=wafer).flops < 1.5 * product
+    e = wk.estimate(jax.grad(lambda a, b: layer(a, b).sum(), (0, 1)), a, a, wafer=wafer)
+    # Nobody asks for the sum, so that the product is computed once, again, and its two gradients.
+    assert 3 * product < e.flops < 3.5 * product

@@ -104,6 +104,17 @@ def test_it_prints_what_it_read():
     assert str(read) == "128 words a PE in 1 steps, 1 moves (shift 128)"
 
 
+def test_a_linear_solve_is_read():
+    """As its solution runs, which waits for its own operands and not for those of the product."""
+
+    def kernel(u):
+        near = fabric.shift(u, "y")
+        return lax.custom_linear_solve(lambda x: near * x, u, lambda _, b: fabric.shift(b, "x"))
+
+    read = of(kernel)
+    assert (read.steps, read.words) == (1, 2 * TILE)
+
+
 def test_refuses_a_loop_whose_length_is_not_known():
     def kernel(u):
         return lax.while_loop(lambda u: jnp.all(u < 0), lambda u: fabric.shift(u, "x"), u)

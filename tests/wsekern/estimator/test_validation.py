@@ -96,8 +96,9 @@ def test_the_published_layers_compute_what_a_plain_one_does():
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, D), (S, D), (S, D))
     )
     out, k, v = jax.jit(lambda h, w, k, v: waferllm.decode_layer(h, w, k, v, wafer))(
-        h, w, keys, values
+        h, w, keys[None], values[None]
     )
+    k, v = k[0], v[0]
 
     def norm(x, eps=1e-5):
         return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps)
@@ -120,6 +121,34 @@ def test_the_published_layers_compute_what_a_plain_one_does():
     n = norm(mid, 1e-6)
     want = mid + (jax.nn.silu(n @ w["gate"]) * (n @ w["up"])) @ w["down"]
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_queries_that_share_keys_are_summed_by_group_in_a_layer_without_a_gate():
+    """Of two sequences; what a PE has of the queries is its part of each group in turn."""
+    wafer, B, D, F, S, P = wk.Wafer.virtual(wk.WSE2, 4, 4), 2, 8, 16, 12, 4
+    rng = np.random.default_rng(0)
+    shapes = waferllm.shapes(D, F, jnp.float32, d_query=2 * D, d_kv=D, gated=False)
+    assert shapes["query"].shape == (D, 2 * D) and "gate" not in shapes
+    w = {n: np.float32(rng.normal(size=s.shape) * 0.3) for n, s in shapes.items()}
+    sizes = (B, D), (B, S, D), (B, S, D)
+    h, keys, values = (np.float32(rng.normal(size=s)) for s in sizes)
+    run = jax.jit(functools.partial(waferllm.decode_layer, wafer=wafer))
+    out, k, v = run(h, w, keys, values)
+
+    def norm(x):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    turn = lambda x: x * np.cos(1) + x.reshape(-1, 2)[:, ::-1].reshape(x.shape) * np.sin(1)  # noqa: E731
+    n = norm(h)
+    np.testing.assert_allclose(v[:, -1], n @ w["value"], atol=1e-5)
+    q = (n @ w["query"]).reshape(B, P, 2, D // P).transpose(0, 2, 1, 3).reshape(B, 2, D)
+    shares = jax.nn.softmax(turn(q) @ k.transpose(0, 2, 1))
+    o = np.asarray(shares @ v).reshape(B, 2, P, D // P).transpose(0, 2, 1, 3).reshape(B, 2 * D)
+    mid = h + o @ w["out"]
+    want = mid + jax.nn.gelu(norm(mid) @ w["up"]) @ w["down"]
+    np.testing.assert_allclose(out, want, atol=2e-5)
+    logits = jax.jit(lambda h, w: waferllm.head(h, w, wafer))(h, w["up"])
+    np.testing.assert_allclose(logits, n @ w["up"], atol=1e-5)
 
 
 def test_the_published_stencil_and_product_compute_what_plain_ones_do():

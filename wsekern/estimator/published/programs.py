@@ -119,7 +119,7 @@ def _decode(machine: Machine, side: int, sizes: tuple[int, int, int], context: i
     operands = (
         jax.ShapeDtypeStruct((1, D), dtype),
         waferllm.shapes(D, F, dtype),
-        *[jax.ShapeDtypeStruct((S, D), dtype)] * 2,
+        *[jax.ShapeDtypeStruct((1, S, D), dtype)] * 2,
     )
     run = functools.partial(waferllm.decode_layer, wafer=wafer)
     return traced("estimate", run, operands, wafer)

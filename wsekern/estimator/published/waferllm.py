@@ -1,8 +1,10 @@
-"""This file is a decoder layer as WaferLLM runs it: one head, keys and values as wide as the model.
+"""This file is a decoder layer as WaferLLM runs it, with heads of keys and values as it has none.
 
 C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025. The vector of a
 decoded token lies along one axis, whole on every PE of the other, and each product swaps the two,
 so that nothing is ever transposed; ten sums are K-tree all-reductions. Prefill is nine MeshGEMMs.
+The paper's layer has one head, keys and values as wide as the model. Where they are narrower, `G`
+groups of queries as wide as they are share them; all heads of a group are summed as one.
 """
 
 from __future__ import annotations
@@ -20,55 +22,96 @@ from wsekern.kernels.norm import rms_norm
 from wsekern.wafer import Wafer
 
 ACROSS, DOWN = P("y", "x"), P("x", "y")  # a weight whose rows lie along y, or along x
-_WEIGHTS = {
-    "query": ACROSS, "key": ACROSS, "value": ACROSS, "out": DOWN, "gate": ACROSS, "up": ACROSS,
-    "down": DOWN,
-}  # fmt: skip
+_DOWN = ("out", "down")
 
 
-def shapes(d_model: int, d_ff: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The weights of a layer."""
-    wide = dict.fromkeys(("gate", "up"), (d_model, d_ff)) | {"down": (d_ff, d_model)}
-    return {
-        name: jax.ShapeDtypeStruct(wide.get(name, (d_model, d_model)), dtype) for name in _WEIGHTS
-    }
+def shapes(
+    d_model: int,
+    d_ff: int,
+    dtype: Any,
+    *,
+    d_query: int | None = None,
+    d_kv: int | None = None,
+    gated: bool = True,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The weights of a layer.
+
+    Args:
+      d_model: features of a token.
+      d_ff: features of the feed-forward part.
+      dtype: of the weights.
+      d_query: features of all queries of a token, a multiple of `d_kv`; by default `d_model`.
+      d_kv: features of all keys of a token; by default `d_query`.
+      gated: whether the feed-forward part multiplies two products.
+    """
+    d_query = d_model if d_query is None else d_query
+    d_kv = d_query if d_kv is None else d_kv
+    sizes = {"query": (d_model, d_query), "key": (d_model, d_kv), "value": (d_model, d_kv)}
+    sizes |= {"out": (d_query, d_model)}
+    sizes |= {"gate": (d_model, d_ff)} if gated else {}
+    sizes |= {"up": (d_model, d_ff), "down": (d_ff, d_model)}
+    return {name: jax.ShapeDtypeStruct(size, dtype) for name, size in sizes.items()}
 
 
 def decode_layer(
     h: jax.Array, weights: dict[str, jax.Array], keys: jax.Array, values: jax.Array, wafer: Wafer
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer of one token `h` [1, D], which joins the cache as its newest entry.
+    """One layer of one token `h` [B, D] of each sequence, which joins the cache as its newest.
 
     Args:
-      h: laid out along y; D divides by the side of the square grid, as do all sizes.
+      h: laid out along y; D divides by the side of the square grid, as do all sizes but B.
       weights: of `shapes`.
-      keys: the cache, [S, D]; its last entry is replaced.
+      keys: the cache, [B, S, Dkv]; its last entry is replaced.
       values: likewise.
       wafer: where.
     """
-    along, cached = P(None, "y"), P("y", "x")
+    along, cached = P(None, "y"), P(None, "y", "x")
+    specs = {name: DOWN if name in _DOWN else ACROSS for name in weights}
     run = wafer.map(
-        _decode, in_specs=(along, _WEIGHTS, cached, cached), out_specs=(along, cached, cached),
+        _decode, in_specs=(along, specs, cached, cached), out_specs=(along, cached, cached),
         replicated_by_construction=True,
     )  # fmt: skip
     return run(h, weights, keys, values)
 
 
-def prefill_layer(h: jax.Array, weights: dict[str, jax.Array], wafer: Wafer) -> jax.Array:
-    """One layer of the tokens `h` [S, D], each of which attends to all of them."""
+def prefill_layer(h: jax.Array, weights: dict[str, Any], wafer: Wafer) -> jax.Array:
+    """One layer of the tokens `h` [S, D], each of which attends to all of them.
+
+    Args:
+      h: laid out over the grid.
+      weights: of `shapes`; where queries are wider than keys, "query" and "out" are tuples of the
+        weights of each group.
+      wafer: where.
+    """
 
     def product(a, b, **options):
         return matmul(a, b, algorithm="mesh", wafer=wafer, **options)
 
     scale = jnp.ones(h.shape[-1], h.dtype)
-    n = rms_norm(h, scale, wafer=wafer)
-    q, k, v = (product(n, weights[name]) for name in ("query", "key", "value"))
-    scores = product(q, k, transpose_b=True)
     run = wafer.map(_softmax, in_specs=ACROSS, out_specs=ACROSS)
-    h = h + product(product(run(scores), v), weights["out"])
     n = rms_norm(h, scale, wafer=wafer)
-    gate, up = product(n, weights["gate"]), product(n, weights["up"])
-    return h + product(jax.nn.silu(gate) * up, weights["down"])
+    k, v = product(n, weights["key"]), product(n, weights["value"])
+    for query, out in zip(*(_groups(weights[name]) for name in ("query", "out")), strict=True):
+        scores = product(product(n, query), k, transpose_b=True)
+        h = h + product(product(run(scores), v), out)
+    n = rms_norm(h, scale, wafer=wafer)
+    up = product(n, weights["up"])
+    if "gate" in weights:
+        return h + product(jax.nn.silu(product(n, weights["gate"])) * up, weights["down"])
+    return h + product(jax.nn.gelu(up), weights["down"])
+
+
+def head(h: jax.Array, weight: jax.Array, wafer: Wafer) -> jax.Array:
+    """Logits of the tokens `h` [B, D], laid out as of `decode_layer`: [B, V], along x."""
+    run = wafer.map(
+        lambda h, w: _sum(_norm(h) @ w, "y"), in_specs=(P(None, "y"), ACROSS),
+        out_specs=P(None, "x"), replicated_by_construction=True,
+    )  # fmt: skip
+    return run(h, weight)
+
+
+def _groups(weight: Any) -> tuple:
+    return weight if isinstance(weight, tuple) else (weight,)
 
 
 def _sum(x, along):
@@ -76,37 +119,50 @@ def _sum(x, along):
 
 
 def _decode(h, w, keys, values):
-    n = _norm(h)
+    n, B = _norm(h), len(h)
     q, k, v = _products(n, w, "query", "key", "value")
+    q = q.reshape(B, -1, k.shape[-1])
     newest = fabric.axis_index("y") == fabric.axis_size("y") - 1
-    last = (keys.shape[0] - 1, 0)
-    keys = jnp.where(newest, lax.dynamic_update_slice(keys, _turned(k), last), keys)
-    values = jnp.where(newest, lax.dynamic_update_slice(values, v, last), values)
-    scores = _sum(jnp.einsum("td,sd->ts", _turned(q), keys), "x")
-    weights = jnp.exp(scores - fabric.all_reduce(scores.max(), "y", "max", algorithm="k_tree"))
-    o = _sum(weights @ values, "y") / _sum(weights.sum(), "y")
-    h = h + _sum(o @ w["out"], "x")
-    gate, up = _products(_norm(h), w, "gate", "up")
-    return h + _sum((jax.nn.silu(gate) * up) @ w["down"], "x"), keys, values
+    last = (0, keys.shape[1] - 1, 0)
+    keys = jnp.where(newest, lax.dynamic_update_slice(keys, _turned(k)[:, None], last), keys)
+    values = jnp.where(newest, lax.dynamic_update_slice(values, v[:, None], last), values)
+    scores = _sum(jnp.einsum("bgd,bsd->bgs", _turned(q), keys), "x")
+    most = fabric.all_reduce(scores.max(-1, keepdims=True), "y", "max", algorithm="k_tree")
+    weights = jnp.exp(scores - most)
+    o = _sum(jnp.einsum("bgs,bsd->bgd", weights, values), "y")
+    o = o / _sum(weights.sum(-1, keepdims=True), "y")
+    h = h + _sum(o.reshape(B, -1) @ w["out"], "x")
+    n = _norm(h)
+    if "gate" in w:
+        gate, up = _products(n, w, "gate", "up")
+        return h + _sum((jax.nn.silu(gate) * up) @ w["down"], "x"), keys, values
+    (up,) = _products(n, w, "up")
+    return h + _sum(jax.nn.gelu(up) @ w["down"], "x"), keys, values
 
 
 def _products(n, w, *names):
-    """Products of one vector, summed along y at once."""
-    parts = jnp.concatenate([n @ w[name] for name in names], 1)
-    return jnp.split(_sum(parts, "y"), len(names), 1)
+    """Products of each vector, summed along y at once."""
+    parts = [n @ w[name] for name in names]
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + part.shape[1])
+    whole = _sum(jnp.concatenate(parts, 1), "y")
+    return [whole[:, a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _norm(h):
-    features = h.size * fabric.axis_size("y")
-    return h * lax.rsqrt(_sum(jnp.sum(h * h), "y") / features + 1e-5).astype(h.dtype)
+    features = h.shape[1] * fabric.axis_size("y")
+    squares = _sum(jnp.sum(h * h, 1, keepdims=True), "y")
+    return h * lax.rsqrt(squares / features + 1e-5).astype(h.dtype)
 
 
 def _turned(x):
     """Halves of what a PE holds as pairs, turned by an angle: here the same for all."""
     cos, sin = (f(jnp.ones((), jnp.float32)).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    return x * cos + jnp.roll(x, x.shape[1] // 2, 1) * sin
+    return x * cos + jnp.roll(x, x.shape[-1] // 2, -1) * sin
 
 
 def _softmax(scores):
-    weights = jnp.exp(scores - fabric.all_reduce(scores.max(1, keepdims=True), "x", "max"))
+    most = fabric.all_reduce(lax.stop_gradient(scores.max(1, keepdims=True)), "x", "max")
+    weights = jnp.exp(scores - most)
     return weights / fabric.all_reduce(weights.sum(1, keepdims=True), "x")

@@ -1,0 +1,255 @@
+"""What the pictures of an estimate show: their values, their names, and what they refuse."""
+
+import functools
+import io
+import itertools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import wsekern as wk
+from wsekern.estimator import validation
+from wsekern.pictures import output, page, published, quantities, timeline
+from wsekern.pictures.roofline import points, roofs
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def e():
+    """Cannon's product on 6 x 10 tiles: shifts, a loop, and a tile product."""
+    a = jax.ShapeDtypeStruct((48, 48), jnp.float16)
+    wafer = wk.Wafer.abstract(wk.WSE3, 12, 12)
+    return wk.estimate(functools.partial(wk.matmul, algorithm="cannon"), a, a, wafer=wafer)
+
+
+def image_of(figure):
+    return figure.axes[0].images[0]
+
+
+def test_a_map_shows_the_busiest_link_of_each_pe(e):
+    most = np.max(list(e.link_words().values()), axis=0)
+    figure = e.plot()
+    np.testing.assert_array_equal(image_of(figure).get_array(), most)
+    assert image_of(figure).get_clim() == (0, most.max())
+    assert "12 x 12 PEs" in figure.axes[0].get_title(loc="left")
+    north = image_of(wk.wafer_map(e, "N", zoom=(2, 5, 0, 12)))
+    np.testing.assert_array_equal(north.get_array(), e.link_words()["N"][2:5])
+    assert north.get_extent() == [-0.5, 11.5, 4.5, 1.5]
+
+
+def test_what_is_the_same_on_each_pe_says_so(e):
+    memory, busy = (quantities.of(e, name) for name in ("sram", "busy"))
+    assert set(memory.values.flat) == {e.sram_per_pe} and quantities.SAME in memory.note
+    assert busy.values.min() >= e.busy["compute"] and quantities.SAME in busy.note
+
+
+def test_defects_are_blank_and_marked(tmp_path):
+    values, defects = np.arange(30.0).reshape(5, 6), np.zeros((5, 6), bool)
+    defects[4, 5] = defects[1, 2] = True
+    path = tmp_path / "map.png"
+    figure = wk.wafer_map(values, defects=defects, label="bytes", path=path)
+    shown = image_of(figure).get_array()
+    np.testing.assert_array_equal(np.ma.getmaskarray(shown), defects)
+    assert image_of(figure).get_clim()[1] == 28  # the most of those that work
+    (marks,) = figure.axes[0].collections
+    assert sorted(np.asarray(marks.get_offsets()).tolist()) == [[2, 1], [5, 4]]
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["2 defects"]
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"what": np.zeros(3)}, r"\(3,\) are not \[height, width\]"),
+        (
+            {"defects": np.zeros((2, 3))},
+            r"defects of shape \(2, 3\) are not of the map's, \(4, 4\)",
+        ),
+        ({"zoom": (0, 5, 0, 1)}, r"zoom=\(0, 5, 0, 1\) is not .* within 4x4 PEs"),
+        ({"path": "map.txt"}, "must end in .png or .svg or .pdf"),
+    ],
+)
+def test_a_map_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wk.wafer_map(**{"what": np.zeros((4, 4))} | arguments)
+
+
+def test_it_refuses_an_unknown_quantity_by_the_nearest(e):
+    with pytest.raises(ValueError, match="no quantity 'laod'; did you mean 'load'"):
+        wk.wafer_map(e, "laod")
+
+
+def test_without_matplotlib_it_says_what_to_install(e, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for draw in (e.plot, lambda: e.html(tmp_path / "e.html")):
+        with pytest.raises(ImportError, match=r'pip install "wsekern\[viz\]"'):
+            draw()
+    e.timeline(tmp_path / "e.json")  # which needs none
+
+
+def test_a_timeline_is_a_trace_that_viewers_open(e, tmp_path):
+    path = tmp_path / "trace.json"
+    e.timeline(path)
+    trace = json.loads(path.read_text())
+    named = {
+        v["tid"]: v["args"]["name"] for v in trace["traceEvents"] if v["name"] == "thread_name"
+    }
+    assert list(named.values())[:5] == ["compute", "link N", "link E", "link S", "link W"]
+    (process,) = [v for v in trace["traceEvents"] if v["name"] == "process_name"]
+    assert process["ph"] == "M" and process["args"]["name"] == "one PE of WSE-3, 12x12 PEs"
+    slices = [v for v in trace["traceEvents"] if v["ph"] == "X"]
+    assert len(slices) == len(e.events) and {v["ph"] for v in trace["traceEvents"]} == {"M", "X"}
+    for each in slices:
+        assert each.keys() == {"ph", "pid", "tid", "ts", "dur", "name", "cat", "args"}
+        assert each["pid"] == process["pid"] and each["tid"] in named and each["dur"] >= 0
+    assert max(v["ts"] + v["dur"] for v in slices) == pytest.approx(e.seconds * 1e6, rel=1e-3)
+    assert [v["name"] for v in slices if v["cat"] == "loop"]
+
+
+def test_slices_of_a_lane_never_overlap(e):
+    slices = [v for v in timeline.trace(e)["traceEvents"] if v["ph"] == "X"]
+    for tid in {v["tid"] for v in slices}:
+        lane = [(round(v["ts"] * 1000), round(v["dur"] * 1000)) for v in slices if v["tid"] == tid]
+        assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(lane)), tid
+
+
+def test_a_page_has_every_row_and_loads_nothing(e, tmp_path):
+    path = tmp_path / "e.html"
+    e.html(path, "mine.py:<step>")
+    text = path.read_text()
+    assert "<h1>mine.py:&lt;step&gt;</h1>" in text
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", text)
+    for name, line, cycles in e.by_operation:
+        assert {name, line, f"{cycles:,.0f}"} <= set(cells)
+    for told, value in page.figures(e) + page.assumptions(e):
+        assert told in cells and page._escaped(value) in cells
+    assert text.count("<svg ") == 5 and "currentColor" in text
+    loads = re.findall(r"""(?:href|src|action|data)=["']([^"']*)|url\(([^)]*)\)""", text)
+    assert loads and all(re.match("data:|#", a or b) for a, b in loads)
+    assert not re.search("<script|<link|@import|<iframe|<object", text)
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_a_page_of_what_computes_nothing_has_no_roofline():
+    wafer = wk.Wafer.abstract(wk.WSE2, 1, 4)
+    a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    idle = wk.estimate(lambda x: x.T, a, wafer=wafer)
+    assert page.text(idle).count("<svg ") == 4
+    with pytest.raises(ValueError, match="no program computes anything"):
+        wk.roofline(idle)
+
+
+def test_a_roofline_has_roofs_and_points_under_them(e, tmp_path):
+    wafer, *_ = roofs({"product": e}, (wk.H100,))
+    assert wafer.flops["16 bits"] == 2 * 8 * 144 * e.clock_hz
+    assert wafer.bytes_per_second == 24 * 144 * e.clock_hz
+    own, chip = points({"product": e}, (wk.H100,))
+    assert own.estimated and own.flops == e.flops_per_second < wafer.flops["16 bits"]
+    assert chip.flops == pytest.approx(e.flops / e.accelerators["H100 SXM"])
+    figure = wk.roofline({"product": e}, accelerators=(wk.H100,), path=tmp_path / "roof.svg")
+    told = [text.get_text() for text in figure.axes[0].texts]
+    assert "WSE-3, 12x12, 16 bits" in told and told.count("product") == 2
+
+
+def test_a_scaling_plot_has_lines_and_measured_points():
+    lines = {"WSE-3": [(1, 10.0), (4, 36.0), (2, 19.0)]}
+    figure = wk.scaling(lines, measured={"WSE-3": [(2, 18.0)]}, of="wafers", quantity="tokens/s")
+    line, point = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), sorted(lines["WSE-3"]))
+    np.testing.assert_array_equal(point.get_xydata(), [(2, 18)])
+    assert line.get_color() == point.get_markeredgecolor()
+    assert figure.axes[0].get_xlabel() == "wafers"
+    with pytest.raises(ValueError, match="all positive"):
+        wk.scaling({"WSE-3": [(1, 0.0)]})
+
+
+def test_predictions_stand_against_what_was_published(tmp_path):
+    point = [p for p in validation.read(validation.POINTS) if p.family == "product"]
+    rows = [
+        validation.Row(p, 1.1 * p.value, fitted)
+        for p, fitted in zip(point, (True, False), strict=True)
+    ]
+    figure = published.published(validation.Validation(rows, {}), tmp_path / "points.png")
+    left, right = figure.axes
+    drawn = [tuple(xy) for line in left.lines for xy in np.asarray(line.get_xydata())]
+    assert all((row.point.value, row.predicted) in drawn for row in rows)
+    assert [t.get_text() for t in right.get_yticklabels()] == [row.point.id for row in rows]
+    with pytest.raises(ValueError, match="nothing to plot"):
+        published.published(validation.Validation([], {}))
+
+
+def printed(what, colors, **arguments):
+    text = io.StringIO()
+    console = Console(
+        file=text, width=80, color_system="truecolor" if colors else None, force_terminal=colors
+    )
+    wk.terminal_map(what, console=console, **arguments)
+    return text.getvalue().splitlines()
+
+
+def test_a_terminal_map_is_downsampled_by_the_most():
+    values = np.zeros((200, 100))
+    values[150, 99] = 5.0
+    told, *lines, legend = printed(values, colors=False, label="words")
+    assert "rows 0 to 199, columns 0 to 99" in told and legend.endswith("5")
+    assert len(lines) == 20 and [line.rstrip()[-1:] for line in lines].count("@") == 1
+    assert lines[15].rstrip().endswith("@") and len(lines[15].rstrip()) == 20
+
+
+def test_a_terminal_map_has_colors_and_defects(e):
+    defects = np.zeros((12, 12), bool)
+    defects[0, 0] = True
+    lines = printed(e, colors=True, defects=defects)
+    assert "\x1b[38;2;224;33;138" in lines[1] and lines[1].count("▀") == 24
+    assert "defect" in lines[-1] and "words" in lines[-1]
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "e.json"
+    path.write_text("before")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        output.write(path, "after")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(OSError, match="there is no folder"):
+        output.check_writable(tmp_path / "none" / "e.html")
+    with pytest.raises(OSError, match="no regular file"):
+        output.check_writable(tmp_path)
+
+
+def test_nothing_loads_matplotlib_before_it_draws():
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_placed_program_is_drawn_where_its_pes_lie():
+    """Around faulty PEs, on the part of the wafer that it has."""
+    defects = wk.Defects.random(wk.WSE2, pe_yield=0.9, seed=1)
+    wafer = wk.Wafer.abstract(wk.WSE2, 12, 15, defects=defects)
+    a = jax.ShapeDtypeStruct((60, 60), jnp.float32)
+    e = wk.estimate(wk.matmul, a, a, wafer=wafer)
+    assert wafer.placement is not None
+    own = quantities.of(e)
+    shown = quantities.on_wafer(e, own)
+    assert shown.values.shape == wafer.placement.physical
+    np.testing.assert_array_equal(
+        shown.values[wafer.placement.rows, wafer.placement.columns], own.values
+    )
+    assert np.isfinite(shown.values).sum() == 12 * 15
+    extent = quantities.extent(e)
+    assert extent is not None
+    y0, y1, x0, x1 = extent
+    assert y1 - y0 >= 12 and x1 - x0 > 15
+    assert np.isfinite(shown.values[y0:y1, x0:x1]).sum() == 12 * 15
+    axes = wk.wafer_map(e).axes[0]
+    assert axes.get_xlim() == (x0 - 0.5, x1 - 0.5)

@@ -1,0 +1,96 @@
+"""This file is what a move costs where PEs lie around faulty ones, or on folded lines.
+
+A shift takes the hops of its farthest tile, over all lines of the wafer. What goes down a line from
+PE to PE, a reduction, a flood or a gather, has its way lengthened as the longest line is. Where a
+move along one axis has to go sideways, it takes these links too, as often as the busiest is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from wsekern.axes import WAFERS
+from wsekern.estimator import links
+from wsekern.fabric import algorithms
+from wsekern.hardware import Machine
+from wsekern.placement.place import Placement
+from wsekern.placement.routes import routes, sideways
+
+_REDUCE = re.compile(r"reduce by (\w+)")
+
+
+def of_equation(
+    equation: Any, sizes: dict[str, int], machine: Machine, placement: Placement | None
+) -> links.Move | None:
+    """As `links.of_equation`, on a placement."""
+    move = links.of_equation(equation, sizes, machine)
+    if move is None or placement is None:
+        return move
+    axes = links.axes_of(equation)
+    if move.kind == "shift":
+        return _shift(move, axes, equation.params["perm"], machine, placement)
+    return along_lines(move, axes, sizes, machine, placement, links.root_of(equation))
+
+
+def along_lines(
+    move: links.Move,
+    axes: tuple[str, ...],
+    sizes: dict[str, int],
+    machine: Machine,
+    placement: Placement | None,
+    root: int | None = None,
+) -> links.Move:
+    """A move that goes down the lines along `axes`, on a placement.
+
+    Args:
+      move: what it is where PEs lie side by side.
+      axes: along which it moves.
+      sizes: PEs along each axis.
+      machine: whose links.
+      placement: of the PEs.
+      root: of a reduction, the PE that gets the result; None: all.
+    """
+    if placement is None:
+        return move
+    axes = tuple(a for a in axes if a != WAFERS and sizes[a] > 1)
+    far = _distances(move, axes, sizes, root)
+    extra = sum(hops * (placement.stretch[a] - 1) for a, hops in far.items())
+    load, busy = max(move.busy.values(), default=0.0), dict(move.busy)
+    for axis in axes:
+        for direction, tiles in sideways(placement, axis).items():
+            busy[direction] = max(busy.get(direction, 0.0), load * tiles)
+    most = max((placement.stretch[a] for a in axes), default=1.0)
+    return move._replace(
+        busy=busy, latency=move.latency + extra * machine.hop_cycles, hops=move.hops * most
+    )
+
+
+def _shift(
+    move: links.Move, axes: tuple[str, ...], pairs: Any, machine: Machine, placement: Placement
+) -> links.Move:
+    if WAFERS in axes:
+        return move
+    taken = routes(placement, axes, tuple((int(a), int(b)) for a, b in pairs))
+    latency = taken.longest * machine.hop_cycles + 2 * machine.ramp_cycles + machine.hop_cycles
+    busy = {direction: tiles * move.words for direction, tiles in taken.loads.items()}
+    return move._replace(busy=busy, latency=float(latency), hops=move.words * taken.mean)
+
+
+def _distances(
+    move: links.Move, axes: tuple[str, ...], sizes: dict[str, int], root: int | None
+) -> dict[str, float]:
+    """Hops along each axis that follow one another, where PEs lie side by side."""
+    reduced = _REDUCE.match(move.kind)
+    whole = {axis: float(sizes[axis] - 1) for axis in axes}
+    if reduced is None:
+        return whole
+    algorithm, lengths = reduced[1], [sizes[a] for a in axes]
+    if algorithm == "ring":
+        return {axis: 4 * hops for axis, hops in whole.items()}
+    at = algorithms.root_of(algorithm, lengths) if root is None else root
+    places = dict(zip(axes, algorithms.places_of(at, lengths), strict=True))
+    far = {a: float(max(place, sizes[a] - 1 - place)) for a, place in places.items()}
+    if algorithm == "snake":  # through every PE of every row, then on to the next
+        far[axes[-1]] *= sizes[axes[0]]
+    return {axis: hops * (1 + (root is None)) for axis, hops in far.items()}

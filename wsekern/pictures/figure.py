@@ -1,0 +1,125 @@
+"""This file is what all pictures share: their style, and how they become files or parts of a page.
+
+matplotlib is loaded when a picture is drawn, and without pyplot: no window opens, and no state is
+shared with the user's own figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from wsekern.pictures import output
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+# Near Okabe and Ito's colors, which the color-blind tell apart, on white and on black.
+SERIES = ("#1A80C4", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
+LANES = dict(zip(("compute", "N", "E", "S", "W", "wafer", "loop"), SERIES, strict=True))
+HEAT = "viridis"  # equal steps look equal, in grey and to the color-blind as well
+DEFECT = "#E0218A"
+_INK, _FAINT = "#1c2126", "#8c9096"
+_PAGE_INK = "#010203"  # stands for a page's own color of text
+_DPI = 200
+
+
+def check_installed() -> None:
+    """Returns if pictures can be drawn.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            'pictures need matplotlib, which is not installed; pip install "wsekern[viz]"'
+        )
+
+
+@contextlib.contextmanager
+def style(of_page: bool = False) -> Iterator[None]:
+    """The style of a picture that is made within; one `of_page` takes the page's color of text."""
+    check_installed()
+    import matplotlib
+
+    ink = _PAGE_INK if of_page else _INK
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    look: dict[Any, Any] = {
+        "font.size": 10.5 if of_page else 9.0,
+        "axes.titlesize": "medium",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "legend.frameon": False,
+        "grid.color": _FAINT,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.5,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "wsekern",
+        "image.composite_image": False,
+    }
+    look |= dict.fromkeys(inked, ink) | dict.fromkeys(clear, "none" if of_page else "white")
+    with matplotlib.rc_context(look):
+        yield
+
+
+def new(width: float, height: float, laid_out: bool = True) -> Figure:
+    """An empty figure, of so many inches, whose axes matplotlib lays out, or else the caller."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained" if laid_out else None, dpi=_DPI)
+
+
+def save(figure: Figure, path: output.Path | None) -> Figure:
+    """`figure`, written if a path is given.
+
+    Raises:
+      ValueError: the path does not end in .png, .svg or .pdf.
+      OSError: it cannot be written.
+    """
+    if path is not None:
+        output.check_writable(path, SUFFIXES)
+        data = io.BytesIO()
+        suffix = pathlib.Path(path).suffix.lower().removeprefix(".")
+        with style():
+            figure.savefig(data, format=suffix, dpi=_DPI)
+        output.write(path, data.getvalue())
+    return figure
+
+
+def inline(figure: Figure, told: str) -> str:
+    """An SVG element for a page, which loads nothing and takes the color of the page's text.
+
+    Args:
+      figure: made in the style of a page.
+      told: what it shows, for those who cannot see it.
+    """
+    text = io.StringIO()
+    with style(of_page=True):
+        figure.savefig(text, format="svg", dpi=_DPI, transparent=True)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[a-zA-Z0-9_.]+">', "<g>", svg)  # which several pictures share
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = svg.replace(_PAGE_INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
+
+
+def engineering(axis: Axes, which: str, unit: str = "") -> None:
+    """Ticks of `which` axis ("x" or "y") as 200k, 3M or 1.5 m with a unit."""
+    from matplotlib.ticker import EngFormatter
+
+    formatter = EngFormatter(unit=unit, sep=" " if unit else "")
+    getattr(axis, f"{which}axis").set_major_formatter(formatter)

@@ -1,0 +1,58 @@
+"""This file is how a file is written: whole or not at all, and refused before it is made."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Collection
+
+Path = str | pathlib.Path
+
+
+def check_writable(path: Path, suffixes: Collection[str] = ()) -> None:
+    """Returns if a file can be written at `path`; writes nothing.
+
+    Args:
+      path: of the file.
+      suffixes: what it may end in, as ".png"; empty: anything.
+
+    Raises:
+      OSError: its folder is missing or may not be written in, or it is no file.
+      ValueError: it ends in something else.
+    """
+    if suffixes and pathlib.Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{str(path)!r} must end in {' or '.join(suffixes)}")
+    target = pathlib.Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise OSError(f"cannot write {str(path)!r}: it is there, and no regular file")
+    if not target.parent.is_dir():
+        raise OSError(f"cannot write {str(path)!r}: there is no folder {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OSError(f"cannot write {str(path)!r}: the folder may not be written in")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file beside `path`, and then puts it there.
+
+    Args:
+      path: of the file; a link stays one.
+      content: text is written as UTF-8.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    check_writable(path)
+    target = pathlib.Path(path).resolve()
+    data = content.encode() if isinstance(content, str) else content
+    mask = os.umask(0)
+    os.umask(mask)
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(beside, 0o666 & ~mask)
+        os.replace(beside, target)
+    except BaseException:
+        pathlib.Path(beside).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,231 @@
+"""This file is an estimate as one HTML page, with its pictures in it, that loads nothing else."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsekern.estimator.report import figures, of_wafer, with_unit
+from wsekern.pictures import figure, output, quantities, roofline, views, wafer_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from wsekern.estimator.estimate import Estimate
+
+_SIDE = 4.2  # inches of the map: what is read on a phone without scaling it much
+_OPEN = 12  # rows of a table that are shown without being asked for
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2126; --soft: #5c646d; --line: #d8dce0;
+  --back: #ffffff; --panel: #f5f6f8; --mark: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #a2abb4; --line: #383e45;
+  --back: #14171a; --panel: #1d2125; --mark: #6cb8ee; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0.5rem 0 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; }
+p { margin: 0.4rem 0; max-width: 46rem; } .soft { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem;
+  margin: 1.2rem 0; }
+.cards div { background: var(--panel); border-radius: 0.5rem; padding: 0.6rem 0.8rem; }
+.cards b { display: block; font-size: 1.25rem; font-weight: 600; }
+.cards span { color: var(--soft); font-size: 0.85rem; }
+.bad b { color: #d55e00; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 1.2rem; align-items: start; }
+figure { margin: 0; } figure svg { max-width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: 0.88rem; max-width: 34rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
+th, td { text-align: left; padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { color: var(--soft); font-weight: 500; } td { overflow-wrap: anywhere; }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+summary { cursor: pointer; color: var(--mark); padding: 0.5rem 0; }
+"""
+
+
+def page(e: Estimate, path: output.Path, title: str | None = None) -> None:
+    """Writes the page: figures, pictures, operations, source lines and assumptions.
+
+    Args:
+      e: an estimate.
+      path: of the page.
+      title: its heading; by default the wafer.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      OSError: the path cannot be written.
+    """
+    output.check_writable(path)
+    figure.check_installed()
+    output.write(path, text(e, title))
+
+
+def text(e: Estimate, title: str | None = None) -> str:
+    """The page as text."""
+    told = (
+        f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz. Estimated by wsekern off the trace of the "
+        "program; nothing was run."
+    )
+    parts = [
+        _cards(e),
+        "<h2>Pictures</h2>",
+        _pictures(e),
+        "<h2>Figures</h2>",
+        table(("", ""), figures(e), numbers=()),
+        "<h2>By operation</h2>",
+        '<p class="soft">Cycles that operations take, one after another; what overlaps is counted '
+        "each time.</p>",
+        _folded(("operation", "cycles", "share"), _by(e, 0)),
+        "<h2>By source line</h2>",
+        _folded(("line", "cycles", "share"), _by(e, 1)),
+        "<h2>Each operation on its line</h2>",
+        _folded(("operation", "line", "cycles"), [(o, s, _count(n)) for o, s, n in e.by_operation]),
+        "<h2>Assumptions</h2>",
+        table(("of", "what is assumed"), assumptions(e), numbers=()),
+    ]
+    return document(title or of_wafer(e), told, parts)
+
+
+def document(title: str, told: str, parts: Iterable[str]) -> str:
+    """A page with a heading, a line below it, and `parts`, which are HTML."""
+    heading = _escaped(title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{heading}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f'<h1>{heading}</h1>\n<p class="soft">{_escaped(told)}</p>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def assumptions(e: Estimate) -> list[tuple[str, str]]:
+    """What the figures and the pictures of an estimate rest on."""
+    machine = e.machine
+    rows = [
+        ("PEs", "All run the same program: compute, memory and its traffic are the same on each; "
+         "what links carry is counted link by link."),
+        ("clock", f"{e.clock_hz / 1e9:.3g} GHz, an input; cycles are the answer."),
+        ("memory", f"{machine.sram_bytes:,} bytes of a PE, of which a kernel's code takes "
+         f"{machine.code_bytes:,}."),
+        ("links", f"{machine.link_bytes_per_cycle} bytes a cycle each way, "
+         f"{machine.hop_cycles} cycle a hop, {machine.ramp_cycles} a ramp; routes go along x, "
+         "then y."),
+        ("floods", "Where the trace does not say where one starts, they start on all PEs of their "
+         "lines in turn, on the map."),
+        ("changes of layout", "Even traffic between all pairs of PEs, half of it across the middle "
+         "of the wafer."),
+        ("timeline", "Of a loop whose trips come to take equally long, those before are shown."),
+        ("energy", "Of WSE-2, power measured at rest and in a stencil run, by how busy the PEs "
+         "are; of the others, the power of the system."),
+        ("host", f"{with_unit(machine.io_bytes_per_second, 'B/s')} of each wafer; its latency is "
+         "not counted, nor is its time in that of the program."),
+        ("chips", "At their roofline: arguments read once, results written once."),
+        ("not modelled", "Contention of different moves on one link beyond taking "
+         "turns."),
+    ]  # fmt: skip
+    spread = "without a figure, counted as elementwise and evenly spread"
+    return rows + [(f"{name} ({line or 'no line'})", spread) for name, line in e.unknown.items()]
+
+
+def _cards(e: Estimate) -> str:
+    energy = "not known" if e.energy is None else with_unit(e.energy, "J")
+    cards = [
+        ("", f"{e.cycles:,.0f}", "cycles"),
+        ("", with_unit(e.seconds, "s"), f"at {e.clock_hz / 1e9:.3g} GHz"),
+        ("", e.bound, "is what it is bound by"),
+        ("", f"{e.fraction_of_peak:.1%}", f"of peak, {with_unit(e.flops_per_second, 'FLOP/s')}"),
+        ("" if e.fits else "bad", f"{e.sram_per_pe / e.sram_free:,.{1 if e.fits else 0}%}",
+         "of a PE's memory" + ("" if e.fits else ": does not fit")),
+        ("", energy, "energy"),
+    ]  # fmt: skip
+    return cards_of(cards)
+
+
+def cards_of(cards: Iterable[tuple[str, str, str]]) -> str:
+    """Figures that are read first: each a class ("bad", or none), the figure, and what it is."""
+    made = (
+        f'<div class="{kind}"><b>{_escaped(value)}</b><span>{_escaped(told)}</span></div>'
+        for kind, value, told in cards
+    )
+    return f'<div class="cards">{"".join(made)}</div>'
+
+
+def _pictures(e: Estimate) -> str:
+    load = quantities.on_wafer(e, quantities.of(e))
+    none = np.zeros(load.values.shape, bool)
+    drawn = [
+        (lambda: wafer_map.drawn(load, none, quantities.extent(e), _SIDE),
+         "Words that leave each PE by its busiest link, north at the top."),
+        (lambda: views.directions(e), "The same by direction, in the same colors."),
+        (lambda: views.lanes_of(e), "What one PE's engine and its links do. The file that "
+         "Estimate.timeline writes has the names and the lines."),
+        (lambda: roofline.drawn(e), "Below the wafer's roof: the program. On the roofs of chips: "
+         "what they would make of it at best."),
+        (lambda: views.longest(e), "Where the cycles go."),
+    ]  # fmt: skip
+    if not (e.flops and e.cycles):
+        drawn.pop(3)
+    return pictures_of(drawn)
+
+
+def pictures_of(drawn: Iterable[tuple[Callable[[], Figure], str]]) -> str:
+    """Pictures, each made when it is its turn, with what is told below it."""
+    made = []
+    for draw, told in drawn:
+        with figure.style(of_page=True):
+            picture = draw()
+        svg = figure.inline(picture, _escaped(told))
+        made.append(f"<figure>{svg}<figcaption>{_escaped(told)}</figcaption></figure>")
+    return f'<div class="pictures">{"".join(made)}</div>'
+
+
+def _by(e: Estimate, which: int) -> list[tuple[str, str, str]]:
+    """Cycles by operation (0) or by line (1), longest first, with their share of all."""
+    cycles: dict[str, float] = {}
+    for name, line, each in e.by_operation:
+        key = (name, line)[which]
+        cycles[key] = cycles.get(key, 0.0) + each
+    whole = sum(cycles.values()) or 1.0
+    ordered = sorted(cycles.items(), key=lambda item: -item[1])
+    return [(name or "no line", _count(n), f"{n / whole:.1%}") for name, n in ordered]
+
+
+def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, of which all but the first rows are unfolded when asked for."""
+    numbers = [i for i, name in enumerate(head) if name in ("cycles", "share")]
+    first = table(head, rows[:_OPEN], numbers)
+    if len(rows) <= _OPEN:
+        return first
+    rest = table(head, rows[_OPEN:], numbers)
+    return f"{first}<details><summary>{len(rows) - _OPEN:,} more</summary>{rest}</details>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+    """Rows below their heads; the columns `numbers` are flush right."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        kinds = ['class="n"' if i in numbers else "" for i in range(len(cells))]
+        made = (
+            f"<{tag} {k}>{_escaped(c)}</{tag}>".replace(" >", ">")
+            for k, c in zip(kinds, cells, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    top = f"<thead>{line('th', head)}</thead>" if any(head) else ""
+    body = "\n".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _escaped(value: str) -> str:
+    return html.escape(value)

@@ -1,0 +1,79 @@
+"""This file is the plot of predictions against published measurements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsekern.pictures import figure, output
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from wsekern.estimator.validation import Row, Validation
+
+_BAND = 10  # percent, shaded
+
+
+def published(found: Validation, path: output.Path | None = None) -> Figure:
+    """Each point against what was measured, and its error; points that were fitted are hollow.
+
+    Args:
+      found: of `wsekern.estimator.validation.validate`.
+      path: where to write it (.png, .svg or .pdf); None: nowhere.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no point was predicted.
+      OSError: the path cannot be written.
+    """
+    if not found.rows:
+        raise ValueError("no point of the table was predicted, so that there is nothing to plot")
+    with figure.style():
+        made = figure.new(8.4, max(3.4, 0.9 + 0.2 * len(found.rows)))
+        left, right = made.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.15]})
+        families = list(dict.fromkeys(row.point.family for row in found.rows))
+        colors = dict(zip(families, figure.SERIES * len(families), strict=False))
+        _scatter(left, found.rows, colors)
+        _errors(right, found.rows, colors)
+    return figure.save(made, path)
+
+
+def _scatter(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
+    values = [v for row in rows for v in (row.point.value, row.predicted)]
+    ends = np.array([min(values) / 2, max(values) * 2])
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.fill_between(ends, ends * (1 - _BAND / 100), ends * (1 + _BAND / 100),
+                      color="grey", alpha=0.25, lw=0)  # fmt: skip
+    axes.plot(ends, ends, color="grey", lw=0.8)
+    for family, color in colors.items():
+        own = [row for row in rows if row.point.family == family]
+        for fitted in (False, True):
+            some = [row for row in own if row.fitted == fitted]
+            axes.plot(
+                [row.point.value for row in some], [row.predicted for row in some], "o", ms=6,
+                mec=color, mfc="none" if fitted else color, mew=1.3,
+            )  # fmt: skip
+        units = ", ".join(dict.fromkeys(row.point.unit for row in own))
+        axes.plot([], [], "o", color=color, label=f"{family or 'other'}, {units}")
+    axes.plot([], [], "o", mec="grey", mfc="none", mew=1.3, label="fitted")
+    axes.set(xlabel="measured", ylabel="predicted", title="predicted against published")
+    axes.set_aspect("equal")
+    axes.legend(fontsize="small")
+
+
+def _errors(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
+    axes.axvspan(-_BAND, _BAND, color="grey", alpha=0.25, lw=0)
+    axes.axvline(0, color="grey", lw=0.8)
+    for y, row in enumerate(rows):
+        color, error = colors[row.point.family], 100 * row.error
+        axes.plot([0, error], [y, y], "-", color=color, lw=1.3)
+        axes.plot(error, y, "o", ms=6, mec=color, mfc="none" if row.fitted else color, mew=1.3)
+    widest = max([1.2 * _BAND, *(110 * abs(row.error) for row in rows)])
+    axes.set(xlim=(-widest, widest), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), [row.point.id for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set(xlabel="error of the prediction, %", title=f"error by point; shaded: {_BAND} %")

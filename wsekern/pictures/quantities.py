@@ -1,0 +1,109 @@
+"""This file is what a map of a wafer can show of an estimate, PE by PE.
+
+All PEs run one program: what they hold, compute and read from memory is the same on each. What
+their links carry differs, and with it how long each PE's busiest resource is taken.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from wsekern.estimator.estimate import Estimate
+
+SAME = "the same on each PE"
+_NAMES = ("load", "N", "E", "S", "W", "busy", "sram")
+# What is not in a trace, and taken to be so; see `wsekern.estimator.loads`.
+_TAKEN = {"flood": "floods from all PEs in turn", "relayout": "new layouts as even traffic"}
+_TOWARDS = {"N": "north", "E": "east", "S": "south", "W": "west"}
+
+
+class Quantity(NamedTuple):
+    """Values by PE, and how to call them."""
+
+    values: np.ndarray  # [height, width]
+    title: str
+    unit: str
+    top: float | None = None  # what the colors end at, if not at the most
+    note: str = ""
+
+
+def of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
+    """The values of a map.
+
+    Args:
+      what: an estimate, or values by PE, `[height, width]`.
+      quantity: of an estimate: "load", words on each PE's busiest outgoing link; "N", "E", "S" or
+        "W", on that one; "busy", cycles for which its engine or busiest link is taken; "sram",
+        bytes of data at most.
+      label: what given values are.
+
+    Raises:
+      ValueError: values do not have two dimensions, or there is no such quantity.
+    """
+    if not hasattr(what, "link_words"):
+        values = np.asarray(what, float)
+        if values.ndim != 2 or not values.size:
+            raise ValueError(
+                f"wafer_map: values of shape {values.shape} are not [height, width]; give an "
+                "estimate or one value for each PE"
+            )
+        return Quantity(values, label or "value", "")
+    check(quantity)
+    return _of_estimate(what, quantity)
+
+
+def on_wafer(what: Any, shown: Quantity) -> Quantity:
+    """The values where their PEs lie: around faulty ones, which are blank, as spare ones are."""
+    placement = getattr(getattr(what, "wafer", None), "placement", None)
+    if placement is None:
+        return shown
+    values = np.full(placement.physical, np.nan)
+    values[placement.rows, placement.columns] = shown.values
+    note = f"{placement.faulty:,} faulty PEs and the spare ones blank"
+    return shown._replace(values=values, note="; ".join(filter(None, (shown.note, note))))
+
+
+def extent(what: Any) -> tuple[int, int, int, int] | None:
+    """The rows y0 to y1 and columns x0 to x1 that a placed program lies in; None: all there are."""
+    placement = getattr(getattr(what, "wafer", None), "placement", None)
+    if placement is None:
+        return None
+    rows, columns = placement.rows, placement.columns
+    return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+
+
+def check(quantity: str) -> None:
+    """Returns if estimates have such a quantity.
+
+    Raises:
+      ValueError: they have not; says which is nearest.
+    """
+    if quantity not in _NAMES:
+        near = difflib.get_close_matches(quantity, _NAMES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"take one of {', '.join(_NAMES)}"
+        raise ValueError(f"wafer_map: there is no quantity {quantity!r}; {hint}")
+
+
+def _of_estimate(e: Estimate, quantity: str) -> Quantity:
+    shape = (e.wafer.height, e.wafer.width)
+    if quantity == "sram":
+        values = np.full(shape, e.sram_per_pe)
+        note = f"{e.sram_per_pe:,.0f} of {e.sram_free:,.0f} bytes, {SAME}"
+        return Quantity(values, "data in memory", "bytes", max(e.sram_free, e.sram_per_pe), note)
+    words = e.link_words()
+    kinds = {pattern.kind for pattern, _ in e.tiles if pattern.root is None}
+    told = [note for kind, note in _TAKEN.items() if kind in kinds]
+    if quantity in words:
+        title = f"words {_TOWARDS[quantity]}"
+        return Quantity(words[quantity], title, "words", note="; ".join(told))
+    most = np.max(list(words.values()), axis=0)
+    if quantity == "load":
+        title = "words on the busiest link of each PE"
+        return Quantity(most, title, "words", note="; ".join(told))
+    busy = np.maximum(e.busy["compute"], most * 4 / e.machine.link_bytes_per_cycle)
+    note = f"engine {e.busy['compute']:,.0f} cycles, {SAME}"
+    return Quantity(busy, "busy time of each PE", "cycles", max(e.cycles, busy.max()), note)

@@ -1,0 +1,93 @@
+"""This file is the scaling plot: a quantity against PEs or wafers, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsekern.pictures import figure, output
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Series = Sequence[tuple[float, float]]
+
+
+def scaling(
+    lines: Mapping[str, Series],
+    *,
+    measured: Mapping[str, Series] | None = None,
+    of: str = "PEs",
+    quantity: str = "",
+    ideal: bool = False,
+    path: output.Path | None = None,
+) -> Figure:
+    """Lines of a quantity against a number of PEs or wafers, both on scales of powers.
+
+    Args:
+      lines: (number, value) pairs, by the name of what they are of.
+      measured: points, likewise; those of a line's name have its color.
+      of: what is counted along x.
+      quantity: what the values are, with their unit.
+      ideal: whether to draw, from the first point of each line, what twice as many would do twice.
+      path: where to write it (.png, .svg or .pdf); None: nowhere.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: there is no value, or one that is not positive.
+      OSError: the path cannot be written.
+    """
+    with figure.style():
+        made = drawn(lines, measured or {}, of, quantity, ideal)
+    return figure.save(made, path)
+
+
+def drawn(
+    lines: Mapping[str, Series],
+    measured: Mapping[str, Series],
+    of: str = "PEs",
+    quantity: str = "",
+    ideal: bool = False,
+) -> Figure:
+    """The plot, in the style in force."""
+    everything = [xy for series in (*lines.values(), *measured.values()) for xy in series]
+    if not everything or min(map(min, everything)) <= 0:
+        raise ValueError("scaling: it needs one (number, value) pair or more, all positive")
+    made = figure.new(5.0, 3.6)
+    axes = made.subplots()
+    axes.set(xscale="log", yscale="log", xlabel=of, ylabel=quantity)
+    names = list(dict.fromkeys([*lines, *measured]))
+    colors = dict(zip(names, figure.SERIES * len(names), strict=False))
+    for name, series in lines.items():
+        x, y = np.array(sorted(series), float).T
+        axes.plot(x, y, "-", color=colors[name], lw=1.5, label=name)
+        if ideal:
+            axes.plot(x, y[0] * x / x[0], ":", color=colors[name], lw=1.0)
+    for name, series in measured.items():
+        x, y = np.array(sorted(series), float).T
+        told = f"{name}, measured"
+        axes.plot(x, y, "o", ms=5, mfc="none", mec=colors[name], mew=1.3, label=told)
+    if ideal:
+        axes.plot([], [], ":", color="grey", label="ideal")
+    _ticks(axes, sorted({x for x, _ in everything}))
+    axes.grid(True)
+    axes.legend(fontsize="small")
+    if quantity:
+        axes.set_title(f"{quantity} against {of}")
+    return made
+
+
+def _ticks(axes, numbers: list[float]) -> None:
+    """Ticks where values stand, if they are few; and round ones on the other axis."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
+
+    if len(numbers) <= 8:
+        axes.set_xticks(numbers, [f"{n:,.0f}" for n in numbers])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_minor_formatter(NullFormatter())

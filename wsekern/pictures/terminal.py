@@ -1,0 +1,126 @@
+"""This file is the map of a wafer in a terminal: half blocks, two PEs or blocks of them a cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from wsekern.pictures import quantities
+from wsekern.pictures.wafer_map import Zoom, checked
+
+# matplotlib's viridis at equal steps (N. Smith and S. van der Walt, 2015), which need not be there.
+_HEAT = np.array([
+    (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137),
+    (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37),
+], float)  # fmt: skip
+_DEFECT = (224, 33, 138)
+_SHADES = " .:-=+*#%@"  # where there are no colors
+_HIGH = 48  # dots, two of which are a line
+_WIDE = 76
+
+
+def terminal_map(
+    what: Any,
+    quantity: str = "load",
+    *,
+    defects: ArrayLike | None = None,
+    zoom: Zoom | None = None,
+    label: str = "",
+    console: Console | None = None,
+) -> None:
+    """Prints a heat map of a quantity by PE, each dot the most of the PEs that it stands for.
+
+    A dot is a defect where half of its PEs or more are. Without colors, darker characters are more.
+
+    Args:
+      what: an `Estimate`, or values by PE, `[height, width]`.
+      quantity: of an estimate; as for `wk.wafer_map`.
+      defects: True where a PE does not work, `[height, width]`, of the wafer where the estimate is
+        of one with a placement: its PEs are drawn where they lie.
+      zoom: the rows y0 to y1 and columns x0 to x1 alone, as (y0, y1, x0, x1).
+      label: what given values are, with their unit.
+      console: where to; by default standard output.
+
+    Raises:
+      ValueError: shapes differ, the zoom is outside, or there is no such quantity.
+    """
+    shown = quantities.on_wafer(what, quantities.of(what, quantity, label))
+    zoom = zoom or quantities.extent(what)
+    faulty = checked(shown.values, defects, zoom)
+    console = console or Console()
+    height, width = shown.values.shape
+    y0, y1, x0, x1 = zoom or (0, height, 0, width)
+    values, faulty = shown.values[y0:y1, x0:x1], faulty[y0:y1, x0:x1]
+    dots, broken = _dots(values, faulty, min(_WIDE, console.width - 2))
+    finite = values[np.isfinite(values)]
+    least = min(0.0, float(finite.min(initial=0.0)))
+    most = max(float(finite.max(initial=0.0)), least) if shown.top is None else shown.top
+    share = np.clip((dots - least) / ((most - least) or 1.0), 0.0, 1.0)
+    console.print(Text(f"{shown.title}, rows {y0} to {y1 - 1}, columns {x0} to {x1 - 1}"))
+    if shown.note:
+        console.print(Text(shown.note))
+    colored = console.color_system is not None
+    paint = _painted if colored else _shaded
+    for top in range(0, len(dots), 2):
+        console.print(paint(share[top : top + 2], broken[top : top + 2]), soft_wrap=True)
+    console.print(_legend(least, most, shown.unit, bool(faulty.any()), colored), soft_wrap=True)
+
+
+def _dots(values: np.ndarray, faulty: np.ndarray, wide: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most of each block of PEs, and whether it is defective; small grids are drawn larger."""
+    height, width = values.shape
+    block = max(-(-width // wide), -(-height // _HIGH))
+    larger = max(1, min(wide // width, _HIGH // height, 2))
+    rows, cols = np.arange(0, height, block), np.arange(0, width, block)
+
+    def each(function: np.ufunc, array: np.ndarray) -> np.ndarray:
+        return function.reduceat(function.reduceat(array, rows, 0), cols, 1)
+
+    counted = each(np.add, np.ones(values.shape))
+    broken = each(np.add, faulty.astype(float)) * 2 >= counted
+    dots = each(np.fmax, values)
+    return tuple(np.kron(a, np.ones((larger, larger), a.dtype)) for a in (dots, broken))  # type: ignore[return-value]
+
+
+def _painted(share: np.ndarray, broken: np.ndarray) -> Text:
+    line = Text()
+    for x in range(share.shape[1]):
+        halves = [_style_color(share[y, x], broken[y, x]) for y in range(len(share))]
+        line.append("▀", Style(color=halves[0], bgcolor=halves[1] if len(halves) > 1 else None))
+    return line
+
+
+def _shaded(share: np.ndarray, broken: np.ndarray) -> Text:
+    most, fault = np.fmax.reduce(share, 0), np.logical_or.reduce(broken, 0)
+    return Text("".join("x" if f else _shade(s) for s, f in zip(most, fault, strict=True)))
+
+
+def _shade(share: float) -> str:
+    return " " if np.isnan(share) else _SHADES[round(share * (len(_SHADES) - 1))]
+
+
+def _style_color(share: float, broken: bool) -> str:
+    if np.isnan(share):
+        return "rgb(128,128,128)"
+    steps = np.arange(len(_HEAT)) / (len(_HEAT) - 1)
+    heat = [np.interp(share, steps, _HEAT[:, c]) for c in range(3)]
+    return "rgb({:.0f},{:.0f},{:.0f})".format(*(_DEFECT if broken else heat))
+
+
+def _legend(least: float, most: float, unit: str, faulty: bool, colored: bool) -> Text:
+    line = Text(f"{least:,.4g} ")
+    for share in np.linspace(0, 1, 24):
+        if colored:
+            line.append("█", Style(color=_style_color(share, False)))
+        else:
+            line.append(_shade(share))
+    line.append(f" {most:,.6g} {unit}".rstrip())
+    if faulty:
+        line.append("  █" if colored else "  x", Style(color=_style_color(0, True)))
+        line.append(" defect")
+    return line

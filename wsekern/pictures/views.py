@@ -1,0 +1,104 @@
+"""This file is the pictures of an estimate that a page has beside the map and the roofline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsekern.pictures import figure, quantities, wafer_map
+from wsekern.pictures.timeline import lanes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from wsekern.estimator.estimate import Estimate
+
+_BARS = 12
+_DRAWN = 400  # slices up to which each is a shape of its own
+
+
+def directions(e: Estimate) -> Figure:
+    """Words on the link of each PE to the N, E, S and W, in the same colors."""
+    words = e.link_words()
+    top = max(float(load.max()) for load in words.values())
+    height, width = e.wafer.height, e.wafer.width
+    left, wide, between, below = 0.5, 1.95, 0.2, 0.95  # inches
+    high = wide * min(max(height / width, 0.25), 2.0)
+    whole, tall = left + 2 * wide + 2 * between, below + 2 * high + 0.7
+    made = figure.new(whole, tall, laid_out=False)
+    none = np.zeros((height, width), bool)
+    for place, direction in enumerate("NESW"):
+        row, column = divmod(place, 2)
+        at = left + column * (wide + between), below + (1 - row) * (high + 0.35)
+        axes = made.add_axes((at[0] / whole, at[1] / tall, wide / whole, high / tall))
+        shown = quantities.of(e, direction)
+        image = wafer_map.on_axes(axes, shown, none, (0, height, 0, width), top)
+        axes.set_title(f"{shown.title}, at most {words[direction].max():,.0f}", fontsize="small")
+        wafer_map.count_ticks(axes, 4)
+        axes.tick_params(labelleft=column == 0, labelbottom=row == 1)
+    bar = made.colorbar(
+        image,
+        cax=made.add_axes((left / whole, 0.5 / tall, 1 - (left + between) / whole, 0.1 / tall)),
+        orientation="horizontal",
+    )
+    bar.outline.set_visible(False)
+    bar.set_label("words")
+    bar.ax.locator_params(nbins=6)
+    figure.engineering(bar.ax, "x")
+    return made
+
+
+def lanes_of(e: Estimate) -> Figure:
+    """The timeline: what is done in each lane, and that until the first loop is steady."""
+    steady = min((v.start for v in e.events if v.lane == "loop"), default=0.0)
+    spans = {"one PE, which stands for all": e.cycles}
+    if 0 < steady < e.cycles / 2:
+        spans["its start, until a loop's trips are alike"] = steady
+    made = figure.new(4.8, (0.9 + 0.26 * len(lanes(e))) * len(spans))
+    for axes, (title, end) in zip(
+        made.subplots(len(spans), squeeze=False).flat, spans.items(), strict=True
+    ):
+        _draw_lanes(axes, e, max(end, 1.0))
+        axes.set_title(title)
+    return made
+
+
+def _draw_lanes(axes: Axes, e: Estimate, until: float) -> None:
+    events = [v for v in e.events if v.start < until]
+    shown = {k: v for k, v in lanes(e).items() if k != "loop" or until == e.cycles}
+    for y, lane in enumerate(shown):
+        spans = [(v.start, v.end - v.start) for v in events if v.lane == lane]
+        color = figure.LANES[lane]
+        axes.broken_barh(
+            spans, (y - 0.36, 0.72), facecolors=color, edgecolors=color,
+            linewidth=0.4,  # however short, it is seen
+            alpha=0.35 if lane == "loop" else 1.0, rasterized=len(events) > _DRAWN,
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), list(shown.values()))
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set(xlim=(0, until), ylim=(len(shown) - 0.4, -0.6), xlabel="cycles")
+    figure.engineering(axes, "x")
+
+
+def longest(e: Estimate) -> Figure:
+    """The operations that take most cycles."""
+    cycles: dict[str, float] = {}
+    for name, _, each in e.by_operation:
+        cycles[name] = cycles.get(name, 0.0) + each
+    least = sum(cycles.values()) / 500  # what would be seen
+    shown = [item for item in cycles.items() if item[1] > least]
+    most = sorted(shown, key=lambda item: -item[1])[:_BARS]
+    made = figure.new(4.8, 0.8 + 0.24 * max(len(most), 1))
+    axes = made.subplots()
+    axes.barh([name for name, _ in most], [c for _, c in most], color=figure.SERIES[0], height=0.7)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("cycles, one after another")
+    axes.grid(True, axis="x")
+    axes.set_axisbelow(True)
+    figure.engineering(axes, "x")
+    axes.set_title("cycles by operation")
+    return made

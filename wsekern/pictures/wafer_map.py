@@ -1,0 +1,166 @@
+"""This file is the map of a wafer: a color for each PE, north at the top."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from wsekern.pictures import figure, quantities
+from wsekern.pictures.output import Path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+Zoom = tuple[int, int, int, int]
+_LINED = 40  # PEs up to which the border of each is drawn
+
+
+def wafer_map(
+    what: Any,
+    quantity: str = "load",
+    *,
+    defects: ArrayLike | None = None,
+    zoom: Zoom | None = None,
+    label: str = "",
+    path: Path | None = None,
+) -> Figure:
+    """A heat map of a quantity by PE, as a matplotlib figure.
+
+    Args:
+      what: an `Estimate`, or values by PE, `[height, width]`; those that are not finite are blank.
+      quantity: of an estimate; words on the busiest outgoing link of each PE ("load") or on one
+        ("N", "E", "S", "W"), cycles that its engine or busiest link is taken ("busy"), bytes of
+        data ("sram"). Only links differ from PE to PE: all run one program.
+      defects: True where a PE does not work, `[height, width]`, of the wafer where the estimate is
+        of one with a placement: its PEs are drawn where they lie.
+      zoom: the rows y0 to y1 and columns x0 to x1 alone, as (y0, y1, x0, x1); ends are left out.
+      label: what given values are, with their unit.
+      path: where to write it (.png, .svg or .pdf); None: nowhere.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: the shapes of values and defects differ, the zoom is outside, or there is no such
+        quantity.
+      OSError: the path cannot be written.
+    """
+    shown = quantities.on_wafer(what, quantities.of(what, quantity, label))
+    zoom = zoom or quantities.extent(what)
+    faulty = checked(shown.values, defects, zoom)
+    with figure.style():
+        made = drawn(shown, faulty, zoom)
+    return figure.save(made, path)
+
+
+def checked(values: np.ndarray, defects: ArrayLike | None, zoom: Zoom | None) -> np.ndarray:
+    """The defects as a boolean array, where they and the zoom fit the values."""
+    faulty = np.zeros(values.shape, bool) if defects is None else np.asarray(defects, bool)
+    if faulty.shape != values.shape:
+        raise ValueError(
+            f"wafer_map: defects of shape {faulty.shape} are not of the map's, {values.shape}"
+        )
+    if zoom is not None:
+        y0, y1, x0, x1 = zoom
+        height, width = values.shape
+        if not (0 <= y0 < y1 <= height and 0 <= x0 < x1 <= width):
+            raise ValueError(
+                f"wafer_map: zoom={tuple(zoom)} is not (y0, y1, x0, x1) within {height}x{width} PEs"
+            )
+    return faulty
+
+
+def drawn(
+    shown: quantities.Quantity, faulty: np.ndarray, zoom: Zoom | None = None, side: float = 6.0
+) -> Figure:
+    """The map alone, `side` inches at most, with its scale of colors."""
+    height, width = shown.values.shape
+    y0, y1, x0, x1 = zoom or (0, height, 0, width)
+    scale = min(side / (x1 - x0), side / (y1 - y0))
+    wide, high = max((x1 - x0) * scale, side / 2), max((y1 - y0) * scale, side / 8)
+    left, right, above, below = 0.65, 0.25, 0.5, 1.05  # inches
+    whole, tall = max(left + wide + right, side), above + high + below
+    made = figure.new(whole, tall, laid_out=False)
+    axes = made.add_axes((left / whole, below / tall, wide / whole, high / tall))
+    image = on_axes(axes, shown, faulty, (y0, y1, x0, x1))
+    axes.set_title(f"{shown.title}\n{_told(shown, zoom)}")
+    axes.set_xlabel("x, west to east", loc="left")
+    axes.set_ylabel("y, north to south")
+    legend = axes.get_legend()
+    if legend is not None:  # beside the label of the axis below
+        legend.set_bbox_to_anchor((1.0, -0.2 / high))
+    bar = made.colorbar(
+        image,
+        cax=made.add_axes((left / whole, 0.45 / tall, wide / whole, 0.1 / tall)),
+        orientation="horizontal",
+    )
+    bar.outline.set_visible(False)
+    bar.set_label(shown.unit or shown.title)
+    bar.ax.locator_params(nbins=6)
+    figure.engineering(bar.ax, "x")
+    return made
+
+
+def on_axes(
+    axes: Axes, shown: quantities.Quantity, faulty: np.ndarray, zoom: Zoom, top: float | None = None
+) -> AxesImage:
+    """Draws values and defects on `axes`; ticks count PEs of the whole wafer."""
+    y0, y1, x0, x1 = zoom
+    values, faulty = shown.values[y0:y1, x0:x1], faulty[y0:y1, x0:x1]
+    finite = values[np.isfinite(values) & ~faulty]
+    least = min(0.0, float(finite.min())) if finite.size else 0.0
+    top = shown.top if top is None else top
+    most = max(float(finite.max()), least) if top is None and finite.size else top or 0.0
+    image = axes.imshow(
+        np.where(faulty & (np.max(values.shape) <= 4 * _LINED), np.nan, values),
+        cmap=figure.HEAT,
+        vmin=least,
+        vmax=most if most > least else least + 1.0,
+        extent=(x0 - 0.5, x1 - 0.5, y1 - 0.5, y0 - 0.5),
+        interpolation="antialiased",
+        aspect="auto",  # the axes have the shape of the grid, unless that is a line
+    )
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=2)
+    count_ticks(axes, 7)
+    if max(values.shape) <= _LINED:
+        axes.set_xticks(np.arange(x0, x1 + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(y0, y1 + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", alpha=0.35, linewidth=0.5)
+        axes.tick_params(which="minor", length=0)
+    _mark(axes, faulty, y0, x0)
+    return image
+
+
+def count_ticks(axes: Axes, at_most: int) -> None:
+    """So many ticks on either axis, at PEs."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(at_most, integer=True, min_n_ticks=1))
+
+
+def _mark(axes: Axes, faulty: np.ndarray, y0: int, x0: int) -> None:
+    """A square for each defect: as large as a PE, or large enough to be seen."""
+    ys, xs = np.nonzero(faulty)
+    if not len(ys):
+        return
+    points = axes.get_window_extent().width / axes.figure.dpi * 72 / faulty.shape[1]
+    side = max(0.8 * points, 1.0)
+    axes.scatter(
+        xs + x0, ys + y0, s=side * side, marker="s", c=figure.DEFECT, linewidths=0,
+        rasterized=len(ys) > 500, label=f"{len(ys):,} defects",
+    )  # fmt: skip
+    axes.legend(loc="upper right", borderpad=0, handletextpad=0, markerscale=6 / side)
+
+
+def _told(shown: quantities.Quantity, zoom: Zoom | None) -> str:
+    """Which PEs are drawn, and what is to be said of them."""
+    height, width = shown.values.shape
+    part = f"{height} x {width} PEs"
+    if zoom is not None:
+        y0, y1, x0, x1 = zoom
+        part = f"rows {y0} to {y1 - 1}, columns {x0} to {x1 - 1}"
+    return f"{part}; {shown.note}" if shown.note else part

@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from wsekern import context
+
 Window = tuple[tuple[int, ...], tuple[int, ...]]  # where a slice starts and ends
 
 
@@ -183,13 +185,14 @@ def _writing(buffers, make, starts):
 
 # The cotangent of what was overwritten is cleared, those of what was read are added, in place.
 def _writing_fwd(buffers, make, starts):
-    taken = _taken(make, buffers)
-    cuts = [
-        lax.slice(b, *window)
-        for b, own in zip(buffers, taken.windows, strict=True)
-        for window in own
-    ]
-    slabs, pull = jax.vjp(taken.rest, *cuts)
+    with context.differentiating():
+        taken = _taken(make, buffers)
+        cuts = [
+            lax.slice(b, *window)
+            for b, own in zip(buffers, taken.windows, strict=True)
+            for window in own
+        ]
+        slabs, pull = jax.vjp(taken.rest, *cuts)
     known = _Known(taken.windows, tuple(slab.shape for slab in slabs))
     return _with(buffers, slabs, starts), (pull, known)
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wsekern import context
+
 if TYPE_CHECKING:
     from wsekern.kernels.plan import Plan
     from wsekern.kernels.stepping import Run
@@ -160,7 +162,8 @@ def _unit_back(run, owed, now, begin, steps, heard):
         after, end, record = run_of(of_run, run).backward(now_of(of_now, now), begin, steps)
         return (_floating(after)[0], _floating(end)[0]), None if heard is None else record
 
-    _, pull = jax.vjp(ahead, _floating(run)[0], _floating(now)[0])
+    with context.differentiating():
+        _, pull = jax.vjp(ahead, _floating(run)[0], _floating(now)[0])
     return pull((owed, heard))
 
 

@@ -211,12 +211,20 @@ def check_fields(what: str, fields: Sequence[Any]) -> None:
     """Raises ValueError where there is no field, or one that differs in shape."""
     if not fields:
         raise ValueError(f"{what}: there is no field")
-    for field in fields:
-        if jnp.shape(field) != jnp.shape(fields[0]):
-            raise ValueError(
-                f"{what}: the fields have shapes {[jnp.shape(f) for f in fields]}; they must be "
-                "alike, so call it for each shape"
+    shapes = [jnp.shape(field) for field in fields]
+    if len(set(shapes)) == 1:
+        return
+    mend = "call it for each shape"
+    if len({len(shape) for shape in shapes}) == 1:
+        spans = [max(sizes) - min(sizes) for sizes in zip(*shapes, strict=True)]
+        if max(spans) == 1:
+            dims = [dim for dim, span in enumerate(spans) if span]
+            mend = (
+                f"along dimension {', '.join(map(str, dims))} some have one face more than there "
+                "are cells: keep each cell with the face behind it, leave the first face out, and "
+                "give what it is as that field's boundary (docs/stencils.md, staggered grids)"
             )
+    raise ValueError(f"{what}: the fields have shapes {shapes}; they must be alike: {mend}")
 
 
 def _check_line(what: str, dim: int, line: Line, pair: tuple[int, int], name: str) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from wsekern import context, fabric, readings
-from wsekern.axes import AXES, COLS, ROWS, WAFERS
+from wsekern.axes import AXES, COLS, ROWS, SPREAD, WAFERS
 from wsekern.wafer import Wafer
 
 # What lies beyond an end: a rule by name, a number, or a function of the cells nearest to the end.
@@ -216,7 +216,7 @@ def _adopted(laid: NamedSharding) -> Wafer | None:
     """The mesh that an array is split over as a wafer, its axes named from the innermost."""
     used = [name for entry in laid.spec for name in readings.axes_of(entry)]
     used = [name for name in used if laid.mesh.shape[name] > 1]
-    if not used or len(used) > len(AXES):
+    if not used or len(used) > len(AXES) or set(used) & set(SPREAD.values()):
         return None
     ours = AXES[len(AXES) - len(used) :]
     sizes = {axis: laid.mesh.shape[name] for axis, name in zip(ours, used, strict=True)}
@@ -231,7 +231,7 @@ def _adopted(laid: NamedSharding) -> Wafer | None:
 
 
 def _in_our_names(spec: P, wafer: Wafer) -> P:
-    ours = {theirs: axis for axis, theirs in wafer.names}
+    ours = {name: axis for axis in wafer.axes for name in wafer.mesh_spec(P(axis))}
     return P(
         *(tuple(ours[n] for n in readings.axes_of(entry) if n in ours) or None for entry in spec)
     )

@@ -13,7 +13,6 @@ from wsekern.kernels.choose import serving as algorithms
 
 DIVIDES, PADDED = (8, 16, 8), (5, 39, 7)  # M, K, N
 OPERANDS = {
-    "matrices": ((5, 7), (7, 3)),
     "a row": ((1, 9), (9, 5)),
     "a column": ((6, 9), (9, 1)),
     "an outer product": ((5, 1), (1, 6)),
@@ -154,12 +153,12 @@ def test_the_gradient_keeps_nothing_but_the_operands(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["summa", "cannon", "mesh"])
-def test_temporaries_are_fewer_than_those_of_gathering(algorithm):
+def test_temporaries_are_fewer_than_those_of_gathering(algorithm, as_shipped):
     a = b = jax.ShapeDtypeStruct((512, 512), jnp.float32)
 
     def temporary_bytes(algorithm):
         run = jax.jit(product(wk.Wafer.devices(4, 4), algorithm))
-        memory = run.lower(a, b).compile().memory_analysis()
+        memory = run.lower(a, b).compile(compiler_options=as_shipped).memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
 
@@ -355,7 +354,7 @@ def test_the_explanation_of_auto_is_what_runs(rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["devices-2x4", "virtual-3x2"])
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(sizes=st.tuples(*[st.integers(1, 9)] * 3), data=st.data())
 def test_random_sizes(kind, sizes, data):
     M, K, N = sizes

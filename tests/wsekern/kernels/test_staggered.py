@@ -2,6 +2,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 import wsekern as wk
 
@@ -41,3 +42,19 @@ def test_between_walls(full_wafer):
     for name, want in with_all_faces(h, 12).items():
         np.testing.assert_allclose(got[name], want, atol=1e-5)
     assert abs(np.asarray(got["h"], np.float64).sum() - h.sum(dtype=np.float64)) < 1e-4
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("faces", "message"),
+    [
+        ((16, 17), "along dimension 1 some have one face more than there are cells"),
+        ((17, 17), "dimension 0, 1 some have one face more .* leave the first face out"),
+        ((16, 18), "they must be alike: call it for each shape"),
+        ((16,), "they must be alike: call it for each shape"),
+    ],
+)
+def test_refuses_fields_of_two_sizes(faces, message):
+    state = {"h": np.zeros((16, 16), np.float32), "u": np.zeros(faces, np.float32)}
+    with pytest.raises(ValueError, match=message):
+        wk.stencil(state, gravity_waves, radius=1)

@@ -193,11 +193,16 @@ print("same")
     assert done.stdout.split() == ["same"], done.stderr
 
 
-def test_with_default_flags_within_four_ulp(wafer_called):
-    want = run(field(), steps=20, boundary="reflect")
+def test_with_default_flags_within_four_ulp(wafer_called, as_shipped):
+    def run(wafer):
+        go = functools.partial(wk.stencil, update=weighted, radius=1, steps=20, wafer=wafer)
+        go = functools.partial(go, boundary="reflect")
+        return jax.jit(go, compiler_options=as_shipped)(field())
+
+    want = run(None)
     ulp = np.spacing(np.abs(want).max())
     for name in ("2x4", "2of2x2", "virtual-4x4"):
-        got = run(field(), steps=20, boundary="reflect", wafer=wafer_called(name))
+        got = run(wafer_called(name))
         assert np.abs(np.asarray(got) - want).max() <= 4 * ulp
 
 
@@ -310,22 +315,23 @@ def test_in_a_kernel(full_wafer):
 
 # Of a deeper halo's buffer XLA in jax 0.12 makes two copies to an exchange; in 0.10 there is none.
 @pytest.mark.parametrize(("depth", "most"), [(2, 0), (4, 2)])
-def test_no_step_copies_a_field(depth, most):
+def test_no_step_copies_a_field(depth, most, as_shipped):
     """Two buffers take turns: within the loop nothing is concatenated, no step copied."""
     wafer = wk.Wafer.devices(2, 4)
     u = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=wafer.sharding(P("y", "x")))
     go = functools.partial(wk.stencil, update=star, radius=1, boundary="periodic", steps=64)
-    program = jax.jit(functools.partial(go, wafer=wafer, depth=depth)).lower(u).compile().as_text()
+    lowered = jax.jit(functools.partial(go, wafer=wafer, depth=depth)).lower(u)
+    program = lowered.compile(compiler_options=as_shipped).as_text()
     assert program is not None
     (body,) = [part for part in program.split("\n\n") if "collective-permute(" in part]
     assert body.count(" copy(") <= most
     assert "concatenate" not in body and "all-gather" not in body
 
 
-def test_donated_memory_is_used():
+def test_donated_memory_is_used(as_shipped):
     u = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     go = functools.partial(wk.stencil, update=star, radius=1, steps=4)
-    program = jax.jit(go, donate_argnums=0).lower(u).compile()
+    program = jax.jit(go, donate_argnums=0).lower(u).compile(compiler_options=as_shipped)
     memory = program.memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes == 64 * 64 * 4
 

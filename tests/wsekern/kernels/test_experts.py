@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import wsekern as wk
+from wsekern.kernels import experts as kernel
+
+B, T, D, F, E, k = 2, 6, 10, 7, 6, 3
+
+
+def gated(gate, up):
+    return jnp.tanh(gate) * (up + 1)
+
+
+def operands(biased=True, dtype=jnp.float32):
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
+    weights = normal(E, D, F), normal(E, D, F), normal(E, F, D)
+    biases = (normal(E, F), normal(E, F), normal(E, D)) if biased else None
+    scores = normal(B, T, E).at[..., 4].set(-9.0)  # an expert that nobody chooses
+    shares, chosen = jax.lax.top_k(jax.nn.softmax(scores), k)
+    return normal(B, T, D), chosen, shares, weights, biases
+
+
+def dense(x, chosen, shares, weights, biases):
+    """Every expert on every token."""
+    (gate, up, down), total = weights, 0
+    for e in range(E):
+        g, u = x @ gate[e], x @ up[e]
+        if biases is not None:
+            g, u = g + biases[0][e][None, None], u + biases[1][e][None, None]
+        y = gated(g, u) @ down[e]
+        y = y if biases is None else y + biases[2][e][None, None]
+        total = total + y * (shares * (chosen == e)).sum(-1, keepdims=True)
+    return total
+
+
+def value_and_gradients(operation):
+    def loss(x, shares, weights, biases, chosen):
+        out = operation(x, chosen, shares, weights, biases)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+def ours(*operands):
+    return wk.experts(*operands, activation=gated)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_it_is_the_dense_loop_over_experts(biased):
+    x, chosen, shares, weights, biases = operands(biased)
+    check(value_and_gradients(ours), x, shares, weights, biases, chosen)
+
+
+@pytest.mark.parametrize("grid", ["1x4", "4x1", "2x4", "2of2x2", "virtual-4x4", "virtual-2of2x2"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_on_every_wafer_with_its_gradients(grid, parts, wafer_called, monkeypatch):
+    if parts > 1:  # some experts at a time
+        monkeypatch.setattr(kernel, "_MOST_GATHERED", 100)
+    x, chosen, shares, weights, biases = operands()
+    with wafer_called(grid):
+        check(value_and_gradients(lambda *a: ours(*a)), x, shares, weights, biases, chosen)
+
+
+def check(program, x, shares, weights, biases, chosen):
+    got = program(x, shares, weights, biases, chosen)
+    want = value_and_gradients(dense)(x, shares, weights, biases, chosen)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_a_choice_out_of_range_adds_nothing():
+    x, chosen, shares, weights, biases = operands()
+    some = chosen.at[0, :, 1].set(jnp.array([-1, E, 99, -7, 0, 1]))
+    got = jax.jit(ours)(x, some, shares, weights, biases)
+    np.testing.assert_allclose(got, dense(x, some, shares, weights, biases), atol=1e-5)
+
+
+def test_all_tokens_to_one_expert_and_short_dtypes():
+    x, chosen, shares, weights, biases = operands(dtype=jnp.bfloat16)
+    one = jnp.full((B, T, 1), 2)
+    share = jnp.ones((B, T, 1), jnp.bfloat16)
+    got = jax.jit(ours)(x, one, share, weights, biases)
+    assert got.dtype == jnp.bfloat16
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, share, weights, biases))
+    want = dense(wide[0], one, *wide[1:])
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.06 * abs(want).max())
+
+
+def test_even_use_has_a_balance_loss_of_k():
+    even = (jnp.arange(12)[:, None] + jnp.arange(k)[None]) % E
+    assert jax.jit(wk.load_balance_loss)(jnp.full((12, E), 1 / E), even) == pytest.approx(k)
+    first = jnp.zeros((12, 1), jnp.int32)
+    certain = jax.nn.one_hot(first[:, 0], E)
+    assert wk.load_balance_loss(certain, first) == pytest.approx(E)
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.zeros((T, D))}, r"x is \(6, 10\), it must be \[B, T, D\]"),
+        ({"chosen": jnp.zeros((B, T, k))}, "chosen is float32; cast it to an integer"),
+        ({"shares": jnp.zeros((B, T, 2))}, r"shares \(2, 6, 2\): both must be \(2, 6, k\)"),
+        ({"x": jnp.zeros((B, T, 9))}, r"they must be \[E, 9, F\] twice"),
+        ({"weights": tuple(w[:2] for w in operands()[3])}, "chooses 3 experts of 2"),
+        ({"biases": operands()[4][:2]}, "biases are"),
+        ({"x": jnp.zeros((B, T, D), jnp.bfloat16)}, "cast them to one floating dtype"),
+    ],
+)
+def test_refuses(change, message):
+    names = ("x", "chosen", "shares", "weights", "biases")
+    given = dict(zip(names, operands(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        ours(*given.values())

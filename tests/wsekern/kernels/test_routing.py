@@ -1,0 +1,74 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern.kernels import routing
+
+B, T, D, F, E = 8, 8, 6, 5, 8
+
+
+def make_wafer(reading):
+    # Four wafers: with one choice a token, buckets are less than half of a gather.
+    return wk.Wafer.virtual(wk.WSE2, 2, 2, 4) if reading == "virtual" else wk.Wafer.devices(2, 2, 4)
+
+
+def choices(fits):
+    """One expert a token: every wafer's tokens spread over all of them, or all to the first."""
+    spread = jnp.arange(B * T).reshape(B, T, 1) % E
+    return spread if fits else spread // 2 * 0 + 1
+
+
+@pytest.mark.parametrize("reading", ["devices", "virtual"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_go_by_buckets_if_they_fit_and_come_back_summed(reading, fits):
+    def per_pe(x, chosen):
+        rows, chosen = x.reshape(-1, x.shape[2]), chosen.reshape(-1, 1)
+
+        def work(route):
+            mine = route.send(chosen)[:, 0] // (E // 4) == wk.fabric.axis_index(WAFERS)
+            there = jnp.where(mine[:, None], 2 * route.send(rows), 0)
+            gathered = jnp.full_like(rows, float(route is routing._GATHER))
+            return route.back(there), gathered
+
+        out, gathered = routing.routed(chosen, E // 4, work)
+        return out.reshape(x.shape), gathered.reshape(x.shape)
+
+    tokens = P(WAFERS, ROWS, COLS)
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
+    wafer = make_wafer(reading)
+    run = wafer.map(per_pe, in_specs=(tokens, P(WAFERS, ROWS, None)), out_specs=(tokens, tokens))
+    out, gathered = jax.jit(run)(x, choices(fits))
+    np.testing.assert_allclose(out, 2 * x, rtol=1e-6)
+    assert (gathered == (not fits)).all()
+
+
+@pytest.mark.parametrize("reading", ["devices", "virtual"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_experts_and_gradients_are_the_same_either_way(reading, fits):
+    keys = jax.random.split(jax.random.key(1), 5)
+    x, shares = (jax.random.normal(k, (B, T, n)) for k, n in zip(keys, (D, 1), strict=False))
+    shapes = ((E, D, F), (E, D, F), (E, F, D))
+    weights = tuple(jax.random.normal(k, s) for k, s in zip(keys[2:], shapes, strict=True))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+    def gradients(x, shares, weights, chosen):
+        out = wk.experts(x, chosen, shares, weights, activation=jnp.multiply)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    want = gradients(x, shares, weights, choices(fits))
+    with make_wafer(reading):
+        got = gradients(x, shares, weights, choices(fits))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_bucket_is_no_more_than_needed():
+    assert routing.bucket(1000, 1, 4) == 376  # a quarter on average, and a half more
+    assert routing.bucket(1000, 8, 2) > 1000  # nearly every token goes everywhere: a gather

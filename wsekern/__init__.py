@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from wsekern.hardware import WSE1 as WSE1
     from wsekern.hardware import WSE2 as WSE2
     from wsekern.hardware import WSE3 as WSE3
+    from wsekern.host_memory import Memory as Memory
+    from wsekern.host_memory import memory as memory
     from wsekern.kernels.attention import attention as attention
     from wsekern.kernels.cache import KVCache as KVCache
     from wsekern.kernels.decode import decode_attention as decode_attention
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from wsekern.kernels.differences import diffusion_limit as diffusion_limit
     from wsekern.kernels.differences import wave_limit as wave_limit
     from wsekern.kernels.embedding import embedding as embedding
+    from wsekern.kernels.experts import experts as experts
     from wsekern.kernels.explain_matmul import explain_matmul as explain_matmul
     from wsekern.kernels.gemv import gemv as gemv
     from wsekern.kernels.halo import crop as crop
@@ -43,8 +46,14 @@ if TYPE_CHECKING:
     from wsekern.kernels.points import Receivers as Receivers
     from wsekern.kernels.points import Sources as Sources
     from wsekern.kernels.rotary import rotary as rotary
+    from wsekern.kernels.routing import load_balance_loss as load_balance_loss
     from wsekern.kernels.stencil import stencil as stencil
     from wsekern.kernels.stencil import stencil_tile as stencil_tile
+    from wsekern.pictures.roofline import roofline as roofline
+    from wsekern.pictures.scaling import scaling as scaling
+    from wsekern.pictures.terminal import terminal_map as terminal_map
+    from wsekern.pictures.wafer_map import wafer_map as wafer_map
+    from wsekern.placement.defects import Defects as Defects
     from wsekern.solvers.bicgstab import bicgstab as bicgstab
     from wsekern.solvers.conjugate_gradient import cg as cg
     from wsekern.solvers.jacobi import jacobi as jacobi
@@ -62,7 +71,9 @@ _HOMES = {
     "WSE1": "hardware",
     "WSE2": "hardware",
     "WSE3": "hardware",
+    "Defects": "placement.defects",
     "KVCache": "kernels.cache",
+    "Memory": "host_memory",
     "Wafer": "wafer",
     "attention": "kernels.attention",
     "bicgstab": "solvers.bicgstab",
@@ -74,6 +85,8 @@ _HOMES = {
     "diffusion_limit": "kernels.differences",
     "embedding": "kernels.embedding",
     "estimate": "estimator.estimate",
+    "experts": "kernels.experts",
+    "load_balance_loss": "kernels.routing",
     "explain_matmul": "kernels.explain_matmul",
     "gemv": "kernels.gemv",
     "crop": "kernels.halo",
@@ -82,16 +95,21 @@ _HOMES = {
     "jacobi": "solvers.jacobi",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
+    "memory": "host_memory",
     "multigrid": "solvers.multigrid",
     "rms_norm": "kernels.norm",
     "Receivers": "kernels.points",
     "Solution": "solvers.solution",
     "Sources": "kernels.points",
+    "roofline": "pictures.roofline",
     "rotary": "kernels.rotary",
+    "scaling": "pictures.scaling",
     "stencil": "kernels.stencil",
     "stencil_tile": "kernels.stencil",
+    "terminal_map": "pictures.terminal",
     "traffic": "estimator.traffic",
     "v_cycle": "solvers.multigrid",
+    "wafer_map": "pictures.wafer_map",
     "wave_limit": "kernels.differences",
 }
 __all__ = sorted(_HOMES)

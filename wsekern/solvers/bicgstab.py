@@ -15,8 +15,6 @@ from wsekern.solvers import fields
 from wsekern.solvers.fields import Fields, Operator
 from wsekern.solvers.solution import BREAKDOWN, INCONSISTENT, Solution, solve
 
-# Beside the product of the norms: of less than this two residuals are as good as orthogonal.
-_ORTHOGONAL = 1e-12
 # Of the steepest slope: a direction that is mapped to so little is in the operator's null space.
 _FLAT = 1e-4
 
@@ -79,22 +77,26 @@ def _step(precondition, matvec, x, r, rest):
     slope = fields.norm(v) / fields.norm(y)
     steepest = jnp.maximum(steepest, slope)
     across = fields.dot(shadow, v)
-    alpha = _ratio(rho, across)
+    # Of products of what is orthogonal to the first residual only rounding is left.
+    orthogonal = jnp.finfo(rho.dtype).eps * fields.norm(shadow)
+    stuck = jnp.abs(across) <= orthogonal * fields.norm(v)
+    alpha = jnp.where(stuck, 0, _ratio(rho, across))
     s = fields.plus(r, -alpha, v)
     z = precondition(s)
     t = matvec(z)
     tt = fields.dot(t, t)
     omega = _ratio(fields.dot(t, s), tt)
     x = fields.plus(fields.plus(x, alpha, y), omega, z)
-    r = fields.plus(s, -omega, t)
+    begun, r = r, fields.plus(s, -omega, t)
     new = fields.dot(shadow, r)
     beta = _ratio(new, rho) * _ratio(alpha, omega)
     p = fields.plus(r, beta, fields.plus(p, -omega, v))
-    rr = fields.dot(r, r)
-    lost = jnp.abs(new) <= _ORTHOGONAL * jnp.sqrt(rr * fields.dot(shadow, shadow))
+    lost = stuck | (jnp.abs(new) <= orthogonal * fields.norm(r))
+    # Where it has just begun anew, there is no better direction.
+    broke = stuck & (rho == fields.dot(begun, begun))
     fresh = _begin(r)
     rest = jax.tree.map(lambda a, b: jnp.where(lost, a, b), fresh, (shadow, p, new))
-    why = jnp.where((across == 0) | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, -1)
+    why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, -1)
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, why)
     return x, r, (rest, steepest), why
 

@@ -6,18 +6,21 @@ coarsened, as in U. Trottenberg, C. Oosterlee and A. Schueller, "Multigrid", 200
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from wsekern.kernels.stencil import stencil
 from wsekern.solvers import fields
 from wsekern.solvers.fields import Operator
-from wsekern.solvers.solution import Solution, solve
+from wsekern.solvers.solution import DIVERGED, Solution, solve
 
 _COARSEST = 4  # cells along the shortest side at which no coarser grid is made
 _SWEEPS = 40  # on the coarsest grid
+_GROWN = 10.0  # of the first residual: it will not come down again
 
 
 def multigrid(
@@ -34,14 +37,17 @@ def multigrid(
     """`x` with `operator_at(1)(x) = b`, by V-cycles; an iteration is one cycle.
 
     A cycle of (2, 2) takes about six applications of the operator at full size, in two dimensions,
-    and reduces the residual of a Laplacian by the same factor on grids of any size. Differentiable
-    as `cg` is. As a preconditioner: `cg(A, b, preconditioner=v_cycle(...))`.
+    and reduces the residual of a Laplacian by a factor of 5.2 to 5.6 in the long run, and by
+    more at first, on grids of any size. Differentiable as `cg` is. As a preconditioner:
+    `cg(A, b, preconditioner=v_cycle(...))`.
 
     Args:
       operator_at: from how many times the cells' side is that of `b`'s, a power of two, to the
         operator on such a grid: 1, 2, 4, ... Values lie in the middle of cells, walls on the faces
         of the outermost: of a stencil with `boundary="edge"`, or `lambda near: -near` for zero on
-        the wall ("zero" has its wall half a cell farther, on every grid elsewhere).
+        the wall. "zero" has its wall half a cell farther, on every grid elsewhere, and cycles
+        would diverge. To have it where the finest grid has it, let coarser ones say
+        `lambda near: -(level - 1) / (level + 1) * near`; a cycle then reduces by 2.8.
       b: the right side, one field; its sides halve as often as they are even.
       diagonal_at: likewise, that operator's diagonal: a number, or a field.
       sweeps: of damped Jacobi before a coarser grid is visited, and after.
@@ -51,23 +57,24 @@ def multigrid(
       max_iterations: cycles at most.
 
     Raises:
-      ValueError: b is not one field, has a side that is too short to halve, or an option does not
-        fit.
+      ValueError: b is not one field, has a side that is too short to halve, an option does not
+        fit, or a coarser operator is a stencil, or a `functools.partial` of one, whose boundary is
+        "zero". Where that does not show, the solution's reason is that it diverged.
     """
     _check(b, sweeps, damping)
     cycle = v_cycle(operator_at, b.shape, diagonal_at=diagonal_at, sweeps=sweeps, damping=damping)
 
     def step(matvec, x, r, rest):
-        del rest
         move = cycle(r)
-        return fields.plus(x, 1, move), fields.minus(r, matvec(move)), (), jnp.int32(-1)
+        x, r = fields.plus(x, 1, move), fields.minus(r, matvec(move))
+        return x, r, rest, jnp.where(fields.norm(r) > _GROWN * rest, DIVERGED, -1)
 
     return solve(
         "multigrid",
         operator_at(1),
         b,
         None,
-        lambda r: (),
+        fields.norm,
         step,
         tolerance=tolerance,
         absolute=absolute,
@@ -92,8 +99,12 @@ def v_cycle(
       diagonal_at: as in `multigrid`.
       sweeps: as in `multigrid`; as many before as after make the cycle symmetric.
       damping: as in `multigrid`.
+
+    Raises:
+      ValueError: a coarser operator is a stencil whose boundary is "zero".
     """
     levels = _levels(shape)
+    _check_walls(operator_at, levels)
 
     def smoothed(level, x, b, times):
         operator, step = operator_at(level), damping / jnp.asarray(diagonal_at(level), b.dtype)
@@ -152,3 +163,23 @@ def _check(b, sweeps, damping):
         )
     if min(sweeps) < 1 or not damping > 0:
         raise ValueError(f"multigrid: sweeps={sweeps} must be 1 or more, damping={damping} above 0")
+
+
+def _check_walls(operator_at, levels):
+    for level in levels[1:]:
+        operator = operator_at(level)
+        if not isinstance(operator, functools.partial) or operator.func is not stencil:
+            continue
+        boundary = operator.keywords.get("boundary", "zero")
+        sides = boundary if isinstance(boundary, list | tuple) else [boundary]
+        if any(isinstance(side, float | int) or side == "zero" for side in _flat(sides)):
+            raise ValueError(
+                f"multigrid: operator_at({level}) is a stencil with boundary={boundary!r}, whose "
+                "wall lies half a cell beyond the faces, and so elsewhere on every grid; put it on "
+                "the faces with boundary=lambda near: -near, or on coarser grids take "
+                "boundary=lambda near: -(level - 1) / (level + 1) * near"
+            )
+
+
+def _flat(sides):
+    return [e for s in sides for e in (s if isinstance(s, list | tuple) else [s])]

@@ -20,8 +20,11 @@ REASONS = (
     "breakdown: the operator is not what the method needs (indefinite, or not symmetric)",
     "inconsistent: the operator is singular, and b has a part that it cannot make",
     "not finite",
+    "diverged: the residual grows; multigrid's operators must have their walls at one place",
 )
-CONVERGED, OUT_OF_ITERATIONS, STAGNATED, BREAKDOWN, INCONSISTENT, NOT_FINITE = range(len(REASONS))
+CONVERGED, OUT_OF_ITERATIONS, STAGNATED, BREAKDOWN, INCONSISTENT, NOT_FINITE, DIVERGED = range(
+    len(REASONS)
+)
 
 
 class Solution(NamedTuple):

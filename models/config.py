@@ -1,8 +1,69 @@
 """This file is the sizes and choices of a decoder; it imports no jax, so that `--help` is quick."""
 
 import dataclasses
+import itertools
 import typing
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+Family = Literal["gpt2", "llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
+Biased = Literal["qkv", "out", "mlp", "norm"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to a longer context; `models.rope` has the formulas."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_context: int = 0  # what the model was first trained on, tokens; not used by "linear"
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn, turns within the original context
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: whether the ramp begins and ends at whole dimensions
+    attention_factor: float = 1.0  # yarn: what cosines and sines are multiplied by
+
+    def __post_init__(self):
+        for name in ("factor", "attention_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rope scaling: {name}={getattr(self, name)} must be above 0")
+        if self.kind != "linear" and self.original_context < 1:
+            raise ValueError(
+                f"rope scaling: {self.kind!r} needs the original context, in tokens; it is "
+                f"{self.original_context}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The sparse feed-forward layers of a mixture of experts."""
+
+    count: int
+    chosen: int  # for each token
+    d_ff: int  # of one expert
+    router: Literal["softmax_top", "top_softmax"] = "softmax_top"
+    normalised: bool = True  # whether the chosen shares are made to add up to one (softmax_top)
+    biases: bool = False  # of the router and of the experts
+    balance: float = 0.001  # what the load-balance loss is weighed by in training
+
+    def __post_init__(self):
+        for name in ("count", "chosen", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"experts: {name}={getattr(self, name)} must be 1 or more")
+        if self.chosen > self.count:
+            raise ValueError(
+                f"experts: chosen={self.chosen} of count={self.count}: no token can choose more "
+                "experts than there are"
+            )
+
+
+class LayerKind(NamedTuple):
+    """What may differ from layer to layer; layers of one kind are the same program."""
+
+    window: int | None  # how many keys a token sees, its own with them
+    sparse: bool  # experts, or one feed-forward
+    scale: float  # what attention's scores are multiplied by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +82,26 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10_000.0
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    biases: bool = False  # on every product and, with norm="layer", on the norms
+    rope_scaling: RopeScaling | None = None
+    activation: Literal["swiglu", "clamped_swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    swiglu_alpha: float = 1.702  # clamped_swiglu: gain of the sigmoid
+    swiglu_limit: float = 7.0  # clamped_swiglu: what gate and up are cut to
+    biases: tuple[Biased, ...] = ()  # what adds one: products, the norms of norm="layer"
+    qk_norm: bool = False  # RMSNorm of each head of queries and keys, before the rotation
+    sinks: bool = False  # a learned score for each head that takes part in the softmax alone
+    scaled_attention: bool = True  # scores are divided by the square root of the head size
+    scaled_by_layer: bool = False  # and by the layer's number, counted from 1
+    windows: tuple[int | None, ...] = ()  # of each layer, tokens; none: every layer sees all
+    experts: ExpertsConfig | None = None
+    sparse_layers: tuple[bool, ...] = ()  # which layers have experts; none: all, if any
     tied: bool = False  # the head is the embedding, transposed
     init_std: float = 0.02
+    # Checkpoints mostly hold weights [out, in]; kept so, loading one transposes nothing.
+    weights: Literal["in_out", "out_in"] = "in_out"
+    # Layers of one kind as one array, for scans; or each by itself, as generation wants them.
+    stacked: bool = True
+    family: Family = "llama"  # whose names and config.json a checkpoint of it has
+    source: str = ""  # the config.json that it was read from, as text: what it had beside these
 
     def __post_init__(self):
         for name in ("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "context"):
@@ -34,6 +111,10 @@ class DecoderConfig:
             known = typing.get_args(hint)
             if typing.get_origin(hint) is Literal and getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {known}")
+        if unknown := set(self.biases) - set(typing.get_args(Biased)):
+            raise ValueError(
+                f"biases={self.biases}: {sorted(unknown)} is none of qkv, out, mlp, norm"
+            )
         if self.head_size is not None and self.head_size < 1:
             raise ValueError(f"head_size={self.head_size} must be 1 or more")
         if self.head_size is None and self.d_model % self.heads:
@@ -43,6 +124,13 @@ class DecoderConfig:
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        for name in ("windows", "sparse_layers"):
+            if (given := len(getattr(self, name))) not in (0, self.layers):
+                raise ValueError(f"{name} names {given} layers, there are {self.layers}")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows={self.windows} must be 1 token or more, or None")
+        if any(self.sparse_layers) and self.experts is None:
+            raise ValueError("sparse_layers needs experts=ExpertsConfig(..)")
         if self.positions == "rotary" and self.d_head % 2:
             raise ValueError(f"rotary positions need an even head size, it is {self.d_head}")
 
@@ -61,6 +149,46 @@ class DecoderConfig:
         """Size of all key (or value) heads together."""
         return self.kv_heads * self.d_head
 
+    @property
+    def gated(self) -> bool:
+        """Whether a feed-forward multiplies its activation by a second product."""
+        return self.activation in ("swiglu", "clamped_swiglu")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        scale = self.d_head**-0.5 if self.scaled_attention else 1.0
+        if self.rope_scaling is not None:  # of queries and keys: once for each of them
+            scale *= self.rope_scaling.attention_factor**2
+        sparse = self.sparse_layers or (self.experts is not None,) * self.layers
+        windows = self.windows or (None,) * self.layers
+        return tuple(
+            LayerKind(windows[i], sparse[i], scale / (i + 1 if self.scaled_by_layer else 1))
+            for i in range(self.layers)
+        )
+
+    @property
+    def stages(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+        """The layers as (kinds in turn, how often they come round), in order.
+
+        A model that alternates is one stage of two kinds; layers of one kind in a row are one of
+        one kind.
+        """
+        kinds = self.kinds
+        if not self.stacked:
+            return tuple(((kind,), 1) for kind in kinds)
+        for period in range(1, 5):
+            turns, left = divmod(len(kinds), period)
+            if not left and kinds == kinds[:period] * turns:
+                return ((kinds[:period], turns),)
+        return tuple(((kind,), len(list(run))) for kind, run in itertools.groupby(kinds))
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """Of each layer: its stage, which kind of the stage it is, and which turn."""
+        for stage, (kinds, turns) in enumerate(self.stages):
+            for turn in range(turns):
+                yield from ((stage, position, turn) for position in range(len(kinds)))
+
     def flops_per_token(self, context: int) -> int:
         """FLOPs of one training step for each token: three times those of the forward pass.
 
@@ -70,9 +198,14 @@ class DecoderConfig:
         Args:
           context: length of the sequence, in tokens.
         """
-        gates = 2 if self.activation == "swiglu" else 1
-        block = self.d_model * (2 * self.d_attention + 2 * self.d_kv)
-        block += self.d_model * self.d_ff * (gates + 1)
-        products = self.layers * block + self.d_model * self.vocab
-        scores = self.layers * self.d_attention * context  # 2 products, half of the square
+        attention = self.d_model * (2 * self.d_attention + 2 * self.d_kv)
+        each = self.d_model * (3 if self.gated else 2)
+        products, scores = self.d_model * self.vocab, 0
+        for kind in self.kinds:
+            products += attention + each * self.d_ff * (not kind.sparse)
+            if kind.sparse and self.experts is not None:
+                products += each * self.experts.d_ff * self.experts.chosen
+                products += self.d_model * self.experts.count
+            seen = context if kind.window is None else min(context, 2 * kind.window)
+            scores += self.d_attention * seen  # 2 products, half of the square
         return 3 * 2 * (products + scores)

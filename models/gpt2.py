@@ -1,9 +1,17 @@
 """This file is the GPT-2 decoders: LayerNorm, learned positions, GELU, biases, a tied head.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. `gpt2-nano` has the
-sizes of nanoGPT's setting for a CPU, which trains without biases.
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; N. Dey et al.,
+"Cerebras-GPT: Open Compute-Optimal Language Models Trained on the Cerebras Wafer-Scale Cluster",
+2023, table 1. `gpt2-nano` has the sizes of nanoGPT's setting for a CPU, which trains without
+biases.
 """
 
+import dataclasses
+import json
+from typing import Any
+
+from models.checkpoints import fields as of
+from models.checkpoints import names
 from models.config import DecoderConfig
 
 GPT2_NANO = DecoderConfig(
@@ -16,8 +24,9 @@ GPT2_NANO = DecoderConfig(
     context=64,
     norm="layer",
     positions="learned",
-    activation="gelu",
+    activation="gelu_tanh",
     tied=True,
+    family="gpt2",
 )
 GPT2_124M = DecoderConfig(
     vocab=50_257,
@@ -29,9 +38,86 @@ GPT2_124M = DecoderConfig(
     context=1024,
     norm="layer",
     positions="learned",
-    activation="gelu",
-    biases=True,
+    activation="gelu_tanh",
+    biases=("qkv", "out", "mlp", "norm"),
     tied=True,
+    family="gpt2",
 )
 
-PRESETS = {"gpt2-nano": GPT2_NANO, "gpt2-124m": GPT2_124M}
+
+def _gpt2(d_model: int, layers: int, heads: int) -> DecoderConfig:
+    return dataclasses.replace(
+        GPT2_124M, d_model=d_model, d_ff=4 * d_model, layers=layers, heads=heads, kv_heads=heads
+    )
+
+
+def _cerebras(d_model: int, layers: int, head_size: int, d_ff: int | None = None) -> DecoderConfig:
+    config = _gpt2(d_model, layers, d_model // head_size)
+    d_ff = 4 * d_model if d_ff is None else d_ff
+    return dataclasses.replace(config, d_ff=d_ff, context=2048, activation="gelu")
+
+
+PRESETS = {
+    "gpt2-nano": GPT2_NANO,
+    "gpt2-124m": GPT2_124M,
+    "gpt2-355m": _gpt2(1024, 24, 16),
+    "gpt2-774m": _gpt2(1280, 36, 20),
+    "gpt2-1.5b": _gpt2(1600, 48, 25),
+    "cerebras-gpt-111m": _cerebras(768, 10, 64),
+    "cerebras-gpt-256m": _cerebras(1088, 14, 64),
+    "cerebras-gpt-590m": _cerebras(1536, 18, 128),
+    "cerebras-gpt-1.3b": _cerebras(2048, 24, 128),
+    "cerebras-gpt-2.7b": _cerebras(2560, 32, 80),
+    "cerebras-gpt-6.7b": _cerebras(4096, 32, 128),
+    "cerebras-gpt-13b": _cerebras(5120, 40, 128),
+}
+ARCHITECTURE = "GPT2LMHeadModel"
+MODEL_TYPE = "gpt2"
+NAMES = names.GPT2
+
+
+def from_fields(fields: dict[str, Any]) -> DecoderConfig:
+    """The config of a checkpoint's config.json."""
+    d_model, heads = int(of.need(fields, "n_embd")), int(of.need(fields, "n_head"))
+    return DecoderConfig(
+        vocab=int(of.need(fields, "vocab_size")),
+        d_model=d_model,
+        d_ff=int(fields.get("n_inner") or 4 * d_model),
+        layers=int(of.need(fields, "n_layer")),
+        heads=heads,
+        kv_heads=heads,
+        context=int(of.need(fields, "n_positions", "n_ctx")),
+        norm="layer",
+        norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
+        positions="learned",
+        activation=of.activation(
+            fields, "activation_function", ("gelu", "gelu_tanh", "relu"), "gelu_new"
+        ),
+        biases=("qkv", "out", "mlp", "norm"),
+        scaled_attention=bool(fields.get("scale_attn_weights", True)),
+        scaled_by_layer=bool(fields.get("scale_attn_by_inverse_layer_idx", False)),
+        tied=bool(fields.get("tie_word_embeddings", True)),
+        init_std=float(fields.get("initializer_range", 0.02)),
+        weights="in_out",
+        family="gpt2",
+        source=json.dumps(fields),
+    )
+
+
+def to_fields(config: DecoderConfig) -> dict[str, Any]:
+    """config.json of a config."""
+    called = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+    return {
+        "vocab_size": config.vocab,
+        "n_embd": config.d_model,
+        "n_inner": config.d_ff,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_positions": config.context,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": called[config.activation],
+        "scale_attn_weights": config.scaled_attention,
+        "scale_attn_by_inverse_layer_idx": config.scaled_by_layer,
+        "tie_word_embeddings": config.tied,
+        "initializer_range": config.init_std,
+    }

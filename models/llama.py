@@ -1,11 +1,16 @@
 """This file is the Llama decoders: RMSNorm, rotary positions, SwiGLU, no biases.
 
 Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, and "The Llama 3 Herd
-of Models", 2024. The sizes below 1b are ours: `nano` and `20m` for bytes,
-`125m` for GPT-2's vocabulary.
+of Models", 2024. The sizes below 1b are ours (`nano` and `20m` for bytes,
+`125m` for GPT-2's vocabulary) but for `smollm2-135m`: L. Ben Allal et al., "SmolLM2", 2025.
 """
 
-from models.config import DecoderConfig
+import dataclasses
+from typing import Any
+
+from models.checkpoints import fields as of
+from models.checkpoints import names
+from models.config import DecoderConfig, RopeScaling
 
 _BYTES = 256
 
@@ -50,6 +55,26 @@ LLAMA3_70B = DecoderConfig(
     rope_theta=500_000.0,
 )
 
+_LLAMA31 = RopeScaling(kind="llama3", factor=8.0, original_context=8192)
+_LLAMA32 = dataclasses.replace(_LLAMA31, factor=32.0)
+
+
+def _long(config: DecoderConfig, scaling: RopeScaling) -> DecoderConfig:
+    return dataclasses.replace(config, context=131_072, rope_scaling=scaling)
+
+
+def _llama2(d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int) -> DecoderConfig:
+    return DecoderConfig(
+        vocab=32_000,
+        d_model=d_model,
+        d_ff=d_ff,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        context=4096,
+    )
+
+
 PRESETS = {
     "nano": NANO,
     "20m": LLAMA_20M,
@@ -57,4 +82,52 @@ PRESETS = {
     "1b": LLAMA_1B,
     "8b": LLAMA3_8B,
     "70b": LLAMA3_70B,
+    "smollm2-135m": DecoderConfig(
+        vocab=49_152,
+        d_model=576,
+        d_ff=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        context=8192,
+        rope_theta=100_000.0,
+        tied=True,
+    ),
+    "llama2-7b": _llama2(4096, 11_008, 32, 32, 32),
+    "llama2-13b": _llama2(5120, 13_824, 40, 40, 40),
+    "llama2-70b": _llama2(8192, 28_672, 80, 64, 8),
+    "codellama-34b": dataclasses.replace(
+        _llama2(8192, 22_016, 48, 64, 8), context=16_384, rope_theta=1e6
+    ),
+    "llama3-8b": LLAMA3_8B,
+    "llama3-70b": LLAMA3_70B,
+    "llama3.1-8b": _long(LLAMA3_8B, _LLAMA31),
+    "llama3.1-70b": _long(LLAMA3_70B, _LLAMA31),
+    "llama3.2-1b": _long(LLAMA_1B, _LLAMA32),
+    "llama3.2-3b": _long(
+        dataclasses.replace(LLAMA_1B, d_model=3072, layers=28, heads=24, kv_heads=8), _LLAMA32
+    ),
+    "llama3.3-70b": _long(LLAMA3_70B, _LLAMA31),
 }
+ARCHITECTURE = "LlamaForCausalLM"
+MODEL_TYPE = "llama"
+NAMES = names.LLAMA
+
+
+def from_fields(fields: dict[str, Any]) -> DecoderConfig:
+    """The config of a checkpoint's config.json."""
+    biased = {"attention_bias": ("qkv", "out"), "mlp_bias": ("mlp",)}
+    return of.decoder(
+        fields,
+        family="llama",
+        activation=of.activation(fields, "hidden_act", ("swiglu",), "silu"),
+        biases=tuple(b for flag, some in biased.items() if fields.get(flag) for b in some),
+    )
+
+
+def to_fields(config: DecoderConfig) -> dict[str, Any]:
+    """config.json of a config."""
+    return of.decoder_fields(config) | {
+        "attention_bias": "qkv" in config.biases,
+        "mlp_bias": "mlp" in config.biases,
+    }

@@ -1,11 +1,24 @@
-"""This file is every preset by its name; it imports no jax."""
+"""This file is every family, and every preset by its name; it imports no jax."""
 
 import difflib
+from types import ModuleType
+from typing import Any
 
-from models import gpt2, llama
+from models import gpt2, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 from models.config import DecoderConfig
 
-PRESETS: dict[str, DecoderConfig] = {**llama.PRESETS, **gpt2.PRESETS}
+# By the name that configs have; each has PRESETS, NAMES, ARCHITECTURE, from_fields and to_fields.
+FAMILIES: dict[str, ModuleType] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+}
+PRESETS: dict[str, DecoderConfig] = {
+    name: config for family in FAMILIES.values() for name, config in family.PRESETS.items()
+}
 
 
 def find_preset(name: str) -> DecoderConfig:
@@ -19,3 +32,22 @@ def find_preset(name: str) -> DecoderConfig:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"preset={name!r} is not one of {list(PRESETS)}{hint}")
     return PRESETS[name]
+
+
+def find_family(fields: dict[str, Any]) -> ModuleType:
+    """The family of a checkpoint, by its config.json.
+
+    Raises:
+      ValueError: it is none of `FAMILIES`.
+    """
+    architectures = fields.get("architectures") or [None]
+    for family in FAMILIES.values():
+        if architectures[0] == family.ARCHITECTURE:
+            return family
+    kind = fields.get("model_type")
+    if architectures[0] is None and kind in FAMILIES:
+        return FAMILIES[kind]
+    known = ", ".join(family.ARCHITECTURE for family in FAMILIES.values())
+    raise ValueError(
+        f"config.json: architecture {architectures[0] or kind!r} is not one of {known}"
+    )

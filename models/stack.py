@@ -30,21 +30,42 @@ def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.R
     return nnx.merge(graph, state)
 
 
-def scan(stacked: nnx.Module, x: Any, *context: Any, remat: bool = False) -> Any:
-    """`x` carried through the layers of `stacked` in turn: `x = layer(x, *context)`.
+def scan(
+    stacked: nnx.Module, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, *, remat: bool
+) -> tuple[Any, Any]:
+    """`carry` taken through the layers of `stacked` in turn: `carry, out = step(layer, carry)`.
 
     Args:
       stacked: what `stack` made.
-      x: the activations.
-      context: further arguments, the same for every layer.
+      step: of one layer and what is carried: what is carried on, and what the layer gives.
+      carry: what goes into the first layer.
       remat: whether the backward pass recomputes a layer from its input instead of keeping what
         it computed, which costs one more forward pass.
+
+    Returns:
+      What comes out of the last layer, and what the layers gave, stacked.
     """
     graph, state = nnx.split(stacked)
 
-    def layer(x, state):
-        return nnx.merge(graph, state)(x, *context), None
+    def layer(carry, state):
+        return step(nnx.merge(graph, state), carry)
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-    x, _ = jax.lax.scan(layer, x, state)
-    return x
+    if jax.tree.leaves(state)[0].shape[0] == 1:
+        carry, out = layer(carry, jax.tree.map(lambda a: a[0], state))
+        return carry, jax.tree.map(lambda a: a[None], out)
+    return jax.lax.scan(layer, carry, state)
+
+
+def unstack(stacked: nnx.Module) -> list[nnx.Module]:
+    """The layers of `stacked`, each with arrays of its own."""
+    graph, state = nnx.split(stacked)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def layer(i):
+        def one(variable):
+            return variable.replace(variable[...][i], axes=variable.axes[1:])
+
+        return jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+    return [nnx.merge(graph, layer(i)) for i in range(count)]

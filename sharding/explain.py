@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sharding.rules import Home
 from sharding.state import layout_of, logical_shape, named_leaves
-from wsekern import layout
+from wsekern import layout, readings
 from wsekern.wafer import Wafer
 
 
@@ -43,8 +43,10 @@ def explain(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[Place
     for name, leaf in named_leaves(state).items():
         shape, spec = logical_shape(leaf), layout_of(leaf, home)
         held = shape if wafer is None else layout.padded_shape(shape, spec, wafer)
-        parts = 1  # virtual PEs all live on one device
-        if wafer is not None and wafer.reading != "virtual":
+        parts = 1
+        if wafer is not None and wafer.reading == "virtual":
+            parts = math.prod(wafer.devices_along(a) for e in spec for a in readings.axes_of(e))
+        elif wafer is not None:
             parts = layout.parts(spec, wafer)
         dtype = jnp.dtype(leaf.dtype)
         rows.append(

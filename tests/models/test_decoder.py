@@ -9,13 +9,17 @@ from flax import nnx
 import wsekern as wk
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.generate import generate
 
 SMALL = DecoderConfig(
     vocab=11, d_model=16, d_ff=24, layers=2, heads=4, kv_heads=2, context=8, tied=True
 )
 GPT = dataclasses.replace(
-    SMALL, norm="layer", positions="learned", activation="gelu", biases=True, kv_heads=4
+    SMALL,
+    norm="layer",
+    positions="learned",
+    activation="gelu_tanh",
+    biases=("qkv", "out", "mlp", "norm"),
+    kv_heads=4,
 )
 ODD = dataclasses.replace(SMALL, d_model=18, heads=3, kv_heads=3, d_ff=25, tied=False)
 CONFIGS = {"llama": SMALL, "gpt2": GPT, "odd": ODD}
@@ -57,8 +61,8 @@ def test_the_decoder_is_the_one_of_the_papers():
 def _llama(p, tokens, heads):
     x = p["embedding"][tokens]
     B, T, D = x.shape
-    for layer in range(p["blocks"]["attention"]["query"]["weight"].shape[0]):
-        b = jax.tree.map(lambda w, layer=layer: w[layer], p["blocks"])
+    for layer in range(p["stages"][0]["blocks"][0]["attention"]["query"]["weight"].shape[0]):
+        b = jax.tree.map(lambda w, layer=layer: w[layer], p["stages"][0]["blocks"][0])
         h = _rms(x, b["attention_norm"]["scale"])
         q, k, v = (
             (h @ b["attention"][n]["weight"]).reshape(B, T, heads, -1)
@@ -90,14 +94,15 @@ def _rope(x):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def test_rematerialisation_changes_memory_not_values():
+def test_rematerialisation_changes_memory_not_values(as_shipped):
     deep = dataclasses.replace(SMALL, layers=6, context=64)
     inputs = tokens(4, 64)
 
     def program(remat):
         graph, params = nnx.split(Decoder(deep, rngs=nnx.Rngs(0), remat=remat))
         loss = lambda p: wk.cross_entropy(nnx.merge(graph, p)(inputs), inputs).mean()  # noqa: E731
-        return jax.jit(jax.grad(loss)).lower(params).compile(), params
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+        return lowered.compile(compiler_options=as_shipped), params
 
     (plain, params), (saving, _) = program(False), program(True)
     for a, b in zip(*(jax.tree.leaves(f(params)) for f in (plain, saving)), strict=True):
@@ -110,7 +115,7 @@ def test_compute_dtype_leaves_parameters_alone():
     model = Decoder(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
     low = jax.jit(lambda t: model(t))(tokens())
-    assert low.dtype == jnp.bfloat16
+    assert low.dtype == jnp.float32
     model.dtype = jnp.dtype("float32")
     np.testing.assert_allclose(low, jax.jit(lambda t: model(t))(tokens()), atol=0.03)
 
@@ -118,44 +123,3 @@ def test_compute_dtype_leaves_parameters_alone():
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="9 tokens, the model's context is 8"):
         Decoder(SMALL, rngs=nnx.Rngs(0))(tokens(1, 9))
-
-
-def test_greedy_generation_takes_the_likeliest_token_each_time(full_wafer):
-    model = Decoder(SMALL, rngs=nnx.Rngs(0))
-    text = tokens(2, 3)
-    for _ in range(7):  # beyond the context of 8: the window slides
-        logits = jax.jit(lambda t: model(t))(text[:, -8:])
-        text = jnp.concatenate([text, logits[:, -1:].argmax(-1)], axis=1)
-    with full_wafer:
-        got = generate(model, tokens(2, 3), max_new_tokens=7)
-    np.testing.assert_array_equal(got, text)
-
-
-def test_sampling_is_a_function_of_its_key_and_keeps_to_top_k():
-    model = Decoder(SMALL, rngs=nnx.Rngs(0))
-    sample = lambda seed, top_k=None: generate(  # noqa: E731
-        model,
-        tokens(1, 2),
-        max_new_tokens=6,
-        temperature=1.5,
-        top_k=top_k,
-        key=jax.random.key(seed),
-    )
-    np.testing.assert_array_equal(sample(1), sample(1))
-    assert any((sample(1) != sample(seed)).any() for seed in (2, 3))
-    np.testing.assert_array_equal(sample(1, 1), generate(model, tokens(1, 2), max_new_tokens=6))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 1.0}, "pass key="),
-        ({"temperature": -1.0}, "temperature=-1.0 must be 0 or more"),
-        ({"top_k": 12}, "top_k=12 must lie between 1 and the vocabulary, 11"),
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be 0 or more"),
-    ],
-)
-def test_generation_refuses(options, message):
-    model = Decoder(SMALL, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=message):
-        generate(model, tokens(1, 2), **{"max_new_tokens": 2, **options})

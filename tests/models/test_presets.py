@@ -10,14 +10,21 @@ from models.presets import PRESETS, find_preset
 
 
 def count(config):
-    shapes = jax.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Decoder.shapes(config))))
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # Meta's model cards; GPT-2's smallest is 124,439,808 in its release.
-    [("8b", 8_030_261_248), ("70b", 70_553_706_496), ("gpt2-124m", 124_439_808)],
+    # What the hub counts in the published checkpoints.
+    [
+        ("gpt2-124m", 124_439_808),
+        ("8b", 8_030_261_248),
+        ("70b", 70_553_706_496),
+        ("smollm2-135m", 134_515_008),
+        ("llama3.3-70b", 70_553_706_496),
+        ("qwen3-235b-a22b", 235_093_634_560),
+        ("gpt-oss-120b", 116_829_156_672),
+    ],
 )
 def test_published_parameter_counts(name, parameters):
     assert count(find_preset(name)) == parameters

@@ -1,0 +1,44 @@
+"""This file is the command `python -m models`; it imports jax only once the devices are made."""
+
+import os
+import sys
+
+from models.command import Convert, Generate, Info, Plan, parse
+from wsekern.emulation import emulate_devices
+from wsekern.grid import parse_grid
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Does what `argv` says; an exit status: 0, 2 where it was refused, 130 where interrupted."""
+    try:
+        command = parse(argv)
+        return _run(command)
+    except (ValueError, OSError) as error:
+        print(f"python -m models: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(command: Generate | Info | Convert | Plan) -> int:
+    platform = command.platform if isinstance(command, Generate) else "cpu"
+    if platform is not None:
+        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
+    if isinstance(command, Generate) and command.wafer is not None and platform in (None, "cpu"):
+        wafers, height, width = parse_grid(command.wafer)
+        emulate_devices(wafers * height * width)
+    # XLA tells at length, for each layer, of reshapes that it could have done better.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if isinstance(command, Plan):
+        from models.planning import report
+
+        return report.run(command)
+    from models import running
+
+    if isinstance(command, Generate):
+        return running.generate(command)
+    return running.info(command) if isinstance(command, Info) else running.convert(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

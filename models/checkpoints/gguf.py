@@ -1,0 +1,284 @@
+"""This file is GGUF read as if it were a Hugging Face checkpoint: config.json's fields and tensors.
+
+The `gguf` package (extra `hf`) reads the file and undoes its quantisation, a few rows at a time.
+"""
+
+import functools
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from models.config import RopeScaling
+from models.rope import stretch
+
+# architecture -> family
+_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
+    "gpt2": "gpt2",
+}
+LLAMA = {  # what GGUF calls a module, and what Hugging Face does
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+}
+_GPT2 = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+_TURNED = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}  # of GPT-2, whose Conv1D is [in, out]
+
+
+@functools.lru_cache(maxsize=1)  # the tokenizer and the tensors are asked for one after the other
+def _reader(file: pathlib.Path) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f'{file}: GGUF needs its package: pip install "wsekern[hf]"') from None
+    try:
+        return gguf.GGUFReader(file)
+    except Exception as error:  # whatever numpy makes of bytes that are not there
+        raise ValueError(f"{file} is not GGUF, or is truncated: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def metadata(file: pathlib.Path) -> dict[str, Any]:
+    """The fields of a GGUF file by name.
+
+    Raises:
+      ValueError: it is not GGUF, or the `gguf` package is missing.
+    """
+    return {name: field.contents() for name, field in _reader(file).fields.items()}
+
+
+class GGUF:
+    """The tensors of a GGUF file under the names and in the order of a Hugging Face checkpoint."""
+
+    def __init__(self, file: pathlib.Path):
+        """The tensors of `file`; none is read yet.
+
+        Raises:
+          ValueError: the file is not GGUF, or not of a known architecture.
+        """
+        self._file = file
+        self.fields = fields_of(file)
+        self._family = self.fields["model_type"]
+        self._heads: dict[str, Any] = {
+            "attn_q": self.fields.get("num_attention_heads"),
+            "attn_k": self.fields.get("num_key_value_heads"),
+        }
+        self._sources: dict[str, tuple[Any, int | None, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
+        for name, tensor in tensors.items():
+            if name != "rope_freqs.weight":
+                self._name(name, tensor)
+        self._fuse_gate_up()
+        self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, in float32: only its rows are decoded."""
+        if name not in self._sources:  # gpt-oss: gate and up in turns, [E, in, 2 x out]
+            first, last, step = index[-1].indices(self.shapes[name][-1])
+            if step != 2:
+                raise ValueError(f"{name!r} is read by gate or by up, not {index}")
+            half = name.replace("gate_up_proj", ("gate_proj", "up_proj")[first % 2])
+            return self.read(half, (*index[:-1], slice(first // 2, (last + 1) // 2)))
+        tensor, expert, role = self._sources[name]
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if expert is not None:
+            return self._rows(tensor, tensor.data[expert], index[0])[:, index[1]]
+        if role in _EXPERTS and len(shape) == 3:  # gpt-oss: [E, out, in], asked for as [E, in, out]
+            experts, columns, outputs = index
+            parts = [
+                self._rows(tensor, tensor.data[e], outputs)
+                for e in range(*experts.indices(shape[0]))
+            ]
+            return np.stack(parts)[:, :, columns].swapaxes(1, 2)
+        if self._family == "gpt2" and role in _TURNED and len(shape) == 2:
+            return self._rows(tensor, tensor.data, index[1])[:, index[0]].T
+        rows: Any = index[0]
+        if self._family == "llama" and role in self._heads:
+            rows = _unturned(shape[0], int(self._heads[role]))[rows]
+        out = self._rows(tensor, tensor.data, rows)
+        return out[:, index[1]] if len(shape) == 2 else out
+
+    def where(self, name: str) -> str:
+        """The file, for messages."""
+        del name
+        return str(self._file)
+
+    def _rows(self, tensor, data, rows) -> np.ndarray:
+        import gguf
+
+        if len(tensor.shape) == 1:
+            return gguf.dequantize(data, tensor.tensor_type)[rows]
+        return gguf.dequantize(np.ascontiguousarray(data[rows]), tensor.tensor_type)
+
+    def _name(self, name: str, tensor) -> None:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z_]+?)\.?(weight|bias)?", name)
+        table = _GPT2 if self._family == "gpt2" else LLAMA
+        layer, role, end = match.groups() if match else (None, name, None)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        root = (
+            ""
+            if layer is None
+            else f"{'transformer.h' if table is _GPT2 else 'model.layers'}.{layer}."
+        )
+        if role in _EXPERTS and self._family == "qwen3_moe":
+            for expert in range(shape[0]):
+                self._put(
+                    f"{root}mlp.experts.{expert}.{_EXPERTS[role]}.{end}",
+                    shape[1:],
+                    (tensor, expert, role),
+                )
+            return
+        if role in _EXPERTS:
+            suffix = "_bias" if end == "bias" else ""
+            if end == "weight":
+                shape = (shape[0], shape[2], shape[1])
+            self._put(f"{root}mlp.experts.{_EXPERTS[role]}{suffix}", shape, (tensor, None, role))
+            return
+        if role == "attn_sinks":
+            self._put(f"{root}self_attn.sinks", shape, (tensor, None, role))
+            return
+        theirs = table.get(role)
+        if self._family == "gpt_oss" and role == "ffn_gate_inp":
+            theirs = "mlp.router"
+        if theirs is None:
+            raise ValueError(f"{self._file}: the tensor {name!r} is not one of {self._family}'s")
+        if self._family == "gpt2" and role in _TURNED and len(shape) == 2:
+            shape = shape[::-1]
+        self._put(f"{root}{theirs}.{end}", shape, (tensor, None, role))
+
+    def _put(self, name, shape, source) -> None:
+        self.shapes[name], self._sources[name] = shape, source
+
+    def _fuse_gate_up(self) -> None:
+        """Shows gpt-oss's gate and up as the one tensor that its checkpoints have."""
+        if self._family != "gpt_oss":
+            return
+        for name in [n for n in self.shapes if "experts.gate_proj" in n]:
+            shape = self.shapes.pop(name)
+            self.shapes.pop(name.replace("gate_proj", "up_proj"))
+            self.shapes[name.replace("gate_proj", "gate_up_proj")] = (*shape[:-1], 2 * shape[-1])
+
+
+def fields_of(file: pathlib.Path) -> dict[str, Any]:
+    """config.json's fields, from a GGUF file's metadata.
+
+    Raises:
+      ValueError: the architecture is unknown, or the frequencies of its rotation are.
+    """
+    given = metadata(file)
+    kind = given.get("general.architecture")
+    if kind not in _ARCHITECTURES:
+        raise ValueError(f"{file}: architecture {kind!r} is not one of {', '.join(_ARCHITECTURES)}")
+
+    def get(name: str, default: Any = None) -> Any:
+        return given.get(f"{kind}.{name}", default)
+
+    tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
+    common = {
+        "model_type": _ARCHITECTURES[kind],
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": given.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": given.get("tokenizer.ggml.eos_token_id"),
+    }
+    if kind == "gpt2":
+        return common | {
+            "n_embd": get("embedding_length"),
+            "n_inner": get("feed_forward_length"),
+            "n_layer": get("block_count"),
+            "n_head": get("attention.head_count"),
+            "n_positions": get("context_length"),
+            "layer_norm_epsilon": get("attention.layer_norm_epsilon", 1e-5),
+        }
+    biased = "blk.0.attn_q.bias" in tensors
+    found = common | {
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length") or get("expert_feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
+        "head_dim": get("attention.key_length") or get("rope.dimension_count"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": get("context_length"),
+        "rope_theta": get("rope.freq_base", 10_000.0),
+        "rope_scaling": _scaling(file, get, tensors),
+        "attention_bias": biased,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "sliding_window": get("attention.sliding_window"),
+    }
+    if get("expert_count"):
+        found |= {
+            "num_experts": get("expert_count"),
+            "num_local_experts": get("expert_count"),
+            "num_experts_per_tok": get("expert_used_count"),
+            "moe_intermediate_size": get("expert_feed_forward_length"),
+            "norm_topk_prob": True,
+        }
+        if kind == "gpt-oss":
+            found["intermediate_size"] = get("expert_feed_forward_length")
+    return found
+
+
+def _scaling(file, get, tensors) -> dict[str, Any] | None:
+    kind, sinks = get("rope.scaling.type"), "blk.0.attn_sinks.weight" in tensors
+    if kind in ("linear", "yarn"):
+        return {
+            "rope_type": kind,
+            "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+            "truncate": not sinks,
+        }
+    if "rope_freqs.weight" not in tensors:
+        return None
+    # Llama 3's: what each frequency is divided by, from which its rule's factor is known again.
+    divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
+    factor = float(divisors.max())
+    rule = RopeScaling(kind="llama3", factor=factor, original_context=8192)
+    theta, half = get("rope.freq_base", 10_000.0), len(divisors)
+    plain = theta ** (-np.arange(half, dtype=np.float32) / half)
+    if not np.allclose(plain / stretch(plain, rule), divisors, rtol=1e-3):
+        raise ValueError(f"{file}: rope_freqs.weight follows no rule that is known here")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": rule.low_frequency_factor,
+        "high_freq_factor": rule.high_frequency_factor,
+        "original_max_position_embeddings": rule.original_context,
+    }
+
+
+def _unturned(rows: int, heads: int) -> np.ndarray:
+    """Where each row of queries or keys stands: GGUF has a head's two halves in turns."""
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

@@ -1,0 +1,71 @@
+"""This file is MXFP4, four-bit floats that share a scale by 32: gpt-oss's experts, decoded exactly.
+
+"OCP Microscaling Formats (MX) Specification", version 1.0, 2023: a value is one of sixteen times a
+power of two, which bfloat16 holds without loss.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from models.checkpoints.tensors import Tensors
+
+_HALVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_VALUES = np.array([*_HALVES, *(-value for value in _HALVES)], np.float32)
+_BIAS = 127
+
+
+class Mxfp4:
+    """The arrays of a checkpoint with `X_blocks` and `X_scales` as one array `X`, decoded.
+
+    Blocks are `[E, out, in/32, 16]`, two values a byte, the even one in its low half; scales are
+    `[E, out, in/32]`; what they decode to is `[E, in, out]`, as undecoded checkpoints hold it.
+    """
+
+    def __init__(self, tensors: Tensors):
+        """The arrays of `tensors`.
+
+        Raises:
+          ValueError: blocks have no scales of their shape.
+        """
+        self._inner = tensors
+        self.shapes, self.dtypes = dict(tensors.shapes), dict(tensors.dtypes)
+        for name in tensors.shapes:
+            if not name.endswith("_blocks"):
+                continue
+            whole = name.removesuffix("_blocks")
+            scales = f"{whole}_scales"
+            shape = self.shapes.pop(name)
+            if self.shapes.pop(scales, None) != shape[:-1] or len(shape) != 4 or shape[3] != 16:
+                raise ValueError(
+                    f"{tensors.where(name)}: {name!r} is {shape}; it must be [E, out, in/32, 16] "
+                    f"and have {scales!r} of [E, out, in/32]"
+                )
+            experts, out, groups, _ = shape
+            self.shapes[whole] = (experts, groups * 32, out)
+            self.dtypes[whole] = np.dtype(ml_dtypes.bfloat16)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of an array; of a decoded one, no more is decoded than whole groups of 32."""
+        if name in self._inner.shapes:
+            return self._inner.read(name, index)
+        experts, rows, columns = index
+        first, last, step = rows.indices(self.shapes[name][1])
+        groups = slice(first // 32, -(-last // 32))
+        blocks = self._inner.read(f"{name}_blocks", (experts, columns, groups, slice(None)))
+        scales = self._inner.read(f"{name}_scales", (experts, columns, groups))
+        decoded = decode(blocks, scales)
+        shift = groups.start * 32
+        return decoded[:, :, first - shift : last - shift : step].swapaxes(1, 2)
+
+    def where(self, name: str) -> str:
+        """The file that holds an array."""
+        return self._inner.where(name if name in self._inner.shapes else f"{name}_blocks")
+
+
+def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The bfloat16 values `[..., G * 32]` of blocks `[..., G, 16]` and scales `[..., G]`."""
+    values = np.empty((*blocks.shape, 2), np.float32)
+    values[..., 0] = _VALUES[blocks & 15]
+    values[..., 1] = _VALUES[blocks >> 4]
+    values = np.ldexp(values.reshape(*scales.shape, 32), scales.astype(np.int32)[..., None] - _BIAS)
+    return values.reshape(*scales.shape[:-1], -1).astype(ml_dtypes.bfloat16)

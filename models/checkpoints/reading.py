@@ -1,0 +1,274 @@
+"""This file is checkpoints read onto a wafer: `load`, and what it refuses.
+
+Each device's part of a parameter is read straight from the mapped file into the array that stays:
+nothing is held twice, nothing whole where only a part is wanted.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.checkpoints import slots
+from models.checkpoints.hub import find
+from models.checkpoints.mxfp4 import Mxfp4
+from models.checkpoints.names import Names
+from models.checkpoints.slots import Piece
+from models.checkpoints.tensors import Tensors, open_folder
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.presets import FAMILIES, find_family
+from sharding.state import layout_of, named_leaves
+from wsekern import context
+from wsekern.wafer import Wafer
+
+_ALIGNED = 64  # bytes: what XLA's CPU backend takes over without a copy
+
+
+def load(
+    checkpoint: str | os.PathLike,
+    dtype: jax.typing.DTypeLike | None = None,
+    wafer: Wafer | None = None,
+    *,
+    stacked: bool = True,
+    remat: bool = False,
+    progress: bool = False,
+) -> Decoder:
+    """The model of a checkpoint, its parameters laid out on a wafer.
+
+    Dimensions that the wafer's grid does not divide stay whole on each of its rows or columns. A
+    device reads its own parts only. On a CPU they are filled in place; elsewhere the host holds one
+    parameter of one layer beside what is on the devices.
+
+    Args:
+      checkpoint: a folder with config.json and safetensors; a GGUF file; or the id of a model on
+        the Hugging Face hub, which is looked for in the local cache first.
+      dtype: of parameters and of compute; by default the checkpoint's, and float32 on a CPU.
+      wafer: where it shall lie; by default the current wafer, and one device without one.
+      stacked: whether layers of one kind are one array, to be scanned, as for training; else each
+        has its own, as `generate` wants them.
+      remat: whether the model's backward pass recomputes each layer.
+      progress: whether to show a progress bar on standard error.
+
+    Raises:
+      ValueError: the checkpoint is not one, is of no known family, is quantised otherwise than in
+        MXFP4, or its tensors are not those of its config; nothing is left at random values.
+      FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
+    """
+    fields, tensors = open_checkpoint(find(checkpoint))
+    config = dataclasses.replace(find_family(fields).from_fields(fields), stacked=stacked)
+    if dtype is None:
+        dtype = _own_dtype(config, tensors)
+    return read(config, tensors, dtype, context.resolve(wafer), remat=remat, progress=progress)
+
+
+def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
+    """config.json, as a dict, and the tensors of a folder or of a GGUF file; nothing is read yet.
+
+    Raises:
+      ValueError: it is no checkpoint, or quantised otherwise than in MXFP4.
+    """
+    if path.is_file():
+        from models.checkpoints.gguf import GGUF
+
+        tensors = GGUF(path)
+        return tensors.fields, tensors
+    fields = read_fields(path)
+    method = (fields.get("quantization_config") or {}).get("quant_method")
+    if fields.get("quantization_config") and method != "mxfp4":
+        raise ValueError(
+            f"{path}: the weights are quantised by {method!r}, only 'mxfp4' is decoded; load the "
+            "original, or save it dequantised"
+        )
+    return fields, Mxfp4(open_folder(path))
+
+
+def read_fields(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json of a folder.
+
+    Raises:
+      ValueError: it is not there, or not a JSON object.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return fields
+
+
+def read(
+    config: DecoderConfig,
+    tensors: Tensors,
+    dtype: jax.typing.DTypeLike,
+    wafer: Wafer | None,
+    *,
+    remat: bool = False,
+    progress: bool = False,
+) -> Decoder:
+    """The decoder of `config` with parameters from `tensors`; arguments as of `load`."""
+    graph, state = nnx.split(Decoder.shapes(config, dtype=dtype, remat=remat))
+    pieces = slots.pieces(config, state, _prefix(FAMILIES[config.family].NAMES, tensors))
+    _check(config, pieces, tensors)
+    leaves = named_leaves(state)
+    with _bar(progress, sum(len(found) for found in pieces.values())) as advance:
+        values = {
+            path: _filled(leaves[path], found, tensors, np.dtype(dtype), wafer, advance)
+            for path, found in pieces.items()
+        }
+    paths = iter(leaves)
+
+    def filled(leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(values[next(paths)])
+
+    full = jax.tree.map(filled, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.merge(graph, full)
+
+
+def _own_dtype(config: DecoderConfig, tensors: Tensors) -> Any:
+    if jax.default_backend() == "cpu":
+        return jnp.float32
+    names: Names = FAMILIES[config.family].NAMES
+    name = _prefix(names, tensors) + names.top["embedding"].name
+    return tensors.dtypes.get(name, np.dtype(np.float32))
+
+
+def _prefix(names: Names, tensors: Tensors) -> str:
+    # Saved from the bare model, without its head, and in GPT-2's first release, it is left out.
+    return names.prefix if any(name.startswith(names.prefix) for name in tensors.shapes) else ""
+
+
+def _filled(leaf, pieces, tensors, dtype, wafer, advance) -> jax.Array:
+    """One parameter, each device's part of it read from the file into its place."""
+    shape = leaf.shape
+    stacked = pieces[0].turn is not None
+    sharding = _sharding(leaf, wafer)
+    parts: dict[Any, Any] = {}
+    arrays = []
+    places: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
+    for device, index in places.items():
+        index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
+        key = tuple((i.start, i.stop) for i in index)
+        if key not in parts:
+            parts[key] = _part(pieces, tensors, dtype, index, stacked, advance)
+            advance = _ignore  # what is read again for another device is not counted twice
+        arrays.append(jax.device_put(parts[key], device))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _part(pieces, tensors, dtype, index, stacked, advance) -> np.ndarray:
+    out = _empty(tuple(i.stop - i.start for i in index), dtype)
+    if not stacked:
+        pieces[0].read_into(out, tensors, index)
+        advance()
+        return out
+    for i, turn in enumerate(range(index[0].start, index[0].stop)):
+        pieces[turn].read_into(out[i], tensors, index[1:])
+        advance()
+    return out
+
+
+def _empty(shape, dtype) -> np.ndarray:
+    """An array without values, at an address that XLA takes over as it is."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _sharding(leaf, wafer) -> jax.sharding.Sharding:
+    if wafer is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    spec = layout_of(leaf)
+    entries = [
+        entry if entry is None or size % wafer.axis_size(entry) == 0 else None
+        for size, entry in zip(leaf.shape, tuple(spec) + (None,) * leaf.ndim, strict=False)
+    ]
+    return wafer.sharding(jax.sharding.PartitionSpec(*entries))
+
+
+def _check(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors: Tensors) -> None:
+    """Raises ValueError unless the tensors are those of the config, before any is read."""
+    wanted = {
+        name: piece.tensor_shape()
+        for found in pieces.values()
+        for piece in found
+        for name in piece.names()
+    }
+    missing = [name for name in wanted if name not in tensors.shapes]
+    if missing:
+        file = tensors.where(next(iter(tensors.shapes))) if tensors.shapes else "the checkpoint"
+        raise ValueError(
+            f"{file}: {_some(missing)} missing, which config.json asks for ({config.layers} layers)"
+        )
+    for name, shape in wanted.items():
+        if tensors.shapes[name] != shape:
+            raise ValueError(
+                f"{tensors.where(name)}: {name!r} is {tensors.shapes[name]}, config.json asks for "
+                f"{shape}"
+            )
+        if not jnp.issubdtype(tensors.dtypes[name], jnp.floating):
+            raise ValueError(
+                f"{tensors.where(name)}: {name!r} is {tensors.dtypes[name]}, not floating; "
+                "quantised weights are read in MXFP4 and from GGUF only"
+            )
+    names: Names = FAMILIES[config.family].NAMES
+    tied = (names.head.name,) if config.tied else ()
+    extra = [
+        name
+        for name in tensors.shapes
+        if name not in wanted and not name.endswith(names.ignored)
+        if name not in tied
+    ]
+    if extra:
+        raise ValueError(
+            f"{tensors.where(extra[0])}: {_some(extra)} not used by the model of config.json"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = (
+        f" and {len(names) - 3} more are"
+        if len(names) > 3
+        else " is"
+        if len(names) == 1
+        else " are"
+    )
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _ignore() -> None:
+    pass
+
+
+class _bar:  # noqa: N801
+    """A progress bar on standard error, or nothing; as a context it gives what advances it."""
+
+    def __init__(self, shown: bool, total: int):
+        self._shown, self._total = shown, total
+
+    def __enter__(self):
+        if not self._shown:
+            return _ignore
+        import rich.console
+        import rich.progress
+
+        console = rich.console.Console(stderr=True)
+        self._progress = rich.progress.Progress(console=console, transient=True)
+        self._progress.start()
+        task = self._progress.add_task("reading", total=self._total)
+        return lambda: self._progress.advance(task)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._shown:
+            self._progress.stop()

@@ -1,0 +1,130 @@
+"""This file is models written as Hugging Face checkpoints: `save`."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from models.checkpoints import slots, tensors
+from models.checkpoints.slots import Piece
+from models.decoder import Decoder
+from models.presets import FAMILIES
+from sharding.state import named_leaves
+
+_MOST = 5_000_000_000  # bytes of one file, as transformers divides them
+# What older and later releases call otherwise, and what is not true of what is written.
+_REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "quantization_config")
+
+
+def save(model: Decoder, folder: str | os.PathLike, *, most: int = _MOST) -> None:
+    """Writes `model` as a folder that `transformers` and `load` read: config.json, safetensors.
+
+    Parameters keep their dtype. Each file is written beside its place and moved there when it is
+    whole, config.json last; at most one tensor is in the host's memory.
+
+    Args:
+      model: a decoder.
+      folder: where to; it is made if need be. A checkpoint that is there is replaced.
+      most: bytes of a file beyond which the tensors are divided over several, with an index.
+
+    Raises:
+      ValueError: the model's choices cannot be said in its family's config.json.
+    """
+    config = model.config
+    family = FAMILIES[config.family]
+    fields = _fields(model)
+    state = nnx.state(model)
+    found = slots.pieces(config, state, family.NAMES.prefix)
+    by_name: dict[str, list[tuple[Piece, int | None]]] = {}
+    for pieces in found.values():
+        for piece in pieces:
+            for expert, name in enumerate(piece.names()):
+                by_name.setdefault(name, []).append((piece, expert if piece.experts else None))
+    leaves = named_leaves(state)
+    arrays = {
+        name: (of[0][0].tensor_shape(), np.dtype(leaves[of[0][0].leaf].dtype))
+        for name, of in by_name.items()
+    }
+
+    def make(name: str) -> np.ndarray:
+        shape, dtype = arrays[name]
+        tensor = np.empty(shape, dtype)
+        for piece, expert in by_name[name]:
+            piece.place(tensor, _value(leaves[piece.leaf], piece, expert))
+        return tensor
+
+    out = pathlib.Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    before = {*out.glob("*.safetensors"), out / tensors.INDEX}
+    written = _write(out, arrays, make, most)
+    _write_json(out / "config.json", fields)
+    for file in before - written:
+        file.unlink(missing_ok=True)
+
+
+def _value(leaf: nnx.Variable, piece: Piece, expert: int | None) -> np.ndarray:
+    value = leaf.get_value()
+    if piece.turn is not None:
+        value = value[piece.turn]
+    if expert is not None:
+        value = value[expert]
+    shape = piece.shape if expert is None else piece.shape[1:]
+    return np.asarray(value)[tuple(slice(0, n) for n in shape)]  # a padded state is cropped
+
+
+def _write(out, arrays, make, most) -> set[pathlib.Path]:
+    """Writes the tensors in one file, or in several and an index; gives what was written."""
+    files: list[dict[str, Any]] = [{}]
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in arrays.items()}
+    total = 0
+    for name, array in arrays.items():
+        if files[-1] and total + sizes[name] > most:
+            files.append({})
+            total = 0
+        files[-1][name] = array
+        total += sizes[name]
+    if len(files) == 1:
+        tensors.write(out / "model.safetensors", arrays, make)
+        return {out / "model.safetensors"}
+    placed: dict[str, str] = {}
+    written: set[pathlib.Path] = set()
+    for i, part in enumerate(files, 1):
+        file = out / f"model-{i:05}-of-{len(files):05}.safetensors"
+        tensors.write(file, part, make)
+        placed |= dict.fromkeys(part, file.name)
+        written.add(file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+    _write_json(out / tensors.INDEX, index)
+    return written | {out / tensors.INDEX}
+
+
+def _fields(model: Decoder) -> dict[str, Any]:
+    """config.json: what the model's own had, changed where the config now says otherwise."""
+    config = model.config
+    family = FAMILIES[config.family]
+    ours = family.to_fields(config)
+    # What of the config the file does not say must be what the family does by itself.
+    back = family.from_fields(ours)
+    for name in ("norm", "positions", "activation", "biases", "qk_norm", "sinks", "kinds"):
+        if getattr(back, name) != getattr(config, name):
+            raise ValueError(
+                f"a {config.family} checkpoint cannot say {name}={getattr(config, name)}; it means "
+                f"{getattr(back, name)}"
+            )
+    before = json.loads(config.source) if config.source else {}
+    kept = {name: value for name, value in before.items() if name not in _REPLACED}
+    dtype = np.dtype(model.embedding.dtype).name
+    return (
+        {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
+        | kept
+        | ours
+        | {"dtype": dtype, "torch_dtype": dtype}
+    )
+
+
+def _write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
+    tensors.replace(file, [json.dumps(fields, indent=2).encode(), b"\n"])

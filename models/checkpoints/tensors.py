@@ -1,0 +1,258 @@
+"""This file is safetensors: a JSON header and the bytes of many arrays, read in place and written.
+
+The format is that of https://github.com/huggingface/safetensors. A header is believed only after it
+is checked against the size of the file: nothing is allocated by what it claims.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_MOST_HEADER = 100_000_000  # bytes, what the format's own reader takes
+INDEX = "model.safetensors.index.json"
+
+
+class Tensors(Protocol):
+    """Arrays by name, somewhere on disk."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of an array, as it stands on disk."""
+
+    def where(self, name: str) -> str:
+        """The file that holds an array, for messages."""
+
+
+class _Entry(NamedTuple):
+    file: pathlib.Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class SafeTensors:
+    """The arrays of safetensors files, mapped into memory: reading copies nothing."""
+
+    def __init__(self, files: Iterable[pathlib.Path]):
+        """The arrays of `files`.
+
+        Raises:
+          ValueError: a file is not what its header says, or two hold an array of one name.
+        """
+        self._entries: dict[str, _Entry] = {}
+        self._maps: dict[pathlib.Path, np.ndarray] = {}
+        for file in files:
+            for name, entry in _header(file):
+                if name in self._entries:
+                    raise ValueError(f"{name!r} is in {self.where(name)} and in {file}")
+                self._entries[name] = entry
+            self._maps[file] = np.memmap(file, np.uint8, "r")
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of an array, as it stands on disk: a view of the file."""
+        entry = self._entries[name]
+        size = math.prod(entry.shape) * entry.dtype.itemsize
+        data = self._maps[entry.file][entry.offset : entry.offset + size]
+        return data.view(entry.dtype).reshape(entry.shape)[index]
+
+    def where(self, name: str) -> str:
+        """The file that holds an array."""
+        return str(self._entries[name].file)
+
+
+def open_folder(folder: pathlib.Path) -> SafeTensors:
+    """The safetensors of a checkpoint: those that its index names, or its only file.
+
+    Raises:
+      ValueError: there are none, or a file of the index is missing or lacks what the index says.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} {_what_instead(folder)}")
+        if len(files) > 1 and (folder / "model.safetensors") in files:
+            files = [folder / "model.safetensors"]
+        return SafeTensors(files)
+    placed = _json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+        raise ValueError(f"{index} has no weight_map from names to files")
+    names = sorted(set(placed.values()))
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not a file beside it")
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing; {index.name} names it")
+    tensors = SafeTensors(folder / name for name in names)
+    for name, file in placed.items():
+        if name not in tensors.shapes:
+            raise ValueError(f"{folder / file} has no {name!r}, which {index.name} says it has")
+    return tensors
+
+
+def write(
+    file: pathlib.Path,
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]],
+    make: Callable[[str], np.ndarray],
+) -> None:
+    """Writes a safetensors file; one array is in memory at a time, and none before the file exists.
+
+    What is at `file` stays as it was until all is on disk.
+
+    Args:
+      file: where to.
+      arrays: shape and dtype of each array by its name.
+      make: gives the array of a name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in arrays.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def content() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for name, (shape, dtype) in arrays.items():
+            array = np.ascontiguousarray(make(name))
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name!r} is {array.dtype}{array.shape}, not {dtype}{shape}")
+            yield array.reshape(-1).view(np.uint8).data
+
+    replace(file, content())
+
+
+def replace(file: pathlib.Path, content: Iterable[Any]) -> None:
+    """Writes `content` to `file` whole or not at all: beside it first, then in its place."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as out:
+            for part in content:
+                out.write(part)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _what_instead(folder: pathlib.Path) -> str:
+    pickles = [f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern)]
+    if pickles:
+        return (
+            f"holds {sorted(pickles)[0]}, a pickle: reading one runs whatever code is in it; save "
+            "the model as safetensors instead (save_pretrained(.., safe_serialization=True))"
+        )
+    return "is not a checkpoint: it has no *.safetensors"
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return found
+
+
+def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
+    """The arrays that a file's header names, each checked against the file."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MOST_HEADER):
+            raise ValueError(
+                f"{file} is not safetensors, or is truncated: it has {size} bytes and its header "
+                f"claims {length}"
+            )
+        text = stream.read(length)
+    try:
+        fields = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its header is not valid: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: its header is not a JSON object")
+    start, taken = 8 + length, []
+    for name, field in fields.items():
+        if name == "__metadata__":
+            continue
+        entry, begin, end = _entry(file, name, field, start, size)
+        taken.append((begin, end, name))
+        yield name, entry
+    taken.sort()
+    for (_, end, name), (begin, _, after) in zip(taken, taken[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"{file}: {name!r} and {after!r} overlap")
+
+
+def _entry(
+    file: pathlib.Path, name: str, field: Any, start: int, size: int
+) -> tuple[_Entry, int, int]:
+    def whole(values: Any) -> TypeGuard[list[int]]:
+        return isinstance(values, list) and all(
+            isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
+        )
+
+    if not isinstance(field, dict):
+        raise ValueError(f"{file}: {name!r} is not described by an object")
+    kind, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        raise ValueError(f"{file}: {name!r} is of dtype {kind!r}, not one of {list(_DTYPES)}")
+    if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+        raise ValueError(f"{file}: {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+    dtype, (begin, end) = np.dtype(_DTYPES[kind]), offsets
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(
+            f"{file}: {name!r} is {kind}{shape}, {math.prod(shape) * dtype.itemsize} bytes, but "
+            f"has {end - begin}"
+        )
+    if start + end > size:
+        raise ValueError(
+            f"{file}: {name!r} ends at byte {start + end}, the file at {size}: it is truncated"
+        )
+    return _Entry(file, start + begin, dtype, tuple(shape)), begin, end
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands in it twice")
+    return found

@@ -1,0 +1,95 @@
+"""This file is the gpt-oss decoders: sinks, every other layer sliding, biases, experts.
+
+OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
+"""
+
+import dataclasses
+from typing import Any
+
+from models.checkpoints import fields as of
+from models.checkpoints import names
+from models.config import DecoderConfig, ExpertsConfig, RopeScaling
+from models.rope import yarn_attention_factor
+
+_YARN = RopeScaling(
+    kind="yarn",
+    factor=32.0,
+    original_context=4096,
+    truncate=False,
+    attention_factor=yarn_attention_factor(32.0),
+)
+GPT_OSS_120B = DecoderConfig(
+    vocab=201_088,
+    d_model=2880,
+    d_ff=2880,
+    layers=36,
+    heads=64,
+    kv_heads=8,
+    context=131_072,
+    head_size=64,
+    rope_theta=150_000.0,
+    rope_scaling=_YARN,
+    activation="clamped_swiglu",
+    biases=("qkv", "out"),
+    sinks=True,
+    windows=(128, None) * 18,
+    experts=ExpertsConfig(count=128, chosen=4, d_ff=2880, router="top_softmax", biases=True),
+    family="gpt_oss",
+)
+PRESETS = {
+    "gpt-oss-20b": dataclasses.replace(
+        GPT_OSS_120B,
+        layers=24,
+        windows=(128, None) * 12,
+        experts=ExpertsConfig(count=32, chosen=4, d_ff=2880, router="top_softmax", biases=True),
+    ),
+    "gpt-oss-120b": GPT_OSS_120B,
+}
+ARCHITECTURE = "GptOssForCausalLM"
+MODEL_TYPE = "gpt_oss"
+NAMES = names.GPT_OSS
+
+
+def from_fields(fields: dict[str, Any]) -> DecoderConfig:
+    """The config of a checkpoint's config.json."""
+    layers = int(of.need(fields, "num_hidden_layers"))
+    stretched = of.rope(fields, 150_000.0)
+    if not fields.get("rope_scaling") and not fields.get("rope_parameters"):
+        stretched["rope_scaling"] = _YARN
+    return of.decoder(
+        {"head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128} | fields,
+        family="gpt_oss",
+        activation="clamped_swiglu",
+        swiglu_alpha=float(fields.get("swiglu_alpha", 1.702)),
+        swiglu_limit=float(fields.get("swiglu_limit", 7.0)),
+        biases=("qkv", "out") if fields.get("attention_bias", True) else (),
+        sinks=True,
+        windows=of.windows(
+            {"sliding_window": 128} | fields, tuple(i % 2 == 0 for i in range(layers))
+        ),
+        experts=ExpertsConfig(
+            count=int(of.need(fields, "num_local_experts", "num_experts")),
+            chosen=int(fields.get("num_experts_per_tok") or fields.get("experts_per_token") or 4),
+            d_ff=int(of.need(fields, "intermediate_size")),
+            router="top_softmax",
+            biases=True,
+            balance=float(fields.get("router_aux_loss_coef", 0.001)),
+        ),
+        **stretched,
+    )
+
+
+def to_fields(config: DecoderConfig) -> dict[str, Any]:
+    """config.json of a config."""
+    found = (
+        of.decoder_fields(config)
+        | of.window_fields(config)
+        | {
+            "attention_bias": "qkv" in config.biases,
+            "swiglu_alpha": config.swiglu_alpha,
+            "swiglu_limit": config.swiglu_limit,
+        }
+    )
+    if config.experts is None:
+        return found
+    return found | of.expert_fields(config.experts) | {"intermediate_size": config.experts.d_ff}

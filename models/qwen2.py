@@ -1,0 +1,76 @@
+"""This file is the Qwen2 decoders: Llama's, with biases on queries, keys and values.
+
+A. Yang et al., "Qwen2 Technical Report", 2024, table 1.
+"""
+
+import dataclasses
+from typing import Any
+
+from models.checkpoints import fields as of
+from models.checkpoints import names
+from models.config import DecoderConfig
+
+QWEN2_72B = DecoderConfig(
+    vocab=152_064,
+    d_model=8192,
+    d_ff=29_568,
+    layers=80,
+    heads=64,
+    kv_heads=8,
+    context=32_768,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    biases=("qkv",),
+    family="qwen2",
+)
+PRESETS = {
+    "qwen2-0.5b": dataclasses.replace(
+        QWEN2_72B,
+        vocab=151_936,
+        d_model=896,
+        d_ff=4864,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        tied=True,
+    ),
+    "qwen2-7b": dataclasses.replace(
+        QWEN2_72B, d_model=3584, d_ff=18_944, layers=28, heads=28, kv_heads=4
+    ),
+    "qwen2-72b": QWEN2_72B,
+}
+ARCHITECTURE = "Qwen2ForCausalLM"
+MODEL_TYPE = "qwen2"
+NAMES = names.LLAMA
+
+
+def from_fields(fields: dict[str, Any]) -> DecoderConfig:
+    """The config of a checkpoint's config.json."""
+    return of.decoder(
+        # Its attention has no size of its own for heads.
+        {name: value for name, value in fields.items() if name != "head_dim"},
+        family="qwen2",
+        activation=of.activation(fields, "hidden_act", ("swiglu",), "silu"),
+        biases=("qkv",),
+        windows=of.windows(fields, later_layers(fields)),
+    )
+
+
+def later_layers(fields: dict[str, Any]) -> tuple[bool, ...]:
+    """Which layers slide where config.json does not name them: those from max_window_layers on."""
+    slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
+    first = fields.get("max_window_layers", 28)
+    return tuple(slides and i >= first for i in range(of.need(fields, "num_hidden_layers")))
+
+
+def to_fields(config: DecoderConfig) -> dict[str, Any]:
+    """config.json of a config."""
+    return of.decoder_fields(config) | sliding_fields(config)
+
+
+def sliding_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The window and which layers have it, as Qwen's config.json says it."""
+    found = of.window_fields(config)
+    slides = [kind == "sliding_attention" for kind in found["layer_types"]]
+    first = slides.index(True) if any(slides) else config.layers
+    return found | {"use_sliding_window": any(slides), "max_window_layers": first}

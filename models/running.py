@@ -1,0 +1,185 @@
+"""This file is what the commands of `python -m models` do."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import wsekern as wk
+from models import generation
+from models.checkpoints.hub import find
+from models.checkpoints.reading import load, open_checkpoint, read
+from models.checkpoints.saving import save
+from models.checkpoints.slots import bytes_of
+from models.command import Convert, Generate, Info
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.presets import PRESETS, find_family
+from models.sampling import Sampling
+from models.text.reading import copy_tokenizer, load_tokenizer
+from models.text.tokenizer import Tokenizer
+from wsekern.grid import parse_grid
+from wsekern.wafer import Wafer
+
+
+def generate(command: Generate) -> int:
+    """Streams text to standard output; what else there is to say goes to standard error."""
+    path = find(command.model)
+    tokenizer = load_tokenizer(path)
+    wafer = _wafer(command)
+    _keep_programs()
+    with wafer or contextlib.nullcontext():
+        begun = time.perf_counter()
+        model = load(path, command.dtype, wafer, stacked=False, progress=sys.stderr.isatty())
+        tokenizer.check(model.config.vocab)
+        note = (
+            f"{_count(nnx.state(model)):,} parameters, {bytes_of(nnx.state(model)) / 1e6:,.0f} MB"
+        )
+        _say(f"{path}: {note}, read in {time.perf_counter() - begun:.1f} s")
+        prompts = [_prompt(tokenizer, command, text) for text in command.prompt]
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        how = Sampling(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
+        tokens = np.zeros((len(prompts), max(int(lengths.max()), 1)), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        _check(model.config, lengths, command.max_new_tokens, how)
+        steps = generation.stream(
+            model,
+            jnp.asarray(tokens),
+            how,
+            command.max_new_tokens,
+            key=jax.random.key(command.seed),
+            lengths=lengths,
+            stop=tokenizer.ends,
+        )
+        _write(command, tokenizer, steps, len(prompts))
+    return 0
+
+
+def info(command: Info) -> int:
+    """Prints a table."""
+    if command.model in PRESETS:
+        config, source = PRESETS[command.model], "preset"
+    else:
+        path = find(command.model)
+        fields, _ = open_checkpoint(path)
+        config, source = find_family(fields).from_fields(fields), str(path)
+    shapes = nnx.state(Decoder.shapes(config))
+    table = Table(show_header=False, box=None)
+    rows = {"model": command.model, "from": source, "parameters": f"{_count(shapes):,}"}
+    rows |= {
+        "bytes": f"{_count(shapes) * 4 / 1e9:,.2f} GB in float32, {_count(shapes) * 2 / 1e9:,.2f} "
+        "in bfloat16"
+    }
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name != "source" and value != field.default:
+            rows[field.name] = str(value)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    return 0
+
+
+def convert(command: Convert) -> int:
+    """Writes a folder of safetensors, and the tokenizer's files beside."""
+    if command.out.exists() and any(command.out.iterdir()):
+        raise ValueError(f"out={command.out} holds something already; name another folder")
+    path = find(command.model)
+    fields, tensors = open_checkpoint(path)
+    config = find_family(fields).from_fields(fields)
+    dtype = command.dtype or np.result_type(*set(tensors.dtypes.values()))
+    model = read(config, tensors, dtype, None, progress=sys.stderr.isatty())
+    save(model, command.out)
+    copy_tokenizer(path, command.out)
+    _say(f"{command.out}: {_count(nnx.state(model)):,} parameters in {np.dtype(dtype).name}")
+    return 0
+
+
+def _wafer(command: Generate) -> Wafer | None:
+    if command.wafer is None:
+        return None
+    wafers, height, width = parse_grid(command.wafer)
+    return wk.Wafer.devices(height, width, wafers)
+
+
+def _keep_programs() -> None:
+    """Has compiled programs kept from run to run: most of a short run is compiling them."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "wsekern", "jax")))
+
+
+def _prompt(tokenizer: Tokenizer, command: Generate, text: str) -> list[int]:
+    if not command.chat:
+        tokens = tokenizer.encode(text)
+    else:
+        said = [{"role": "user", "content": text}]
+        if command.system is not None:
+            said = [{"role": "system", "content": command.system}, *said]
+        tokens = tokenizer.chat(said)
+    if not tokens:
+        raise ValueError(f"prompt={text!r} has no tokens; say something")
+    return tokens
+
+
+def _check(config: DecoderConfig, lengths: np.ndarray, new: int, how: Sampling) -> None:
+    how.check("generate", config.vocab)
+    longest = int(lengths.max())
+    if longest + new > config.context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={new} are beyond the model's context "
+            f"of {config.context}; ask for at most {max(config.context - longest, 0)}, or shorten "
+            "the prompt"
+        )
+
+
+def _write(command: Generate, tokenizer: Tokenizer, steps: Iterator[Any], count: int) -> None:
+    """The first text as it comes, the others when all have ended."""
+    texts: list[list[int]] = [[] for _ in range(count)]
+    begun, first = time.perf_counter(), None
+
+    def tokens() -> Iterator[int]:
+        nonlocal first
+        for step in steps:
+            first = first or time.perf_counter()
+            for row, (token, end) in enumerate(zip(step.tokens, step.ended, strict=True)):
+                if not end:
+                    texts[row].append(int(token))
+            if command.logprobs:
+                named = [tokenizer.decode([t], special=True) for t in step.tokens]
+                _say("\t".join(f"{n!r} {p:.4f}" for n, p in zip(named, step.logprobs, strict=True)))
+            if not step.ended[0]:
+                yield int(step.tokens[0])
+
+    for piece in tokenizer.stream(tokens()):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    for text in texts[1:]:
+        sys.stdout.write(f"\n{tokenizer.decode(text)}\n")
+    sys.stdout.flush()
+    made, now = sum(map(len, texts)), time.perf_counter()
+    if first is not None and now > first:
+        steps_done = max(map(len, texts)) - 1
+        rate = (made - count) / (now - first) if steps_done > 0 else 0.0
+        _say(f"first token after {first - begun:.2f} s, then {rate:.1f} tokens/s; {made} in all")
+
+
+def _count(state: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,101 @@
+"""This file is the sparse feed-forward: a router that chooses a few experts for each token.
+
+N. Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts
+Layer", 2017; W. Fedus, B. Zoph and N. Shazeer, "Switch Transformers", 2021, for the loss that keeps
+experts evenly used.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import wsekern as wk
+from models.config import DecoderConfig, ExpertsConfig
+
+
+class SparseFeedForward(nnx.Module):
+    """The sum of what the chosen experts make of a token, each weighed by the router."""
+
+    def __init__(self, config: DecoderConfig, std_last: float, *, rngs: nnx.Rngs):
+        experts = config.experts
+        if experts is None:
+            raise ValueError("a sparse layer needs experts=ExpertsConfig(..)")
+        self.config, self.experts = config, experts
+        d_model, std, count, d_ff = config.d_model, config.init_std, experts.count, experts.d_ff
+
+        def weight(scale: float, *shape: int, axes: tuple[str | None, ...]) -> nnx.Param:
+            return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
+
+        def bias(d_out: int) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((count, d_out)), axes=_BIAS) if experts.biases else None
+
+        # Every PE of a column routes with the whole of it: it is small, and so is what it gives.
+        self.router = weight(std, d_model, count, axes=("feature", None))
+        self.router_bias = nnx.Param(jnp.zeros(count), axes=(None,)) if experts.biases else None
+        self.gate = weight(std, count, d_model, d_ff, axes=_WEIGHT)
+        self.up = weight(std, count, d_model, d_ff, axes=_WEIGHT)
+        self.down = weight(std_last, count, d_ff, d_model, axes=_WEIGHT)
+        self.gate_bias, self.up_bias, self.down_bias = bias(d_ff), bias(d_ff), bias(d_model)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """What comes out, and the load-balance loss, not yet weighed."""
+        scores = jnp.einsum(
+            "btd,de->bte", x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        if self.router_bias is not None:
+            scores = scores + self.router_bias[...][None, None]
+        chosen, shares = routed(scores, self.experts)
+        weights = (self.gate, self.up, self.down)
+        biases = tuple(
+            bias[...].astype(x.dtype)
+            for bias in (self.gate_bias, self.up_bias, self.down_bias)
+            if bias is not None
+        )
+        out = wk.experts(
+            x,
+            chosen,
+            shares.astype(x.dtype),
+            tuple(weight[...].astype(x.dtype) for weight in weights),
+            biases or None,
+            activation=gate_with(self.config),
+        )
+        return out, wk.load_balance_loss(jax.nn.softmax(scores), chosen)
+
+
+_WEIGHT = ("expert", "in", "out")
+_BIAS = ("expert", "out")
+
+
+def routed(
+    scores: Float[Array, "B T E"], experts: ExpertsConfig
+) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
+    """Which experts each token goes to, and the share of each in the result."""
+    if experts.router == "top_softmax":
+        top, chosen = jax.lax.top_k(scores, experts.chosen)
+        return chosen, jax.nn.softmax(top)
+    shares, chosen = jax.lax.top_k(jax.nn.softmax(scores), experts.chosen)
+    if experts.normalised:
+        shares = shares / shares.sum(-1, keepdims=True)
+    return chosen, shares
+
+
+def gate_with(config: DecoderConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """What a gated feed-forward makes of its two products, gate and up."""
+    if config.activation == "clamped_swiglu":
+        return functools.partial(
+            _clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit
+        )
+    return _swiglu
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return nnx.silu(gate) * up
+
+
+def _clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers as checkpoints bring them, chat templates, streams of text."""

@@ -1,0 +1,273 @@
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+from flax import nnx
+
+import models
+from models.checkpoints import mxfp4, tensors
+
+LLAMA = tiny.CONFIGS["llama3"]
+
+
+def same(a, b):
+    pairs = zip(*(jax.tree.leaves(nnx.state(m)) for m in (a, b)), strict=True)
+    return all(x.dtype == y.dtype and (x == y).all() for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_what_is_saved_is_what_was_loaded(name, tmp_path):
+    model = models.load(tiny.make(tmp_path / "a", tiny.CONFIGS[name]))
+    models.save(model, tmp_path / "b")
+    before, after = (json.loads((tmp_path / d / "config.json").read_text()) for d in "ab")
+    assert before["architectures"] == after["architectures"] and "rope_scaling" not in after
+    whole = [tensors.open_folder(tmp_path / d) for d in "ab"]
+    assert whole[0].shapes == whole[1].shapes
+    for key, shape in whole[0].shapes.items():
+        every = tuple(slice(0, n) for n in shape)
+        np.testing.assert_array_equal(whole[0].read(key, every), whole[1].read(key, every))
+    assert same(models.load(tmp_path / "b"), model)
+
+
+def test_in_several_files_with_an_index_and_back_in_one(tmp_path):
+    model = models.load(tiny.make(tmp_path / "a", LLAMA))
+    models.save(model, tmp_path / "b", most=60_000)
+    files = sorted(f.name for f in (tmp_path / "b").glob("*.safetensors"))
+    assert len(files) > 3 and files[0].startswith("model-00001-of-")
+    assert same(models.load(tmp_path / "b"), model)
+    models.save(model, tmp_path / "b")
+    assert [f.name for f in (tmp_path / "b").glob("*.safetensors*")] == ["model.safetensors"]
+    assert same(models.load(tmp_path / "b"), model)
+
+
+def test_a_model_of_ours_is_a_llama_to_others(tmp_path):
+    config = models.find_preset("nano")
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    models.save(model, tmp_path)
+    again = models.load(tmp_path)
+    tokens = jnp.arange(16)[None]
+    ours, theirs = (jax.jit(lambda t, m=m: m(t))(tokens) for m in (model, again))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", ["2x4", "2of2x2", "virtual-4x4"])
+def test_each_device_gets_its_own_part(grid, tmp_path, wafer_called):
+    folder = tiny.make(tmp_path, tiny.CONFIGS["qwen3-moe"])
+    wafer = wafer_called(grid)
+    model = models.load(folder, wafer=wafer)
+    whole = models.load(folder)
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, whole)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if grid == "2x4":
+        query = model.stages[0].blocks[0].attention.query.weight
+        assert query[...].sharding.shard_shape(query.shape) == (1, 128 // 4, 64 // 2)
+
+
+def test_dtypes(tmp_path):
+    folder = tiny.make(tmp_path / "a", LLAMA)
+    low = models.load(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(low))} == {"bfloat16"}
+    models.save(low, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+    wide, exact = models.load(tmp_path / "b"), models.load(folder)
+    assert wide.dtype == jnp.float32  # on a CPU
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (wide, exact)), strict=True):
+        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_gpt2_with_and_without_prefix_and_buffers(prefix, tmp_path):
+    folder = tiny.make(tmp_path / "a", tiny.CONFIGS["gpt2"])
+    source = tensors.open_folder(folder)
+    renamed = {
+        name if prefix else name.removeprefix("transformer."): name for name in source.shapes
+    }
+    arrays = {new: (source.shapes[old], np.dtype(np.float32)) for new, old in renamed.items()}
+    buffer = ("transformer." if prefix else "") + "h.0.attn.bias"
+    arrays[buffer] = ((1, 1, 4, 4), np.dtype(np.float32))
+
+    def read(name):
+        if name == buffer:
+            return np.ones((1, 1, 4, 4), np.float32)
+        return source.read(renamed[name], tuple(slice(None) for _ in arrays[name][0]))
+
+    (tmp_path / "b").mkdir()
+    tensors.write(tmp_path / "b" / "model.safetensors", arrays, read)
+    (tmp_path / "b" / "config.json").write_text((folder / "config.json").read_text())
+    assert same(models.load(tmp_path / "b"), models.load(folder))
+
+
+def test_mxfp4_is_decoded_exactly_and_saved_decoded(tmp_path):
+    fields = tiny.CONFIGS["gpt-oss"] | {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    }
+    source = tensors.open_folder(tiny.make(tmp_path / "a", tiny.CONFIGS["gpt-oss"]))
+    random, values = np.random.default_rng(0), dict[str, np.ndarray]()
+    for name, shape in source.shapes.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            E, width, out = shape
+            blocks = random.integers(0, 256, (E, out, width // 32, 16)).astype(np.uint8)
+            scales = random.integers(118, 126, (E, out, width // 32)).astype(np.uint8)
+            values |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        else:
+            values[name] = source.read(name, tuple(slice(None) for _ in shape))
+    arrays = {name: (v.shape, v.dtype) for name, v in values.items()}
+    (tmp_path / "b").mkdir()
+    tensors.write(tmp_path / "b" / "model.safetensors", arrays, values.__getitem__)
+    (tmp_path / "b" / "config.json").write_text(json.dumps(fields))
+    model = models.load(tmp_path / "b")
+    layer = "model.layers.3.mlp.experts.gate_up_proj"
+    blocks, scales = values[f"{layer}_blocks"], values[f"{layer}_scales"]
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for e, row, column in [(0, 0, 0), (5, 191, 63), (2, 17, 34)]:
+        byte = int(blocks[e, row, column // 32, column % 32 // 2])
+        nibble = byte >> 4 if column % 2 else byte & 15
+        value = (
+            table[nibble & 7]
+            * (-1) ** (nibble >> 3)
+            * 2.0 ** (scales[e, row, column // 32] - 127.0)
+        )
+        experts = model.stages[0].blocks[1].feed_forward
+        got = (experts.up if row % 2 else experts.gate)[1, e, column, row // 2]
+        assert float(got) == value
+    models.save(model, tmp_path / "c")
+    assert "quantization_config" not in json.loads((tmp_path / "c" / "config.json").read_text())
+    assert same(models.load(tmp_path / "c"), model)
+
+
+def test_every_mxfp4_scale_is_exact():
+    blocks = np.arange(256, dtype=np.uint8).reshape(16, 1, 16)
+    for scale in (1, 64, 127, 190, 250):
+        got = mxfp4.decode(blocks, np.full((16, 1), scale, np.uint8))
+        assert got.dtype == ml_dtypes.bfloat16
+        nibbles = np.stack([blocks & 15, blocks >> 4], -1).reshape(16, 32)
+        table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+        np.testing.assert_array_equal(got.astype(np.float64), table[nibbles] * 2.0 ** (scale - 127))
+
+
+def broken(folder, **changes):
+    """A checkpoint with some tensors replaced, or left out where the change is None."""
+    source = tensors.open_folder(tiny.make(folder, LLAMA))
+    values = {
+        name: source.read(name, tuple(slice(None) for _ in shape)).copy()
+        for name, shape in source.shapes.items()
+    }
+    values = {k: v for k, v in (values | changes).items() if v is not None}
+    arrays = {name: (v.shape, v.dtype) for name, v in values.items()}
+    tensors.write(folder / "model.safetensors", arrays, values.__getitem__)
+    return folder
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({NORM: None}, rf"model.safetensors: '{NORM}' is missing.*\(3 layers\)"),
+        ({NORM: np.ones(63, np.float32)}, rf"'{NORM}' is \(63,\), config.json asks for \(64,\)"),
+        ({"extra.weight": np.ones(3, np.float32)}, "'extra.weight' is not used by the model"),
+        ({NORM: np.ones(64, np.int8)}, "is int8, not floating"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
+    folder = broken(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not one of GPT2LMHead"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq', only 'mxfp4'"),
+        ({"num_hidden_layers": 4}, r"model.layers.3.*missing"),
+        ({"hidden_act": "relu6"}, "hidden_act='relu6' is not one of"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not one of"),
+        ({"vocab_size": None}, "has no 'vocab_size'"),
+        ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(fields, message, tmp_path):
+    folder = tiny.make(tmp_path, LLAMA)
+    (folder / "config.json").write_text(json.dumps(LLAMA | fields))
+    with pytest.raises(ValueError, match=message):
+        models.load(folder)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a checkpoint: it has no config.json"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no \*.safetensors"):
+        models.load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match="holds pytorch_model.bin, a pickle: reading one runs"):
+        models.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        models.load(tmp_path / "nowhere" / "at" / "all")
+
+
+def header(fields, data=b"", length=None):
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not safetensors, or is truncated"),
+        (header({}, length=2**63), "its header claims 9223372036854775808"),
+        (header({}, length=300), "its header claims 300"),
+        (header(b"{]"), "its header is not valid"),
+        (header(b"[]"), "not a JSON object"),
+        (header(b'{"a": 1}'), "'a' is not described"),
+        (header({"a": entry()}, b"1234"), "'a' ends at byte .* it is truncated"),
+        (header({"a": entry(shape=(3,))}, b"12345678"), "12 bytes, but has 8"),
+        (header({"a": entry(shape=(2**62, 4))}, b"12345678"), "'a' is F32"),
+        (header({"a": entry(shape=(-2,))}, b"12345678"), r"has shape \[-2\]"),
+        (header({"a": entry(dtype="Q9")}, b"12345678"), "of dtype 'Q9'"),
+        (header({"a": entry(), "b": entry(offsets=(4, 12))}, b"1" * 12), "'a' and 'b' overlap"),
+        (header(b'{"a": {}, "a": {}}'), "'a' stands in it twice"),
+    ],
+)
+def test_hostile_files_are_refused(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path)
+
+
+def test_an_index_that_lies_is_refused(tmp_path):
+    folder = tiny.make(tmp_path, LLAMA)
+    index = folder / tensors.INDEX
+    for placed, message in [
+        ({"a": "../other.safetensors"}, "is not a file beside it"),
+        ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
+        ({"a": "model.safetensors"}, "has no 'a', which"),
+    ]:
+        index.write_text(json.dumps({"weight_map": placed}))
+        with pytest.raises(ValueError, match=message):
+            models.load(folder)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    model = models.load(tiny.make(tmp_path, LLAMA))
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        models.save(model, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before

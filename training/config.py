@@ -15,10 +15,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from wsekern.grid import parse_grid
+
 # What a resumed run may change: where and how long it runs and what it shows. All else decides the
 # losses, so the two halves would not be one run.
 MAY_CHANGE = frozenset(
     {
+        "init",  # whose sizes and tokens are compared by their shapes and fingerprint
         "wafer",
         "virtual",
         "platform",
@@ -48,7 +51,9 @@ class TrainingConfig:
     """Every choice of a training run; defaults train a small decoder in a few minutes on a CPU."""
 
     preset: str = "nano"
-    """The model's sizes: nano, 20m, 125m, 1b, 8b, 70b, gpt2-nano or gpt2-124m."""
+    """The model's sizes: nano, 20m, 125m, 1b, 8b, gpt2-124m, ...; `python -m models info NAME`."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|GGUF|ID")] = None
+    """Checkpoint whose sizes, weights and tokenizer to start from, instead of a preset."""
     wafer: str = "2x4"
     """Grid of PEs: HEIGHTxWIDTH, or WAFERSxHEIGHTxWIDTH."""
     virtual: bool = False
@@ -62,12 +67,13 @@ class TrainingConfig:
         ),
     ] = ()
     """Text to train on, one source or several."""
-    tokens: Literal["bytes", "characters"] = "bytes"
-    """What a token is: a byte of UTF-8, or a character (vocabulary: those in the text, sorted)."""
+    tokens: Literal["bytes", "characters", "checkpoint"] | None = None
+    """A token is a byte of UTF-8, a character (vocabulary: those in the text, sorted), or of the
+    tokenizer of --init. None: of the checkpoint that there is, else bytes."""
     validation_fraction: float = 0.1
     """Share of the data kept for validation: whole files, or the end of a single one."""
     context: int | None = None
-    """Length of a sequence, tokens. None: the preset's."""
+    """Length of a sequence, tokens. None: the preset's; of --init, 1024 at most."""
     batch: int = 12
     """Sequences in a step, over all wafers."""
     microbatch: int | None = None
@@ -156,25 +162,12 @@ class TrainingConfig:
     @property
     def run_dir(self) -> pathlib.Path:
         """The run folder."""
-        return pathlib.Path(self.out or pathlib.Path("runs", self.preset))
+        return pathlib.Path(self.out or pathlib.Path("runs", pathlib.Path(self.model).stem))
 
-
-def parse_grid(text: str) -> tuple[int, int, int]:
-    """`"2x4"` as (wafers, height, width) = (1, 2, 4), and `"3x2x4"` as (3, 2, 4).
-
-    Raises:
-      ValueError: it is not two or three positive integers with an x between them.
-    """
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(
-            f"wafer={text!r} is not a grid; write HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH, such as 2x4"
-        )
-    sizes = [int(part) for part in parts]
-    if min(sizes) < 1:
-        raise ValueError(f"wafer={text!r} has a side of 0; every side must be 1 or more")
-    wafers, height, width = sizes if len(sizes) == 3 else (1, *sizes)
-    return wafers, height, width
+    @property
+    def model(self) -> str:
+        """What the model starts from, for people: a checkpoint, or a preset's name."""
+        return self.init or self.preset
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
@@ -210,6 +203,7 @@ def resolved(config: TrainingConfig, context: int) -> TrainingConfig:
     """
     return dataclasses.replace(
         config,
+        tokens=config.tokens or ("checkpoint" if config.init else "bytes"),
         context=config.context or context,
         microbatch=config.microbatch or config.batch,
         min_learning_rate=config.final_learning_rate,
@@ -222,6 +216,8 @@ def save(config: TrainingConfig, path: str | pathlib.Path) -> None:
     fields = dataclasses.asdict(config)
     kept = {name: value for name, value in fields.items() if name not in _OF_THE_CALL}
     kept["data"] = [os.path.abspath(os.path.expanduser(item)) for item in config.data]
+    if config.init and os.path.exists(config.init):
+        kept["init"] = os.path.abspath(config.init)
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(kept, indent=2) + "\n")
@@ -282,7 +278,7 @@ def _starting_point(argv: Sequence[str]) -> TrainingConfig:
     # These flags say which configuration the others change, so they are read ahead of tyro, which
     # then reads all of them and makes the complaints.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--config", "--out", "--preset"):
+    for flag in ("--config", "--out", "--preset", "--init"):
         ahead.add_argument(flag, nargs="?")
     ahead.add_argument("--resume", action=argparse.BooleanOptionalAction)
     try:
@@ -291,7 +287,8 @@ def _starting_point(argv: Sequence[str]) -> TrainingConfig:
         return TrainingConfig()
     if flags.config:
         return load(flags.config)
-    named = {"out": flags.out} | ({"preset": flags.preset} if flags.preset else {})
+    named = {"out": flags.out, "init": flags.init}
+    named |= {"preset": flags.preset} if flags.preset else {}
     saved = TrainingConfig(**named).run_dir / FILE_NAME
     if flags.resume and saved.is_file():
         return dataclasses.replace(load(saved), out=flags.out)
@@ -362,6 +359,12 @@ def _check_ranges(config: TrainingConfig) -> None:
         raise ValueError("prompt is empty; give at least one character, or sample_tokens=0")
     if not config.preset:
         raise ValueError("preset is empty; give the name of one, such as nano")
+    wrong = "checkpoint" if config.init is None else "characters"
+    if config.tokens == wrong:
+        raise ValueError(
+            f"tokens={wrong!r} with init={config.init!r}: "
+            + ("name the checkpoint with --init" if config.init is None else "it knows its own")
+        )
 
 
 def _check_batch(config: TrainingConfig) -> None:

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Integer
 
+from models.text.tokenizer import Tokenizer
 from training.corpus import Document, find_sources, read_documents, read_text, split_documents
 
 Tokens = Literal["bytes", "characters"]
 Pair = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]  # inputs, and what comes after each
 
-_FORMAT = 1  # of the cache; raise it when the same text gives other tokens
+_FORMAT = 2  # of the cache; raise it when the same text gives other tokens
 _ABOUT = "corpus.json"
 
 
@@ -35,13 +36,14 @@ class Corpus:
     Make one with `open_corpus`.
     """
 
-    train: Integer[np.ndarray, " N"]  # a read-only memory map of uint8 or uint16
+    train: Integer[np.ndarray, " N"]  # a read-only memory map of uint8, uint16 or uint32
     validation: Integer[np.ndarray, " V"]
     vocab: int  # how many different tokens there may be
     name: str  # of the text, for people
-    alphabet: str | None  # character of each token; None: tokens are bytes
+    alphabet: str | None  # character of each token; None: tokens are bytes, or a tokenizer's
     fingerprint: str  # of all tokens: two corpora that train alike have the same
     skipped: tuple[str, ...]  # a line for each file found that holds no text
+    tokenizer: Tokenizer | None = None  # what made the tokens, unless they are bytes or characters
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """The tokens of `text`, int32.
@@ -49,6 +51,8 @@ class Corpus:
         Raises:
           ValueError: `text` has characters that the vocabulary lacks.
         """
+        if self.tokenizer is not None:
+            return np.asarray(self.tokenizer.encode(text), np.int32)
         if self.alphabet is None:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         missing = sorted(set(text) - set(self.alphabet))
@@ -61,6 +65,8 @@ class Corpus:
 
     def decode(self, tokens: Int[np.ndarray, " T"] | Sequence[int]) -> str:
         """The text of `tokens`; bytes that are no UTF-8, such as a character's half, as U+FFFD."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(tokens)
         if self.alphabet is None:
             return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
         return "".join(self.alphabet[token] for token in np.asarray(tokens))
@@ -69,7 +75,7 @@ class Corpus:
 def open_corpus(
     sources: str | Sequence[str] | None = None,
     *,
-    tokens: Tokens = "bytes",
+    tokens: Tokens | Tokenizer = "bytes",
     context: int,
     validation_fraction: float = 0.1,
     cache: str | pathlib.Path | None = None,
@@ -82,7 +88,8 @@ def open_corpus(
     Args:
       sources: files, directories and glob patterns of UTF-8 text; None: the Python sources of the
         interpreter's standard library, about 30 MB.
-      tokens: what a token is. The vocabulary of characters is those in the text, sorted.
+      tokens: what a token is. The vocabulary of characters is those in the text, sorted. With a
+        tokenizer, the token that ends a text stands behind each file's.
       context: length of a sequence, tokens; each part must hold one and the token after it.
       validation_fraction: share of the bytes for validation: whole files, or the end of the single
         file that there is.
@@ -93,20 +100,25 @@ def open_corpus(
       ValueError: a named file is empty, unreadable or no text, or there is too little text.
       OSError: the cache cannot be written.
     """
-    if tokens not in typing.get_args(Tokens):
+    tokenizer = tokens if isinstance(tokens, Tokenizer) else None
+    if tokenizer is None and tokens not in typing.get_args(Tokens):
         raise ValueError(f"tokens={tokens!r} is not one of {typing.get_args(Tokens)}")
     data = (sources,) if isinstance(sources, str) else tuple(sources or ())
     name, found = find_sources(data)
     stamps = [(source.stamp(), source.named) for source in found]
-    key = json.dumps([_FORMAT, tokens, validation_fraction, data, stamps])
+    kind = tokens if tokenizer is None else tokenizer.fingerprint
+    key = json.dumps([_FORMAT, kind, validation_fraction, data, stamps])
     home = pathlib.Path(cache or os.environ.get("WSEKERN_CACHE") or "~/.cache/wsekern").expanduser()
     folder = home / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     corpus = _cached(folder)
     if corpus is None:
         documents, skipped = read_documents(found, name)
         parts = split_documents(documents, validation_fraction)
-        about = {"name": name, "skipped": skipped, "alphabet": _alphabet(documents, tokens)}
-        corpus = _store(folder, parts, validation_fraction, about)
+        alphabet = _alphabet(documents, tokens)
+        about: dict[str, Any] = {"name": name, "skipped": skipped, "alphabet": alphabet}
+        about["vocab"] = _vocab(alphabet, tokenizer)
+        corpus = _store(folder, parts, validation_fraction, about, tokenizer)
+    corpus = dataclasses.replace(corpus, tokenizer=tokenizer)
     _check_long_enough(corpus, context)
     return corpus
 
@@ -191,8 +203,8 @@ def _sequences(tokens: np.ndarray, starts: np.ndarray, context: int) -> Pair:
     return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
-def _alphabet(documents: Sequence[Document], tokens: Tokens) -> str | None:
-    if tokens == "bytes":
+def _alphabet(documents: Sequence[Document], tokens: Tokens | Tokenizer) -> str | None:
+    if tokens != "characters":
         return None
     characters: set[str] = set()
     for document in documents:
@@ -205,16 +217,24 @@ def _alphabet(documents: Sequence[Document], tokens: Tokens) -> str | None:
     return "".join(sorted(characters))
 
 
-def _tokenize(text: str, alphabet: str | None) -> np.ndarray:
+def _vocab(alphabet: str | None, tokenizer: Tokenizer | None) -> int:
+    if tokenizer is not None:
+        return tokenizer.vocab
+    return 256 if alphabet is None else len(alphabet)
+
+
+def _tokenize(text: str, alphabet: str | None, tokenizer: Tokenizer | None = None) -> np.ndarray:
+    if tokenizer is not None:
+        return np.asarray([*tokenizer.encode(text), *tokenizer.ends[:1]], _dtype(tokenizer.vocab))
     if alphabet is None:
         return np.frombuffer(text.encode(), np.uint8)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     order = np.frombuffer(alphabet.encode("utf-32-le"), np.uint32)  # sorted, as alphabets are
-    return np.searchsorted(order, points).astype(_dtype(alphabet))
+    return np.searchsorted(order, points).astype(_dtype(len(alphabet)))
 
 
-def _dtype(alphabet: str | None) -> type[np.unsignedinteger]:
-    return np.uint8 if alphabet is None or len(alphabet) <= 256 else np.uint16
+def _dtype(vocab: int) -> type[np.unsignedinteger]:
+    return np.uint8 if vocab <= 1 << 8 else np.uint16 if vocab <= 1 << 16 else np.uint32
 
 
 def _store(
@@ -222,13 +242,14 @@ def _store(
     parts: tuple[list[Document], list[Document]],
     validation_fraction: float,
     about: dict[str, Any],
+    tokenizer: Tokenizer | None,
 ) -> Corpus:
     """Writes the corpus beside `folder` and then renames: others see all of it or nothing."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial"))
         try:
-            _write(partial, parts, validation_fraction, about)
+            _write(partial, parts, validation_fraction, about, tokenizer)
             _move(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -248,9 +269,10 @@ def _write(
     parts: tuple[list[Document], list[Document]],
     validation_fraction: float,
     about: dict[str, Any],
+    tokenizer: Tokenizer | None,
 ) -> None:
     arrays_of: list[Iterable[np.ndarray]] = [
-        (_tokenize(read_text(document.path), about["alphabet"]) for document in part)
+        (_tokenize(read_text(document.path), about["alphabet"], tokenizer) for document in part)
         for part in parts
     ]
     if not parts[1]:
@@ -280,18 +302,18 @@ def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
 def _cached(folder: pathlib.Path) -> Corpus | None:
     try:
         about = json.loads((folder / _ABOUT).read_text())
-        alphabet = about["alphabet"]
         parts = {
-            name: _mapped(folder / f"{name}.bin", about[name], _dtype(alphabet))
+            name: _mapped(folder / f"{name}.bin", about[name], _dtype(about["vocab"]))
             for name in ("train", "validation")
         }
     except (OSError, ValueError, KeyError):
         return None
     return Corpus(
-        **parts,
-        vocab=256 if alphabet is None else len(alphabet),
+        train=parts["train"],
+        validation=parts["validation"],
+        vocab=about["vocab"],
         name=about["name"],
-        alphabet=alphabet,
+        alphabet=about["alphabet"],
         fingerprint=about["fingerprint"],
         skipped=tuple(about["skipped"]),
     )

@@ -34,7 +34,7 @@ def find_peak(wafer: Wafer, dtype: str) -> Peak:
     Emulated devices share one machine; it and devices without a data sheet here are measured, by
     the best of a few local matrix products.
     """
-    devices = [jax.devices()[0]] if wafer.reading == "virtual" else list(wafer.grid.devices.flat)
+    devices = [jax.devices()[0]] if wafer.mesh is None else list(wafer.grid.devices.flat)
     chip = accelerator(devices[0].device_kind)
     rated = chip and (chip.bfloat16_flops if dtype == "bfloat16" else chip.float32_flops)
     if chip and rated:
@@ -72,7 +72,7 @@ def _facts(plan, corpus, peak):
     flops = plan.tokens_per_step * plan.sizes.flops_per_token(plan.context)
     passes = f" in {config.passes} passes" if config.passes > 1 else ""
     yield "wafer", _described(wafer)
-    yield "model", f"{config.preset}: {count:,} parameters, computed in {config.dtype}"
+    yield "model", f"{config.model}: {count:,} parameters, computed in {config.dtype}"
     yield "state", f"{_bytes(held)} on {alone}: float32 weights and two moments of AdamW"
     yield (
         "step",
@@ -93,7 +93,8 @@ def _described(wafer):
     if wafer.wafers > 1:
         grid = f"{wafer.wafers} wafers of {grid} (the first is drawn)"
     if wafer.reading == "virtual":
-        return f"{grid}, virtual, on one {jax.devices()[0].device_kind}"
+        count = "one" if wafer.mesh is None else wafer.grid.size
+        return f"{grid}, virtual, on {count} {jax.devices()[0].device_kind}"
     device = wafer.grid.devices.flat[0]
     kind = "emulated on this CPU" if device.platform == "cpu" else device.device_kind
     return f"{grid}, one device each, {kind}"

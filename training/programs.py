@@ -16,7 +16,7 @@ from models.decoder import Decoder
 from sharding.state import initialise, lay_out, pad
 from training.config import TrainingConfig
 from training.optimiser import make_optimiser
-from training.step import Metrics, TrainState, evaluation, initial_state, train_step
+from training.step import Metrics, TrainState, evaluation, initial_state, state_of, train_step
 from wsekern import layout
 from wsekern.axes import ROWS, WAFERS
 from wsekern.wafer import Wafer
@@ -35,6 +35,7 @@ class Plan:
     optimiser: optax.GradientTransformation
     make_state: Callable[[], TrainState]
     shapes: Any  # of the train state: ShapeDtypeStructs that say where each array lies
+    read_params: Callable[[], nnx.State] | None  # a checkpoint's; None: random ones
 
     @property
     def context(self) -> int:
@@ -58,8 +59,17 @@ class Programs:
 
     def first_state(self) -> TrainState:
         """The state before the first step, laid out on the wafer."""
-        with self.plan.wafer:
-            return initialise(self.plan.make_state, self.plan.wafer)
+        plan = self.plan
+        with plan.wafer:
+            if plan.read_params is None:
+                return initialise(plan.make_state, plan.wafer)
+
+            def build(params):
+                return pad(state_of(params, plan.optimiser), plan.wafer)
+
+            return jax.jit(build, out_shardings=lay_out(plan.shapes, plan.wafer))(
+                plan.read_params()
+            )
 
     def put(self, tokens: np.ndarray) -> jax.Array:
         """A batch `[B, T]` of tokens where the step wants it; every host holds the whole batch."""
@@ -67,13 +77,19 @@ class Programs:
         return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
-def make_plan(config: TrainingConfig, sizes: DecoderConfig, wafer: Wafer) -> Plan:
+def make_plan(
+    config: TrainingConfig,
+    sizes: DecoderConfig,
+    wafer: Wafer,
+    read_params: Callable[[], nnx.State] | None = None,
+) -> Plan:
     """The plan of a run; nothing is computed yet.
 
     Args:
       config: of the run.
       sizes: of the model.
       wafer: where it runs.
+      read_params: gives the parameters to start from, on the wafer; None: random ones.
     """
 
     def make_model(rngs: nnx.Rngs) -> Decoder:
@@ -91,6 +107,7 @@ def make_plan(config: TrainingConfig, sizes: DecoderConfig, wafer: Wafer) -> Pla
         graph=nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))),
         optimiser=optimiser,
         make_state=make_state,
+        read_params=read_params,
         shapes=_placed(jax.eval_shape(lambda: pad(make_state(), wafer)), wafer),
     )
 

@@ -14,7 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from models.generate import generate
+from models.checkpoints.saving import save
+from models.generation import generate
+from models.text.reading import copy_tokenizer
 from sharding.state import logical, logical_shapes
 from training.checkpoint import Checkpoints
 from training.console import Console
@@ -59,6 +61,7 @@ class Run:
         console: Console,
         signals: StopSignals,
         peak_flops: float,
+        tokenizer_from: pathlib.Path | None = None,
     ):
         """The first state, or on resuming the newest good checkpoint, is in place afterwards.
 
@@ -70,6 +73,7 @@ class Run:
           console: entered.
           signals: entered.
           peak_flops: the most that the devices could do together, FLOP/s.
+          tokenizer_from: the checkpoint whose tokenizer the model at the end goes with.
 
         Raises:
           ValueError: (on resuming) no checkpoint is sound, or it belongs to another run.
@@ -82,6 +86,7 @@ class Run:
         self.checkpoints = checkpoints
         self.console = console
         self.signals = signals
+        self.tokenizer_from = tokenizer_from
         flops = self.plan.sizes.flops_per_token(self.plan.context)
         self.peak_tokens_per_s = peak_flops / flops
         self.rate = jax.jit(schedule(self.config))
@@ -120,6 +125,8 @@ class Run:
         self.console.end()
         sample = self._sample() if self.step == self.config.steps else None
         saved = self._save_last()
+        if self.step == self.config.steps:
+            self._export()
         self._draw()
         self.console.note(f"run folder: {self.config.run_dir}")
         if self.signals.received:
@@ -284,6 +291,15 @@ class Run:
         with self._reported("the sample"):
             (self.config.run_dir / "sample.txt").write_text(sample, encoding="utf-8")
         return sample
+
+    def _export(self) -> None:
+        """Writes the model as others read it, a Hugging Face folder, with its tokenizer."""
+        folder = self.config.run_dir / "model"
+        with self._reported("the model"):
+            save(nnx.merge(self.plan.graph, self.state["params"]), folder)
+            if self.tokenizer_from is not None:
+                copy_tokenizer(self.tokenizer_from, folder)
+            self.console.note(f"model: {folder}")
 
     def _draw(self) -> None:
         with self._reported("the loss curve"):

@@ -23,7 +23,11 @@ def initial_state(
     seed: int,
 ) -> TrainState:
     """The state before the first step; pass it to `sharding.state.initialise` as a thunk."""
-    params = nnx.state(make_model(nnx.Rngs(seed)))
+    return state_of(nnx.state(make_model(nnx.Rngs(seed))), optimiser)
+
+
+def state_of(params: nnx.State, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of a model that has parameters already."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -35,8 +39,16 @@ def mean_loss(
     graph: nnx.GraphDef, params: nnx.State, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
 ) -> Float[Array, ""]:
     """The mean cross-entropy of `targets` given `inputs`, in nats a token."""
+    return _losses(graph, params, inputs, targets)[0]
+
+
+def _losses(graph, params, inputs, targets):
+    """The mean cross-entropy, and the load-balance loss of a mixture of experts, weighed."""
     model = nnx.merge(graph, logical(params))
-    return wk.cross_entropy(model(inputs), targets).mean()
+    hidden, balance = model.hidden(inputs)
+    loss = wk.cross_entropy(model.logits(hidden), targets).mean()
+    experts = model.config.experts
+    return loss, jnp.zeros(()) if experts is None else experts.balance * balance
 
 
 def evaluation(
@@ -72,8 +84,12 @@ def train_step(
     """
 
     def gradient(params, inputs, targets):
-        loss = lambda p: mean_loss(graph, p, inputs, targets)  # noqa: E731
-        return jax.value_and_grad(loss)(params)
+        def objective(params):
+            loss, balance = _losses(graph, params, inputs, targets)
+            return loss + balance, loss
+
+        (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+        return loss, gradients
 
     def accumulated(params, inputs, targets):
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)

@@ -4,12 +4,13 @@
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from models.config import DecoderConfig
-from models.presets import find_preset
+from models.text.tokenizer import Tokenizer
 from training import config as configuration
 from training.checkpoint import Checkpoints
 from training.config import TrainingConfig
@@ -21,6 +22,7 @@ from training.lock import locked
 from training.programs import compile_programs, make_plan
 from training.run import Result, Run
 from training.signals import StopSignals
+from training.start import Start, find_start
 
 
 class Trainer:
@@ -37,18 +39,20 @@ class Trainer:
           OSError: the data cannot be read or the run folder not written.
           RuntimeError: jax has already started with fewer CPU devices than PEs.
         """
-        preset = find_preset(config.preset)
         prepare(config)
+        start = find_start(config)
         wafer = make_wafer(config)
-        self.config = config = configuration.resolved(config, preset.context)
+        self.config = config = configuration.resolved(config, start.context)
         self.corpus = open_corpus(
             config.data or None,
-            tokens=config.tokens,
-            context=config.context or preset.context,
+            tokens=_tokens(config, start),
+            context=config.context or start.context,
             validation_fraction=config.validation_fraction,
         )
         self.prompt = _prompt(config, self.corpus)
-        self.plan = make_plan(config, model_sizes(config, self.corpus), wafer)
+        sizes, read = model_sizes(config, self.corpus, start.sizes), start.read_params
+        self.start = start
+        self.plan = make_plan(config, sizes, wafer, None if read is None else lambda: read(wafer))
         self._check_run_dir(self.open_checkpoints())
 
     def open_checkpoints(self) -> Checkpoints:
@@ -102,35 +106,49 @@ class Trainer:
                 programs = compile_programs(self.plan)
             if programs.temporary_bytes is not None:
                 console.note(f"a step has {programs.temporary_bytes / 1e6:,.1f} MB of temporaries")
-            run = Run(programs, self.corpus, self.prompt, checkpoints, console, signals, peak.flops)
+            run = Run(
+                programs,
+                self.corpus,
+                self.prompt,
+                checkpoints,
+                console,
+                signals,
+                peak.flops,
+                tokenizer_from=self.start.path,
+            )
             for line in changes:
                 console.note(f"changed: {line}")
             configuration.save(self.config, self.config.run_dir / configuration.FILE_NAME)
             return run.to_the_end()
 
 
-def model_sizes(config: TrainingConfig, corpus: Corpus) -> DecoderConfig:
-    """The preset's sizes, with the vocabulary and the context of this run.
+def model_sizes(config: TrainingConfig, corpus: Corpus, sizes: DecoderConfig) -> DecoderConfig:
+    """`sizes` with the vocabulary of this run.
 
     Raises:
-      ValueError: the preset is unknown or its vocabulary too small, or the context is longer than
-        the preset's.
+      ValueError: the model's vocabulary is too small, or the context is longer than the model's.
     """
-    sizes = find_preset(config.preset)
     context = config.context or sizes.context
+    model = f"checkpoint {config.init!r}" if config.init else f"preset {config.preset!r}"
     if context > sizes.context:
         raise ValueError(
-            f"context={context} is longer than that of preset {config.preset!r}, {sizes.context}; "
-            "shorten it or choose a larger preset"
+            f"context={context} is longer than that of {model}, {sizes.context}; "
+            "shorten it or choose a larger model"
         )
     if config.tokens == "characters":
         return dataclasses.replace(sizes, vocab=corpus.vocab)
     if corpus.vocab > sizes.vocab:
         raise ValueError(
-            f"the data has {corpus.vocab} different tokens, preset {config.preset!r} knows "
-            f"{sizes.vocab}; choose a larger preset"
+            f"the data has {corpus.vocab} different tokens, {model} knows "
+            f"{sizes.vocab}; choose a larger model"
         )
     return sizes
+
+
+def _tokens(config: TrainingConfig, start: Start) -> Literal["bytes", "characters"] | Tokenizer:
+    if start.tokenizer is not None and config.tokens == "checkpoint":
+        return start.tokenizer
+    return "characters" if config.tokens == "characters" else "bytes"
 
 
 def _prompt(config: TrainingConfig, corpus: Corpus) -> Int[np.ndarray, " T"]:

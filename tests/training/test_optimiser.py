@@ -50,8 +50,8 @@ def test_no_warm_up_starts_at_the_highest_rate():
 def test_matrices_decay_and_norms_do_not():
     params = jax.eval_shape(lambda: nnx.state(Decoder(NANO, rngs=nnx.Rngs(0))))
     decays = {name: leaf.get_value() for name, leaf in named_leaves(decay_mask(params)).items()}
-    assert decays["embedding"] and decays["blocks/attention/query/weight"]
-    assert not decays["norm/scale"] and not decays["blocks/attention_norm/scale"]
+    assert decays["embedding"] and decays["stages/0/blocks/0/attention/query/weight"]
+    assert not decays["norm/scale"] and not decays["stages/0/blocks/0/attention_norm/scale"]
 
 
 def updated(gradient, **changes):

@@ -1,0 +1,59 @@
+"""This file is what a run starts from: a preset, or a checkpoint's sizes, weights and tokenizer."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from models.checkpoints.hub import find
+from models.checkpoints.reading import open_checkpoint, read
+from models.config import DecoderConfig
+from models.presets import find_family, find_preset
+from models.text.reading import load_tokenizer
+from models.text.tokenizer import Tokenizer
+from training.config import TrainingConfig
+from wsekern.wafer import Wafer
+
+_CONTEXT = 1024  # tokens of a sequence: what checkpoints can read needs far more memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run starts from; make it with `find_start`."""
+
+    sizes: DecoderConfig
+    context: int  # tokens of a sequence, if nobody says otherwise
+    tokenizer: Tokenizer | None = None
+    path: pathlib.Path | None = None  # of the checkpoint
+    read_params: Callable[[Wafer], nnx.State] | None = None  # None: they are random
+
+
+def find_start(config: TrainingConfig) -> Start:
+    """What `config` asks for; of a checkpoint, no weights are read yet.
+
+    Raises:
+      ValueError: there is no such preset, or the checkpoint is not one that can be read.
+      FileNotFoundError: there is no such checkpoint.
+    """
+    if config.init is None:
+        sizes = find_preset(config.preset)
+        return Start(sizes=sizes, context=sizes.context)
+    path = find(config.init)
+    fields, tensors = open_checkpoint(path)
+    sizes = find_family(fields).from_fields(fields)
+    tokenizer = load_tokenizer(path)
+    tokenizer.check(sizes.vocab)
+
+    def read_params(wafer: Wafer) -> nnx.State:
+        return nnx.state(read(sizes, tensors, jnp.float32, wafer, progress=sys.stderr.isatty()))
+
+    return Start(
+        sizes=sizes,
+        context=min(sizes.context, _CONTEXT),
+        tokenizer=tokenizer,
+        path=path,
+        read_params=read_params,
+    )

@@ -1,32 +1,25 @@
 """Poisson's equation on a square with cold walls, by BiCGStab and by multigrid, with a picture.
 
 `python examples/poisson.py --wafer 2x4` runs on eight devices, emulated where there are none;
-`--virtual 8x8` on virtual PEs. Needs the extra `viz`.
+`--virtual 8x8` on virtual PEs; `--estimate 64x64` says what a wafer would take for as many
+iterations as it takes on one device. Needs the extra `viz`.
 """
 
-import argparse
 import functools
+
+from where import flags, number, wafer_of
 
 import wsekern as wk
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--wafer", default="2x4", help="HEIGHTxWIDTH devices (default: 2x4)")
-    where.add_argument("--virtual", metavar="HEIGHTxWIDTH", help="virtual PEs of a WSE-2 instead")
-    parser.add_argument("--cells", type=int, default=256, help="along a side (default: 256)")
-    parser.add_argument("--out", default="poisson.png", help="the picture")
+    parser = flags(__doc__, "poisson.png")
+    number(parser, "--cells", 256, "along a side")
     asked = parser.parse_args()
-    height, width = map(int, (asked.virtual or asked.wafer).split("x"))
-    if not asked.virtual:
-        wk.emulate_devices(height * width)  # before jax starts; real ones are taken where they are
-
-    wafer = (
-        wk.Wafer.virtual(wk.WSE2, height, width)
-        if asked.virtual
-        else wk.Wafer.devices(height, width)
-    )
+    wafer = wafer_of(asked)
+    if asked.estimate:
+        estimate(asked.cells, wafer)
+        return
     with wafer:
         solutions, error = solve(asked.cells)
     for name, s in solutions.items():
@@ -41,28 +34,35 @@ def solve(cells: int):
     import jax
     import jax.numpy as jnp
 
-    middle = (jnp.arange(cells) + 0.5) / cells
-    y, x = middle[:, None], middle[None]
-    # Of sin(pi x) sin(2 pi y) + sin(3 pi x) sin(pi y) / 3, which is zero on all walls.
-    waves = [(1, 2, 1.0), (3, 1, 1 / 3)]
-    modes = [
-        (a, jnp.sin(kx * jnp.pi * x) * jnp.sin(ky * jnp.pi * y), kx, ky) for kx, ky, a in waves
-    ]
-    exact = sum(a * mode for a, mode, _, _ in modes)
-    source = sum(a * jnp.pi**2 * (kx**2 + ky**2) * mode for a, mode, kx, ky in modes)
-
-    @jax.jit
-    def run(source):
-        b = source / cells**2
-        return {
-            "BiCGStab": wk.bicgstab(laplacian(1), b, tolerance=1e-4, max_iterations=2000),
-            "multigrid": wk.multigrid(
-                laplacian, b, diagonal_at=lambda level: 4 / level**2, tolerance=1e-4
-            ),
-        }
-
-    solutions = run(source)
+    b, exact = problem(cells)
+    run = jax.jit(lambda b: {name: solver(b) for name, solver in solvers(cells).items()})
+    solutions = run(b)
     return solutions, float(jnp.abs(solutions["multigrid"].x - exact).max())
+
+
+def estimate(cells: int, wafer: wk.Wafer) -> None:
+    """Says what each solver costs; how many iterations it needs is the same on every wafer."""
+    b, _ = problem(cells)
+    for name, s in solve(cells)[0].items():
+        print(f"{name}, {int(s.iterations)} iterations\n")
+        print(wk.estimate(solvers(cells)[name], b, wafer=wafer, trips=int(s.iterations)), "\n")
+
+
+def problem(cells: int):
+    """The right side, over the square of the cells' side, and the exact solution."""
+    import jax.numpy as jnp
+
+    middle = (jnp.arange(cells) + 0.5) / cells
+
+    def wave(count: int, growth: float):
+        """exp(growth t) sin(count pi t), zero at both walls, and its second derivative."""
+        sine, cosine = jnp.sin(count * jnp.pi * middle), jnp.cos(count * jnp.pi * middle)
+        bend = (growth**2 - (count * jnp.pi) ** 2) * sine + 2 * growth * count * jnp.pi * cosine
+        return jnp.exp(growth * middle) * sine, jnp.exp(growth * middle) * bend
+
+    (y, y_bend), (x, x_bend) = wave(2, -1.0), wave(1, 1.5)
+    source = -jnp.outer(y, x_bend) - jnp.outer(y_bend, x)
+    return source / cells**2, jnp.outer(y, x)
 
 
 def laplacian(level: int):
@@ -75,6 +75,20 @@ def laplacian(level: int):
     return functools.partial(
         wk.stencil, update=update, radius=1, boundary=lambda near: -near, corners=False
     )
+
+
+def solvers(cells: int):
+    """Each by name, a function of the right side."""
+    # Of a residual that is much smaller beside the right side float32 says nothing.
+    tolerance = max(1e-4, 3e-8 * cells**2)
+    return {
+        "BiCGStab": functools.partial(
+            wk.bicgstab, laplacian(1), tolerance=tolerance, max_iterations=2000
+        ),
+        "multigrid": functools.partial(
+            wk.multigrid, laplacian, diagonal_at=lambda level: 4 / level**2, tolerance=tolerance
+        ),
+    }
 
 
 def draw(solutions, path: str) -> None:

@@ -1,7 +1,6 @@
 """The example of Poisson's equation, run as a user runs it but in this process, and small."""
 
-import importlib.util
-import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +8,13 @@ import pytest
 
 import wsekern as wk
 
-PATH = pathlib.Path(__file__).parents[2] / "examples" / "poisson.py"
-
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("poisson_example", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(example_called):
+    return example_called("poisson")
 
 
-def test_it_is_of_second_order_and_draws(example, tmp_path):
+def test_it_is_of_second_order(example):
     solutions, coarse = example.solve(8)
     with wk.Wafer.virtual(wk.WSE2, 2, 2):
         _, fine = example.solve(16)
@@ -29,6 +22,23 @@ def test_it_is_of_second_order_and_draws(example, tmp_path):
     assert 3.5 < coarse / fine < 4.5
     first, second = (np.asarray(s.x) for s in solutions.values())
     np.testing.assert_allclose(first, second, atol=1e-3)
-    example.draw(solutions, str(tmp_path / "poisson.png"))
-    assert (tmp_path / "poisson.png").stat().st_size > 10_000
     assert jnp.isfinite(solutions["multigrid"].x).all()
+
+
+@pytest.mark.parametrize("where", [["--wafer", "2x2"], ["--virtual", "2x2"]], ids=lambda w: w[0])
+def test_it_runs_and_draws(example, run, where, tmp_path, capsys):
+    picture = tmp_path / "poisson.png"
+    run(example, *where, "--cells", 16, "--out", picture)
+    assert capsys.readouterr().out.count("converged") == 2
+    assert picture.stat().st_size > 10_000
+
+
+def test_it_says_what_each_solver_would_take_on_a_wafer(example, run, capsys):
+    """Multigrid needs a handful of cycles; they, and what they move, are counted."""
+    run(example, "--estimate", "4x4", "--cells", 16)
+    parts = re.split(r"(\d+) iterations", capsys.readouterr().out)[1:]
+    assert 10 < int(parts[0]) and int(parts[2]) <= 8
+    for iterations, said in (parts[:2], parts[2:]):
+        moves = re.search(r"in ([\d,]+) moves", said)
+        assert moves and "poisson.py" in said
+        assert int(moves[1].replace(",", "")) > 10 * int(iterations)

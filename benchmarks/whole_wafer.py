@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -52,6 +54,21 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
+def heat_on(wafer: Any, steps: int) -> Callable:
+    """Steps of periodic heat on a wafer, one cell of each PE's column after the other."""
+    import wsekern as wk
+
+    return functools.partial(
+        wk.stencil,
+        update=plain_stencil.five_points,
+        radius=1,
+        boundary="periodic",
+        corners=False,
+        steps=steps,
+        wafer=wafer,
+    )
+
+
 def _heat(options: Options):
     import jax
 
@@ -59,19 +76,11 @@ def _heat(options: Options):
 
     rows, columns, _ = options.heat
     u = jax.random.normal(jax.random.key(0), options.heat)
-    ours = functools.partial(
-        wk.stencil,
-        update=plain_stencil.five_points,
-        radius=1,
-        boundary="periodic",
-        corners=False,
-        steps=options.steps,
-        wafer=wk.Wafer.virtual(wk.WSE2, rows, columns),
-    )
     steps = options.steps
+    ours = heat_on(wk.Wafer.virtual(wk.WSE2, rows, columns), steps)
     padded = functools.partial(plain_stencil.padded, name="5-point", steps=steps, unrolled=1)
     rolled = functools.partial(plain_stencil.rolled, name="5-point", steps=steps)
-    plain = {"padded": padded, "rolled": rolled, "virtual wafer": ours}
+    plain: dict[str, Callable] = {"padded": padded, "rolled": rolled, "virtual wafer": ours}
     return {name: harness.compiled(run, u) for name, run in plain.items()}
 
 

@@ -43,7 +43,10 @@ def test_the_flax_decoder_has_the_same_logits(ours):
     peer.embedding.embedding[...] = ours.embedding[...]
     peer.norm.scale[...] = ours.norm.scale[...]
     for i, block in enumerate(peer.blocks):
-        attention, feed_forward = ours.blocks.attention, ours.blocks.feed_forward
+        attention, feed_forward = (
+            ours.stages[0].blocks[0].attention,
+            ours.stages[0].blocks[0].feed_forward,
+        )
         for name in ("query", "key", "value", "out"):
             getattr(block, name).kernel[...] = getattr(attention, name).weight[i]
         for name in ("gate", "up", "down"):

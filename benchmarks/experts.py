@@ -1,0 +1,128 @@
+"""This file is a mixture of experts, against one dense feed-forward of the same FLOPs."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tyro
+
+from benchmarks import harness
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times routed tokens through their experts on one device, forward and with the gradient.
+
+    The dense feed-forward has one expert's weights and as many rows as there are choices.
+    `ragged_dot` is the same routing with XLA's grouped product, the loop every expert on every
+    token; both only where there are few tokens, since they take long.
+    """
+
+    tokens: tuple[int, ...] = (512, 2048)
+    """Tokens of a batch."""
+    d_model: int = 1024
+    """Features of a token."""
+    d_ff: int = 512
+    """Features of an expert's hidden layer."""
+    experts: int = 128
+    """How many experts there are."""
+    chosen: int = 8
+    """How many of them a token goes to."""
+    peers: bool = False
+    """Whether ragged_dot and the dense loop are timed as well."""
+    rounds: int = 5
+    """How often each candidate is timed."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a table for each number of tokens, forward and backward."""
+    options = tyro.cli(Options, prog="python -m benchmarks experts", args=argv)
+    harness.start(1)
+    harness.show_environment()
+    tables = {}
+    for tokens in options.tokens:
+        for backward in (False, True):
+            title = f"{options.chosen} of {options.experts} experts, {tokens} tokens"
+            title += ", forward and backward" if backward else ", forward"
+            results = harness.compare(
+                _candidates(options, tokens, backward), "dense", rounds=options.rounds
+            )
+            harness.show(title, results)
+            tables[title] = results
+    if options.json:
+        harness.dump(options.json, tables)
+
+
+def _candidates(options: Options, tokens: int, backward: bool) -> Mapping[str, Callable[[], Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    import wsekern as wk
+
+    D, F, E, k = options.d_model, options.d_ff, options.experts, options.chosen
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (1, tokens, D))
+    shapes = ((E, D, F), (E, D, F), (E, F, D))
+    weights = tuple(
+        jax.random.normal(key, shape) / shape[1] ** 0.5
+        for key, shape in zip(keys[1:4], shapes, strict=True)
+    )
+    scores = jax.random.normal(keys[4], (1, tokens, E))
+    shares, chosen = jax.lax.top_k(jax.nn.softmax(scores), k)
+
+    def ours(x, shares, weights):
+        return wk.experts(x, chosen, shares, weights, activation=_gated)
+
+    def dense(x, shares, weights):
+        gate, up, down = weights
+        return (_gated(x @ gate, x @ up) @ down).reshape(1, tokens, k, D).sum(2)
+
+    found = {
+        "dense": (dense, jnp.repeat(x, k, axis=1), tuple(w[0] for w in weights)),
+        "ours": (ours, x, weights),
+    }
+    if options.peers:
+        found["ragged_dot"] = (functools.partial(_ragged, chosen=chosen), x, weights)
+        found["loop"] = (functools.partial(_loop, chosen=chosen), x, weights)
+
+    def case(function, x, weights):
+        if not backward:
+            return harness.compiled(function, x, shares, weights)
+        loss = lambda *a: (function(*a) ** 2).sum()  # noqa: E731
+        return harness.compiled(jax.grad(loss, argnums=(0, 1, 2)), x, shares, weights)
+
+    return {name: case(*given) for name, given in found.items()}
+
+
+def _gated(gate, up):
+    import jax
+
+    return jax.nn.silu(gate) * up
+
+
+def _ragged(x, shares, weights, chosen):
+    import jax
+    import jax.numpy as jnp
+
+    (gate, up, down), k = weights, chosen.shape[-1]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    rows, counts = x[0][order // k], jnp.bincount(chosen.reshape(-1), length=len(gate))
+    hidden = _gated(*(jax.lax.ragged_dot(rows, w, counts) for w in (gate, up)))
+    out = jax.lax.ragged_dot(hidden, down, counts)[jnp.argsort(order)]
+    return (out.reshape(*chosen.shape, -1) * shares[..., None]).sum(2)
+
+
+def _loop(x, shares, weights, chosen):
+    import jax
+    import jax.numpy as jnp
+
+    def add(total, given):
+        e, gate, up, down = given
+        share = (shares * (chosen == e)).sum(-1, keepdims=True)
+        return total + share * (_gated(x @ gate, x @ up) @ down), None
+
+    return jax.lax.scan(add, jnp.zeros_like(x), (jnp.arange(len(weights[0])), *weights))[0]

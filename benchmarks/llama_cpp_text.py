@@ -1,0 +1,113 @@
+"""This file is greedy text from llama.cpp, through its C interface: what a CPU user would pick.
+
+Needs `llama-cpp-python` and `gguf`.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from models.checkpoints.gguf import LLAMA
+from models.checkpoints.tensors import open_folder
+from models.config import DecoderConfig
+
+# The first of two names is Llama's own.
+_NAMES = {theirs: name for name, theirs in reversed(LLAMA.items())}
+
+
+def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) -> None:
+    """Writes a Llama's safetensors as GGUF, without a tokenizer.
+
+    Rows of queries and keys stay in their order, so that it computes as fast but not the same.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.d_head)
+    writer.add_vocab_size(config.vocab)
+    writer.add_tokenizer_model("none")
+    tensors = open_folder(folder)
+    for name, shape in tensors.shapes.items():
+        array = tensors.read(name, tuple(slice(0, n) for n in shape))
+        module, _, end = name.rpartition(".")
+        layer = ""
+        if module.startswith("model.layers."):
+            _, _, number, module = module.split(".", 3)
+            layer = f"blk.{number}."
+        short = array.dtype.name == "bfloat16"
+        if short and len(shape) == 1:  # it knows no norms of 16 bits
+            array, short = array.astype(np.float32), False
+        writer.add_tensor(
+            f"{layer}{_NAMES[module]}.{end}",
+            np.ascontiguousarray(array).view(np.uint8) if short else np.ascontiguousarray(array),
+            raw_dtype=gguf.GGMLQuantizationType.BF16 if short else None,
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def greedy(file: pathlib.Path, tokens: np.ndarray, new: int) -> Callable[[], Any]:
+    """A function that continues `tokens` `[B, T]` by `new`, on all processors."""
+    import llama_cpp as cpp
+
+    batch, length = tokens.shape
+    cpp.llama_backend_init()
+    _quiet(cpp)
+    model = cpp.llama_model_load_from_file(str(file).encode(), cpp.llama_model_default_params())
+    params = cpp.llama_context_default_params()
+    params.n_ctx = batch * (length + new)
+    params.n_batch = params.n_ubatch = batch * length
+    params.n_seq_max = batch
+    params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+    context = cpp.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot run {file}")
+    vocab = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(model))
+    given = cpp.llama_batch_init(batch * length, 0, 1)
+
+    def decode(rows: np.ndarray, first: int) -> np.ndarray:
+        """Reads `[B, t]` tokens from position `first` on; the likeliest that follow."""
+        width = rows.shape[1]
+        given.n_tokens = rows.size
+        for i, token in enumerate(rows.reshape(-1)):
+            given.token[i], given.pos[i] = int(token), first + i % width
+            given.n_seq_id[i], given.seq_id[i][0] = 1, i // width
+            given.logits[i] = i % width == width - 1
+        if cpp.llama_decode(context, given):
+            raise RuntimeError("llama.cpp failed")
+        last = (width * (row + 1) - 1 for row in range(batch))
+        logits = (
+            np.ctypeslib.as_array(cpp.llama_get_logits_ith(context, i), (vocab,)) for i in last
+        )
+        return np.array([[row.argmax()] for row in logits])
+
+    def run():
+        cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
+        next_ = decode(tokens, 0)
+        for step in range(new - 1):
+            next_ = decode(next_, length + step)
+        return next_
+
+    run()
+    return run
+
+
+def _quiet(cpp: Any) -> None:
+    global _silent  # the callback must outlive the call
+    _silent = cpp.llama_log_callback(lambda *_: None)
+    cpp.llama_log_set(_silent, None)
+
+
+_silent: Any = None

@@ -1,0 +1,174 @@
+"""This file is the shallow sea, against whole arrays and against the demonstration of mpi4jax."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import tyro
+
+from benchmarks import harness
+from benchmarks.example import example
+
+_CELLS = (180, 360)  # those of their program
+_ROUND = 100  # steps that their program takes at once
+_COMPARED = 100  # steps after which the fields are compared
+# Run by their Python: their steps timed by their own clock, or their fields kept.
+_RUN = """
+import importlib.util, sys
+import numpy as np
+path, days, steps, out = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+spec = importlib.util.spec_from_file_location("theirs", path)
+theirs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(theirs)
+if steps:
+    first = theirs.ModelState(*theirs.get_initial_conditions(), *[np.zeros((182, 362), "f4")] * 3)
+    last = theirs.do_multistep(theirs.shallow_water_step(first, True), steps - 1)
+    np.savez(out, **{k: np.asarray(v)[1:-1, 1:-1] for k, v in last._asdict().items()})
+else:
+    theirs.solve_shallow_water(days * theirs.DAY_IN_SECONDS, theirs.PLOT_EVERY)
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times a step of `examples/shallow_water.py`; ratios are to ours on the first grid.
+
+    mpi4jax is timed where `theirs` names its `examples/shallow_water.py`, by a Python that has
+    mpi4jax, and an `mpirun` is at hand: each run of theirs is divided by ours before and after.
+    """
+
+    cells: tuple[int, int] = _CELLS
+    """Height and length of the sea."""
+    grids: tuple[str, ...] = ("1x1", "2x1", "2x4")
+    """Of the wafers."""
+    steps: int = 500
+    """In a call."""
+    rounds: int = 5
+    """How often each candidate is timed."""
+    theirs: pathlib.Path | None = None
+    """The program of mpi4jax."""
+    python: str = sys.executable
+    """The interpreter that runs it."""
+    ranks: tuple[int, ...] = (1, 2)
+    """Of its runs."""
+    days: float = 1.0
+    """That each of them computes."""
+    json: pathlib.Path | None = None
+    """Where to write the results."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a table."""
+    options = tyro.cli(Options, prog="python -m benchmarks shallow_water", args=argv)
+    from wsekern.grid import parse_grid
+
+    grids = {grid: parse_grid(grid) for grid in options.grids}
+    harness.start(max(wafers * height * width for wafers, height, width in grids.values()))
+    harness.show_environment()
+    candidates = _candidates(options, grids)
+    first = next(iter(candidates))
+    results = harness.compare(candidates, first, rounds=options.rounds)
+    results = [dataclasses.replace(r, seconds=r.seconds / options.steps) for r in results]
+    if options.theirs is not None and options.cells == _CELLS:
+        apart = _differences(options)
+        harness.console().print(f"apart after {_COMPARED} steps, of the largest value: {apart}")
+        results += _theirs(options, candidates[first])
+    rate = options.cells[0] * options.cells[1] / 1e6
+    noted = [
+        dataclasses.replace(r, note=f"{rate / r.seconds:.1f} M cells/s {r.note}") for r in results
+    ]
+    harness.show(f"a step of {options.cells[0]} x {options.cells[1]} cells, float32", noted)
+    if options.json:
+        harness.dump(options.json, {"shallow water": noted})
+
+
+def _candidates(options, grids):
+    import jax
+
+    import wsekern as wk
+    from benchmarks import plain_sea
+
+    sizes = example("shallow_water")
+    land, sea = sizes.walls(*options.cells), sizes.jet(*options.cells)
+
+    @jax.jit
+    def plain(sea):
+        def body(i, sea):
+            return plain_sea.step(sea, land, sizes, i == 0)
+
+        return jax.lax.fori_loop(0, options.steps, body, sea)
+
+    def ours(wafers, height, width):
+        wafer = wk.Wafer.devices(height, width, wafers)
+
+        def run():
+            with wafer:
+                return jax.block_until_ready(sizes.sailed(sea, land, options.steps))
+
+        return run
+
+    candidates = {f"ours, {name}": ours(*grid) for name, grid in grids.items()}
+    candidates["whole arrays, one device"] = lambda: jax.block_until_ready(plain(sea))
+    return candidates
+
+
+def _theirs(options, mine) -> list[harness.Result]:
+    """Theirs on each number of ranks, over ours."""
+    # They take whole rounds of steps after the first one, until the days are over.
+    steps = _ROUND * math.ceil((options.days * 86_400 / example("shallow_water").STEP - 1) / _ROUND)
+    seconds: dict[int, list[float]] = {ranks: [] for ranks in options.ranks}
+    ratios: dict[int, list[float]] = {ranks: [] for ranks in options.ranks}
+    for _ in range(options.rounds):
+        for ranks in options.ranks:
+            before = harness.compare({"mine": mine}, "mine", rounds=3)[0].seconds
+            said = _run_theirs(options, ranks, options.days, 0, "")
+            after = harness.compare({"mine": mine}, "mine", rounds=3)[0].seconds
+            took = re.search(r"Solution took ([\d.]+)s", said)
+            if took is None:
+                raise SystemExit(f"mpi4jax on {ranks} ranks gives no time:\n{said[-500:]}")
+            seconds[ranks].append(float(took[1]) / steps)
+            ratios[ranks].append(2 * seconds[ranks][-1] / (before + after) * options.steps)
+    return [
+        harness.Result(
+            name=f"mpi4jax, {ranks} ranks",
+            seconds=statistics.median(seconds[ranks]),
+            ratio=statistics.median(own),
+            low=min(own),
+            high=max(own),
+        )
+        for ranks, own in ratios.items()
+    ]
+
+
+def _differences(options) -> str:
+    """How far their fields are from ours, in words."""
+    import numpy as np
+
+    sizes = example("shallow_water")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "fields.npz"
+        _run_theirs(options, 1, 0.0, _COMPARED, str(path))
+        theirs = dict(np.load(path))
+    theirs["eta"] = theirs.pop("h") - sizes.DEPTH
+    ours = sizes.sailed(sizes.jet(*_CELLS), sizes.walls(*_CELLS), _COMPARED)
+    apart = {
+        name: abs(np.asarray(ours[name]) - theirs[name]).max() / abs(theirs[name]).max()
+        for name in ("eta", "u", "v")
+    }
+    return ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+
+
+def _run_theirs(options, ranks, days, steps, out) -> str:
+    mpirun = shutil.which("mpirun", path=str(pathlib.Path(options.python).parent)) or "mpirun"
+    command = [mpirun, "--oversubscribe", "--allow-run-as-root", "-n", str(ranks)]
+    command += [options.python, "-c", _RUN, str(options.theirs), str(days), str(steps), out]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise SystemExit(f"{mpirun} failed:\n{said.stdout[-500:]}{said.stderr[-2000:]}")
+    return said.stdout

@@ -42,8 +42,8 @@ lint: $(VENV)/installed-test ## style, formatting and types, over all folders
 suite: $(VENV)/installed-test ## run every test
 	$(pytest) $(ARGS)
 
-typed: $(VENV)/installed-test ## run the kernels' tests with every shape in a signature checked
-	$(pytest) tests/wsekern/kernels -m 'not refuses and not slow' \
+typed: $(VENV)/installed-test ## run the kernels' tests, compiled as for users, with shapes checked
+	XLA_AS_SHIPPED=1 $(pytest) tests/wsekern/kernels -m 'not refuses and not slow' \
 	  --jaxtyping-packages=wsekern,typechecker.checked $(ARGS)
 
 clean: ## remove environments and caches; runs stay

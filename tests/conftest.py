@@ -1,10 +1,30 @@
 """This file is what every test starts from: sixteen CPU devices, made before jax starts."""
 
+import importlib.metadata
 import os
 import pathlib
 
 from wsekern.emulation import emulate_devices
 
+# A test's program is compiled unoptimised and, in jax 0.10, without the emitters that go through
+# MLIR: in a fifth of the time. jax 0.12 has those emitters only, so CI, running both, tests both.
+_QUICKLY: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+_AS_SHIPPED: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _QUICKLY |= {"xla_cpu_use_fusion_emitters": False}
+    _AS_SHIPPED |= {"xla_cpu_use_fusion_emitters": True}
+if not os.environ.get("XLA_AS_SHIPPED"):  # which compiles every test's program as users' are
+    _GIVEN = os.environ.get("XLA_FLAGS", "")
+    _FLAGS = [f"--{name}={str(v).lower()}" for name, v in _QUICKLY.items() if name not in _GIVEN]
+    os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, _GIVEN]).strip()
 emulate_devices(16)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are kept between runs: compiling is most of the suite's time.
@@ -51,7 +71,14 @@ def wafer_called():
     return make_wafer
 
 
-EVERY_KIND = ["1x1", "1x4", "4x1", "2x2", "2x4", "4x4", "2of2x2", "virtual-4x4", "virtual-8x8"]
+@pytest.fixture
+def as_shipped():
+    """Options for `compile`, for a test of the program that users get."""
+    return _AS_SHIPPED
+
+
+# 2x2 is the two wafers' grid, and 2x4's columns; `full_wafer` has a virtual 4x4.
+EVERY_KIND = ["1x1", "1x4", "4x1", "2x4", "4x4", "2of2x2", "virtual-8x8"]
 
 
 @pytest.fixture(params=EVERY_KIND)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.stats
 
 from wsekern.hardware import Machine
 
@@ -74,7 +75,9 @@ def table(found: Sequence[Harvest]) -> str:
 
 def _at(machine: Machine, density: float, wafers: int, rng: np.random.Generator) -> Harvest:
     rows, columns = machine.physical
-    good = rng.binomial(columns, 1 - density, (wafers, rows))
+    # Drawn through the distribution: numpy's own `binomial` differs from one version to another.
+    below = scipy.stats.binom.cdf(np.arange(columns), columns, 1 - density)
+    good = np.searchsorted(below, rng.random((wafers, rows)), side="right")
     widths = np.sort(good, axis=1)[:, ::-1]  # of each wafer's rows, the widest first
     areas = widths * np.arange(1, rows + 1)
     best = areas.argmax(1)

@@ -64,6 +64,14 @@ def test_no_water_is_lost_in_ten_thousand_steps(sea, dtype, most):
     assert abs(mass[1] / mass[0] - 1) < most
 
 
+def test_nothing_is_computed_at_each_place_that_reads_it(sea, as_shipped):
+    """Left to itself XLA takes 377 operations a cell and step; with that, 222."""
+    state, land = sea.jet(180, 360), sea.walls(180, 360)
+    go = functools.partial(sea.sailed, land=land, steps=200)
+    costs = jax.jit(go).lower(state).compile(compiler_options=as_shipped).cost_analysis()
+    assert costs is not None and costs["flops"] < 270 * 180 * 360
+
+
 def test_it_draws_an_animation(sea, run, tmp_path, capsys):
     film = tmp_path / "sea.gif"
     size = ["--height", 24, "--length", 32, "--days", 1, "--frames", 3]

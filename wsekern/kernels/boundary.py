@@ -6,79 +6,94 @@ extent of the others, in order, as `numpy.pad` would: so a corner is the later d
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import adjoint
-from wsekern.kernels.lines import Line
+from wsekern.kernels import adjoint, once
+from wsekern.kernels.lines import Boundary, Line
 
 Pairs = tuple[tuple[int, int], ...]
 
 
 def fill(
-    buffer: jax.Array,
-    lines: Sequence[Line],
+    buffers: Sequence[jax.Array],
+    lines: Sequence[Sequence[Line]],
     *,
     at: Pairs,
     margins: Pairs,
     radius: Pairs,
     corners: bool = True,
+    step: Any = None,
     backward: bool = False,
-) -> jax.Array:
-    """`buffer` with its ghost cells filled, on the PEs at the ends of the field.
+) -> list[jax.Array]:
+    """`buffers` with their ghost cells filled, on the PEs at the ends of the field.
 
     Nothing is sent: a line that is split and periodic has none.
 
     Args:
-      buffer: a tile between `at[dim]` cells of padding at either side.
-      lines: its dimensions.
-      at: low and high padding of the buffer.
+      buffers: tiles between `at[dim]` cells of padding at either side.
+      lines: the dimensions of each.
+      at: low and high padding of the buffers.
       margins: how many of them are filled at each side.
       radius: how many of these follow the boundary's rule, the nearest ones; those beyond repeat
         the outermost of them. So nothing depends on how deep a halo is.
       corners: whether the other dimensions' padding is filled over too.
+      step: of a loop that carries the buffers on CPUs, where else XLA would copy them.
       backward: whether this is only differentiated in reverse, and then shall be fast.
     """
-    side = functools.partial(
-        fill_side, lines=lines, at=at, margins=margins, radius=radius, corners=corners
-    )
-    for dim in range(len(lines)):
+    for dim in range(len(at)):
         for high in (False, True):
-            buffer = side(buffer, dim, high, backward=backward)
-    return buffer
+            buffers = fill_side(
+                buffers, dim, high, lines, at=at, margins=margins, radius=radius, corners=corners,
+                step=step, backward=backward,
+            )  # fmt: skip
+    return list(buffers)
 
 
 def fill_side(
-    buffer: jax.Array,
+    buffers: Sequence[jax.Array],
     dim: int,
     high: bool,
-    lines: Sequence[Line],
+    lines: Sequence[Sequence[Line]],
     *,
     at: Pairs,
     margins: Pairs,
     radius: Pairs,
     corners: bool = True,
+    step: Any = None,
     backward: bool = False,
-) -> jax.Array:
-    """`buffer` with the ghost cells of one side filled; see `fill`."""
-    line, margin = lines[dim], margins[dim][high]
-    if margin == 0 or (line.periodic and line.parts > 1):
-        return buffer
-    starts = [0 if corners else pair[0] for pair in at]
-    starts[dim] = _end(line, at[dim][0]) if high else at[dim][0] - margin
+) -> list[jax.Array]:
+    """`buffers` with the ghost cells of one side filled; see `fill`."""
+    margin, filled = margins[dim][high], list(buffers)
+    own = [i for i, l in enumerate(lines) if margin and not (l[dim].periodic and l[dim].parts > 1)]
+    starts = [[0 if corners else pair[0] for pair in at] for _ in own]
+    for start, i in zip(starts, own, strict=True):
+        start[dim] = _end(lines[i][dim], at[dim][0]) if high else at[dim][0] - margin
 
-    def ghost(buffer):
-        slab = ghost_cells(buffer, dim, line, high, at[dim][0], margin, radius[dim][high])
+    def ghosts(*buffers):
+        return [ghost(b, lines[i], start) for b, i, start in zip(buffers, own, starts, strict=True)]
+
+    def ghost(buffer, lines, start):
+        slab = ghost_cells(buffer, dim, lines[dim], high, at[dim][0], margin, radius[dim][high])
         if not corners:
-            for other, own in enumerate(lines):
+            for other, line in enumerate(lines):
                 if other != dim:
-                    slab = _cut(slab, other, starts[other], own.tile)
-        return [_at_end(slab, buffer, starts, line, high)]
+                    slab = _cut(slab, other, start[other], line.tile)
+        return _at_end(slab, buffer, start, lines[dim], high)
 
-    return adjoint.writing([buffer], ghost, [starts], backward=backward)[0]
+    if own:
+        reads = step is not None and any(
+            not isinstance(_rule(lines[i][dim], high), float) for i in own
+        )
+        make = functools.partial(once.apart, ghosts, step) if reads else ghosts
+        new = adjoint.writing([buffers[i] for i in own], make, starts, backward=backward)
+        for i, buffer in zip(own, new, strict=True):
+            filled[i] = buffer
+    return filled
 
 
 def ghost_cells(
@@ -91,7 +106,7 @@ def ghost_cells(
     width: int,
 ) -> jax.Array:
     """The ghost cells of one side, in the order of the buffer, as wide as `margin`."""
-    rule = line.high if high else line.low
+    rule = _rule(line, high)
 
     def inward(skip: int, count: int) -> jax.Array:
         if high:
@@ -146,6 +161,10 @@ def hold_rim(
 
             new, _ = adjoint.writing([new, old], rim, [starts, None], backward=backward)
     return new
+
+
+def _rule(line: Line, high: bool) -> Boundary:
+    return line.high if high else line.low
 
 
 def _at_end(slab, buffer, starts, line, high):

@@ -193,10 +193,7 @@ def _per_pe(*fields, lines, widths, corners):
     at = [widths] * len(fields)
     buffers = [padded(f, widths) for f in fields]
     buffers = exchange(buffers, lines, at, corners=corners, fresh=True)
-    return [
-        ends.fill(b, own, at=widths, margins=widths, radius=widths, corners=corners)
-        for b, own in zip(buffers, lines, strict=True)
-    ]
+    return ends.fill(buffers, lines, at=widths, margins=widths, radius=widths, corners=corners)
 
 
 def _inside(*tiles, widths):

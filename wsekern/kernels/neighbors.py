@@ -100,8 +100,8 @@ def joined(
             blocks[i] = jnp.concatenate(around, dim) if around[1:] else blocks[i]
             if high and own[dim].size != own[dim].tile * own[dim].parts:
                 at = tuple(pair if d <= dim else (0, 0) for d, pair in enumerate(widths))
-                blocks[i] = ends.fill_side(
-                    blocks[i], dim, True, own, at=at, margins=widths, radius=widths
+                [blocks[i]] = ends.fill_side(
+                    [blocks[i]], dim, True, [own], at=at, margins=widths, radius=widths
                 )
     return blocks
 

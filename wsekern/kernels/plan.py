@@ -26,6 +26,7 @@ class Plan:
     depth: int  # steps from one exchange to the next
     corners: bool  # whether `update` reads them
     on_wafer: bool  # virtual or abstract PEs, where a step costs memory and not messages
+    on_cpus: bool  # devices that are CPUs, whose compiler is told what to compute once
     overlaps: bool  # whether the inside of a tile is computed while its halo travels
     save_every: int | None
     checkpoint: str | None

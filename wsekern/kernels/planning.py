@@ -1,6 +1,7 @@
 """This file is how a stencil's plan comes from what is asked for, with all checks of it."""
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from wsekern.kernels import adjoint, halo
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
+from wsekern.kernels.local import program_of
 from wsekern.kernels.plan import Plan
 
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
@@ -70,6 +72,7 @@ def planned(
         depth=depth,
         corners=options.corners is not False or depth > 1,
         on_wafer=on_wafer,
+        on_cpus=not on_wafer and platform == "cpu",
         overlaps=not on_wafer and _overlaps(options.overlap, lines[0], radius, platform),
         save_every=options.save_every,
         checkpoint=options.checkpoint,
@@ -207,7 +210,8 @@ def _check_update(what, plan, u, shapes):
     """Traces `update` once on tiles with their halo, before anything is compiled."""
     tiles = [line.tile for line in plan.lines[0]]
     around = [n + sum(pair) for n, pair in zip(tiles, plan.radius, strict=True)]
-    new = jax.eval_shape(plan.call, *shapes, jax.ShapeDtypeStruct((), jnp.int32))
+    call = program_of(functools.partial(Plan.call, plan))  # traced once for all that are alike
+    new = jax.eval_shape(call, *shapes, jax.ShapeDtypeStruct((), jnp.int32))
     if jax.tree.structure(new) != plan.tree:
         raise ValueError(
             f"{what}: update makes {jax.tree.structure(new)} of fields {plan.tree}; it must give "

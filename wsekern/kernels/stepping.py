@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import adjoint, checkpoints, points
+from wsekern.kernels import adjoint, checkpoints, once, points
 from wsekern.kernels import boundary as ends
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
@@ -68,7 +68,7 @@ def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, .
     if buffers:
         buffers = exchange(buffers, own_lines, at, fresh=True)
     for i, buffer, own, width in zip(split, buffers, own_lines, at, strict=True):
-        held[i] = ends.fill(buffer, own, at=width, margins=width, radius=width)
+        [held[i]] = ends.fill([buffer], [own], at=width, margins=width, radius=width)
     return tuple(held)
 
 
@@ -117,7 +117,8 @@ class Run:
         run, records = self, []
         for j in range(steps):
             left = self.plan.left(j, steps)
-            now = run._surrounded(now, left, j % self.plan.depth == 0, backward=True)
+            exchanges = j % self.plan.depth == 0
+            now = run._surrounded(now, left, begin + j, exchanges, backward=True)
             other = tuple(jnp.zeros_like(b) for b in now)
             new, run = run._gathered(now, left, begin + j)
             now = run._written(
@@ -149,16 +150,14 @@ class Run:
         now, other = buffers
         for j in range(steps):
             left, exchanges = self.plan.left(j, steps), j % self.plan.depth == 0
-            early = now
-            now = self._surrounded(now, left, exchanges, fresh=fresh and j == 0)
+            early, step = now, begin + j
+            now = self._surrounded(now, left, step, exchanges, fresh=fresh and j == 0)
             if exchanges and self.plan.overlaps:
-                new = self._in_parts(self._surrounded(early, left, False), now, left, begin + j)
+                new = self._in_parts(self._surrounded(early, left, step, False), now, left, step)
             else:
                 region = self.plan.region(left)
-                new = [
-                    (self._updated(*now, *self.coefficients, box=region, step=begin + j), region)
-                ]
-            now, other = self._written(now, other, new, begin + j), now
+                new = [(self._new(now, region, step), region)]
+            now, other = self._written(now, other, new, step), now
             if self.readers is not None:
                 records.append(
                     points.read(self.readers, now, self.plan.lines[0], self.plan.padding)
@@ -168,7 +167,7 @@ class Run:
         return (now, other), jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
 
     def _surrounded(
-        self, now, left: int, exchanges: bool, *, fresh: bool = False, backward: bool = False
+        self, now, left: int, step, exchanges: bool, *, fresh: bool = False, backward: bool = False
     ):
         """The buffers as a step reads them from which `left` steps are to be taken."""
         plan = self.plan
@@ -184,10 +183,22 @@ class Run:
                 fresh=not backward and (plan.on_wafer or fresh),
                 backward=backward,
             )
-        fill = functools.partial(
-            ends.fill, at=at, margins=margins, radius=plan.radius, backward=backward
+        filled = ends.fill(
+            now,
+            plan.lines,
+            at=at,
+            margins=margins,
+            radius=plan.radius,
+            step=step if plan.on_cpus and not backward else None,
+            backward=backward,
         )
-        return tuple(fill(b, own) for b, own in zip(now, plan.lines, strict=True))
+        return tuple(filled)
+
+    def _new(self, now, box: Pairs, step) -> list[jax.Array]:
+        """The cells `box` of the new fields, each of the update's arrays computed once."""
+        update = functools.partial(self._updated, box=box, step=step)
+        operands = (*now, *self.coefficients)
+        return once.sparing(update, step, *operands) if self.plan.on_cpus else update(*operands)
 
     def _updated(self, *operands, box: Pairs, step) -> list[jax.Array]:
         """The cells `box` of the new fields, from fields and coefficients as they are kept."""
@@ -222,10 +233,7 @@ class Run:
         """The new fields in boxes, the one inside of what was there before the exchange."""
         inside, *rims = self.plan.boxes(left)
         parts = [(early, inside), *((now, rim) for rim in rims)]
-        return [
-            (self._updated(*fields, *self.coefficients, box=box, step=step), box)
-            for fields, box in parts
-        ]
+        return [(self._new(fields, box, step), box) for fields, box in parts]
 
     def _written(self, now, other, parts, step, *, backward: bool = False):
         """The new fields in `other`'s memory, with their sources, and `now`'s rim where fixed."""

@@ -49,7 +49,8 @@ class Plan:
     @property
     def joins(self) -> bool:
         """Whether a tile and its halo are joined anew in each step, instead of kept padded."""
-        return self.depth == 1 and self.on_wafer
+        alone = self.steps == 1 and not self.overlaps and self.checkpoint is None
+        return self.depth == 1 and (self.on_wafer or alone)
 
     @property
     def padding(self) -> Pairs:

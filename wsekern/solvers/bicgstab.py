@@ -67,18 +67,20 @@ def _first(r):
 
 
 def _begin(r):
-    return r, r, fields.dot(r, r)  # the shadow residual, the direction, their product
+    square = fields.dot(r, r)
+    # The shadow residual, the direction, their product; squares of the shadow and of the residual.
+    return r, r, square, square, square
 
 
 def _step(precondition, matvec, x, r, rest):
-    (shadow, p, rho), steepest = rest
+    (shadow, p, rho, far, left), steepest = rest
     y = precondition(p)
     v = matvec(y)
     slope = fields.norm(v) / fields.norm(y)
     steepest = jnp.maximum(steepest, slope)
     across = fields.dot(shadow, v)
     # Of products of what is orthogonal to the first residual only rounding is left.
-    orthogonal = jnp.finfo(rho.dtype).eps * fields.norm(shadow)
+    orthogonal = jnp.finfo(rho.dtype).eps * jnp.sqrt(far)
     stuck = jnp.abs(across) <= orthogonal * fields.norm(v)
     alpha = jnp.where(stuck, 0, _ratio(rho, across))
     s = fields.plus(r, -alpha, v)
@@ -87,15 +89,16 @@ def _step(precondition, matvec, x, r, rest):
     tt = fields.dot(t, t)
     omega = _ratio(fields.dot(t, s), tt)
     x = fields.plus(fields.plus(x, alpha, y), omega, z)
-    begun, r = r, fields.plus(s, -omega, t)
+    r = fields.plus(s, -omega, t)
     new = fields.dot(shadow, r)
     beta = _ratio(new, rho) * _ratio(alpha, omega)
     p = fields.plus(r, beta, fields.plus(p, -omega, v))
     lost = stuck | (jnp.abs(new) <= orthogonal * fields.norm(r))
     # Where it has just begun anew, there is no better direction.
-    broke = stuck & (rho == fields.dot(begun, begun))
+    broke = stuck & (rho == left)
     fresh = _begin(r)
-    rest = jax.tree.map(lambda a, b: jnp.where(lost, a, b), fresh, (shadow, p, new))
+    carried = (shadow, p, new, far, fields.dot(r, r))
+    rest = jax.tree.map(lambda a, b: jnp.where(lost, a, b), fresh, carried)
     why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, -1)
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, why)
     return x, r, (rest, steepest), why

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -27,7 +28,7 @@ spec = importlib.util.spec_from_file_location("theirs", path)
 theirs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(theirs)
 if steps:
-    first = theirs.ModelState(*theirs.get_initial_conditions(), *[np.zeros((182, 362), "f4")] * 3)
+    first = theirs.ModelState(*theirs.get_initial_conditions(), *[theirs.jnp.zeros((182, 362))] * 3)
     last = theirs.do_multistep(theirs.shallow_water_step(first, True), steps - 1)
     np.savez(out, **{k: np.asarray(v)[1:-1, 1:-1] for k, v in last._asdict().items()})
 else:
@@ -76,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     results = harness.compare(candidates, first, rounds=options.rounds)
     results = [dataclasses.replace(r, seconds=r.seconds / options.steps) for r in results]
     if options.theirs is not None and options.cells == _CELLS:
-        apart = _differences(options)
-        harness.console().print(f"apart after {_COMPARED} steps, of the largest value: {apart}")
+        for dtype in ("float32", "float64"):
+            apart = _differences(options, dtype)
+            harness.console().print(f"apart after {_COMPARED} steps in {dtype}: {apart}")
         results += _theirs(options, candidates[first])
     rate = options.cells[0] * options.cells[1] / 1e6
     noted = [
@@ -146,29 +148,33 @@ def _theirs(options, mine) -> list[harness.Result]:
     ]
 
 
-def _differences(options) -> str:
-    """How far their fields are from ours, in words."""
+def _differences(options, dtype) -> str:
+    """How far their fields are from ours, of the largest value of each, in words."""
+    import jax
     import numpy as np
 
     sizes = example("shallow_water")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "fields.npz"
-        _run_theirs(options, 1, 0.0, _COMPARED, str(path))
+        _run_theirs(options, 1, 0.0, _COMPARED, str(path), dtype)
         theirs = dict(np.load(path))
     theirs["eta"] = theirs.pop("h") - sizes.DEPTH
-    ours = sizes.sailed(sizes.jet(*_CELLS), sizes.walls(*_CELLS), _COMPARED)
+    with jax.enable_x64(dtype == "float64"):
+        ours = sizes.sailed(sizes.jet(*_CELLS), sizes.walls(*_CELLS), _COMPARED)
+        ours = jax.tree.map(np.asarray, ours)
     apart = {
-        name: abs(np.asarray(ours[name]) - theirs[name]).max() / abs(theirs[name]).max()
+        name: abs(ours[name] - theirs[name]).max() / abs(theirs[name]).max()
         for name in ("eta", "u", "v")
     }
     return ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
 
 
-def _run_theirs(options, ranks, days, steps, out) -> str:
+def _run_theirs(options, ranks, days, steps, out, dtype="float32") -> str:
     mpirun = shutil.which("mpirun", path=str(pathlib.Path(options.python).parent)) or "mpirun"
     command = [mpirun, "--oversubscribe", "--allow-run-as-root", "-n", str(ranks)]
     command += [options.python, "-c", _RUN, str(options.theirs), str(days), str(steps), out]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    wide = os.environ | {"JAX_ENABLE_X64": str(int(dtype == "float64"))}
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     if said.returncode:
         raise SystemExit(f"{mpirun} failed:\n{said.stdout[-500:]}{said.stderr[-2000:]}")
     return said.stdout

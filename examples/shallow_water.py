@@ -106,10 +106,10 @@ def walls(height: int, length: int, depth=DEPTH):
 
     row = jnp.arange(height)[:, None]
     return {
-        "depth": jnp.broadcast_to(jnp.asarray(depth, jnp.float32), (height, length)),
-        "f": (CORIOLIS + BETA * SPACING * row).astype(jnp.float32),
-        "north": (row < height - 1).astype(jnp.float32),
-        "south": (row > 0).astype(jnp.float32),
+        "depth": jnp.broadcast_to(jnp.asarray(depth, float), (height, length)),
+        "f": (CORIOLIS + BETA * SPACING * row).astype(float),
+        "north": (row < height - 1).astype(float),
+        "south": (row > 0).astype(float),
     }
 
 
@@ -125,7 +125,7 @@ def jet(height: int, length: int):
     ripple = np.sin(x / long * 10 * np.pi) * np.cos(y / wide * 8 * np.pi)[:, None]
     eta = balanced - balanced.mean() + 0.2 * ripple
     fields = {"eta": eta, "u": u} | dict.fromkeys(("v", "deta", "du", "dv"), 0 * u)
-    return {name: jnp.asarray(a[1:-1, 1:-1], jnp.float32) for name, a in fields.items()}
+    return {name: jnp.asarray(a[1:-1, 1:-1], float) for name, a in fields.items()}
 
 
 def animate(eta, days: float, path: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -56,11 +57,10 @@ def sparing(
         return list(function(*operands))
     closed = jax.make_jaxpr(function)(*operands)
     jaxpr = closed.jaxpr
-    chosen: set[Any] = set()
-    for _ in range(2):  # what an expression costs depends on what of it is computed apart
-        chosen = _worth_it(jaxpr, _costs(jaxpr, chosen))
+    if jaxpr.effects:  # what is printed is read by nothing, and shall be printed all the same
+        return list(function(*operands))
     known, values = [*jaxpr.invars], [*operands]
-    for level in _levels(jaxpr, chosen):
+    for level in _levels(jaxpr, _chosen(jaxpr)):
         values += apart(_themselves, step, *_part(closed, known, level)(*values))
         known += level
     return _part(closed, known, jaxpr.outvars)(*values)
@@ -68,6 +68,14 @@ def sparing(
 
 def _themselves(*arrays):
     return list(arrays)
+
+
+def _chosen(jaxpr: Any) -> set[Any]:
+    """The variables to be computed apart."""
+    chosen: set[Any] = set()
+    for _ in range(2):  # what an expression costs depends on what of it is computed apart
+        chosen = _worth_it(jaxpr, _costs(jaxpr, chosen))
+    return chosen
 
 
 def _costs(jaxpr: Any, chosen: Collection[Any]) -> dict[Any, int]:
@@ -102,7 +110,8 @@ def _worth_it(jaxpr: Any, costs: dict[Any, int]) -> set[Any]:
         made = equation.outvars[0]
         read = set().union(*(places[v] for v in equation.outvars))
         again = (len(read) - 1) * costs[made]
-        if again > _PASS and len(equation.outvars) == 1 and made.aval.size > smallest:
+        alone = len(equation.outvars) == 1 and jnp.issubdtype(made.aval.dtype, jnp.number)
+        if again > _PASS and alone and made.aval.size > smallest:
             chosen.add(made)
             read = {(made, (0,) * made.aval.ndim)}
         for v in _variables(equation.invars):

@@ -65,7 +65,7 @@ def start(devices: int) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if "cpu" in os.environ["JAX_PLATFORMS"].split(","):
-        from wsekern.emulation import emulate_devices
+        from wsekern.wafer.launch import emulate_devices
 
         emulate_devices(devices)
 

@@ -64,7 +64,7 @@ def _candidates(grid, size, options):
 
     import wsekern as wk
     from wsekern.kernels import choose
-    from wsekern.wafer import TILED
+    from wsekern.wafer.wafer import TILED
 
     wafer = wk.Wafer.devices(*grid)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -50,7 +50,7 @@ def _table(grid, wind, options) -> list[harness.Result]:
     import jax
 
     import wsekern as wk
-    from wsekern.wafer import TILED
+    from wsekern.wafer.wafer import TILED
 
     wafer = wk.Wafer.devices(*grid)
     whole = jax.random.normal(jax.random.key(0), (options.size,) * 2)

@@ -70,7 +70,7 @@ def _steps_table(grid, name, shape, steps, options) -> list[harness.Result]:
     import jax
 
     import wsekern as wk
-    from wsekern.wafer import TILED
+    from wsekern.wafer.wafer import TILED
 
     wafer = wk.Wafer.devices(*grid)
     whole = jax.random.normal(jax.random.key(0), shape)
@@ -110,7 +110,7 @@ def _exchange_table(grid, width, options) -> list[harness.Result]:
     import jax
 
     import wsekern as wk
-    from wsekern.wafer import TILED
+    from wsekern.wafer.wafer import TILED
 
     wafer = wk.Wafer.devices(*grid)
     u = wafer.shard(jax.random.normal(jax.random.key(0), (options.size,) * 2), TILED)

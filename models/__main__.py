@@ -4,8 +4,8 @@ import os
 import sys
 
 from models.command import Convert, Generate, Info, Plan, parse
-from wsekern.emulation import emulate_devices
 from wsekern.grid import parse_grid
+from wsekern.wafer.launch import emulate_devices
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from models import sampling
 from models.decoder import Decoder, sequence, unstacked
 from models.layers import Sequence
 from models.sampling import Sampling
-from wsekern import context
+from wsekern.wafer import context
 
 _AHEAD = 8  # steps in flight before the host reads a token
 

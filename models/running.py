@@ -30,7 +30,7 @@ from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
 from wsekern.grid import parse_grid
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 
 def generate(command: Generate) -> int:

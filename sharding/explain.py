@@ -10,8 +10,9 @@ from rich.table import Table
 
 from sharding.rules import Home
 from sharding.state import layout_of, logical_shape, named_leaves
-from wsekern import layout, readings
-from wsekern.wafer import Wafer
+from wsekern.wafer import layout
+from wsekern.wafer.axes import axes_of
+from wsekern.wafer.wafer import Wafer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def explain(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[Place
         held = shape if wafer is None else layout.padded_shape(shape, spec, wafer)
         parts = 1
         if wafer is not None and wafer.reading == "virtual":
-            parts = math.prod(wafer.devices_along(a) for e in spec for a in readings.axes_of(e))
+            parts = math.prod(wafer.devices_along(a) for e in spec for a in axes_of(e))
         elif wafer is not None:
             parts = layout.parts(spec, wafer)
         dtype = jnp.dtype(leaf.dtype)

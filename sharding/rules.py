@@ -9,7 +9,7 @@ from typing import Literal
 
 from jax.sharding import PartitionSpec as P
 
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 Home = Literal["wafer", "memoryx"]
 

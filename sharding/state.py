@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sharding.rules import Home, spec_of
-from wsekern import context, layout
-from wsekern.wafer import Wafer
+from wsekern.wafer import context, layout
+from wsekern.wafer.wafer import Wafer
 
 
 def lay_out(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:

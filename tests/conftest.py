@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 
-from wsekern.emulation import emulate_devices
+from wsekern.wafer.launch import emulate_devices
 
 # A test's program is compiled unoptimised and, in jax 0.10, without the emitters that go through
 # MLIR: in a fifth of the time. jax 0.12 has those emitters only, so CI, running both, tests both.

@@ -13,7 +13,7 @@ from sharding.explain import explain
 from training.data import Corpus
 from training.programs import Plan
 from wsekern.hardware import accelerator
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 _DRAWN_ROWS, _DRAWN_COLUMNS = 6, 8  # of a grid; what is between its ends is left out
 _PROBE = 1024  # rows and columns of the product that stands for the peak of an unknown device

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from wsekern.emulation import emulate_devices
+from wsekern.wafer.launch import emulate_devices
 
 if TYPE_CHECKING:
     from training.config import TrainingConfig
-    from wsekern.wafer import Wafer
+    from wsekern.wafer.wafer import Wafer
 
 _MOST_DEVICES = 1024  # emulated; with them a move takes 0.2 s
 

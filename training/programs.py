@@ -17,9 +17,9 @@ from sharding.state import initialise, lay_out, pad
 from training.config import TrainingConfig
 from training.optimiser import make_optimiser
 from training.step import Metrics, TrainState, evaluation, initial_state, state_of, train_step
-from wsekern import layout
-from wsekern.axes import ROWS, WAFERS
-from wsekern.wafer import Wafer
+from wsekern.wafer import layout
+from wsekern.wafer.axes import ROWS, WAFERS
+from wsekern.wafer.wafer import Wafer
 
 _BATCH = P(WAFERS, ROWS)
 

@@ -15,7 +15,7 @@ from models.presets import find_family, find_preset
 from models.text.reading import load_tokenizer
 from models.text.tokenizer import Tokenizer
 from training.config import TrainingConfig
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 _CONTEXT = 1024  # tokens of a sequence: what checkpoints can read needs far more memory
 

@@ -13,7 +13,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wsekern.emulation import emulate_devices as emulate_devices
     from wsekern.estimator.estimate import estimate as estimate
     from wsekern.estimator.traffic import traffic as traffic
     from wsekern.hardware import A100 as A100
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from wsekern.hardware import WSE1 as WSE1
     from wsekern.hardware import WSE2 as WSE2
     from wsekern.hardware import WSE3 as WSE3
-    from wsekern.host_memory import Memory as Memory
-    from wsekern.host_memory import memory as memory
     from wsekern.kernels.attention import attention as attention
     from wsekern.kernels.cache import KVCache as KVCache
     from wsekern.kernels.decode import decode_attention as decode_attention
@@ -53,17 +50,20 @@ if TYPE_CHECKING:
     from wsekern.pictures.scaling import scaling as scaling
     from wsekern.pictures.terminal import terminal_map as terminal_map
     from wsekern.pictures.wafer_map import wafer_map as wafer_map
-    from wsekern.placement.defects import Defects as Defects
     from wsekern.solvers.bicgstab import bicgstab as bicgstab
     from wsekern.solvers.conjugate_gradient import cg as cg
     from wsekern.solvers.jacobi import jacobi as jacobi
     from wsekern.solvers.multigrid import multigrid as multigrid
     from wsekern.solvers.multigrid import v_cycle as v_cycle
     from wsekern.solvers.solution import Solution as Solution
-    from wsekern.wafer import Wafer as Wafer
+    from wsekern.wafer.host_memory import Memory as Memory
+    from wsekern.wafer.host_memory import memory as memory
+    from wsekern.wafer.launch import emulate_devices as emulate_devices
+    from wsekern.wafer.placement.defects import Defects as Defects
+    from wsekern.wafer.wafer import Wafer as Wafer
 
 _HOMES = {
-    "emulate_devices": "emulation",
+    "emulate_devices": "wafer.launch",
     "A100": "hardware",
     "H100": "hardware",
     "H200": "hardware",
@@ -71,10 +71,10 @@ _HOMES = {
     "WSE1": "hardware",
     "WSE2": "hardware",
     "WSE3": "hardware",
-    "Defects": "placement.defects",
+    "Defects": "wafer.placement.defects",
     "KVCache": "kernels.cache",
-    "Memory": "host_memory",
-    "Wafer": "wafer",
+    "Memory": "wafer.host_memory",
+    "Wafer": "wafer.wafer",
     "attention": "kernels.attention",
     "bicgstab": "solvers.bicgstab",
     "cg": "solvers.conjugate_gradient",
@@ -95,7 +95,7 @@ _HOMES = {
     "jacobi": "solvers.jacobi",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul",
-    "memory": "host_memory",
+    "memory": "wafer.host_memory",
     "multigrid": "solvers.multigrid",
     "rms_norm": "kernels.norm",
     "Receivers": "kernels.points",

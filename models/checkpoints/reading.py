@@ -25,8 +25,8 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.presets import FAMILIES, find_family
 from sharding.state import layout_of, named_leaves
-from wsekern import context
-from wsekern.wafer import Wafer
+from wsekern.wafer import context
+from wsekern.wafer.wafer import Wafer
 
 _ALIGNED = 64  # bytes: what XLA's CPU backend takes over without a copy
 

@@ -97,8 +97,8 @@ def _estimate(asked: argparse.Namespace) -> None:
     shapes = given if asked.shapes is None else [_shape(text) for text in asked.shapes]
 
     from wsekern.estimator.estimate import estimate
-    from wsekern.placement.defects import Defects
-    from wsekern.wafer import Wafer
+    from wsekern.wafer.placement.defects import Defects
+    from wsekern.wafer.wafer import Wafer
 
     height, width = _grid(asked.grid) if asked.grid else (None, None)
     defects = None if asked.pe_yield is None else Defects.random(machine, asked.pe_yield)

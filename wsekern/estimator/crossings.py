@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsekern.axes import COLS, ROWS
+from wsekern.wafer.axes import COLS, ROWS
 
 UP = {ROWS: "S", COLS: "E"}  # the direction of higher places
 DOWN = {ROWS: "N", COLS: "W"}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsekern.axes import AXES
 from wsekern.estimator import loads, memory, trace
 from wsekern.estimator.cost import DEFAULT, Constants, size_of, width_of
 from wsekern.estimator.schedule import Event, Schedule
 from wsekern.hardware import ACCELERATORS, Machine
-from wsekern.wafer import Wafer
+from wsekern.wafer.axes import AXES
+from wsekern.wafer.wafer import Wafer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsekern.axes import AXES, COLS, ROWS, WAFERS
 from wsekern.estimator import loads
 from wsekern.estimator.cost import width_of
 from wsekern.fabric import algorithms
 from wsekern.fabric.multicast import cost as flood_cost
 from wsekern.hardware import Machine
+from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
 DIRECTIONS = ("N", "E", "S", "W", "wafer")
 _REDUCTION = re.compile(r"reduction_(.+)_(all|\d+)$")

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from wsekern.axes import AXES, COLS, ROWS, WAFERS
 from wsekern.estimator import trees
 from wsekern.estimator.crossings import DOWN, UP, Loads, along, downwards, upwards
 from wsekern.fabric import algorithms
+from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from wsekern.estimator import cost, trace, whole
 from wsekern.estimator.cost import size_of, width_of
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 _IN_PLACE = cost.ELEMENTWISE | {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
 

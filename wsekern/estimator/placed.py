@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from wsekern.axes import WAFERS
 from wsekern.estimator import links
 from wsekern.fabric import algorithms
 from wsekern.hardware import Machine
-from wsekern.placement.place import Placement
-from wsekern.placement.routes import routes, sideways
+from wsekern.wafer.axes import WAFERS
+from wsekern.wafer.placement.place import Placement
+from wsekern.wafer.placement.routes import routes, sideways
 
 _REDUCE = re.compile(r"reduce by (\w+)")
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from wsekern.estimator import cost, links, placed, roots, trace, whole
 from wsekern.estimator.cost import Constants
 from wsekern.hardware import Machine
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 _WALKED = 12  # trips of a scan, where they do not become steady before
 _EVENTS = 20_000  # kept of a timeline

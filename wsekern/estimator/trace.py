@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from wsekern import context
-from wsekern.wafer import Wafer
+from wsekern.wafer import context
+from wsekern.wafer.wafer import Wafer
 
 _LIBRARY = str(pathlib.Path(__file__).parents[1])
 MOVES = frozenset(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsekern.estimator import trace
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 # What a PE receives of a collective over P PEs, in words of the tile that it hands in.
 _RECEIVED: dict[str, tuple[str, Callable[[int], float]]] = {

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from wsekern.axes import COLS, ROWS
 from wsekern.estimator.crossings import DOWN, UP, Loads, along, downwards, upwards
 from wsekern.fabric import algorithms, chain, k_tree, optimal, two_phase
 from wsekern.fabric.moves import ring_order
+from wsekern.wafer.axes import COLS, ROWS
 
 
 def loads(

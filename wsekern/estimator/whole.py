@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from wsekern.axes import COLS, ROWS
 from wsekern.estimator import links, loads, placed
 from wsekern.estimator.cost import Constants, Work, size_of, width_of
-from wsekern.wafer import Wafer
+from wsekern.wafer.axes import COLS, ROWS
+from wsekern.wafer.wafer import Wafer
 
 Spec = tuple[tuple[str, ...], ...]  # the axes that each dimension is split over
 

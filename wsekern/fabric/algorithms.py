@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from wsekern.context import inside
 from wsekern.fabric import chain, k_tree, multicast, optimal, ring, star, tree, two_phase
 from wsekern.fabric.cost import Cost, Received
 from wsekern.hardware import Machine
+from wsekern.wafer.context import inside
 
 Algorithm = Literal[
     "auto", "xla", "star", "chain", "tree", "two_phase", "optimal", "k_tree", "ring", "snake"

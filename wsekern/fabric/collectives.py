@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.axes import WAFERS
 from wsekern.fabric import algorithms, axis, chain, multicast, ring
 from wsekern.fabric import line as lines
 from wsekern.fabric.algorithms import Algorithm
@@ -18,6 +17,7 @@ from wsekern.fabric.axis import virtual
 from wsekern.fabric.exchange import check_root
 from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 from wsekern.fabric.operation import OPERATIONS, Op
+from wsekern.wafer.axes import WAFERS
 
 
 def broadcast(x: Any, along: Along, root: int = 0) -> Any:

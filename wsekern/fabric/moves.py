@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.axes import COLS, ROWS, WAFERS
-from wsekern.context import differentiated, inside
 from wsekern.fabric import axis, blocks
 from wsekern.fabric.axis import virtual
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.context import differentiated, inside
 
 if TYPE_CHECKING:
-    from wsekern.wafer import Wafer
+    from wsekern.wafer.wafer import Wafer
 
 Along = str | tuple[str, ...]
 # In which order the PEs of a line stand in a ring: 0 1 2 3 4 5, whose ends are a whole line apart,

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from wsekern import context
+from wsekern.wafer import context
 
 Window = tuple[tuple[int, ...], tuple[int, ...]]  # where a slice starts and ends
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from wsekern import fabric
-from wsekern.axes import COLS, ROWS
 from wsekern.hardware import accelerator
 from wsekern.kernels import tile_product as tile
-from wsekern.wafer import Wafer
+from wsekern.wafer.axes import COLS, ROWS
+from wsekern.wafer.wafer import Wafer
 
 _EMULATED_BYTES = 8 * 2**20
 _MEMORY_SHARE = 64  # of an accelerator's memory, a part that leaves room for the model

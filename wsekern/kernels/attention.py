@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from wsekern import context, fabric, layout
-from wsekern.axes import ROWS, WAFERS
+from wsekern import fabric
 from wsekern.kernels import attention_operands as operands
 from wsekern.kernels import attention_plan as planning
 from wsekern.kernels import ring, tile_vendor, ulysses, zigzag
@@ -37,7 +36,9 @@ from wsekern.kernels import tile_attention as tile
 from wsekern.kernels.attention_operands import Floats, Segments
 from wsekern.kernels.attention_plan import Algorithm, Plan
 from wsekern.kernels.visibility import Keys, Rows
-from wsekern.wafer import Wafer
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import ROWS, WAFERS
+from wsekern.wafer.wafer import Wafer
 
 
 def attention(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from wsekern import layout, readings
-from wsekern.axes import COLS, ROWS, WAFERS
-from wsekern.wafer import Wafer
+from wsekern.wafer import layout
+from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
+from wsekern.wafer.wafer import Wafer
 
 if TYPE_CHECKING:
     from wsekern.kernels.attention_plan import Options, Plan
@@ -55,7 +55,7 @@ def shared_axes(bias: Any, order: str) -> tuple[str, ...]:
     """Along which axes all PEs have the same of a whole `bias`."""
     if bias is None or order == "local":
         return ()
-    named = [name for entry in _bias_spec(bias, order) for name in readings.axes_of(entry)]
+    named = [name for entry in _bias_spec(bias, order) for name in axes_of(entry)]
     return tuple(axis for axis in (WAFERS, ROWS, COLS) if axis not in named)
 
 

@@ -9,11 +9,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from wsekern.axes import COLS, WAFERS
 from wsekern.kernels import allgather, tile_vendor
 from wsekern.kernels.attention_operands import Floats, Segments, shared_axes
 from wsekern.kernels.visibility import Rule
-from wsekern.wafer import Wafer
+from wsekern.wafer.axes import COLS, WAFERS
+from wsekern.wafer.wafer import Wafer
 
 Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
 

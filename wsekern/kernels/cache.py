@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer
 
-from wsekern import context, fabric, layout, readings
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern import fabric
 from wsekern.kernels import cache_rows
 from wsekern.kernels.balance import Balance
-from wsekern.wafer import Wafer
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
+from wsekern.wafer.wafer import Wafer
 
 SLOTS = P(WAFERS, COLS, ROWS, None)  # [B, K, S, H]: products need no transpose, hence no copy
 SEQUENCES = P(WAFERS)
@@ -205,7 +206,7 @@ class KVCache:
             return dataclasses.replace(self, k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
         whole = layout.padded_shape(shape, SLOTS, self.wafer)
         tile = tuple(
-            size // math.prod(self.wafer.axis_size(axis) for axis in readings.axes_of(entry))
+            size // math.prod(self.wafer.axis_size(axis) for axis in axes_of(entry))
             for size, entry in zip(whole, SLOTS, strict=True)
         )
         # Made where it lives: whole, it might not fit one device.

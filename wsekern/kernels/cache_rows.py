@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from wsekern import fabric
-from wsekern.axes import ROWS
 from wsekern.kernels.balance import Balance
+from wsekern.wafer.axes import ROWS
 
 
 def append(

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.axes import COLS, ROWS
 from wsekern.kernels import tile_product as tile
+from wsekern.wafer.axes import COLS, ROWS
 
 
 def serves(height: int, width: int) -> bool:

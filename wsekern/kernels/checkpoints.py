@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern import context
+from wsekern.wafer import context
 
 if TYPE_CHECKING:
     from wsekern.kernels.plan import Plan

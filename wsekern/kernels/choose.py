@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from wsekern.kernels import allgather, cannon
 from wsekern.kernels.tile_product import Form
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 NAMES = ("allgather", "summa", "cannon", "mesh", "collective", "stationary", "2.5d")
 _WORD = 4  # bytes

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.axes import COLS, ROWS
 from wsekern.kernels import allgather
 from wsekern.kernels import tile_product as tile
+from wsekern.wafer.axes import COLS, ROWS
 
 
 def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:

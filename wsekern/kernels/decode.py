@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from wsekern import fabric, layout
-from wsekern.axes import COLS, ROWS
+from wsekern import fabric
 from wsekern.kernels.balance import Balance
 from wsekern.kernels.cache import NEW, SEQUENCES, SLOTS, KVCache
+from wsekern.wafer import layout
+from wsekern.wafer.axes import COLS, ROWS
 
 _LOWEST = -1e30  # no score is lower; finite, so that a difference of two such is a number
 

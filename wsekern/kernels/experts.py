@@ -22,10 +22,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from wsekern import context, fabric, layout
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern import fabric
 from wsekern.kernels import grouped, routing
-from wsekern.wafer import Wafer
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.wafer import Wafer
 
 Weights = tuple[Float[Array, "E _ _"], ...]  # gate and up [E, D, F], down [E, F, D]
 Biases = tuple[Float[Array, "E _"], ...]  # of gate and up [E, F], of down [E, D]

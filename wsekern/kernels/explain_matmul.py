@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wsekern import context
 from wsekern.kernels import choose
 from wsekern.kernels import tile_product as tile
-from wsekern.wafer import Wafer
+from wsekern.wafer import context
+from wsekern.wafer.wafer import Wafer
 
 _COLUMNS = ("algorithm", "words", "steps", "held KiB", "cycles", "")
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from wsekern import context, fabric, layout
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern import fabric
 from wsekern.kernels import epilogue
 from wsekern.kernels import tile_product as tile
-from wsekern.wafer import Wafer
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.wafer import Wafer
 
 
 def gemv(

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from wsekern import layout
 from wsekern.kernels import boundary as ends
 from wsekern.kernels import lines as geometry
 from wsekern.kernels.lines import Boundary, Line, Width
-from wsekern.kernels.local import program_of
 from wsekern.kernels.neighbors import exchange, padded
-from wsekern.wafer import Wafer
+from wsekern.wafer import layout
+from wsekern.wafer.program import local_program
+from wsekern.wafer.wafer import Wafer
 
 Along = P | Sequence[None | str | tuple[str, ...]]
 
@@ -79,7 +79,7 @@ def halo_exchange(
     check_room(what, lines, widths)
     kernel = functools.partial(_per_pe, lines=lines, widths=widths, corners=corners)
     if wafer is None:
-        out = program_of(kernel)(*fields)
+        out = local_program(kernel)(*fields)
     else:
         laid = P(*along)
         padded = [layout.pad(f, laid, wafer, None) for f in fields]
@@ -146,7 +146,7 @@ def crop(
     widths = geometry.widths(width, along, "crop", "width")
     kernel = functools.partial(_inside, widths=widths)
     if wafer is None:
-        out = program_of(kernel)(*fields)
+        out = local_program(kernel)(*fields)
     else:
         laid = P(*along)
         out = wafer.map(kernel, in_specs=laid, out_specs=laid)(*fields)

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from wsekern import context, fabric, readings
-from wsekern.axes import AXES, COLS, ROWS, SPREAD, WAFERS
-from wsekern.wafer import Wafer
+from wsekern import fabric
+from wsekern.wafer import context, on_devices
+from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
+from wsekern.wafer.wafer import Wafer, wafer_of_sharding
 
 # What lies beyond an end: a rule by name, a number, or a function of the cells nearest to the end.
 Boundary = str | float | Callable[[jax.Array], jax.Array]
@@ -65,7 +65,7 @@ def of_field(
     sides = boundaries(boundary, len(shape), what)
     return tuple(
         Line(
-            names=readings.axes_of(entry),
+            names=axes_of(entry),
             parts=count,
             tile=-(-size // count),
             size=size,
@@ -150,13 +150,13 @@ def home(
     Without a wafer given or entered, the mesh that the first field is split over is one.
     """
     first = jax.tree.leaves(fields)[0]
-    laid = _sharding(first)
+    laid = on_devices.named_sharding(first)
     wafer = context.current() if wafer is None else wafer
     if wafer is None and laid is not None and laid.mesh.size > 1:
-        wafer = _adopted(laid)
+        wafer = wafer_of_sharding(laid)
     given = spec
     if spec is None and wafer is not None and laid is not None and laid.mesh == wafer.mesh:
-        spec = _in_our_names(laid.spec, wafer)
+        spec = on_devices.spec_in_wafer_axes(laid.spec, wafer)
     wafer = context.resolve(wafer)
     if spec is None or not any(spec):
         spec = _default(first.ndim, wafer) if given is None else P()
@@ -192,7 +192,7 @@ def _name(path: tuple) -> Any:
 
 
 def _plain(entry: Any) -> None | str | tuple[str, ...]:
-    names = readings.axes_of(entry)
+    names = axes_of(entry)
     return None if not names else names[0] if len(names) == 1 else names
 
 
@@ -202,36 +202,3 @@ def _default(ndim: int, wafer: Wafer | None) -> P:
     if ndim == 1:
         return P((WAFERS, ROWS, COLS)) if several else P((ROWS, COLS))
     return P((WAFERS, ROWS), COLS) if several else P(ROWS, COLS)
-
-
-def _sharding(array: Any) -> NamedSharding | None:
-    if isinstance(array, jax.core.Tracer):
-        laid = getattr(jax.typeof(array), "sharding", None)
-    else:
-        laid = getattr(array, "sharding", None)
-    return laid if isinstance(laid, NamedSharding) and any(laid.spec) else None
-
-
-def _adopted(laid: NamedSharding) -> Wafer | None:
-    """The mesh that an array is split over as a wafer, its axes named from the innermost."""
-    used = [name for entry in laid.spec for name in readings.axes_of(entry)]
-    used = [name for name in used if laid.mesh.shape[name] > 1]
-    if not used or len(used) > len(AXES) or set(used) & set(SPREAD.values()):
-        return None
-    ours = AXES[len(AXES) - len(used) :]
-    sizes = {axis: laid.mesh.shape[name] for axis, name in zip(ours, used, strict=True)}
-    return Wafer(
-        reading="devices",
-        height=sizes.get(ROWS, 1),
-        width=sizes[COLS],
-        wafers=sizes.get(WAFERS, 1),
-        mesh=laid.mesh,
-        names=tuple(zip(ours, used, strict=True)),
-    )
-
-
-def _in_our_names(spec: P, wafer: Wafer) -> P:
-    ours = {name: axis for axis in wafer.axes for name in wafer.mesh_spec(P(axis))}
-    return P(
-        *(tuple(ours[n] for n in readings.axes_of(entry) if n in ours) or None for entry in spec)
-    )

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from wsekern import context, fabric, layout
-from wsekern.axes import COLS, ROWS
-from wsekern.wafer import Wafer
+from wsekern import fabric
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import COLS, ROWS
+from wsekern.wafer.wafer import Wafer
 
 
 def cross_entropy(

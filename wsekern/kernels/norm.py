@@ -15,9 +15,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from wsekern import context, fabric, layout
-from wsekern.axes import COLS, ROWS, WAFERS
-from wsekern.wafer import Wafer
+from wsekern import fabric
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.wafer import Wafer
 
 _FEATURES = P(COLS)
 

@@ -11,9 +11,9 @@ import jax
 from jax import lax
 
 from wsekern import fabric
-from wsekern.axes import WAFERS
 from wsekern.kernels import shares
 from wsekern.kernels import tile_product as tile
+from wsekern.wafer.axes import WAFERS
 
 
 def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, inner: Callable) -> jax.Array:

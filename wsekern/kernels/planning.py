@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from wsekern.kernels import adjoint, halo
 from wsekern.kernels.boundary import Pairs
 from wsekern.kernels.lines import Line
-from wsekern.kernels.local import program_of
 from wsekern.kernels.plan import Plan
+from wsekern.wafer.program import local_program
 
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
 # collective, of which there are two a dimension, at about a cell a nanosecond.
@@ -210,7 +210,7 @@ def _check_update(what, plan, u, shapes):
     """Traces `update` once on tiles with their halo, before anything is compiled."""
     tiles = [line.tile for line in plan.lines[0]]
     around = [n + sum(pair) for n, pair in zip(tiles, plan.radius, strict=True)]
-    call = program_of(functools.partial(Plan.call, plan))  # traced once for all that are alike
+    call = local_program(functools.partial(Plan.call, plan))  # traced once for all that are alike
     new = jax.eval_shape(call, *shapes, jax.ShapeDtypeStruct((), jnp.int32))
     if jax.tree.structure(new) != plan.tree:
         raise ValueError(

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.axes import ROWS
 from wsekern.kernels import tile_attention as tile
 from wsekern.kernels import tile_gradients, tile_vendor
 from wsekern.kernels.tile_gradients import Gradients
 from wsekern.kernels.visibility import Keys, Rows, Rule
+from wsekern.wafer.axes import ROWS
 
 
 def ring_attention(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> tile.Running:

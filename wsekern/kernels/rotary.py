@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 
 def rotary(

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from wsekern import fabric
-from wsekern.axes import ROWS, WAFERS
+from wsekern.wafer.axes import ROWS, WAFERS
 
 _ROOM = 1.5  # of a bucket, over what comes on average
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from wsekern import fabric
-from wsekern.axes import COLS, ROWS
+from wsekern.wafer.axes import COLS, ROWS
 
 
 def cut_columns(x: jax.Array, shares: int) -> jax.Array:

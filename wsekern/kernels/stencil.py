@@ -23,14 +23,16 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from wsekern import context, fabric, layout, readings
+from wsekern import fabric
 from wsekern.kernels import finite, halo, points, stepping
 from wsekern.kernels import lines as geometry
 from wsekern.kernels.halo import Along
 from wsekern.kernels.lines import Boundary, Width
-from wsekern.kernels.local import program_of
 from wsekern.kernels.planning import Options, planned
-from wsekern.wafer import Wafer
+from wsekern.wafer import context, layout
+from wsekern.wafer.axes import axes_of
+from wsekern.wafer.program import local_program
+from wsekern.wafer.wafer import Wafer
 
 
 def stencil(
@@ -182,7 +184,7 @@ def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
 def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
     out, saved, record = stepping.run(plan, fields, coefficients, emitters, readers)
     if record is not None:
-        names = tuple(n for entry in along if entry for n in readings.axes_of(entry))
+        names = tuple(n for entry in along if entry for n in axes_of(entry))
         record = fabric.all_reduce(record, names) if names else record
     return out, saved, record
 
@@ -194,7 +196,7 @@ def _began_per_pe(fields, coefficients, emitters, readers, *, plan):
 def _run(kernel, operands, along, plan, wafer, out_specs, donate=False):
     donated = (0,) if donate else ()
     if wafer is None:
-        return program_of(kernel, donated)(*operands)
+        return local_program(kernel, donated)(*operands)
     fields, coefficients, emitters, readers = operands
     laid = P(*along)
     specs = tuple(

@@ -12,9 +12,9 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from wsekern import fabric
-from wsekern.axes import COLS, ROWS
 from wsekern.kernels import panels
 from wsekern.kernels import tile_product as tile
+from wsekern.wafer.axes import COLS, ROWS
 
 
 def nn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:

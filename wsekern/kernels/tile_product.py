@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern import context, fabric
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern import fabric
+from wsekern.wafer import context
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 Form = Literal["nn", "nt", "tn"]
 Shape = tuple[int, ...]  # of the tile that a product results in

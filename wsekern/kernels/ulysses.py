@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from wsekern import fabric
-from wsekern.axes import ROWS
+from wsekern.wafer.axes import ROWS
 
 
 def by_heads(x: Any) -> Any:

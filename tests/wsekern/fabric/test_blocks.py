@@ -13,8 +13,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern import context, fabric
+from wsekern import fabric
 from wsekern.fabric import blocks
+from wsekern.wafer import context
 
 TILED = P("y", "x")
 EVERY = ("wafer", "y", "x")

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern.axes import COLS, ROWS, WAFERS
 from wsekern.kernels import routing
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 B, T, D, F, E = 8, 8, 6, 5, 8
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 
 def dense(a: jax.Array, b: jax.Array, wafer: Wafer) -> jax.Array:

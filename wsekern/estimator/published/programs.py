@@ -20,7 +20,7 @@ from wsekern.estimator.schedule import Schedule
 from wsekern.estimator.trace import traced
 from wsekern.fabric.multicast import cost as flood_cost
 from wsekern.hardware import MACHINES, Machine
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 # Layers, width and width between, of the models as published; one head in all of these programs.
 MODELS = {

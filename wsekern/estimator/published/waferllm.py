@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from wsekern import fabric
 from wsekern.kernels.matmul import matmul
 from wsekern.kernels.norm import rms_norm
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 ACROSS, DOWN = P("y", "x"), P("x", "y")  # a weight whose rows lie along y, or along x
 _DOWN = ("out", "down")

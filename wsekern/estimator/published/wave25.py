@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
 from wsekern.kernels.differences import difference_coefficients
-from wsekern.wafer import Wafer
+from wsekern.wafer.wafer import Wafer
 
 RADIUS = 4
 _COLUMNS = P("y", "x", None)

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern import fabric, host_memory
+from wsekern import fabric
+from wsekern.wafer import host_memory
 
 GRID = P("y", "x")
 MB = 2**20

@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from wsekern.hardware import Machine
-from wsekern.placement.held import Held
+from wsekern.wafer.placement.frozen_array import Held
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsekern.identity import frozen, key
+from wsekern.wafer.program import frozen, key
 
 
 def plus(u, by):
@@ -112,7 +112,7 @@ def test_frozen_keeps_defaults_and_its_name():
 
 def test_in_a_script_a_helper_defined_anew_is_another_program():
     script = (
-        "from wsekern.identity import key\n"
+        "from wsekern.wafer.program import key\n"
         "def make(): return lambda u: helper(u)\n"
         "def helper(u): return u + 1\n"
         "first = key(make())\n"

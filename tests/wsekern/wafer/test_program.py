@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern import fabric, readings
+from wsekern import fabric
+from wsekern.wafer import program
 
 TILED = P("y", "x")
 U = np.arange(32, dtype=np.float32).reshape(4, 8)
@@ -26,7 +27,7 @@ def wafer_24(request):
 @pytest.fixture(autouse=True)
 def nothing_traced_yet():
     TRACES.clear()
-    readings._kept_program.cache_clear()
+    program._kept_program.cache_clear()
 
 
 def plus(u, by, *, then=0):

@@ -17,8 +17,8 @@ import functools
 
 import numpy as np
 
-from wsekern.placement.defects import Defects
-from wsekern.placement.held import Held
+from wsekern.wafer.placement.defects import Defects
+from wsekern.wafer.placement.frozen_array import Held
 
 _WINDOWS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of what the wafer has beyond the narrowest window
 

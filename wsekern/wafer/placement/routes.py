@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsekern.axes import COLS, ROWS
-from wsekern.placement.place import Placement
+from wsekern.wafer.axes import COLS, ROWS
+from wsekern.wafer.placement.place import Placement
 
 
 class Routes(NamedTuple):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 if TYPE_CHECKING:
-    from wsekern.wafer import Wafer
+    from wsekern.wafer.wafer import Wafer
 
 # Of what is available: a program whose operands and results alone take less is not looked into.
 _LARGE = 1 / 16

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 import wsekern as wk
 from wsekern import fabric
 from wsekern.estimator.cost import Constants
-from wsekern.placement.defects import Defects
-from wsekern.placement.harvest import harvest, table
-from wsekern.placement.place import largest, place
-from wsekern.placement.routes import routes
+from wsekern.wafer.placement.defects import Defects
+from wsekern.wafer.placement.place import largest, place
+from wsekern.wafer.placement.routes import routes
+from wsekern.wafer.placement.yields import harvest, table
 
 GRID = P("y", "x")
 FREE = Constants(

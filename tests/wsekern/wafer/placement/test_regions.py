@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.placement.devices import rectangle
+from wsekern.wafer.placement.failed_devices import rectangle
 
 GRID = P("y", "x")
 

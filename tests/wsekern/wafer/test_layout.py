@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern import layout
+from wsekern.wafer import layout
 
 SIZES = st.integers(0, 40)
 SIDES = st.integers(1, 9)

@@ -9,7 +9,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern import context, fabric
+from wsekern import fabric
+from wsekern.wafer import context
 
 A: Any = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
 B: Any = np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)

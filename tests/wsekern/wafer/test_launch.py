@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from wsekern.emulation import emulate_devices
+from wsekern.wafer.launch import emulate_devices
 
 FLAG = "--xla_force_host_platform_device_count"
 VARIABLES = ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from wsekern.hardware import Machine
-from wsekern.placement.defects import Defects
-from wsekern.placement.place import Placement, place
+from wsekern.wafer.placement.defects import Defects
+from wsekern.wafer.placement.place import Placement, place
 
 
 def check_fits(what: str, machine: Machine, height: int, width: int) -> None:

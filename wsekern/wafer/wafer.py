@@ -15,13 +15,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from wsekern import adopted, context, readings
-from wsekern.axes import AXES, COLS, ROWS, SPREAD, WAFERS
 from wsekern.hardware import Machine
-from wsekern.placement import devices as failing
-from wsekern.placement import machines, regions, spread
-from wsekern.placement.defects import Defects
-from wsekern.placement.place import Placement
+from wsekern.wafer import context, on_devices, program, virtual
+from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
+from wsekern.wafer.placement import failed_devices, machines, regions
+from wsekern.wafer.placement.defects import Defects
+from wsekern.wafer.placement.place import Placement
+from wsekern.wafer.specs import Specs, check_divides, check_inside, tile_at
 
 TILED = P(ROWS, COLS)
 
@@ -79,9 +79,9 @@ class Wafer:
         available = list(jax.devices() if devices is None else devices)
         at_places = None
         if failed:
-            available = failing.working(available, failed)
-            failing.check_enough(height, width, wafers, len(available), len(set(failed)))
-            at_places = failing.rectangle(available, height * wafers, width)
+            available = failed_devices.working(available, failed)
+            failed_devices.check_enough(height, width, wafers, len(available), len(set(failed)))
+            at_places = failed_devices.rectangle(available, height * wafers, width)
         if shape.size > len(available):
             raise ValueError(
                 f"Wafer.devices: {_grid(shape)} needs {shape.size} devices, there are "
@@ -118,7 +118,7 @@ class Wafer:
             Explicit with Auto.
         """
         given = {ROWS: y, COLS: x} | ({WAFERS: wafer} if wafer is not None else {})
-        adopted.check(mesh, given)
+        on_devices.check_mesh(mesh, given)
         return cls(
             reading="devices",
             height=mesh.shape[y],
@@ -153,7 +153,7 @@ class Wafer:
             has a block of neighbouring PEs and sends others their edges; or a wafer that
             `Wafer.devices` made, to say which devices.
           defects: of the physical wafer, of each alike; the PEs are placed around them
-            (`wsekern.placement.place`), which no result shows, only `wsekern.estimate`.
+            (`wsekern.wafer.placement.place`), which no result shows, only `wsekern.estimate`.
           folded: whether both axes are folded on the wafer: neighbors in a ring, its two ends too,
             are then two hops apart, and so are neighbors on a line.
 
@@ -167,8 +167,12 @@ class Wafer:
         wafer = _present(wafer)
         placement = machines.placed(machine, height, width, defects, folded)
         if devices is not None:
-            over = devices if isinstance(devices, Wafer) else cls.devices(*spread.grid(devices))
-            wafer = dataclasses.replace(wafer, mesh=spread.mesh_over(over, wafer))
+            over = (
+                devices
+                if isinstance(devices, Wafer)
+                else cls.devices(*virtual.device_grid(devices))
+            )
+            wafer = dataclasses.replace(wafer, mesh=virtual.mesh_over(over, wafer))
         return dataclasses.replace(wafer, placement=placement)
 
     @classmethod
@@ -225,7 +229,7 @@ class Wafer:
         names, placement = dict(self.names), self.placement
         part = {names[ROWS]: (y, height), names[COLS]: (x, width)}
         if self.reading == "virtual":
-            part = spread.part({ROWS: (y, height), COLS: (x, width)}, self)
+            part = virtual.part({ROWS: (y, height), COLS: (x, width)}, self)
         return dataclasses.replace(
             self,
             height=height,
@@ -320,14 +324,16 @@ class Wafer:
             returned function: an operand's size does not divide by the PEs along it, or it lies on
             other devices.
         """
-        specs = readings.Specs.of(in_specs, out_specs)
-        return readings.program(self, kernel, specs, replicated_by_construction, donate_argnums)
+        specs = Specs.of(in_specs, out_specs)
+        return program.mapped_program(
+            self, kernel, specs, replicated_by_construction, donate_argnums
+        )
 
     def mesh_spec(self, spec: P) -> P:
         """`spec` in the mesh's own names, without the axes that the mesh lacks."""
 
         def rename(entry):
-            names = [self._mesh_name(a) for a in readings.axes_of(entry)]
+            names = [self._mesh_name(a) for a in axes_of(entry)]
             names = [n for n in names if n is not None]
             return None if not names else names[0] if len(names) == 1 else tuple(names)
 
@@ -358,13 +364,13 @@ class Wafer:
         Raises:
           ValueError: a size does not divide by the PEs along it.
         """
-        readings.check_divides(self, "Wafer.shard", array, spec)
+        check_divides(self, "Wafer.shard", array, spec)
         if self.mesh is None:
             return jnp.asarray(array)
         if isinstance(array, jax.core.Tracer):
-            return readings.constrain(self, array, spec)
+            return on_devices.constrain(self, array, spec)
         if self.reading == "abstract":
-            raise readings.never_runs(self, "Wafer.shard")
+            raise program.never_runs(self, "Wafer.shard")
         return jax.device_put(array, self.sharding(spec))
 
     def tile(self, array: jax.Array, y: int, x: int, wafer: int = 0, spec: P = TILED) -> jax.Array:
@@ -374,16 +380,34 @@ class Wafer:
           ValueError: there is no such PE, or a size does not divide by the PEs along it.
         """
         at = {ROWS: y, COLS: x, WAFERS: wafer}
-        readings.check_inside(self, "Wafer.tile", at)
-        readings.check_divides(self, "Wafer.tile", array, spec)
-        if self.reading == "devices" and readings.explicit(self):
-            array = readings.constrain(self, array, P())  # a split dimension could not be cut
-        return readings.tile_at(self, array, at, spec)
+        check_inside(self, "Wafer.tile", at)
+        check_divides(self, "Wafer.tile", array, spec)
+        if self.reading == "devices" and on_devices.explicit(self):
+            array = on_devices.constrain(self, array, P())  # a split dimension could not be cut
+        return tile_at(self, array, at, spec)
 
     def __repr__(self) -> str:
         of = f" of {self.machine.name}" if self.machine else ""
         on = f" on {self.grid.size} devices" if self.reading == "virtual" and self.mesh else ""
         return f"<Wafer {self.reading} {_grid(self)}{of}{on}>"
+
+
+def wafer_of_sharding(laid: NamedSharding) -> Wafer | None:
+    """The mesh that an array is split over as a wafer, its axes named from the innermost."""
+    used = [name for entry in laid.spec for name in axes_of(entry)]
+    used = [name for name in used if laid.mesh.shape[name] > 1]
+    if not used or len(used) > len(AXES) or set(used) & set(SPREAD.values()):
+        return None
+    ours = AXES[len(AXES) - len(used) :]
+    sizes = {axis: laid.mesh.shape[name] for axis, name in zip(ours, used, strict=True)}
+    return Wafer(
+        reading="devices",
+        height=sizes.get(ROWS, 1),
+        width=sizes[COLS],
+        wafers=sizes.get(WAFERS, 1),
+        mesh=laid.mesh,
+        names=tuple(zip(ours, used, strict=True)),
+    )
 
 
 def _same(axes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

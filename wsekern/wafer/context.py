@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 
 if TYPE_CHECKING:
-    from wsekern.wafer import Wafer
+    from wsekern.wafer.wafer import Wafer
 
 _context = jax.make_user_context(None)
 _differentiated = jax.make_user_context(False)

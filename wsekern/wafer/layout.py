@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from wsekern import readings
-from wsekern.axes import COLS, ROWS, WAFERS
+from wsekern.wafer import on_devices
+from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 
 if TYPE_CHECKING:
-    from wsekern.wafer import Wafer
+    from wsekern.wafer.wafer import Wafer
 
 
 def as_array(operand: jax.typing.ArrayLike) -> jax.Array:
@@ -57,7 +57,7 @@ def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> ja
     Raises:
       ValueError: the array lies on other devices.
     """
-    readings.check_placed(wafer, array)
+    on_devices.check_placed(wafer, array)
     wanted = padded_shape(array.shape, spec, wafer)
     if wanted != array.shape:
         widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
@@ -65,8 +65,8 @@ def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> ja
             array = jnp.pad(array, widths, mode="edge")
         else:
             array = jnp.pad(array, widths, constant_values=fill)
-    if wafer.reading == "devices" and readings.explicit(wafer):
-        array = readings.constrain(wafer, array, spec)
+    if wafer.reading == "devices" and on_devices.explicit(wafer):
+        array = on_devices.constrain(wafer, array, spec)
     return array
 
 
@@ -74,18 +74,18 @@ def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax
     """The first `shape` of a padded `array`, which is laid out by `spec`."""
     if array.shape == tuple(shape):
         return array
-    if wafer.reading == "devices" and readings.explicit(wafer):
+    if wafer.reading == "devices" and on_devices.explicit(wafer):
         # An Explicit dimension cannot be cut to a size that does not divide: gather it first.
         kept = [
             None if a != b else s
             for a, b, s in zip(array.shape, shape, _full(spec, array), strict=True)
         ]
-        array = readings.constrain(wafer, array, P(*kept))
+        array = on_devices.constrain(wafer, array, P(*kept))
     return array[tuple(slice(0, length) for length in shape)]
 
 
 def _along(entry: None | str | tuple[str, ...], wafer: Wafer) -> int:
-    return math.prod(wafer.axis_size(axis) for axis in readings.axes_of(entry))
+    return math.prod(wafer.axis_size(axis) for axis in axes_of(entry))
 
 
 def _full(spec: P, array: jax.Array) -> list:

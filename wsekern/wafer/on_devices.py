@@ -1,0 +1,127 @@
+"""Kernels on real or emulated devices: `jax.shard_map` over a mesh, and meshes of the user's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from wsekern.wafer import context
+from wsekern.wafer.axes import ROWS, SPREAD, axes_of
+from wsekern.wafer.specs import Specs, broadcast_specs
+
+if TYPE_CHECKING:
+    from wsekern.wafer.wafer import Wafer
+
+
+def sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
+    def per_pe(*tiles):
+        with context.within(wafer):
+            return kernel(*tiles)
+
+    def whole(*operands):
+        named = functools.partial(jax.tree.map, wafer.mesh_spec)
+        if explicit(wafer):
+            flat, tree = jax.tree.flatten(operands)
+            wanted = broadcast_specs(specs.in_specs, operands, "in_specs")
+            laid_out = [constrain(wafer, a, s) for a, s in zip(flat, wanted, strict=True)]
+            operands = jax.tree.unflatten(tree, laid_out)
+        return jax.shard_map(
+            per_pe,
+            mesh=wafer.mesh,
+            in_specs=named(specs.in_specs),
+            out_specs=named(specs.out_specs),
+            axis_names=_manual(wafer),
+            check_vma=check,
+        )(*operands)
+
+    return whole
+
+
+def explicit(wafer: Wafer) -> bool:
+    """Whether the mesh's axes are Explicit: shardings are then part of an array's type."""
+    if wafer.reading == "virtual":
+        return False
+    kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
+    return kinds[wafer.names[-1][1]] == AxisType.Explicit
+
+
+def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
+    """`array` laid out by `spec`, under jit, as the mesh's axis types want it said."""
+    sharding = NamedSharding(wafer.grid, wafer.mesh_spec(spec))
+    if explicit(wafer):
+        return jax.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def check_placed(wafer: Wafer, operand: Any) -> None:
+    """Raises ValueError where `operand` is committed to devices that are not the wafer's."""
+    if not isinstance(wafer.mesh, Mesh) or isinstance(operand, jax.core.Tracer):
+        return
+    if not isinstance(operand, jax.Array) or not operand.committed:
+        return
+    here = set(wafer.grid.devices.flat)
+    if operand.sharding.device_set != here:
+        raise ValueError(
+            f"an operand of shape {operand.shape} is committed to "
+            f"{len(operand.sharding.device_set)} device(s) ({operand.sharding}), which are not the "
+            f"wafer's {len(here)}; move it with wafer.shard(array, spec)"
+        )
+
+
+def check_mesh(mesh: Mesh, given: Mapping[str, str]) -> None:
+    """Raises ValueError where the axes of `mesh` that `given` names make no wafer.
+
+    Args:
+      mesh: the user's.
+      given: what it calls each axis of the wafer.
+    """
+    for axis, name in given.items():
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"Wafer.of: {axis}={name!r} is not an axis of the mesh, which has "
+                f"{tuple(mesh.axis_names)}"
+            )
+    if len(set(given.values())) < len(given):
+        raise ValueError(f"Wafer.of: {given} names one mesh axis twice")
+    if kept := set(mesh.axis_names) & set(SPREAD.values()):
+        raise ValueError(
+            f"Wafer.of: {sorted(kept)} are the axes over which Wafer.virtual spreads PEs; take "
+            "that wafer, or rename them"
+        )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if len({kinds[name] for name in given.values()}) > 1:
+        raise ValueError(
+            f"Wafer.of: the axes are {[str(kinds[n]) for n in given.values()]}; make them all "
+            "Auto or all Explicit (axis_types= of the mesh)"
+        )
+    if kinds[given[ROWS]] == AxisType.Auto and AxisType.Explicit in kinds.values():
+        raise ValueError(
+            "Wafer.of: the axes named are Auto, and the mesh has Explicit ones beside them; "
+            "make all alike (axis_types= of the mesh)"
+        )
+
+
+def named_sharding(array: Any) -> NamedSharding | None:
+    if isinstance(array, jax.core.Tracer):
+        laid = getattr(jax.typeof(array), "sharding", None)
+    else:
+        laid = getattr(array, "sharding", None)
+    return laid if isinstance(laid, NamedSharding) and any(laid.spec) else None
+
+
+def spec_in_wafer_axes(spec: P, wafer: Wafer) -> P:
+    ours = {name: axis for axis in wafer.axes for name in wafer.mesh_spec(P(axis))}
+    return P(*(tuple(ours[n] for n in axes_of(entry) if n in ours) or None for entry in spec))
+
+
+def _manual(wafer: Wafer) -> set[str]:
+    # Explicit axes beside the wafer's, along which nothing is split by now, are taken in: jax 0.12
+    # cannot lower a psum_scatter that leaves one out.
+    kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
+    ours = {name for _, name in wafer.names}
+    return ours | {name for name, kind in kinds.items() if kind == AxisType.Explicit}

@@ -1,0 +1,221 @@
+"""The jitted program of a kernel, compiled once for equal kernels.
+
+A partial or a lambda made afresh at each call is another object, but the same program if its code
+and all that it holds are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from wsekern.wafer import host_memory, on_devices, virtual
+from wsekern.wafer.specs import Specs, broadcast_specs, check_divides
+
+if TYPE_CHECKING:
+    from wsekern.wafer.wafer import Wafer
+
+
+def mapped_program(
+    wafer: Wafer,
+    kernel: Callable,
+    specs: Specs,
+    replicated_by_construction: bool,
+    donate: tuple[int, ...] = (),
+) -> Callable:
+    """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
+    if wafer.reading != "devices" and (wafer.placement or wafer.corner != (0, 0)):
+        # Where PEs lie on the wafer changes no result, and so no program.
+        wafer = dataclasses.replace(wafer, placement=None, corner=(0, 0))
+    key = key(kernel)
+    if key is None:
+        return _Program(wafer, kernel, specs, replicated_by_construction, donate)
+    keyed = _Keyed(key, frozen(kernel))
+    return _kept_program(keyed, wafer, specs, replicated_by_construction, donate)
+
+
+def local_program(kernel: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    """`kernel`, which meets no other PE, jitted; the same program for equal kernels."""
+    key = key(kernel)
+    if key is None:
+        return jax.jit(kernel, donate_argnums=donate_argnums)
+    return _kept_local(_Keyed(key, frozen(kernel)), donate_argnums)
+
+
+def key(kernel: Callable) -> Hashable | None:
+    """Equal for kernels that are the same program; None where that cannot be told."""
+    try:
+        return _key(kernel, ())
+    except _NoKey:
+        return None
+
+
+def frozen(kernel: Callable) -> Callable:
+    """`kernel` with what it holds now, whatever its names are bound to later."""
+    if isinstance(kernel, functools.partial):
+        return functools.partial(frozen(kernel.func), *kernel.args, **kernel.keywords)
+    if not isinstance(kernel, types.FunctionType) or not kernel.__closure__:
+        return kernel
+    cells = tuple(types.CellType(_frozen_value(cell)) for cell in kernel.__closure__)
+    copy = types.FunctionType(
+        kernel.__code__, kernel.__globals__, kernel.__name__, kernel.__defaults__, cells
+    )
+    copy.__kwdefaults__ = kernel.__kwdefaults__
+    return functools.update_wrapper(copy, kernel)
+
+
+def never_runs(wafer: Wafer, what: str) -> ValueError:
+    """What to raise where an abstract wafer is asked to compute."""
+    return ValueError(
+        f"{what}: {wafer} is only traced over, never run on; use jax.eval_shape or "
+        "jax.make_jaxpr, or a virtual wafer to compute"
+    )
+
+
+class _Program:
+    """A kernel over whole arrays: checks what it is handed, then calls one jitted function."""
+
+    def __init__(self, wafer, kernel, specs, replicated_by_construction, donate):
+        self.wafer = wafer
+        self.specs = specs
+        run = virtual.mapped if wafer.reading == "virtual" else on_devices.sharded
+        whole = run(wafer, kernel, specs, not replicated_by_construction)
+        self.call = jax.jit(whole, donate_argnums=donate)
+        self.needs: dict[Hashable, int] = {}  # bytes beside operands, by the shapes of these
+
+    def __call__(self, *operands):
+        specs = broadcast_specs(self.specs.in_specs, operands, "in_specs")
+        leaves = jax.tree.leaves(operands)
+        for operand, spec in zip(leaves, specs, strict=True):
+            check_divides(self.wafer, "Wafer.map", operand, spec)
+            on_devices.check_placed(self.wafer, operand)
+        if self.wafer.reading == "virtual" and _in_one_memory(self.wafer):
+            return self._call_where_there_is_room(operands, leaves)
+        try:
+            return self.call(*operands)
+        except jax.errors.JaxRuntimeError:
+            if self.wafer.reading != "abstract":
+                raise
+            raise never_runs(self.wafer, "Wafer.map") from None
+
+    def _call_where_there_is_room(self, operands, leaves):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            results = self.call(*operands)  # traced, and nothing taken yet
+            host_memory.check_traced(self.wafer, operands, results)
+            return results
+        key = tuple((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        if key not in self.needs:
+            results = jax.eval_shape(self.call, *operands)
+            devices = 1 if self.wafer.mesh is None else self.wafer.grid.size
+            self.needs[key] = host_memory.taken(self.call, operands, results, devices)
+        if self.needs[key]:
+            host_memory.check_room(self.wafer, self.needs[key], operands)
+        return self.call(*operands)
+
+
+def _in_one_memory(wafer: Wafer) -> bool:
+    """Whether all PEs are in one memory, as on emulated devices; else XLA says which is full."""
+    return wafer.mesh is None or wafer.platform == "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keyed:
+    key: Hashable
+    kernel: Callable = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_program(kernel: _Keyed, wafer, specs, replicated_by_construction, donate) -> _Program:
+    return _Program(wafer, kernel.kernel, specs, replicated_by_construction, donate)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_local(keyed: _Keyed, donate_argnums: tuple[int, ...]) -> Callable:
+    return jax.jit(keyed.kernel, donate_argnums=donate_argnums)
+
+
+class _NoKey(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to another if it holds the very same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _key(value: Any, above: tuple[Any, ...]) -> Hashable:
+    if any(value is one for one in above):
+        raise _NoKey  # a function that holds itself
+    above = (*above, value)
+    if isinstance(value, functools.partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+        return (*(_key(p, above) for p in parts), tuple(value.keywords), len(value.args))
+    if isinstance(value, types.FunctionType):
+        held = [_held(cell) for cell in value.__closure__ or ()]
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        keys = tuple(_key(h, above) for h in held)
+        # The very code object, not an equal one: of a module loaded anew it may use other globals.
+        return _Same(value.__code__), keys, _key_of_globals(value, above)
+    if isinstance(value, tuple):
+        return type(value), tuple(_key(item, above) for item in value)
+    if isinstance(value, float):
+        return type(value), value.hex()  # 0.0 == -0.0, yet they are different programs
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = tuple(_key(getattr(value, f.name), above) for f in dataclasses.fields(value))
+        return type(value), _hashable(value) and fields
+    return type(value), _hashable(value)  # 1 == 1.0 == True, likewise
+
+
+def _key_of_globals(function: types.FunctionType, above: tuple[Any, ...]) -> Hashable:
+    # In a script or a notebook, a name may be defined anew while the code that uses it stays.
+    names = function.__globals__
+    if names.get("__name__") != "__main__":
+        return ()
+    used = [name for name in _names_in(function.__code__) if name in names]
+    return tuple(_key_or_object(names[name], above) for name in used)
+
+
+def _key_or_object(value: Any, above: tuple[Any, ...]) -> Hashable:
+    try:
+        return _key(value, above)
+    except _NoKey:
+        return _Same(value)
+
+
+def _names_in(code: types.CodeType) -> list[str]:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return [*code.co_names, *(name for c in inner for name in _names_in(c))]
+
+
+def _held(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        raise _NoKey from None  # a name that is bound later
+
+
+def _frozen_value(cell: types.CellType) -> Any:
+    value = cell.cell_contents
+    return frozen(value) if isinstance(value, types.FunctionType | functools.partial) else value
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        raise _NoKey from None
+    return value

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 def _predicted(options: Options) -> Table:
     import wsekern as wk
     from wsekern import fabric
-    from wsekern.fabric.algorithms import LINES
+    from wsekern.fabric.reductions.choice import LINES
 
     names = [*LINES, "ring"]
     table = Table(
@@ -71,7 +71,7 @@ def _candidates(grid: tuple[int, int], words: int) -> Mapping[str, Callable[[], 
 
     import wsekern as wk
     from wsekern import fabric
-    from wsekern.fabric.algorithms import LINES
+    from wsekern.fabric.reductions.choice import LINES
 
     wafer, spec = wk.Wafer.devices(*grid), P(("y", "x"))
     x = wafer.shard(jnp.ones(wafer.size * words), spec)

@@ -2,7 +2,7 @@
 
 Routes are dimension-ordered: along x, then along y. A link carries one word a cycle each way; the
 first word of a move is there after its hops and both ramps. Reductions and floods are priced as a
-whole by the model of `wsekern.fabric.cost`.
+whole by the model of `wsekern.fabric.reductions.cost`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from wsekern.estimator import loads
 from wsekern.estimator.cost import width_of
-from wsekern.fabric import algorithms
-from wsekern.fabric.multicast import cost as flood_cost
+from wsekern.fabric.flood import cost as flood_cost
+from wsekern.fabric.reductions import choice
 from wsekern.hardware import Machine
 from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
@@ -175,8 +175,8 @@ def reduction(
     if not lengths:
         return None
     if algorithm == "xla":
-        algorithm, _ = algorithms.cheapest(lengths, words, machine, root)
-    cycles = algorithms.predicted_cycles(algorithm, lengths, words, machine, root)
+        algorithm, _ = choice.cheapest(lengths, words, machine, root)
+    cycles = choice.predicted_cycles(algorithm, lengths, words, machine, root)
     # Words that go into the PE that takes most of them, and out again where all need the sum.
     load = min(cycles, words * (2 if root is None else 1))
     if algorithm == "tree":

@@ -19,7 +19,7 @@ import numpy as np
 
 from wsekern.estimator import trees
 from wsekern.estimator.crossings import DOWN, UP, Loads, along, downwards, upwards
-from wsekern.fabric import algorithms
+from wsekern.fabric.reductions import choice
 from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
 
@@ -106,7 +106,7 @@ def of_pattern(pattern: Pattern, sizes: Mapping[str, int]) -> Loads:
         return pattern.crossed
     grid = [a for a in pattern.axes if a != WAFERS and sizes[a] > 1]
     if pattern.kind == "flood" and pattern.root is not None:
-        every = algorithms.places_of(pattern.root, [sizes[a] for a in pattern.axes])
+        every = choice.places_of(pattern.root, [sizes[a] for a in pattern.axes])
         places = dict(zip(pattern.axes, every, strict=True))
         return trees.flooded({a: places[a] for a in grid}, sizes)
     if pattern.kind in ("flood", "gather", "scatter", "exchange", "relayout"):

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from wsekern.estimator import links
-from wsekern.fabric import algorithms
+from wsekern.fabric.reductions import choice
 from wsekern.hardware import Machine
 from wsekern.wafer.axes import WAFERS
 from wsekern.wafer.placement.place import Placement
@@ -88,8 +88,8 @@ def _distances(
     algorithm, lengths = reduced[1], [sizes[a] for a in axes]
     if algorithm == "ring":
         return {axis: 4 * hops for axis, hops in whole.items()}
-    at = algorithms.root_of(algorithm, lengths) if root is None else root
-    places = dict(zip(axes, algorithms.places_of(at, lengths), strict=True))
+    at = choice.root_of(algorithm, lengths) if root is None else root
+    places = dict(zip(axes, choice.places_of(at, lengths), strict=True))
     far = {a: float(max(place, sizes[a] - 1 - place)) for a, place in places.items()}
     if algorithm == "snake":  # through every PE of every row, then on to the next
         far[axes[-1]] *= sizes[axes[0]]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from wsekern.estimator.crossings import DOWN, UP, Loads, along, downwards, upwards
-from wsekern.fabric import algorithms, chain, k_tree, optimal, two_phase
 from wsekern.fabric.moves import ring_order
+from wsekern.fabric.reductions import chain, choice, k_tree, optimal, two_phase
 from wsekern.wafer.axes import COLS, ROWS
 
 
@@ -21,7 +21,7 @@ def loads(
     met. What every PE needs is flooded back, along x in the root's row and along y from there.
 
     Args:
-      algorithm: of `wsekern.fabric.algorithms`.
+      algorithm: of `wsekern.fabric.reductions.choice`.
       root: the number of the PE that gets the result, row-major; None: all PEs do.
       words: of a tile.
       axes: of the grid, outermost first.
@@ -33,10 +33,10 @@ def loads(
             _add(found, axis, *_ring(sizes[axis]), {})
         return found
     lengths = [sizes[a] for a in axes]
-    top = algorithms.root_of(algorithm, lengths) if root is None else root
-    places = dict(zip(axes, algorithms.places_of(top, lengths), strict=True))
+    top = choice.root_of(algorithm, lengths) if root is None else root
+    places = dict(zip(axes, choice.places_of(top, lengths), strict=True))
     if algorithm == "snake":
-        _snake(found, algorithms.snake_place(list(places.values()), lengths))
+        _snake(found, choice.snake_place(list(places.values()), lengths))
     else:
         met: dict[str, int] = {}
         for axis in reversed(axes):

@@ -9,9 +9,9 @@ This face lists the names; `moves`, `exchange` and `collectives` define them, an
 a reduction has a file of its own.
 """
 
-from wsekern.fabric.algorithms import Algorithm, cheapest, predicted_cycles, received
 from wsekern.fabric.collectives import all_reduce, broadcast, reduce
 from wsekern.fabric.exchange import all_gather, all_to_all, gather, reduce_scatter, scatter
+from wsekern.fabric.flood import flood
 from wsekern.fabric.moves import (
     Along,
     Ring,
@@ -25,8 +25,8 @@ from wsekern.fabric.moves import (
     transpose,
     varying,
 )
-from wsekern.fabric.multicast import flood
-from wsekern.fabric.operation import Op
+from wsekern.fabric.reductions.choice import Algorithm, cheapest, predicted_cycles, received
+from wsekern.fabric.reductions.operation import Op
 
 __all__ = [
     "Algorithm",

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric import algorithms, axis, chain, multicast, ring
-from wsekern.fabric import line as lines
-from wsekern.fabric.algorithms import Algorithm
+from wsekern.fabric import axis, flood
 from wsekern.fabric.axis import virtual
 from wsekern.fabric.exchange import check_root
 from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
-from wsekern.fabric.operation import OPERATIONS, Op
+from wsekern.fabric.reductions import chain, choice, line, ring
+from wsekern.fabric.reductions.choice import Algorithm
+from wsekern.fabric.reductions.operation import OPERATIONS, Op
 from wsekern.wafer.axes import WAFERS
 
 
@@ -35,7 +35,7 @@ def broadcast(x: Any, along: Along, root: int = 0) -> Any:
       ValueError: `root` is outside the grid.
     """
     check_root("broadcast", along, root)
-    return multicast.from_root(x, along, root)
+    return flood.from_root(x, along, root)
 
 
 def reduce(
@@ -94,7 +94,7 @@ def _each(x: Any, along: Along, op: Op, algorithm: Algorithm, root: int | None) 
         if tile.dtype == jnp.bool_ and op in ("sum", "mean"):
             tile = tile.astype(jnp.int32)  # truths are counted, as XLA does
         words = tile.size * tile.dtype.itemsize / 4
-        taken = algorithms.chosen(algorithm, sizes, words, here)
+        taken = choice.chosen(algorithm, sizes, words, here)
         if taken == "xla" or not grid:
             return _by_xla(tile, names, root, op)
         tile = _reduced(tile, grid, here, op, taken)
@@ -188,9 +188,9 @@ def _run(tile, names, root, op, algorithm):
             tile = ring.all_reduced(tile, name, OPERATIONS[op])
     else:
         sizes = [axis_size(name) for name in names]
-        at = algorithms.root_of(algorithm, sizes) if root is None else root
+        at = choice.root_of(algorithm, sizes) if root is None else root
         tile = _rooted(tile, names, at, op, algorithm)
-        tile = multicast.from_root(tile, names, at) if root is None else _on_root(tile, names, at)
+        tile = flood.from_root(tile, names, at) if root is None else _on_root(tile, names, at)
     return tile / axis_size(names) if op == "mean" else tile
 
 
@@ -202,14 +202,14 @@ def _on_root(tile: jax.Array, names: Sequence[str], root: int) -> jax.Array:
 def _rooted(tile: jax.Array, names: Sequence[str], root: int, op: Op, algorithm: str):
     """The reduction on the PE `root` of the grid; elsewhere what is of no use."""
     sizes = [axis_size(name) for name in names]
-    places = algorithms.places_of(root, sizes)
+    places = choice.places_of(root, sizes)
     if algorithm == "snake":
-        place = algorithms.snake_place(places, sizes)
-        return chain.reduced(tile, lines.snake(*names), place, OPERATIONS[op])
-    reduced = algorithms.LINES[algorithm].reduced
+        place = choice.snake_place(places, sizes)
+        return chain.reduced(tile, line.snake(*names), place, OPERATIONS[op])
+    reduced = choice.LINES[algorithm].reduced
     for name, size, place in reversed(list(zip(names, sizes, places, strict=True))):
         if size > 1:
-            tile = reduced(tile, lines.along(name), place, OPERATIONS[op])
+            tile = reduced(tile, line.along(name), place, OPERATIONS[op])
     return tile
 
 
@@ -223,4 +223,4 @@ def _of_grid(along: Along) -> tuple[str, ...]:
 def _check(what: str, op: str, algorithm: str, along: Along, root: int | None) -> None:
     if op not in OPERATIONS:
         raise ValueError(f"fabric.{what}: op={op!r} is not one of {sorted(OPERATIONS)}")
-    algorithms.check(what, algorithm, len(names_of(_of_grid(along))), root)
+    choice.check(what, algorithm, len(names_of(_of_grid(along))), root)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric import axis, blocks
+from wsekern.fabric import across_devices, axis
 from wsekern.fabric.axis import virtual
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.context import differentiated, inside
@@ -235,7 +235,7 @@ def _permuted(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> 
         return x if stays else jax.tree.map(lambda t: jnp.full_like(t, fill), x)
     (name,) = names
     if axis.devices_along(name):
-        move = blocks.permuted_by_tiles if differentiated() else blocks.permuted
+        move = across_devices.permuted_by_tiles if differentiated() else across_devices.permuted
         return jax.tree.map(lambda t: move(t, name, tuple(pairs), fill), x)
     size = lax.axis_size(name)
     receives = sorted(destination for _, destination in pairs)

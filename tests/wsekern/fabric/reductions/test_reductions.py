@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.fabric.algorithms import LINES
+from wsekern.fabric.reductions.choice import LINES
 
 ALL = P("wafer", "y", "x")
 GRID = ("y", "x")

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wsekern.fabric.cost import Cost, Received, sides
-from wsekern.fabric.line import Line
-from wsekern.fabric.operation import Operation
+from wsekern.fabric.reductions.cost import Cost, Received, sides
+from wsekern.fabric.reductions.line import Line
+from wsekern.fabric.reductions.operation import Operation
 
 _STEP_CYCLES = 6  # of a step that waits for another: a hop, and 2 T_R + 1
 

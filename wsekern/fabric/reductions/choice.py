@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from wsekern.fabric import chain, k_tree, multicast, optimal, ring, star, tree, two_phase
-from wsekern.fabric.cost import Cost, Received
+from wsekern.fabric import flood
+from wsekern.fabric.reductions import chain, k_tree, optimal, ring, star, tree, two_phase
+from wsekern.fabric.reductions.cost import Cost, Received
 from wsekern.hardware import Machine
 from wsekern.wafer.context import inside
 
@@ -79,7 +80,7 @@ def predicted_cycles(
     if root is not None:
         return cycles
     far = [max(place, size - 1 - place) for size, place in zip(sizes, places, strict=True)]
-    return cycles + multicast.cost(sum(far) + 1, 1, words).cycles(machine)
+    return cycles + flood.cost(sum(far) + 1, 1, words).cycles(machine)
 
 
 def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None = None) -> Received:

@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 
 from wsekern.fabric import exchange, moves
-from wsekern.fabric.cost import Cost, Received
-from wsekern.fabric.operation import Operation
+from wsekern.fabric.reductions.cost import Cost, Received
+from wsekern.fabric.reductions.operation import Operation
 
 
 def all_reduced(tile: jax.Array, along: str, op: Operation) -> jax.Array:

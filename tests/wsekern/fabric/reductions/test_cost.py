@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.fabric import algorithms, multicast, optimal
-from wsekern.fabric.algorithms import LINES, cheapest, predicted_cycles
+from wsekern.fabric import flood
+from wsekern.fabric.reductions import choice, optimal
+from wsekern.fabric.reductions.choice import LINES, cheapest, predicted_cycles
 
 BOTH = [(64, 1), (16, 256), (256, 16), (512, 4096)]  # PEs, words
 
@@ -39,15 +40,15 @@ def test_reductions_to_the_end_of_a_line_cost_what_is_published(P, B):
 def test_a_ring_and_a_flood_cost_what_is_published(P, B):
     ring = predicted_cycles("ring", [P], B, wk.WSE2)
     assert ring == pytest.approx(2 * (P - 1) * B / P + 4 * P - 6 + 10 * (P - 1))
-    assert multicast.cost(1, P, B).cycles(wk.WSE2) == B + P + 4
-    assert multicast.cost(P, P, B).cycles(wk.WSE2) == B + 2 * P + 3
+    assert flood.cost(1, P, B).cycles(wk.WSE2) == B + P + 4
+    assert flood.cost(P, P, B).cycles(wk.WSE2) == B + 2 * P + 3
 
 
 @pytest.mark.parametrize(("P", "groups"), [(240, 15), (256, 16), (720, 24), (600, 24), (512, 32)])
 def test_a_k_tree_halves_hops_and_steps(P, groups):
     """With the groups of the published decode programs."""
-    cost = LINES["k_tree"].cost(P, 64, algorithms.k_tree.middle(P))
-    size = algorithms.k_tree.group(P)
+    cost = LINES["k_tree"].cost(P, 64, choice.k_tree.middle(P))
+    size = choice.k_tree.group(P)
     assert groups in (size, P // size)
     assert cost.contention == 4 * 64
     assert cost.distance == pytest.approx(P / 2, abs=size)

@@ -11,10 +11,10 @@ import math
 import jax
 import numpy as np
 
-from wsekern.fabric import chain
-from wsekern.fabric.cost import Cost, Received
-from wsekern.fabric.line import Line
-from wsekern.fabric.operation import Operation
+from wsekern.fabric.reductions import chain
+from wsekern.fabric.reductions.cost import Cost, Received
+from wsekern.fabric.reductions.line import Line
+from wsekern.fabric.reductions.operation import Operation
 
 
 def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from wsekern.fabric import moves
-from wsekern.fabric.cost import Cost, Received, sides
-from wsekern.fabric.line import Line
-from wsekern.fabric.operation import Operation
+from wsekern.fabric.reductions.cost import Cost, Received, sides
+from wsekern.fabric.reductions.line import Line
+from wsekern.fabric.reductions.operation import Operation
 
 _RAMPS = 5  # 2 T_R + 1 cycles of a step; T_R is 2 on every wafer whose figure is known
 

@@ -6,9 +6,9 @@ Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: the best for few
 import jax
 import jax.numpy as jnp
 
-from wsekern.fabric.cost import Cost, Received, sides
-from wsekern.fabric.line import Line
-from wsekern.fabric.operation import Operation
+from wsekern.fabric.reductions.cost import Cost, Received, sides
+from wsekern.fabric.reductions.line import Line
+from wsekern.fabric.reductions.operation import Operation
 
 
 def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:

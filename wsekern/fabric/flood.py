@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern.fabric import axis, moves
-from wsekern.fabric.cost import Cost
+from wsekern.fabric.reductions.cost import Cost
 
 
 def flood(x: Any, along: moves.Along) -> Any:

@@ -63,7 +63,7 @@ def _candidates(grid, size, options):
     import jax.numpy as jnp
 
     import wsekern as wk
-    from wsekern.kernels import choose
+    from wsekern.kernels.matmul import choice
     from wsekern.wafer.wafer import TILED
 
     wafer = wk.Wafer.devices(*grid)
@@ -94,7 +94,7 @@ def _candidates(grid, size, options):
         "one device": "jnp.matmul, same cores",
         "auto": f"{auto.algorithm} {auto.candidates[auto.algorithm].note}".strip(),
     }
-    for algorithm in (*(options.algorithms or choose.serving(wafer)), "auto"):
+    for algorithm in (*(options.algorithms or choice.serving(wafer)), "auto"):
         candidates[algorithm] = case(functools.partial(ours, algorithm=algorithm), tiled)
     candidates["one device"] = case(plain, whole)
     return candidates, notes

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from wsekern.kernels.differences import wave_limit as wave_limit
     from wsekern.kernels.embedding import embedding as embedding
     from wsekern.kernels.experts import experts as experts
-    from wsekern.kernels.explain_matmul import explain_matmul as explain_matmul
-    from wsekern.kernels.gemv import gemv as gemv
     from wsekern.kernels.halo import crop as crop
     from wsekern.kernels.halo import halo_exchange as halo_exchange
     from wsekern.kernels.halo import halo_tile as halo_tile
     from wsekern.kernels.loss import cross_entropy as cross_entropy
-    from wsekern.kernels.matmul import matmul as matmul
+    from wsekern.kernels.matmul.explain import explain_matmul as explain_matmul
+    from wsekern.kernels.matmul.gemv import gemv as gemv
+    from wsekern.kernels.matmul.matmul import matmul as matmul
     from wsekern.kernels.norm import layer_norm as layer_norm
     from wsekern.kernels.norm import rms_norm as rms_norm
     from wsekern.kernels.points import Receivers as Receivers
@@ -87,14 +87,14 @@ _HOMES = {
     "estimate": "estimator.estimate",
     "experts": "kernels.experts",
     "load_balance_loss": "kernels.routing",
-    "explain_matmul": "kernels.explain_matmul",
-    "gemv": "kernels.gemv",
+    "explain_matmul": "kernels.matmul.explain",
+    "gemv": "kernels.matmul.gemv",
     "crop": "kernels.halo",
     "halo_exchange": "kernels.halo",
     "halo_tile": "kernels.halo",
     "jacobi": "solvers.jacobi",
     "layer_norm": "kernels.norm",
-    "matmul": "kernels.matmul",
+    "matmul": "kernels.matmul.matmul",
     "memory": "wafer.host_memory",
     "multigrid": "solvers.multigrid",
     "rms_norm": "kernels.norm",

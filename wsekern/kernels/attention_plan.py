@@ -9,10 +9,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from wsekern.kernels import allgather, tile_vendor
+from wsekern.kernels import tile_vendor
 from wsekern.kernels.attention_operands import Floats, Segments, shared_axes
 from wsekern.kernels.visibility import Rule
 from wsekern.wafer.axes import COLS, WAFERS
+from wsekern.wafer.limits import fits_gathered
 from wsekern.wafer.wafer import Wafer
 
 Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
@@ -147,7 +148,7 @@ def _chosen(floats: Floats, wafer: Wafer) -> tuple[str, str]:
     gathered = 2 * k.size * k.dtype.itemsize
     gathered //= math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
     size = f"{gathered / 2**20:.3g} MiB of keys and values for a PE to gather"
-    if allgather.fits(gathered, wafer):
+    if fits_gathered(gathered, wafer):
         return "allgather", f"{size} are little on this machine"
     pes = wafer.height * wafer.width
     if wafer.machine is not None:

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from wsekern import fabric
 from wsekern.kernels.tile_attention import dot, scan
 from wsekern.kernels.tile_heads import few_at_once
-from wsekern.kernels.tile_product import runnable
 from wsekern.kernels.visibility import Keys, Rows, Rule, near, scored, where_seen
+from wsekern.wafer.limits import widen_for_backend
 
 
 class Gradients(NamedTuple):
@@ -97,7 +97,7 @@ def of_block(
         dproducts = dproducts * rule.scale
     dproducts = dproducts.astype(rows.q.dtype)
     dk = dot("bksgt,bkgth->bksh", dproducts, rows.q)
-    dq = dot("bksh,bksgt->bkhgt", *runnable(k, dproducts))
+    dq = dot("bksh,bksgt->bkhgt", *widen_for_backend(k, dproducts))
     return (dq, jnp.stack([dk, dv])), dscores
 
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
-from wsekern.kernels.matmul import matmul
+from wsekern.kernels.matmul.matmul import matmul
 from wsekern.kernels.norm import rms_norm
 from wsekern.wafer.wafer import Wafer
 

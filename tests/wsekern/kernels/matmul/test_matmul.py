@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import wsekern as wk
-from wsekern.kernels.choose import serving as algorithms
+from wsekern.kernels.matmul.choice import serving as algorithms
 
 DIVIDES, PADDED = (8, 16, 8), (5, 39, 7)  # M, K, N
 OPERANDS = {

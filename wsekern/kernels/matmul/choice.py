@@ -10,8 +10,9 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from wsekern.kernels import allgather, cannon
-from wsekern.kernels.tile_product import Form
+from wsekern.kernels.matmul import cannon
+from wsekern.kernels.matmul.tile import Form
+from wsekern.wafer.limits import gather_limit
 from wsekern.wafer.wafer import Wafer
 
 NAMES = ("allgather", "summa", "cannon", "mesh", "collective", "stationary", "2.5d")
@@ -140,7 +141,7 @@ def _on_devices(problem, costs):
 
 
 def _on_a_wafer(problem, costs):
-    room = allgather.allowed_bytes(problem.wafer)
+    room = gather_limit(problem.wafer)
     usable = {name: c for name, c in costs.items() if not c.refused}
     fitting = [c for c in usable.values() if c.held_bytes <= room]
     if not fitting:
@@ -170,7 +171,7 @@ def _dtype(problem: Problem) -> str:
 
 
 def _gathered_bytes(wafer: Wafer) -> int:
-    allowed = allgather.allowed_bytes(wafer)
+    allowed = gather_limit(wafer)
     return min(allowed, _GATHERED_BYTES) if wafer.platform == "cpu" else allowed
 
 

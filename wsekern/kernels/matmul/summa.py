@@ -12,8 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from wsekern import fabric
-from wsekern.kernels import panels
-from wsekern.kernels import tile_product as tile
+from wsekern.kernels.matmul import panels, tile
 from wsekern.wafer.axes import COLS, ROWS
 
 

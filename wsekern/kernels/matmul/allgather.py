@@ -10,30 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from wsekern import fabric
-from wsekern.hardware import accelerator
-from wsekern.kernels import tile_product as tile
+from wsekern.kernels.matmul import tile
 from wsekern.wafer.axes import COLS, ROWS
-from wsekern.wafer.wafer import Wafer
 
-_EMULATED_BYTES = 8 * 2**20
-_MEMORY_SHARE = 64  # of an accelerator's memory, a part that leaves room for the model
-_SRAM_SHARE = 4  # of a PE's SRAM, whose code takes half
 # XLA for the CPU joins tiles along their last dimension about six times faster by `concatenate`
 # than in an all_gather; of more tiles than this the program would grow too long.
 _JOINED = 16
-
-
-def allowed_bytes(wafer: Wafer) -> int:
-    """How much one PE may hold of what others have."""
-    if wafer.machine is not None:
-        return wafer.machine.sram_bytes // _SRAM_SHARE
-    chip = accelerator(wafer.grid.devices.flat[0].device_kind)
-    return _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
-
-
-def fits(gathered_bytes: int, wafer: Wafer) -> bool:
-    """Whether gathering `gathered_bytes` on each PE is better than to pass them on tile by tile."""
-    return gathered_bytes <= allowed_bytes(wafer)
 
 
 def nn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from wsekern import fabric
-from wsekern.kernels import epilogue
-from wsekern.kernels import tile_product as tile
+from wsekern.kernels.matmul import epilogue, tile
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.limits import sum_dtype
 from wsekern.wafer.wafer import Wafer
 
 
@@ -73,7 +73,7 @@ def gemv(
 def _plain(x, b, transpose_b, bias, scales, activation):
     b = b.T if transpose_b else b
     if scales is not None:
-        y = jnp.matmul(x, b.astype(x.dtype), preferred_element_type=tile.sum_dtype(x.dtype))
+        y = jnp.matmul(x, b.astype(x.dtype), preferred_element_type=sum_dtype(x.dtype))
         y = (y * epilogue.along_last(jnp.asarray(scales), y)).astype(x.dtype)
     else:
         y = jnp.matmul(x, b)
@@ -109,7 +109,7 @@ def _fwd(x, b, bias, scales, activation, transpose_b, wafer):
 def _bwd(activation, transpose_b, wafer, residuals, dy):
     x, b, bias, scales, before = residuals
     if activation is not None:
-        wide = before.astype(tile.sum_dtype(before.dtype))
+        wide = before.astype(sum_dtype(before.dtype))
         dy = jax.vjp(activation, wide)[1](dy.astype(wide.dtype))[0].astype(dy.dtype)
     of_x, of_y = (COLS, ROWS) if transpose_b else (ROWS, COLS)
     x_spec, y_spec, ends = (
@@ -145,7 +145,7 @@ def _per_pe_gradients(x, b, bias, scales, dy, form, along, across):
         total = fabric.all_reduce(by_column, WAFERS) if x.ndim > 1 else by_column
         return total.astype(like.dtype)
 
-    wide = dy.astype(tile.sum_dtype(dy.dtype))
+    wide = dy.astype(sum_dtype(dy.dtype))
     dbias = None if bias is None else summed(wide, bias)
     dscales = None
     if scales is not None:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import panels
-from wsekern.kernels import tile_product as tile
+from wsekern.kernels.matmul import panels, tile
 from wsekern.wafer.axes import COLS, ROWS
 
 

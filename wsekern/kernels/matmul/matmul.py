@@ -39,20 +39,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from wsekern import fabric
-from wsekern.kernels import (
+from wsekern.kernels.matmul import (
     allgather,
     cannon,
-    choose,
-    collective,
+    choice,
     epilogue,
-    explain_matmul,
-    over_wafers,
+    explain,
+    overlapped,
+    replicated,
     stationary,
     summa,
+    tile,
 )
-from wsekern.kernels import tile_product as tile
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.limits import sum_dtype
 from wsekern.wafer.wafer import Wafer
 
 Algorithm = Literal[
@@ -64,9 +65,9 @@ _KERNELS: dict[str, Any] = {
     "summa": summa,
     "cannon": cannon,
     "mesh": cannon,
-    "collective": collective,
+    "collective": overlapped,
     "stationary": stationary,
-    "2.5d": over_wafers,
+    "2.5d": replicated,
 }
 
 
@@ -74,7 +75,7 @@ class _How(NamedTuple):
     """All that is known of a product before it is traced."""
 
     form: tile.Form
-    plan: choose.Plan
+    plan: choice.Plan
     activation: Any
     tiles: tuple[tuple[int, int], ...]  # rows and columns of a PE's tile of each result
     wafer: Wafer
@@ -176,7 +177,7 @@ def _plain(form, a, b, bias, scales, activation):
     a = jnp.swapaxes(a, -1, -2) if form == "tn" else a
     b = jnp.swapaxes(b, -1, -2) if form == "nt" else b
     if scales is not None:
-        c = jnp.matmul(a, b.astype(a.dtype), preferred_element_type=tile.sum_dtype(a.dtype))
+        c = jnp.matmul(a, b.astype(a.dtype), preferred_element_type=sum_dtype(a.dtype))
         c = (c * epilogue.along_last(scales, c)).astype(a.dtype)
     else:
         c = jnp.matmul(a, b)
@@ -185,7 +186,7 @@ def _plain(form, a, b, bias, scales, activation):
 
 
 def _on(wafer, form, a, bs, biases, scales, activation, algorithm):
-    plan = choose.plan(choose.problem(form, a, bs, wafer), algorithm)
+    plan = choice.plan(choice.problem(form, a, bs, wafer), algorithm)
     shapes = [_result(form, a, b) for b in bs]
     units = {"tn": (plan.unit, 1), "nt": (1, plan.unit)}.get(form, (1, 1))
     tiles = tuple(
@@ -228,7 +229,7 @@ def _grown(vector, length, wafer):
     return layout.pad(tile.sized(vector, -1, length), layout.tiled(1, COLS), wafer)
 
 
-matmul.explain = explain_matmul.explain_matmul  # type: ignore[attr-defined]
+matmul.explain = explain.explain_matmul  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -278,7 +279,7 @@ _product.defvjp(_fwd, _bwd)
 
 def _before_activation(how, dc, x):
     # Element by element, so it may stand outside the kernel, in which nothing is differentiated.
-    wide = x.astype(tile.sum_dtype(x.dtype))
+    wide = x.astype(sum_dtype(x.dtype))
     (dx,) = jax.vjp(how.activation, wide)[1](dc.astype(wide.dtype))
     return dx.astype(dc.dtype)
 
@@ -304,7 +305,7 @@ def _per_pe_gradients(a, bs, biases, scales, dcs, how):
         by_column = jnp.sum(columns, tuple(range(columns.ndim - 1)))
         return fabric.all_reduce(by_column, along).astype(like.dtype)
 
-    wide = [dc.astype(tile.sum_dtype(dc.dtype)) for dc in dcs]
+    wide = [dc.astype(sum_dtype(dc.dtype)) for dc in dcs]
     dbiases = tuple(
         None if b is None else summed(dc, b) for b, dc in zip(biases, wide, strict=True)
     )
@@ -353,7 +354,7 @@ def _pair(a, b, dc, how):
     return of_a(a.shape), of_b(b.shape) if _learns(b) else None
 
 
-def _of_plan(form: tile.Form, plan: choose.Plan):
+def _of_plan(form: tile.Form, plan: choice.Plan):
     options = dict(plan.options)
     if "inner" in options:
         options["inner"] = _of_plan(form, options["inner"])

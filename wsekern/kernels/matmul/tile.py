@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.wafer import context
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.limits import sum_dtype, widen_for_backend
 
 Form = Literal["nn", "nt", "tn"]
 Shape = tuple[int, ...]  # of the tile that a product results in
@@ -42,26 +42,10 @@ def product(form: Form, a: jax.Array, b: jax.Array, ndim: int) -> jax.Array:
     summed = leading if ndim == 2 else ()
     batch = leading if ndim > 2 else ()
     if form == "tn" or summed:
-        a, b = runnable(a, b)
+        a, b = widen_for_backend(a, b)
     dimensions = (((*summed, of_a), (*summed, of_b)), (batch, batch))
     c = lax.dot_general(a, b, dimensions, preferred_element_type=sum_dtype(a.dtype))
     return jnp.moveaxis(c, 0, -2) if a.ndim < b.ndim else c
-
-
-def runnable(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factors of a product that is summed over the rows of both, as the backend at hand can run it.
-
-    XLA's for the CPU, in jax 0.10, refuses some such products of 16 bits: there they are widened.
-    """
-    wafer = context.inside()
-    if wafer is None or wafer.platform != "cpu":
-        return a, b
-    return a.astype(sum_dtype(a.dtype)), b.astype(sum_dtype(b.dtype))
-
-
-def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What products of `dtype` are summed in."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def zeros(shape: Shape, *factors: jax.Array) -> jax.Array:

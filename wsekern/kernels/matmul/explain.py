@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wsekern.kernels import choose
-from wsekern.kernels import tile_product as tile
+from wsekern.kernels.matmul import choice, tile
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
@@ -22,7 +21,7 @@ class Explanation:
     algorithm: str  # "plain" without a wafer
     why: str
     wafer: Wafer | None
-    candidates: dict[str, choose.Candidate]
+    candidates: dict[str, choice.Candidate]
 
     def __str__(self) -> str:
         lines = [f"matmul on {self.wafer}: {self.algorithm}, {self.why}"]
@@ -32,7 +31,7 @@ class Explanation:
             lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
         return "\n".join(lines)
 
-    def _row(self, c: choose.Candidate) -> tuple[str, ...]:
+    def _row(self, c: choice.Candidate) -> tuple[str, ...]:
         name = c.plan.algorithm
         if c.refused:
             return name, "", "", "", "", c.refused
@@ -82,10 +81,10 @@ def explain_matmul(
     if wafer is None or 0 in (*a.shape, *(math.prod(x.shape) for x in bs)):
         why = "no wafer of more than one PE is in force, or there is nothing to multiply"
         return Explanation(algorithm="plain", why=why, wafer=wafer, candidates={})
-    problem = choose.problem(form, a, bs, wafer)
-    best, why = choose.chosen(problem)
+    problem = choice.problem(form, a, bs, wafer)
+    best, why = choice.chosen(problem)
     return Explanation(
-        algorithm=best.plan.algorithm, why=why, wafer=wafer, candidates=choose.candidates(problem)
+        algorithm=best.plan.algorithm, why=why, wafer=wafer, candidates=choice.candidates(problem)
     )
 
 

@@ -11,8 +11,7 @@ import jax
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import shares
-from wsekern.kernels import tile_product as tile
+from wsekern.kernels.matmul import shares, tile
 from wsekern.wafer.axes import WAFERS
 
 

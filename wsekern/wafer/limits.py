@@ -1,0 +1,48 @@
+"""What the machine at hand can hold of other PEs' tiles, and which products its compiler can run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from wsekern.hardware import accelerator
+from wsekern.wafer import context
+
+if TYPE_CHECKING:
+    from wsekern.wafer.wafer import Wafer
+
+_EMULATED_BYTES = 8 * 2**20
+_MEMORY_SHARE = 64  # of an accelerator's memory, a part that leaves room for the model
+_SRAM_SHARE = 4  # of a PE's SRAM, half of which is code
+
+
+def gather_limit(wafer: Wafer) -> int:
+    """The most bytes of other PEs' tiles that one PE may hold."""
+    if wafer.machine is not None:
+        return wafer.machine.sram_bytes // _SRAM_SHARE
+    chip = accelerator(wafer.grid.devices.flat[0].device_kind)
+    return _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
+
+
+def fits_gathered(gathered_bytes: int, wafer: Wafer) -> bool:
+    """Whether to gather `gathered_bytes` on each PE, and not to pass tiles on one by one."""
+    return gathered_bytes <= gather_limit(wafer)
+
+
+def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which products of `dtype` are summed: float32, or float64 of float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widen_for_backend(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The factors of a product summed over the rows of both, in dtypes the backend can multiply.
+
+    XLA's CPU backend in jax 0.10 rejects some such products in 16 bits ("BF16 x BF16 = F32"). There
+    both factors are widened to the dtype of the sum; elsewhere they are returned as they are.
+    """
+    wafer = context.inside()
+    if wafer is None or wafer.platform != "cpu":
+        return a, b
+    return a.astype(sum_dtype(a.dtype)), b.astype(sum_dtype(b.dtype))

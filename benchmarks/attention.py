@@ -133,8 +133,8 @@ def _candidates(grid, length, options):
 
 def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> Any:
     """Attention in blocks on one device, those that no query sees left out: what ours has to do."""
-    from wsekern.kernels import tile_attention as tile
-    from wsekern.kernels.visibility import Keys, Rows, Rule
+    from wsekern.kernels.attention import tile
+    from wsekern.kernels.attention.mask import Keys, Rows, Rule
 
     blocks, heads = -(-q.shape[1] // 512), k.shape[2]
     rows = tile.blocked_queries(q * q.shape[-1] ** -0.5, heads, blocks)

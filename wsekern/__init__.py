@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from wsekern.hardware import WSE1 as WSE1
     from wsekern.hardware import WSE2 as WSE2
     from wsekern.hardware import WSE3 as WSE3
-    from wsekern.kernels.attention import attention as attention
-    from wsekern.kernels.cache import KVCache as KVCache
-    from wsekern.kernels.decode import decode_attention as decode_attention
+    from wsekern.kernels.attention.attention import attention as attention
+    from wsekern.kernels.attention.decode import decode_attention as decode_attention
+    from wsekern.kernels.attention.kv_cache import KVCache as KVCache
     from wsekern.kernels.differences import check_time_step as check_time_step
     from wsekern.kernels.differences import difference_coefficients as difference_coefficients
     from wsekern.kernels.differences import diffusion_limit as diffusion_limit
@@ -72,15 +72,15 @@ _HOMES = {
     "WSE2": "hardware",
     "WSE3": "hardware",
     "Defects": "wafer.placement.defects",
-    "KVCache": "kernels.cache",
+    "KVCache": "kernels.attention.kv_cache",
     "Memory": "wafer.host_memory",
     "Wafer": "wafer.wafer",
-    "attention": "kernels.attention",
+    "attention": "kernels.attention.attention",
     "bicgstab": "solvers.bicgstab",
     "cg": "solvers.conjugate_gradient",
     "check_time_step": "kernels.differences",
     "cross_entropy": "kernels.loss",
-    "decode_attention": "kernels.decode",
+    "decode_attention": "kernels.attention.decode",
     "difference_coefficients": "kernels.differences",
     "diffusion_limit": "kernels.differences",
     "embedding": "kernels.embedding",

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from wsekern.kernels.visibility import Keys, Rows, Rule
+from wsekern.kernels.attention.mask import Keys, Rows, Rule
 
 # In which of its dimensions each field has batch and key-value heads.
 _AXES = {"kv": (2, 3), "dkv": (2, 3), "segments": (1, None), "start": (None, None)}

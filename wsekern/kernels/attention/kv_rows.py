@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from wsekern import fabric
-from wsekern.kernels.balance import Balance
+from wsekern.kernels.attention.kv_balance import Balance
 from wsekern.wafer.axes import ROWS
 
 

@@ -13,7 +13,7 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer
 
 if TYPE_CHECKING:
-    from wsekern.kernels.attention_plan import Options, Plan
+    from wsekern.kernels.attention.plan import AttentionOptions, AttentionPlan
 
 HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 _WHOLE_HEADS = P(WAFERS, ROWS, None, None)
@@ -37,7 +37,7 @@ class Segments(NamedTuple):
     k: Any
 
 
-def specs(floats: Floats, segments: Segments, plan: Plan) -> tuple[Floats, Segments]:
+def specs(floats: Floats, segments: Segments, plan: AttentionPlan) -> tuple[Floats, Segments]:
     """How the operands lie."""
     heads = (COLS, ROWS) if plan.order == "ulysses" else COLS
     bias = None if floats.bias is None else _bias_spec(floats.bias, plan.order)
@@ -46,7 +46,7 @@ def specs(floats: Floats, segments: Segments, plan: Plan) -> tuple[Floats, Segme
     return Floats(HEADS, HEADS, HEADS, bias, sinks), of_rows
 
 
-def lse_spec(plan: Plan) -> P:
+def lse_spec(plan: AttentionPlan) -> P:
     """How a row's log-sum-exps `[B, N, T]` lie; in the ring's own order of rows."""
     return P(WAFERS, (COLS, ROWS), None) if plan.order == "ulysses" else P(WAFERS, COLS, ROWS)
 
@@ -59,7 +59,9 @@ def shared_axes(bias: Any, order: str) -> tuple[str, ...]:
     return tuple(axis for axis in (WAFERS, ROWS, COLS) if axis not in named)
 
 
-def padded(floats: Floats, segments: Segments, plan: Plan, wafer: Wafer) -> tuple[Floats, Segments]:
+def padded(
+    floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer
+) -> tuple[Floats, Segments]:
     """The operands in sizes that divide by the grid and by the blocks of a PE."""
     q, k, v, bias, sinks = floats
     q = _grown(q, 1, plan.rows)
@@ -113,7 +115,7 @@ def unblocked_bias(dbias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def checked(
-    q: Any, k: Any, v: Any, bias: Any, sinks: Any, segment_ids: Any, options: Options
+    q: Any, k: Any, v: Any, bias: Any, sinks: Any, segment_ids: Any, options: AttentionOptions
 ) -> tuple[Floats, Segments]:
     """The operands together.
 

@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from wsekern import fabric
-from wsekern.kernels.tile_heads import few_at_once
-from wsekern.kernels.visibility import LOWEST, Keys, Rows, Rule, near, scored, where_seen
+from wsekern.kernels.attention.heads import few_at_once
+from wsekern.kernels.attention.mask import LOWEST, Keys, Rows, Rule, near, scored, where_seen
 
 
 class Running(NamedTuple):

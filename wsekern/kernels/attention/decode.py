@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from wsekern import fabric
-from wsekern.kernels.balance import Balance
-from wsekern.kernels.cache import NEW, SEQUENCES, SLOTS, KVCache
+from wsekern.kernels.attention.kv_balance import Balance
+from wsekern.kernels.attention.kv_cache import NEW, SEQUENCES, SLOTS, KVCache
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wsekern as wk
-from wsekern.kernels import attention_plan, tile_vendor
-from wsekern.kernels.attention import explain
+from wsekern.kernels.attention import plan, vendor
+from wsekern.kernels.attention.attention import explain
 
 every = pytest.mark.parametrize("algorithm", ["ring", "allgather", "ulysses"])
 NAMES = ("q", "k", "v", "bias", "sinks")
@@ -151,8 +151,8 @@ def test_rules_hold_without_a_wafer(name):
 )
 def test_rules_hold_in_blocks_of_few_heads(monkeypatch, algorithm, name):
     """And windows in bands of keys, of which a tile has more."""
-    monkeypatch.setattr(attention_plan, "_BLOCK", 4)
-    monkeypatch.setattr(attention_plan, "_NARROW", 3)
+    monkeypatch.setattr(plan, "_BLOCK", 4)
+    monkeypatch.setattr(plan, "_NARROW", 3)
     check(name, wk.Wafer.devices(2, 2), algorithm)
 
 
@@ -181,16 +181,16 @@ def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient():
 @pytest.mark.parametrize("rows", [4, 512])
 def test_the_vendors_tiles_merge_into_the_same(monkeypatch, rows):
     """The path that cuDNN takes, with jax.nn's plain kernel in its place."""
-    monkeypatch.setattr(attention_plan, "_vendor", lambda floats, order, wafer: "xla")
-    monkeypatch.setattr(attention_plan, "_BLOCK", rows)
+    monkeypatch.setattr(plan, "_vendor", lambda floats, order, wafer: "xla")
+    monkeypatch.setattr(plan, "_BLOCK", rows)
     for algorithm, grid in (("ring", (2, 2)), ("ulysses", (2, 2)), ("allgather", (1, 4))):
         wafer = wk.Wafer.devices(*grid)
         assert_right(operands(1, 32, 32, 8, 4, 4), wafer, algorithm, causal=True)
 
 
 def test_tiles_of_16_bits_are_not_merged_by_a_rounded_sum():
-    assert tile_vendor.merges(jnp.dtype("float32"))
-    assert not tile_vendor.merges(jnp.dtype("bfloat16"))
+    assert vendor.merges(jnp.dtype("float32"))
+    assert not vendor.merges(jnp.dtype("bfloat16"))
 
 
 def test_a_window_sends_only_what_it_sees():

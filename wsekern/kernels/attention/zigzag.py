@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import ring, tile_gradients, tile_vendor
-from wsekern.kernels import tile_attention as tile
-from wsekern.kernels.tile_gradients import Gradients
-from wsekern.kernels.visibility import Keys, Rows, Rule
+from wsekern.kernels.attention import ring, tile, tile_gradients, vendor
+from wsekern.kernels.attention.mask import Keys, Rows, Rule
+from wsekern.kernels.attention.tile_gradients import Gradients
 from wsekern.wafer.axes import ROWS
 
 
@@ -52,7 +51,7 @@ def zigzag_attention(rows: Rows, keys: Keys, rule: Rule) -> tile.Running:
     rows, keys = _parts(rows), _parts(keys)
 
     def absorb(running, r, k, keys, kind):
-        mine = tile_vendor.absorb(_at(running, r), _at(rows, r), _at(keys, k), rule, kind)
+        mine = vendor.absorb(_at(running, r), _at(rows, r), _at(keys, k), rule, kind)
         return _put(running, mine, r)
 
     def own(running, keys, _):

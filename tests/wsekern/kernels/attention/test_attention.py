@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern.kernels import attention_plan as module
+from wsekern.kernels.attention import plan
 
 HEADS = P("wafer", "y", "x", None)
 # B T S N K H
@@ -138,7 +138,7 @@ def test_results_and_gradients_of_any_shape(algorithm, shape):
 @both
 @causal_or_full
 def test_a_tile_is_taken_in_blocks(monkeypatch, algorithm, causal):
-    monkeypatch.setattr(module, "_BLOCK", 8)
+    monkeypatch.setattr(plan, "_BLOCK", 8)
     shape = (1, 51, 37, 4, 2, 4)  # 26 and 19 rows a PE: 4 and 3 blocks
     assert_right(attend(wk.Wafer.devices(2, 2), algorithm, causal=causal), shape, causal)
 
@@ -146,7 +146,7 @@ def test_a_tile_is_taken_in_blocks(monkeypatch, algorithm, causal):
 @pytest.mark.slow
 @both
 def test_a_virtual_tile_is_taken_in_blocks(monkeypatch, algorithm):
-    monkeypatch.setattr(module, "_BLOCK", 8)
+    monkeypatch.setattr(plan, "_BLOCK", 8)
     shape = (1, 37, 51, 4, 2, 4)
     assert_right(attend(wk.Wafer.virtual(wk.WSE2, 2, 2), algorithm, causal=True), shape, True)
 
@@ -156,7 +156,7 @@ def test_a_virtual_tile_is_taken_in_blocks(monkeypatch, algorithm):
 def test_no_scores_are_larger_than_a_block(monkeypatch, algorithm):
     wafer, shape = wk.Wafer.devices(2, 2), (1, 128, 128, 2, 2, 2)
     whole = largest(wafer, attend(wafer, algorithm), shape)
-    monkeypatch.setattr(module, "_BLOCK", 16)
+    monkeypatch.setattr(plan, "_BLOCK", 16)
     assert largest(wafer, attend(wafer, algorithm), shape) < whole / 4
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsekern.kernels.balance import Balance
+from wsekern.kernels.attention.kv_balance import Balance
 
 balances = st.builds(Balance, rows=st.integers(1, 9), most=st.integers(1, 40), slides=st.booleans())
 

@@ -29,13 +29,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from wsekern import fabric
-from wsekern.kernels import attention_operands as operands
-from wsekern.kernels import attention_plan as planning
-from wsekern.kernels import ring, tile_vendor, ulysses, zigzag
-from wsekern.kernels import tile_attention as tile
-from wsekern.kernels.attention_operands import Floats, Segments
-from wsekern.kernels.attention_plan import Algorithm, Plan
-from wsekern.kernels.visibility import Keys, Rows
+from wsekern.kernels.attention import operands, ring, tile, ulysses, vendor, zigzag
+from wsekern.kernels.attention.mask import Keys, Rows
+from wsekern.kernels.attention.operands import Floats, Segments
+from wsekern.kernels.attention.plan import (
+    Algorithm,
+    AttentionOptions,
+    AttentionPlan,
+    plan_attention,
+)
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import ROWS, WAFERS
 from wsekern.wafer.wafer import Wafer
@@ -87,14 +89,14 @@ def attention(
       ValueError: shapes do not fit one another, dtypes differ, `window` is below 1 or not causal,
         `soft_cap` is not positive, or `algorithm` is unknown or cannot serve the grid.
     """
-    options = planning.Options(
+    options = AttentionOptions(
         causal=causal, window=window, scale=scale, soft_cap=soft_cap, algorithm=algorithm
     )
     floats, segments = operands.checked(q, k, v, bias, sinks, segment_ids, options)
     wafer = context.resolve(wafer)
     if wafer is None and soft_cap is None and sinks is None and not isinstance(segment_ids, tuple):
         return _plain(floats, segments.q, options)
-    plan, _ = planning.plan(floats, segments, options, wafer)
+    plan, _ = plan_attention(floats, segments, options, wafer)
     if wafer is None:
         return _attention(floats, segments, plan, None)
     padded = operands.padded(floats, segments, plan, wafer)
@@ -113,19 +115,19 @@ def explain(q: Any, k: Any, v: Any, *, wafer: Wafer | None = None, **options) ->
       options: the others of `attention`.
     """
     bias, sinks, ids = (options.pop(name, None) for name in ("bias", "sinks", "segment_ids"))
-    chosen = planning.Options(**options)
+    chosen = AttentionOptions(**options)
     floats, segments = operands.checked(q, k, v, bias, sinks, ids, chosen)
     wafer = context.resolve(wafer)
     if wafer is None:
         return "local: there is one PE, or no wafer"
-    plan, why = planning.plan(floats, segments, chosen, wafer)
+    plan, why = plan_attention(floats, segments, chosen, wafer)
     return f"{plan.order}: {why}"
 
 
 attention.explain = explain  # type: ignore[attr-defined]
 
 
-def _plain(floats: Floats, segments: jax.Array | None, options: planning.Options) -> jax.Array:
+def _plain(floats: Floats, segments: jax.Array | None, options: AttentionOptions) -> jax.Array:
     q, k, v, bias, _ = floats
     # jax.nn takes cuDNN's kernel only when told to.
     served = (
@@ -152,7 +154,9 @@ def _plain(floats: Floats, segments: jax.Array | None, options: planning.Options
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attention(floats: Floats, segments: Segments, plan: Plan, wafer: Wafer | None) -> jax.Array:
+def _attention(
+    floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer | None
+) -> jax.Array:
     return _fwd(floats, segments, plan, wafer)[0]
 
 
@@ -183,7 +187,7 @@ _attention.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    floats: Floats, segments: Segments, plan: Plan
+    floats: Floats, segments: Segments, plan: AttentionPlan
 ) -> tuple[Float[Array, "B Tt Nt H"], Float[Array, "_ _ _"]]:
     rows, keys = _blocked(floats, segments, plan)
     if plan.order == "zigzag":
@@ -191,7 +195,7 @@ def _per_pe(
     elif plan.order == "ring":
         running = ring.ring_attention(rows, keys, plan.rule, plan.tiles)
     else:
-        running = tile_vendor.absorb(None, rows, keys, plan.rule, _kind(plan))
+        running = vendor.absorb(None, rows, keys, plan.rule, _kind(plan))
     K, G = rows.q.shape[2:4]
     sinks = None if floats.sinks is None else floats.sinks.astype(jnp.float32).reshape(K, G)
     out, lse = tile.finish(running, sinks, floats.q.dtype)
@@ -210,7 +214,7 @@ def _per_pe_gradients(
     out: Float[Array, "B Tt Nt H"],
     lse: Float[Array, "_ _ _"],
     dout: Float[Array, "B Tt Nt H"],
-    plan: Plan,
+    plan: AttentionPlan,
 ) -> Floats:
     dot = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
     rows, keys = _blocked(floats, segments, plan, (lse, dout, dot))
@@ -220,7 +224,7 @@ def _per_pe_gradients(
         grads = ring.ring_gradients(rows, keys, plan.rule, plan.tiles)
     else:
         kind = _kind(plan) if floats.sinks is None else "any"  # whose sum the tile does not know
-        grads = tile_vendor.gradients(rows, keys, plan.rule, kind)
+        grads = vendor.gradients(rows, keys, plan.rule, kind)
     dkv = grads.dkv
     if plan.order == "allgather":
         dkv = fabric.reduce_scatter(tile.parted(dkv, plan.k_blocks * fabric.axis_size(ROWS)), ROWS)
@@ -237,7 +241,7 @@ def _per_pe_gradients(
 
 
 def _blocked(
-    floats: Floats, segments: Segments, plan: Plan, of_rows: tuple | None = None
+    floats: Floats, segments: Segments, plan: AttentionPlan, of_rows: tuple | None = None
 ) -> tuple[Rows, Keys]:
     """What this PE begins with, in the plan's order, in blocks.
 
@@ -279,7 +283,7 @@ def _blocked(
     return rows, Keys(kv, tile.starts(kv, 0), k_segments)
 
 
-def _kind(plan: Plan) -> tile_vendor.Kind:
+def _kind(plan: AttentionPlan) -> vendor.Kind:
     """What the one tile of a PE is that has all keys at hand."""
     if not plan.rule.bounded:
         return "full"
@@ -290,7 +294,7 @@ def _kind(plan: Plan) -> tile_vendor.Kind:
 
 def _fewer(kv, segments, block):
     """Gathered keys and values, and their segments, in as few blocks as there may be."""
-    blocks = planning.fewest(kv.shape[0], kv.shape[0] * kv.shape[-2], block)
+    blocks = plan.fewest(kv.shape[0], kv.shape[0] * kv.shape[-2], block)
     if segments is not None:
         segments = segments.reshape(blocks, -1, *segments.shape[1:]).swapaxes(1, 2)
         segments = segments.reshape(*segments.shape[:2], -1)

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import tile_attention as tile
-from wsekern.kernels import tile_gradients, tile_vendor
-from wsekern.kernels.tile_gradients import Gradients
-from wsekern.kernels.visibility import Keys, Rows, Rule
+from wsekern.kernels.attention import tile, tile_gradients, vendor
+from wsekern.kernels.attention.mask import Keys, Rows, Rule
+from wsekern.kernels.attention.tile_gradients import Gradients
 from wsekern.wafer.axes import ROWS
 
 
@@ -30,7 +29,7 @@ def ring_attention(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> tile.Runni
 
     def visit(running, keys, back):
         keys = _placed(keys, back)
-        return tile_vendor.absorb(running, rows, keys, rule, "any" if rule.bounded else "full")
+        return vendor.absorb(running, rows, keys, rule, "any" if rule.bounded else "full")
 
     return travel(visit, visit, tile.nothing_yet(rows.q), keys, tiles)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 import wsekern as wk
-from wsekern.kernels.cache import SLOTS
+from wsekern.kernels.attention.kv_cache import SLOTS
 
 SIZES = {"batch": 3, "capacity": 13, "kv_heads": 2, "head_size": 4}
 

@@ -12,18 +12,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from wsekern.kernels import tile_attention as blocked
-from wsekern.kernels import tile_gradients
-from wsekern.kernels.tile_gradients import Gradients
-from wsekern.kernels.visibility import Keys, Rows, Rule
+from wsekern.kernels.attention import tile, tile_gradients
+from wsekern.kernels.attention.mask import Keys, Rows, Rule
+from wsekern.kernels.attention.tile_gradients import Gradients
 
 # "full": each query sees each key. "diagonal": as many keys as queries, query t sees keys 0 to t.
 Kind = Literal["full", "diagonal", "any"]
 
 
 def absorb(
-    running: blocked.Running | None, rows: Rows, keys: Keys, rule: Rule, kind: Kind
-) -> blocked.Running:
+    running: tile.Running | None, rows: Rows, keys: Keys, rule: Rule, kind: Kind
+) -> tile.Running:
     """The softmax with one more tile of keys in it; None is one over no keys.
 
     The vendor's kernel is `jax.nn.dot_product_attention`'s, for tiles that are full or exactly
@@ -32,7 +31,7 @@ def absorb(
     if _serves(rows, rule, kind):
         return _merged(running, *_vendor(rows, keys, rule, kind == "diagonal"))
     whole = rule.everywhere() if kind == "full" else rule
-    return blocked.absorb(running, rows, keys, whole)
+    return tile.absorb(running, rows, keys, whole)
 
 
 def gradients(rows: Rows, keys: Keys, rule: Rule, kind: Kind) -> Gradients:
@@ -41,12 +40,12 @@ def gradients(rows: Rows, keys: Keys, rule: Rule, kind: Kind) -> Gradients:
         return tile_gradients.add(tile_gradients.nothing_yet(rows, keys), rows, keys, rule)
     assert rows.dout is not None
     causal, kv_heads = kind == "diagonal", rows.q.shape[2]
-    q, dout = blocked.unblocked_queries(rows.q), blocked.unblocked_queries(rows.dout)
-    operands = q, *blocked.unblocked_keys(keys.kv)
+    q, dout = tile.unblocked_queries(rows.q), tile.unblocked_queries(rows.dout)
+    operands = q, *tile.unblocked_keys(keys.kv)
     _, pull = jax.vjp(lambda q, k, v: _kernel(q, k, v, rule, causal)[0], *operands)
     dq, dk, dv = (x.astype(jnp.float32) for x in pull(dout.astype(q.dtype)))
-    dq = blocked.blocked_queries(dq, kv_heads, rows.q.shape[0]).transpose(0, 1, 2, 5, 3, 4)
-    return Gradients(dq, blocked.blocked_keys(dk, dv, keys.kv.shape[0]), None)
+    dq = tile.blocked_queries(dq, kv_heads, rows.q.shape[0]).transpose(0, 1, 2, 5, 3, 4)
+    return Gradients(dq, tile.blocked_keys(dk, dv, keys.kv.shape[0]), None)
 
 
 def merges(dtype: jnp.dtype) -> bool:
@@ -66,9 +65,9 @@ def _serves(rows: Rows, rule: Rule, kind: Kind) -> bool:
 
 def _vendor(rows: Rows, keys: Keys, rule: Rule, causal: bool) -> tuple[jax.Array, jax.Array]:
     kv_heads, blocks = rows.q.shape[2], rows.q.shape[0]
-    q = blocked.unblocked_queries(rows.q)
-    out, lse = _kernel(q, *blocked.unblocked_keys(keys.kv), rule, causal)
-    out, lse = (blocked.blocked_queries(x, kv_heads, blocks) for x in (out, lse[..., None]))
+    q = tile.unblocked_queries(rows.q)
+    out, lse = _kernel(q, *tile.unblocked_keys(keys.kv), rule, causal)
+    out, lse = (tile.blocked_queries(x, kv_heads, blocks) for x in (out, lse[..., None]))
     return out.astype(jnp.float32), lse[..., 0].astype(jnp.float32)
 
 
@@ -84,12 +83,12 @@ def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, causal: bool):
     )
 
 
-def _merged(running: blocked.Running | None, out: jax.Array, lse: jax.Array) -> blocked.Running:
+def _merged(running: tile.Running | None, out: jax.Array, lse: jax.Array) -> tile.Running:
     if running is None:
-        return blocked.Running(out, jnp.ones_like(lse), lse)
+        return tile.Running(out, jnp.ones_like(lse), lse)
     peak = jnp.maximum(running.peak, lse)
     fade, weight = jnp.exp(running.peak - peak), jnp.exp(lse - peak)
-    return blocked.Running(
+    return tile.Running(
         running.out * fade[..., None] + out * weight[..., None],
         running.total * fade + weight,
         peak,

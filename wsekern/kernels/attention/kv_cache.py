@@ -1,7 +1,7 @@
 """This file is the cache of keys and values that decoding appends to, split along y.
 
 C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025, for the shift
-that keeps the rows of PEs balanced (`wsekern.kernels.balance`).
+that keeps the rows of PEs balanced (`wsekern.kernels.attention.kv_balance`).
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer
 
 from wsekern import fabric
-from wsekern.kernels import cache_rows
-from wsekern.kernels.balance import Balance
+from wsekern.kernels.attention import kv_rows
+from wsekern.kernels.attention.kv_balance import Balance
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer
@@ -163,7 +163,7 @@ class KVCache:
         tokens, active = k.shape[1], _mask("append", self, active)
         _check_room(self, active, tokens)
         grown = self.balance.grown(self.lengths, active, tokens)
-        return self._next(cache_rows.append, NEW, (k, v), self.lengths, active, grown)
+        return self._next(kv_rows.append, NEW, (k, v), self.lengths, active, grown)
 
     def fill(
         self,
@@ -197,7 +197,7 @@ class KVCache:
         _check_lengths(self, lengths, active, room, k.shape[1])
         lengths = _laid_out(jnp.clip(lengths, 0, room).astype(jnp.int32), self.wafer)
         filled = jnp.where(active, lengths, self.lengths)
-        return self._next(cache_rows.fill, _PROMPTS, (k, v), filled, active, filled)
+        return self._next(kv_rows.fill, _PROMPTS, (k, v), filled, active, filled)
 
     def _nothing_yet(self, head_size, dtype) -> "KVCache":
         slots = self.balance.slots * self.balance.rows

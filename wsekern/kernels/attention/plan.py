@@ -9,9 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from wsekern.kernels import tile_vendor
-from wsekern.kernels.attention_operands import Floats, Segments, shared_axes
-from wsekern.kernels.visibility import Rule
+from wsekern.kernels.attention import vendor
+from wsekern.kernels.attention.mask import Rule
+from wsekern.kernels.attention.operands import Floats, Segments, shared_axes
 from wsekern.wafer.axes import COLS, WAFERS
 from wsekern.wafer.limits import fits_gathered
 from wsekern.wafer.wafer import Wafer
@@ -24,7 +24,7 @@ _BAND = _BLOCK * _BLOCK // _NARROW  # keys at once of so few rows: as many score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class AttentionOptions:
     """What is asked for."""
 
     causal: bool = False
@@ -35,7 +35,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class AttentionPlan:
     """What is done, on PEs that are all alike."""
 
     order: str  # "local", "allgather", "ulysses", "ring", or "zigzag", the ring for causal queries
@@ -58,9 +58,9 @@ class Plan:
         return self.order in ("allgather", "ring")
 
 
-def plan(
-    floats: Floats, segments: Segments, options: Options, wafer: Wafer | None
-) -> tuple[Plan, str]:
+def plan_attention(
+    floats: Floats, segments: Segments, options: AttentionOptions, wafer: Wafer | None
+) -> tuple[AttentionPlan, str]:
     """What to do, and why so.
 
     Raises:
@@ -84,9 +84,9 @@ def plan(
     padding = columns > S and (not options.causal or T > S)
     scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
     platform = jax.default_backend() if wafer is None else wafer.platform
-    vendor = _vendor(floats, order, wafer)
+    implementation = _vendor(floats, order, wafer)
     # In 16 bits it rounds nothing only where it is a power of two.
-    folds = vendor is None and (q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5)
+    folds = implementation is None and (q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5)
     single = order not in ("ring", "zigzag") and (
         band is not None or (q_blocks == 1 and columns <= _BLOCK)
     )
@@ -99,9 +99,9 @@ def plan(
         soft_cap=options.soft_cap,
         skips=not single and (wafer is None or wafer.reading != "virtual"),
         at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
-        vendor=vendor,
+        vendor=implementation,
     )
-    return Plan(
+    return AttentionPlan(
         order=order,
         rule=rule,
         folded=scale if folds else 1.0,
@@ -124,7 +124,7 @@ def fewest(blocks: int, length: int, block: int) -> int:
     return min(m for m in range(1, blocks + 1) if blocks % m == 0 and length // m <= longest)
 
 
-def _order(floats: Floats, options: Options, wafer: Wafer | None) -> tuple[str, str]:
+def _order(floats: Floats, options: AttentionOptions, wafer: Wafer | None) -> tuple[str, str]:
     if wafer is None:
         return "local", "there is one PE, or no wafer"
     heads, pes = floats.k.shape[2], wafer.height * wafer.width
@@ -164,7 +164,7 @@ def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"]
     """The `implementation` of jax.nn's attention that takes a PE's whole tiles, if one does."""
     q = floats.q
     merging = floats.sinks is not None or order in ("ring", "zigzag")  # a sink is, like a tile
-    if merging and not tile_vendor.merges(q.dtype):
+    if merging and not vendor.merges(q.dtype):
         return None
     platform = None if wafer is None or wafer.reading == "virtual" else wafer.platform
     served = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128

@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from wsekern import fabric
-from wsekern.kernels.tile_attention import dot, scan
-from wsekern.kernels.tile_heads import few_at_once
-from wsekern.kernels.visibility import Keys, Rows, Rule, near, scored, where_seen
+from wsekern.kernels.attention.heads import few_at_once
+from wsekern.kernels.attention.mask import Keys, Rows, Rule, near, scored, where_seen
+from wsekern.kernels.attention.tile import dot, scan
 from wsekern.wafer.limits import widen_for_backend
 
 

@@ -25,27 +25,29 @@ if TYPE_CHECKING:
     from wsekern.kernels.attention.attention import attention as attention
     from wsekern.kernels.attention.decode import decode_attention as decode_attention
     from wsekern.kernels.attention.kv_cache import KVCache as KVCache
-    from wsekern.kernels.differences import check_time_step as check_time_step
-    from wsekern.kernels.differences import difference_coefficients as difference_coefficients
-    from wsekern.kernels.differences import diffusion_limit as diffusion_limit
-    from wsekern.kernels.differences import wave_limit as wave_limit
     from wsekern.kernels.embedding import embedding as embedding
     from wsekern.kernels.experts import experts as experts
-    from wsekern.kernels.halo import crop as crop
-    from wsekern.kernels.halo import halo_exchange as halo_exchange
-    from wsekern.kernels.halo import halo_tile as halo_tile
     from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul.explain import explain_matmul as explain_matmul
     from wsekern.kernels.matmul.gemv import gemv as gemv
     from wsekern.kernels.matmul.matmul import matmul as matmul
     from wsekern.kernels.norm import layer_norm as layer_norm
     from wsekern.kernels.norm import rms_norm as rms_norm
-    from wsekern.kernels.points import Receivers as Receivers
-    from wsekern.kernels.points import Sources as Sources
     from wsekern.kernels.rotary import rotary as rotary
     from wsekern.kernels.routing import load_balance_loss as load_balance_loss
-    from wsekern.kernels.stencil import stencil as stencil
-    from wsekern.kernels.stencil import stencil_tile as stencil_tile
+    from wsekern.kernels.stencil.finite_differences import check_time_step as check_time_step
+    from wsekern.kernels.stencil.finite_differences import (
+        difference_coefficients as difference_coefficients,
+    )
+    from wsekern.kernels.stencil.finite_differences import diffusion_limit as diffusion_limit
+    from wsekern.kernels.stencil.finite_differences import wave_limit as wave_limit
+    from wsekern.kernels.stencil.halo import crop as crop
+    from wsekern.kernels.stencil.halo import halo_exchange as halo_exchange
+    from wsekern.kernels.stencil.halo import halo_tile as halo_tile
+    from wsekern.kernels.stencil.sources import Receivers as Receivers
+    from wsekern.kernels.stencil.sources import Sources as Sources
+    from wsekern.kernels.stencil.stencil import stencil as stencil
+    from wsekern.kernels.stencil.stencil import stencil_tile as stencil_tile
     from wsekern.pictures.roofline import roofline as roofline
     from wsekern.pictures.scaling import scaling as scaling
     from wsekern.pictures.terminal import terminal_map as terminal_map
@@ -78,39 +80,39 @@ _HOMES = {
     "attention": "kernels.attention.attention",
     "bicgstab": "solvers.bicgstab",
     "cg": "solvers.conjugate_gradient",
-    "check_time_step": "kernels.differences",
+    "check_time_step": "kernels.stencil.finite_differences",
     "cross_entropy": "kernels.loss",
     "decode_attention": "kernels.attention.decode",
-    "difference_coefficients": "kernels.differences",
-    "diffusion_limit": "kernels.differences",
+    "difference_coefficients": "kernels.stencil.finite_differences",
+    "diffusion_limit": "kernels.stencil.finite_differences",
     "embedding": "kernels.embedding",
     "estimate": "estimator.estimate",
     "experts": "kernels.experts",
     "load_balance_loss": "kernels.routing",
     "explain_matmul": "kernels.matmul.explain",
     "gemv": "kernels.matmul.gemv",
-    "crop": "kernels.halo",
-    "halo_exchange": "kernels.halo",
-    "halo_tile": "kernels.halo",
+    "crop": "kernels.stencil.halo",
+    "halo_exchange": "kernels.stencil.halo",
+    "halo_tile": "kernels.stencil.halo",
     "jacobi": "solvers.jacobi",
     "layer_norm": "kernels.norm",
     "matmul": "kernels.matmul.matmul",
     "memory": "wafer.host_memory",
     "multigrid": "solvers.multigrid",
     "rms_norm": "kernels.norm",
-    "Receivers": "kernels.points",
+    "Receivers": "kernels.stencil.sources",
     "Solution": "solvers.solution",
-    "Sources": "kernels.points",
+    "Sources": "kernels.stencil.sources",
     "roofline": "pictures.roofline",
     "rotary": "kernels.rotary",
     "scaling": "pictures.scaling",
-    "stencil": "kernels.stencil",
-    "stencil_tile": "kernels.stencil",
+    "stencil": "kernels.stencil.stencil",
+    "stencil_tile": "kernels.stencil.stencil",
     "terminal_map": "pictures.terminal",
     "traffic": "estimator.traffic",
     "v_cycle": "solvers.multigrid",
     "wafer_map": "pictures.wafer_map",
-    "wave_limit": "kernels.differences",
+    "wave_limit": "kernels.stencil.finite_differences",
 }
 __all__ = sorted(_HOMES)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wsekern.kernels.stencil import stencil
+from wsekern.kernels.stencil.stencil import stencil
 from wsekern.solvers import fields
 from wsekern.solvers.fields import Operator
 from wsekern.solvers.solution import DIVERGED, Solution, solve

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
-from wsekern.kernels.differences import difference_coefficients
+from wsekern.kernels.stencil.finite_differences import difference_coefficients
 from wsekern.wafer.wafer import Wafer
 
 RADIUS = 4

@@ -19,8 +19,8 @@ from jax import lax
 from wsekern.wafer import context
 
 if TYPE_CHECKING:
-    from wsekern.kernels.plan import Plan
-    from wsekern.kernels.stepping import Run
+    from wsekern.kernels.stencil.plan import StencilPlan
+    from wsekern.kernels.stencil.steps import Run
 
 # Unrolled in the program. More are fewer states and fewer copies, and a unit that leaves the cache.
 _UNIT = 4
@@ -43,7 +43,7 @@ class _Parts(NamedTuple):
     rest: int
 
     @classmethod
-    def of(cls, plan: Plan, steps: int) -> _Parts:
+    def of(cls, plan: StencilPlan, steps: int) -> _Parts:
         unit = plan.unit * max(1, _UNIT // plan.unit)
         units = steps // unit
         length = max(1, math.isqrt(units))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsekern import fabric
-from wsekern.kernels import lines as geometry
-from wsekern.kernels.lines import Line
+from wsekern.kernels.stencil import geometry
+from wsekern.kernels.stencil.geometry import Line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +56,7 @@ class Readers:
     count: int
 
 
-def emitters(
+def make_emitters(
     sources: Sources | None, fields: Any, lines: Sequence[Line], steps: int
 ) -> Emitters | None:
     """`sources`, checked."""
@@ -72,7 +72,7 @@ def emitters(
     return Emitters(jnp.asarray(at), values, _index("sources", sources.field, fields))
 
 
-def readers(receivers: Receivers | None, fields: Any, lines: Sequence[Line]) -> Readers | None:
+def make_readers(receivers: Receivers | None, fields: Any, lines: Sequence[Line]) -> Readers | None:
     """`receivers`, checked."""
     if receivers is None:
         return None

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import adjoint, once
-from wsekern.kernels.lines import Boundary, Line
+from wsekern.kernels.stencil import adjoint, cpu_fusion
+from wsekern.kernels.stencil.geometry import Boundary, Line
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -89,7 +89,7 @@ def fill_side(
         reads = step is not None and any(
             not isinstance(_rule(lines[i][dim], high), float) for i in own
         )
-        make = functools.partial(once.apart, ghosts, step) if reads else ghosts
+        make = functools.partial(cpu_fusion.apart, ghosts, step) if reads else ghosts
         new = adjoint.writing([buffers[i] for i in own], make, starts, backward=backward)
         for i, buffer in zip(own, new, strict=True):
             filled[i] = buffer

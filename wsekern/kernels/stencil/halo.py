@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from wsekern.kernels import boundary as ends
-from wsekern.kernels import lines as geometry
-from wsekern.kernels.lines import Boundary, Line, Width
-from wsekern.kernels.neighbors import exchange, padded
+from wsekern.kernels.stencil import boundary, geometry
+from wsekern.kernels.stencil.exchange import exchange, padded
+from wsekern.kernels.stencil.geometry import Boundary, Line, Width
 from wsekern.wafer import layout
 from wsekern.wafer.program import local_program
 from wsekern.wafer.wafer import Wafer
@@ -193,7 +192,7 @@ def _per_pe(*fields, lines, widths, corners):
     at = [widths] * len(fields)
     buffers = [padded(f, widths) for f in fields]
     buffers = exchange(buffers, lines, at, corners=corners, fresh=True)
-    return ends.fill(buffers, lines, at=widths, margins=widths, radius=widths, corners=corners)
+    return boundary.fill(buffers, lines, at=widths, margins=widths, radius=widths, corners=corners)
 
 
 def _inside(*tiles, widths):

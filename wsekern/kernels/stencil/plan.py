@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wsekern.kernels import adjoint, halo
-from wsekern.kernels.boundary import Pairs
-from wsekern.kernels.lines import Line
-from wsekern.kernels.plan import Plan
+from wsekern.kernels.stencil import adjoint, halo
+from wsekern.kernels.stencil.boundary import Pairs
+from wsekern.kernels.stencil.geometry import Line
 from wsekern.wafer.program import local_program
 
 # One exchange on emulated devices costs as much time as the update of so many cells: 50 to 90 us a
@@ -23,7 +22,7 @@ _DEEPEST = 8  # beyond, the unrolled program only takes longer to compile
 _ONE = Line(names=(), parts=1, tile=1, size=1, low="edge", high="edge")
 
 
-class Options(NamedTuple):
+class StencilOptions(NamedTuple):
     """What is asked for, as it was given."""
 
     update: Callable[..., Any]
@@ -38,15 +37,92 @@ class Options(NamedTuple):
     overlap: bool | None
 
 
-def planned(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StencilPlan:
+    """What is run, all of it static."""
+
+    update: Callable[..., Any]
+    tree: Any  # of the fields
+    coefficients: Any  # their tree
+    told_step: bool  # whether `update` takes `step=`
+    lines: tuple[tuple[Line, ...], ...]  # for each field
+    coefficient_lines: tuple[tuple[Line, ...] | None, ...]
+    radius: Pairs
+    steps: int
+    depth: int  # steps from one exchange to the next
+    corners: bool  # whether `update` reads them
+    on_wafer: bool  # virtual or abstract PEs, where a step costs memory and not messages
+    on_cpus: bool  # devices that are CPUs, whose compiler is told what to compute once
+    overlaps: bool  # whether the inside of a tile is computed while its halo travels
+    save_every: int | None
+    checkpoint: str | None
+
+    def call(self, fields: Any, coefficients: Any, step: Any) -> Any:
+        """The user's update, with what it takes."""
+        named = {"step": step} if self.told_step else {}
+        if self.coefficients.num_leaves:
+            return self.update(fields, coefficients, **named)
+        return self.update(fields, **named)
+
+    def coefficients_of(self, coefficients: Any) -> tuple[jax.Array, ...]:
+        return tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(coefficients))
+
+    @property
+    def unit(self) -> int:
+        """Steps after which the two buffers have their places again: an even number of turns."""
+        return self.depth * (1 + self.depth % 2)
+
+    @property
+    def joins(self) -> bool:
+        """Whether a tile and its halo are joined anew in each step, instead of kept padded."""
+        alone = self.steps == 1 and not self.overlaps and self.checkpoint is None
+        return self.depth == 1 and (self.on_wafer or alone)
+
+    @property
+    def padding(self) -> Pairs:
+        """Of a buffer: a deep halo where a dimension is split, else one step's."""
+        return ((0, 0),) * len(self.radius) if self.joins else self.margins(self.depth)
+
+    def margins(self, left: int) -> Pairs:
+        """The cells around a tile that the next `left` steps need."""
+        return tuple(
+            (left * low, left * high) if line.parts > 1 else (low, high)
+            for line, (low, high) in zip(self.lines[0], self.radius, strict=True)
+        )
+
+    def left(self, j: int, steps: int) -> int:
+        """How many steps the halo shall still serve before the `j`th of `steps`."""
+        return min(self.depth, steps - j // self.depth * self.depth) - j % self.depth
+
+    def region(self, left: int) -> Pairs:
+        """Begin and end of the cells, counted in the tile, that the next of `left` steps makes."""
+        return tuple(
+            (-low, line.tile + high) if line.parts > 1 else (0, line.tile)
+            for line, (low, high) in zip(self.lines[0], self.margins(left - 1), strict=True)
+        )
+
+    def boxes(self, left: int) -> list[Pairs]:
+        """The region in parts: first what reads the tile alone, then what needs its neighbors."""
+        inside, rims = list(self.region(left)), []
+        for dim, (line, (low, high)) in enumerate(zip(self.lines[0], self.radius, strict=True)):
+            if line.parts == 1:
+                continue
+            begin, end = inside[dim]
+            for cells in ((begin, low), (line.tile - high, end)):
+                rims.append((*inside[:dim], cells, *inside[dim + 1 :]))
+            inside[dim] = (low, line.tile - high)
+        return [tuple(inside), *(rim for rim in rims if all(a < b for a, b in rim))]
+
+
+def make_plan(
     what: str,
     u: Any,
-    options: Options,
+    options: StencilOptions,
     lines: tuple[tuple[Line, ...], ...],
     radius: Pairs,
     on_wafer: bool,
     platform: str,
-) -> Plan:
+) -> StencilPlan:
     """The plan for fields `u`, all of it checked; `what` is the name in messages."""
     halo.check_room(what, lines, radius, "radius")
     _check(what, options)
@@ -60,7 +136,7 @@ def planned(
     if depth is None:
         depth = _steps_to_an_exchange(lines[0], radius, most, on_wafer)
     depth = max(1, min(depth, options.save_every or options.steps or 1))
-    plan = Plan(
+    plan = StencilPlan(
         update=options.update,
         tree=jax.tree.structure(u),
         coefficients=jax.tree.structure(options.coefficients),
@@ -210,7 +286,9 @@ def _check_update(what, plan, u, shapes):
     """Traces `update` once on tiles with their halo, before anything is compiled."""
     tiles = [line.tile for line in plan.lines[0]]
     around = [n + sum(pair) for n, pair in zip(tiles, plan.radius, strict=True)]
-    call = local_program(functools.partial(Plan.call, plan))  # traced once for all that are alike
+    call = local_program(
+        functools.partial(StencilPlan.call, plan)
+    )  # traced once for all that are alike
     new = jax.eval_shape(call, *shapes, jax.ShapeDtypeStruct((), jnp.int32))
     if jax.tree.structure(new) != plan.tree:
         raise ValueError(

@@ -4,14 +4,14 @@ import warnings
 import numpy as np
 import pytest
 
-from wsekern.kernels import differences
+from wsekern.kernels.stencil import finite_differences
 
 
 @pytest.mark.parametrize("at", [0.0, 0.5])
 @pytest.mark.parametrize("order", [2, 4, 8])
 @pytest.mark.parametrize("derivative", [1, 2, 3])
 def test_exact_for_polynomials_up_to_the_order(derivative, order, at):
-    offsets, weights = differences.difference_coefficients(derivative, order, at=at)
+    offsets, weights = finite_differences.difference_coefficients(derivative, order, at=at)
     for power in range(derivative + order):
         got = math.fsum(w * (o - at) ** power for o, w in zip(offsets, weights, strict=True))
         want = math.factorial(derivative) if power == derivative else 0
@@ -20,7 +20,7 @@ def test_exact_for_polynomials_up_to_the_order(derivative, order, at):
 
 @pytest.mark.parametrize("order", [2, 4, 8])
 def test_the_error_falls_as_claimed(order):
-    offsets, weights = differences.difference_coefficients(2, order)
+    offsets, weights = finite_differences.difference_coefficients(2, order)
 
     def error(h):
         sines = [w * math.sin(1 + o * h) for o, w in zip(offsets, weights, strict=True)]
@@ -31,20 +31,20 @@ def test_the_error_falls_as_claimed(order):
 
 
 def test_known_weights():
-    assert differences.difference_coefficients(2, 2) == ((-1, 0, 1), (1.0, -2.0, 1.0))
-    assert differences.difference_coefficients(1, 2, at=0.5) == ((0, 1), (-1.0, 1.0))
-    _, eighth = differences.difference_coefficients(2, 8)
+    assert finite_differences.difference_coefficients(2, 2) == ((-1, 0, 1), (1.0, -2.0, 1.0))
+    assert finite_differences.difference_coefficients(1, 2, at=0.5) == ((0, 1), (-1.0, 1.0))
+    _, eighth = finite_differences.difference_coefficients(2, 8)
     np.testing.assert_allclose(eighth[4:], [-205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560])
 
 
 def test_limits_are_those_of_the_textbook():
-    assert differences.wave_limit(2.0, (1.0, 1.0)) == pytest.approx(1 / (2 * math.sqrt(2)))
-    assert differences.diffusion_limit(2.0, 0.5) == pytest.approx(0.5**2 / (2 * 2.0))
+    assert finite_differences.wave_limit(2.0, (1.0, 1.0)) == pytest.approx(1 / (2 * math.sqrt(2)))
+    assert finite_differences.diffusion_limit(2.0, 0.5) == pytest.approx(0.5**2 / (2 * 2.0))
     with pytest.warns(RuntimeWarning, match="0.3 is above the stability limit 0.25"):
-        differences.check_time_step(0.3, differences.diffusion_limit(1.0, (1.0, 1.0)))
+        finite_differences.check_time_step(0.3, finite_differences.diffusion_limit(1.0, (1.0, 1.0)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        differences.check_time_step(0.25, 0.25)
+        finite_differences.check_time_step(0.25, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -54,4 +54,4 @@ def test_limits_are_those_of_the_textbook():
 def test_refuses(arguments, message):
     *two, at = (*arguments, 0.0)[:3]
     with pytest.raises(ValueError, match=message):
-        differences.difference_coefficients(*two, at=at)
+        finite_differences.difference_coefficients(*two, at=at)

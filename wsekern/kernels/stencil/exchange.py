@@ -3,6 +3,7 @@
 Written into the padding of a buffer that is kept, or joined to the tile as a new array.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,10 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import adjoint, message
-from wsekern.kernels import boundary as ends
-from wsekern.kernels.boundary import Pairs
-from wsekern.kernels.lines import Line
+from wsekern.kernels.stencil import adjoint, boundary
+from wsekern.kernels.stencil.boundary import Pairs
+from wsekern.kernels.stencil.geometry import Line
 
 
 def padded(tile: jax.Array, at: Pairs) -> jax.Array:
@@ -55,7 +55,7 @@ def exchange(
 
             def arriving(*buffers, moving=moving, dim=dim, high=high, along=along, wraps=wraps):
                 sent = [f.cut(b, dim, high) for f, b in zip(moving, buffers, strict=True)]
-                return message.shift_together(sent, along, -1 if high else 1, periodic=wraps)
+                return shift_together(sent, along, -1 if high else 1, periodic=wraps)
 
             if fresh:
                 got = arriving(*(field.buffer for field in moving))
@@ -100,7 +100,7 @@ def joined(
             blocks[i] = jnp.concatenate(around, dim) if around[1:] else blocks[i]
             if high and own[dim].size != own[dim].tile * own[dim].parts:
                 at = tuple(pair if d <= dim else (0, 0) for d, pair in enumerate(widths))
-                [blocks[i]] = ends.fill_side(
+                [blocks[i]] = boundary.fill_side(
                     [blocks[i]], dim, True, [own], at=at, margins=widths, radius=widths
                 )
     return blocks
@@ -112,7 +112,7 @@ def _arrivals(blocks, lines, dim, high, width):
         return None
     ghosts = [
         None if own[dim].periodic and own[dim].parts > 1
-        else ends.ghost_cells(b, dim, own[dim], high, 0, width, width)
+        else boundary.ghost_cells(b, dim, own[dim], high, 0, width, width)
         for b, own in zip(blocks, lines, strict=True)
     ]  # fmt: skip
     line = lines[0][dim]
@@ -121,7 +121,7 @@ def _arrivals(blocks, lines, dim, high, width):
     begin = 0 if high else line.tile - width
     sent = [lax.slice_in_dim(b, begin, begin + width, axis=dim) for b in blocks]
     wraps = any(own[dim].periodic for own in lines)
-    got = message.shift_together(sent, line.names, -1 if high else 1, periodic=wraps)
+    got = shift_together(sent, line.names, -1 if high else 1, periodic=wraps)
     ends_here = fabric.axis_index(line.names) == (line.last if high else 0)
     return [
         g if ghost is None else jnp.where(ends_here, ghost, g)
@@ -194,3 +194,63 @@ class _Slabs:
 
 def _sum(a: Sequence[int], b: Sequence[int]) -> list[int]:
     return [one + other for one, other in zip(a, b, strict=True)]
+
+
+def shift_together(
+    tiles: Sequence[jax.Array], along: tuple[str, ...], by: int, *, periodic: bool
+) -> list[jax.Array]:
+    """The tiles of the PE `by` (1 or -1) places before, in one message; a per-PE function.
+
+    Floating dtypes travel as the widest of them, in which the others have their values exactly, so
+    that gradients pass; whole numbers travel as its bits.
+
+    Args:
+      tiles: to be sent.
+      along: the axes along which the PEs stand in line, outermost first.
+      by: 1 towards higher places, -1 towards lower ones.
+      periodic: whether the ends of the line meet; else what a PE at an open end gets is undefined.
+    """
+    if len(tiles) == 1:
+        return [_shift(tiles[0], along, by, periodic)]
+    carrier = _carrier(tiles)
+    packed = jnp.concatenate([_packed(t, carrier).ravel() for t in tiles])
+    moved = _shift(packed, along, by, periodic)
+    begins, got = 0, []
+    for tile in tiles:
+        part = lax.slice_in_dim(moved, begins, begins + math.prod(tile.shape))
+        begins += math.prod(tile.shape)
+        got.append(_unpacked(part.reshape(tile.shape), tile.dtype))
+    return got
+
+
+def _shift(tile: jax.Array, along: tuple[str, ...], by: int, periodic: bool) -> jax.Array:
+    *outer, inner = along
+    if not outer:
+        return fabric.shift(tile, inner, by, periodic=periodic)
+    # The innermost axis wraps, and what wrapped goes one place further along the others.
+    moved = fabric.shift(tile, inner, by)
+    further = _shift(moved, tuple(outer), by, periodic)
+    entered = fabric.axis_index(inner) == (0 if by > 0 else fabric.axis_size(inner) - 1)
+    return jnp.where(entered, further, moved)
+
+
+def _carrier(tiles: Sequence[jax.Array]) -> jnp.dtype:
+    widest = max(tile.dtype.itemsize for tile in tiles)
+    floats = [tile.dtype for tile in tiles if jnp.issubdtype(tile.dtype, jnp.floating)]
+    if len(set(floats)) == 1 and floats[0].itemsize == widest:
+        return floats[0]
+    return jnp.dtype(jnp.float64 if widest > 4 else jnp.float32)
+
+
+def _packed(tile: jax.Array, carrier: jnp.dtype) -> jax.Array:
+    if jnp.issubdtype(tile.dtype, jnp.floating):
+        return tile.astype(carrier)
+    word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[carrier.itemsize]
+    return lax.bitcast_convert_type(tile.astype(word), carrier)
+
+
+def _unpacked(part: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return part.astype(dtype)
+    word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[part.dtype.itemsize]
+    return lax.bitcast_convert_type(part, word).astype(dtype)

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels.lines import Line
-from wsekern.kernels.stepping import Run
+from wsekern.kernels.stencil.geometry import Line
+from wsekern.kernels.stencil.steps import Run
 
 
 def is_finite(arrays: Any) -> bool:

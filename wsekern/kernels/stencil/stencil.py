@@ -24,11 +24,12 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
-from wsekern.kernels import finite, halo, points, stepping
-from wsekern.kernels import lines as geometry
-from wsekern.kernels.halo import Along
-from wsekern.kernels.lines import Boundary, Width
-from wsekern.kernels.planning import Options, planned
+from wsekern.kernels.stencil import geometry, halo, nan_check
+from wsekern.kernels.stencil.geometry import Boundary, Width
+from wsekern.kernels.stencil.halo import Along
+from wsekern.kernels.stencil.plan import StencilOptions, make_plan
+from wsekern.kernels.stencil.sources import Receivers, Sources, make_emitters, make_readers
+from wsekern.kernels.stencil.steps import prepare, run_steps
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import axes_of
 from wsekern.wafer.program import local_program
@@ -44,8 +45,8 @@ def stencil(
     steps: int = 1,
     coefficients: Any = None,
     corners: bool | None = None,
-    sources: points.Sources | None = None,
-    receivers: points.Receivers | None = None,
+    sources: Sources | None = None,
+    receivers: Receivers | None = None,
     save_every: int | None = None,
     checkpoint: str | None = None,
     depth: int | None = None,
@@ -92,7 +93,7 @@ def stencil(
       FloatingPointError: with `check_finite`; says field, step and cell.
     """
     kept = (save_every, checkpoint, depth, overlap)
-    options = Options(update, radius, boundary, steps, coefficients, corners, *kept)
+    options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *kept)
     return _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer)
 
 
@@ -137,8 +138,8 @@ def stencil_tile(
     lines = halo.tile_lines(what, tile, along, boundary, size)
     widths = geometry.widths(radius, along, what, "radius")
     kept = (None, checkpoint, depth, overlap)
-    options = Options(update, radius, boundary, steps, coefficients, corners, *kept)
-    plan = planned(what, tile, options, lines, widths, _on_wafer_here(), jax.default_backend())
+    options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *kept)
+    plan = make_plan(what, tile, options, lines, widths, _on_wafer_here(), jax.default_backend())
     held = plan.coefficients_of(coefficients)
     out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)
     return jax.tree.unflatten(tree, out)
@@ -159,9 +160,9 @@ def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
         for side in geometry.by_field(options.boundary, u)
     )
     on_wafer = wafer is not None and wafer.reading != "devices"
-    plan = planned(what, u, options, lines, radius, on_wafer, _platform(wafer))
-    emitters = points.emitters(sources, u, lines[0], options.steps)
-    readers = points.readers(receivers, u, lines[0])
+    plan = make_plan(what, u, options, lines, radius, on_wafer, _platform(wafer))
+    emitters = make_emitters(sources, u, lines[0], options.steps)
+    readers = make_readers(receivers, u, lines[0])
     traced = any(isinstance(field, jax.core.Tracer) for field in fields)
     _check_finite(what, check_finite, donate, traced)
     coefficients = plan.coefficients_of(options.coefficients)
@@ -173,16 +174,16 @@ def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
     out = _cropped(out, along, plan, wafer)
     if saved is not None:
         saved = _cropped(saved, (None, *along), plan, wafer)
-    if check_finite and not finite.is_finite((out, saved, record)):
+    if check_finite and not nan_check.is_finite((out, saved, record)):
         alone = dataclasses.replace(plan, depth=1, corners=True, checkpoint=None)
         look = functools.partial(_began_per_pe, plan=alone)
         found = _run(look, operands, along, alone, wafer, P(*along, None))
-        finite.report(what, found, geometry.field_names(u), options.steps)
+        nan_check.report(what, found, geometry.field_names(u), options.steps)
     return _results(tree, out, saved, record, options.save_every, receivers)
 
 
 def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
-    out, saved, record = stepping.run(plan, fields, coefficients, emitters, readers)
+    out, saved, record = run_steps(plan, fields, coefficients, emitters, readers)
     if record is not None:
         names = tuple(n for entry in along if entry for n in axes_of(entry))
         record = fabric.all_reduce(record, names) if names else record
@@ -190,7 +191,7 @@ def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
 
 
 def _began_per_pe(fields, coefficients, emitters, readers, *, plan):
-    return finite.began(stepping.prepared(plan, coefficients, emitters, None), fields, plan.steps)
+    return nan_check.began(prepare(plan, coefficients, emitters, None), fields, plan.steps)
 
 
 def _run(kernel, operands, along, plan, wafer, out_specs, donate=False):

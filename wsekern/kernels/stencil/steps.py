@@ -14,26 +14,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
-from wsekern.kernels import adjoint, checkpoints, once, points
-from wsekern.kernels import boundary as ends
-from wsekern.kernels.boundary import Pairs
-from wsekern.kernels.lines import Line
-from wsekern.kernels.neighbors import exchange, joined, padded
-from wsekern.kernels.plan import Plan
+from wsekern.kernels.stencil import adjoint, boundary, cpu_fusion, remat, sources
+from wsekern.kernels.stencil.boundary import Pairs
+from wsekern.kernels.stencil.exchange import exchange, joined, padded
+from wsekern.kernels.stencil.geometry import Line
+from wsekern.kernels.stencil.plan import StencilPlan
 
 
-def run(
-    plan: Plan,
+def run_steps(
+    plan: StencilPlan,
     fields: Sequence[jax.Array],
     coefficients: Sequence[jax.Array],
     emitters: Any,
     readers: Any,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None, jax.Array | None]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
-    state = prepared(plan, coefficients, emitters, readers)
-    advance = (
-        state.advance if plan.checkpoint is None else functools.partial(checkpoints.advance, state)
-    )
+    state = prepare(plan, coefficients, emitters, readers)
+    advance = state.advance if plan.checkpoint is None else functools.partial(remat.advance, state)
     every = plan.save_every
     if every is None:
         out, record = advance(tuple(fields), 0, plan.steps)
@@ -53,12 +50,14 @@ def run(
     return out, saved, jnp.concatenate([records.reshape(done, readers.count), rest])
 
 
-def prepared(plan: Plan, coefficients: Sequence[jax.Array], emitters: Any, readers: Any) -> "Run":
+def prepare(
+    plan: StencilPlan, coefficients: Sequence[jax.Array], emitters: Any, readers: Any
+) -> "Run":
     """What runs the plan, its coefficients with their halos."""
     return Run(plan, _around(plan, coefficients), emitters, readers)
 
 
-def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def _around(plan: StencilPlan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """The coefficients that are split, with as deep a halo as the fields."""
     held = list(coefficients)
     split = [i for i, own in enumerate(plan.coefficient_lines) if own is not None]
@@ -68,7 +67,7 @@ def _around(plan: Plan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, .
     if buffers:
         buffers = exchange(buffers, own_lines, at, fresh=True)
     for i, buffer, own, width in zip(split, buffers, own_lines, at, strict=True):
-        [held[i]] = ends.fill([buffer], [own], at=width, margins=width, radius=width)
+        [held[i]] = boundary.fill([buffer], [own], at=width, margins=width, radius=width)
     return tuple(held)
 
 
@@ -85,7 +84,7 @@ def _widths(own: Sequence[Line], widths: Pairs) -> Pairs:
 class Run:
     """A plan and what its steps read."""
 
-    plan: Plan
+    plan: StencilPlan
     coefficients: tuple[Any, ...]  # arrays, or what stands for them while a pytree is taken apart
     emitters: Any
     readers: Any
@@ -126,7 +125,7 @@ class Run:
             )
             if self.readers is not None:
                 records.append(
-                    points.read(self.readers, now, self.plan.lines[0], self.plan.padding)
+                    sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)
                 )
         return run, now, jnp.stack(records) if records else None
 
@@ -160,7 +159,7 @@ class Run:
             now, other = self._written(now, other, new, step), now
             if self.readers is not None:
                 records.append(
-                    points.read(self.readers, now, self.plan.lines[0], self.plan.padding)
+                    sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)
                 )
         if self.readers is None:
             return (now, other), None
@@ -183,7 +182,7 @@ class Run:
                 fresh=not backward and (plan.on_wafer or fresh),
                 backward=backward,
             )
-        filled = ends.fill(
+        filled = boundary.fill(
             now,
             plan.lines,
             at=at,
@@ -198,7 +197,9 @@ class Run:
         """The cells `box` of the new fields, each of the update's arrays computed once."""
         update = functools.partial(self._updated, box=box, step=step)
         operands = (*now, *self.coefficients)
-        return once.sparing(update, step, *operands) if self.plan.on_cpus else update(*operands)
+        return (
+            cpu_fusion.sparing(update, step, *operands) if self.plan.on_cpus else update(*operands)
+        )
 
     def _updated(self, *operands, box: Pairs, step) -> list[jax.Array]:
         """The cells `box` of the new fields, from fields and coefficients as they are kept."""
@@ -244,11 +245,11 @@ class Run:
                 lax.dynamic_update_slice(b, n, starts) for b, n in zip(out, new, strict=True)
             ]  # fmt: skip
         out = [
-            ends.hold_rim(n, o, own, at=plan.padding, radius=plan.radius, backward=backward)
+            boundary.hold_rim(n, o, own, at=plan.padding, radius=plan.radius, backward=backward)
             for n, o, own in zip(out, now, plan.lines, strict=True)
         ]
         if self.emitters is not None:
-            out = points.emit(self.emitters, out, plan.lines[0], plan.padding, step)
+            out = sources.emit(self.emitters, out, plan.lines[0], plan.padding, step)
         return tuple(out)
 
 

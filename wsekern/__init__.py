@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from wsekern.kernels.attention.decode import decode_attention as decode_attention
     from wsekern.kernels.attention.kv_cache import KVCache as KVCache
     from wsekern.kernels.embedding import embedding as embedding
-    from wsekern.kernels.experts import experts as experts
+    from wsekern.kernels.experts.experts import experts as experts
+    from wsekern.kernels.experts.routing import load_balance_loss as load_balance_loss
     from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul.explain import explain_matmul as explain_matmul
     from wsekern.kernels.matmul.gemv import gemv as gemv
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from wsekern.kernels.norm import layer_norm as layer_norm
     from wsekern.kernels.norm import rms_norm as rms_norm
     from wsekern.kernels.rotary import rotary as rotary
-    from wsekern.kernels.routing import load_balance_loss as load_balance_loss
     from wsekern.kernels.stencil.finite_differences import check_time_step as check_time_step
     from wsekern.kernels.stencil.finite_differences import (
         difference_coefficients as difference_coefficients,
@@ -87,8 +87,8 @@ _HOMES = {
     "diffusion_limit": "kernels.stencil.finite_differences",
     "embedding": "kernels.embedding",
     "estimate": "estimator.estimate",
-    "experts": "kernels.experts",
-    "load_balance_loss": "kernels.routing",
+    "experts": "kernels.experts.experts",
+    "load_balance_loss": "kernels.experts.routing",
     "explain_matmul": "kernels.matmul.explain",
     "gemv": "kernels.matmul.gemv",
     "crop": "kernels.stencil.halo",

@@ -7,7 +7,7 @@ On h x w PEs a row of PEs has n tokens of k choices, hence R = n k rows. A PE re
 tokens, (w-1)/w of n D words of `x` and of R F of the hidden layer, and its column's share of the
 experts' weights, (h-1)/h of 3 E D F / w words, some experts at a time; going back about twice that.
 Over several wafers, which hold E / wafers experts each, tokens go to those that have their experts
-and results come back, as `wsekern.kernels.routing` says: 2 (wafers - 1) n D words more at most. It
+and results come back, as `wsekern.kernels.experts.routing` says: 2 (wafers - 1) n D words more at most. It
 holds R rows of D and of F.
 """
 
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from wsekern import fabric
-from wsekern.kernels import grouped, routing
+from wsekern.kernels.experts import grouped_matmul, routing
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.wafer import Wafer
@@ -112,7 +112,7 @@ class _Tokens(NamedTuple):
 
     rows: jax.Array  # [R, D]
     shares: jax.Array  # [R, 1]
-    groups: grouped.Groups
+    groups: grouped_matmul.Groups
     choices: int
 
     def summed(self, rows: jax.Array) -> jax.Array:
@@ -251,7 +251,7 @@ def _received(route: routing.Route, rows, here) -> _Tokens:
 def _sorted(x, chosen, shares, count) -> _Tokens:
     k = chosen.shape[-1]
     chosen = jnp.where(chosen < 0, count, chosen)
-    groups = grouped.sort(chosen.reshape(-1), count)
+    groups = grouped_matmul.sort(chosen.reshape(-1), count)
     return _Tokens(x[groups.order // k], shares.reshape(-1)[groups.order][:, None], groups, k)
 
 
@@ -282,12 +282,12 @@ def _each_part(add, carry, groups, weights, biases, sizes):
 def _forward(tokens, weights, biases, activation, moves, sizes=None):
     """What the experts make of the rows, not yet weighed, and both products of the hidden layer."""
     gate, up, down = _whole(weights, moves, sizes)
-    products = grouped.product(tokens.rows, (gate, up), tokens.groups)
+    products = grouped_matmul.product(tokens.rows, (gate, up), tokens.groups)
     expert = tokens.groups.of_rows() if biases else None
     if biases:
         products = tuple(p + b[expert] for p, b in zip(products, biases[:2], strict=True))
     hidden = _hidden(activation(*products), moves, sizes)
-    (y,) = grouped.product(hidden, (down,), tokens.groups)
+    (y,) = grouped_matmul.product(hidden, (down,), tokens.groups)
     if biases:
         y = y + jnp.where(tokens.groups.have()[:, None], biases[2][expert], 0)
     return y, products
@@ -302,18 +302,19 @@ def _backward(tokens, dy, weights, biases, activation, products, moves, sizes=No
     gate, up, down = _whole(weights, moves, sizes)
     dy = jnp.where(groups.have()[:, None], dy, 0)
     h, backward = jax.vjp(activation, *products)
-    (dh,) = grouped.product(dy, (down,), groups, transposed=True)
+    (dh,) = grouped_matmul.product(dy, (down,), groups, transposed=True)
     dh = moves.scatter(_resized(dh, 1, h.shape[1] * moves.pes(COLS)), COLS, 1)
     dshares = (h * dh).sum(1, dtype=jnp.float32)
     wide = dy * shares
     dgate, dup = backward((dh * shares).astype(h.dtype))
     drows = sum(
-        grouped.product(d, (w,), groups, transposed=True)[0] for d, w in ((dgate, gate), (dup, up))
+        grouped_matmul.product(d, (w,), groups, transposed=True)[0]
+        for d, w in ((dgate, gate), (dup, up))
     )
     hidden = _hidden(h, moves, sizes)
     dweights = (
-        *grouped.gradient((rows, rows), (dgate, dup), groups),
-        *grouped.gradient((hidden,), (wide,), groups),
+        *grouped_matmul.gradient((rows, rows), (dgate, dup), groups),
+        *grouped_matmul.gradient((hidden,), (wide,), groups),
     )
     dweights = tuple(
         moves.scatter(_resized(dw, 1, w.shape[1] * moves.pes(ROWS)), ROWS, 1)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern.kernels import routing
+from wsekern.kernels.experts import routing
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 B, T, D, F, E = 8, 8, 6, 5, 8

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from wsekern.kernels.attention.attention import attention as attention
     from wsekern.kernels.attention.decode import decode_attention as decode_attention
     from wsekern.kernels.attention.kv_cache import KVCache as KVCache
-    from wsekern.kernels.embedding import embedding as embedding
+    from wsekern.kernels.dense.cross_entropy import cross_entropy as cross_entropy
+    from wsekern.kernels.dense.embedding import embedding as embedding
+    from wsekern.kernels.dense.norm import layer_norm as layer_norm
+    from wsekern.kernels.dense.norm import rms_norm as rms_norm
+    from wsekern.kernels.dense.rotary import rotary as rotary
     from wsekern.kernels.experts.experts import experts as experts
     from wsekern.kernels.experts.routing import load_balance_loss as load_balance_loss
-    from wsekern.kernels.loss import cross_entropy as cross_entropy
     from wsekern.kernels.matmul.explain import explain_matmul as explain_matmul
     from wsekern.kernels.matmul.gemv import gemv as gemv
     from wsekern.kernels.matmul.matmul import matmul as matmul
-    from wsekern.kernels.norm import layer_norm as layer_norm
-    from wsekern.kernels.norm import rms_norm as rms_norm
-    from wsekern.kernels.rotary import rotary as rotary
     from wsekern.kernels.stencil.finite_differences import check_time_step as check_time_step
     from wsekern.kernels.stencil.finite_differences import (
         difference_coefficients as difference_coefficients,
@@ -81,11 +81,11 @@ _HOMES = {
     "bicgstab": "solvers.bicgstab",
     "cg": "solvers.conjugate_gradient",
     "check_time_step": "kernels.stencil.finite_differences",
-    "cross_entropy": "kernels.loss",
+    "cross_entropy": "kernels.dense.cross_entropy",
     "decode_attention": "kernels.attention.decode",
     "difference_coefficients": "kernels.stencil.finite_differences",
     "diffusion_limit": "kernels.stencil.finite_differences",
-    "embedding": "kernels.embedding",
+    "embedding": "kernels.dense.embedding",
     "estimate": "estimator.estimate",
     "experts": "kernels.experts.experts",
     "load_balance_loss": "kernels.experts.routing",
@@ -95,16 +95,16 @@ _HOMES = {
     "halo_exchange": "kernels.stencil.halo",
     "halo_tile": "kernels.stencil.halo",
     "jacobi": "solvers.jacobi",
-    "layer_norm": "kernels.norm",
+    "layer_norm": "kernels.dense.norm",
     "matmul": "kernels.matmul.matmul",
     "memory": "wafer.host_memory",
     "multigrid": "solvers.multigrid",
-    "rms_norm": "kernels.norm",
+    "rms_norm": "kernels.dense.norm",
     "Receivers": "kernels.stencil.sources",
     "Solution": "solvers.solution",
     "Sources": "kernels.stencil.sources",
     "roofline": "pictures.roofline",
-    "rotary": "kernels.rotary",
+    "rotary": "kernels.dense.rotary",
     "scaling": "pictures.scaling",
     "stencil": "kernels.stencil.stencil",
     "stencil_tile": "kernels.stencil.stencil",

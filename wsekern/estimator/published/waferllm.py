@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
+from wsekern.kernels.dense.norm import rms_norm
 from wsekern.kernels.matmul.matmul import matmul
-from wsekern.kernels.norm import rms_norm
 from wsekern.wafer.wafer import Wafer
 
 ACROSS, DOWN = P("y", "x"), P("x", "y")  # a weight whose rows lie along y, or along x

@@ -1,0 +1,1 @@
+"""The small dense operations of a language model: norms, embedding, rotary positions, the loss."""

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wsekern.estimator.estimate import estimate as estimate
+    from wsekern.estimator.pictures.roofline import roofline as roofline
+    from wsekern.estimator.pictures.scaling import scaling as scaling
+    from wsekern.estimator.pictures.terminal import terminal_map as terminal_map
+    from wsekern.estimator.pictures.wafer_map import wafer_map as wafer_map
     from wsekern.estimator.traffic import traffic as traffic
     from wsekern.hardware import A100 as A100
     from wsekern.hardware import H100 as H100
@@ -48,10 +52,6 @@ if TYPE_CHECKING:
     from wsekern.kernels.stencil.sources import Sources as Sources
     from wsekern.kernels.stencil.stencil import stencil as stencil
     from wsekern.kernels.stencil.stencil import stencil_tile as stencil_tile
-    from wsekern.pictures.roofline import roofline as roofline
-    from wsekern.pictures.scaling import scaling as scaling
-    from wsekern.pictures.terminal import terminal_map as terminal_map
-    from wsekern.pictures.wafer_map import wafer_map as wafer_map
     from wsekern.solvers.bicgstab import bicgstab as bicgstab
     from wsekern.solvers.conjugate_gradient import cg as cg
     from wsekern.solvers.jacobi import jacobi as jacobi
@@ -103,15 +103,15 @@ _HOMES = {
     "Receivers": "kernels.stencil.sources",
     "Solution": "solvers.solution",
     "Sources": "kernels.stencil.sources",
-    "roofline": "pictures.roofline",
+    "roofline": "estimator.pictures.roofline",
     "rotary": "kernels.dense.rotary",
-    "scaling": "pictures.scaling",
+    "scaling": "estimator.pictures.scaling",
     "stencil": "kernels.stencil.stencil",
     "stencil_tile": "kernels.stencil.stencil",
-    "terminal_map": "pictures.terminal",
+    "terminal_map": "estimator.pictures.terminal",
     "traffic": "estimator.traffic",
     "v_cycle": "solvers.multigrid",
-    "wafer_map": "pictures.wafer_map",
+    "wafer_map": "estimator.pictures.wafer_map",
     "wave_limit": "kernels.stencil.finite_differences",
 }
 __all__ = sorted(_HOMES)

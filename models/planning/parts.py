@@ -1,6 +1,6 @@
 """This file is a decoder as parts that a square region of a wafer runs, each with its estimate.
 
-A layer is laid out as WaferLLM lays it out (`wsekern.estimator.published.waferllm`), at the model's
+A layer is laid out as WaferLLM lays it out (`wsekern.estimator.validation.waferllm`), at the model's
 own sizes, padded to the region: its features are spread over all PEs, whatever its heads. Layers
 that are alike are one part, traced once. Experts count as a feed-forward part as wide as those that
 a token chooses, in time, and as all of them in memory. The host keeps the embedding, and sends the
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
-from wsekern.estimator.estimate import Estimate
-from wsekern.estimator.published import waferllm
+from wsekern.estimator.result import Estimate
+from wsekern.estimator.validation import waferllm
 from wsekern.hardware import Machine
 
 Mode = Literal["decode", "prefill", "train"]

@@ -24,10 +24,9 @@ from models.planning.memory import capacity
 from models.planning.plan import Plan, check, plan, scaling
 from models.presets import PRESETS, find_family
 from wsekern.estimator.command import machine_called
+from wsekern.estimator.pictures import figure, output, page, scaling
 from wsekern.estimator.report import with_unit
 from wsekern.hardware import ACCELERATORS, CLUSTERS, GB, Accelerator, Machine
-from wsekern.pictures import figure, output, page
-from wsekern.pictures import scaling as plots
 
 Rows = list[tuple[str, ...]]
 
@@ -154,13 +153,13 @@ def _pictures(p: Plan) -> list[tuple[Callable[[], Any], str]]:
             p.mode: [(q.regions.side, q.tokens / q.seconds) for q in p.layouts]
         }
         drawn.append(
-            (lambda: plots.drawn(line, {}, "PEs a side of a region", "tokens/s"),
+            (lambda: scaling.drawn(line, {}, "PEs a side of a region", "tokens/s"),
              "What regions of other sizes would give.")
         )  # fmt: skip
     if p.mode == "train" and p.wafers > 1:
         steps = {"predicted": [(n, p.tokens / s) for n, s, _ in scaling(p)]}
         drawn.append(
-            (lambda: plots.drawn(steps, {}, "wafers", "tokens/s", ideal=True),
+            (lambda: scaling.drawn(steps, {}, "wafers", "tokens/s", ideal=True),
              "The same step on fewer wafers.")
         )  # fmt: skip
     return drawn

@@ -118,8 +118,8 @@ def _estimate(asked: argparse.Namespace) -> None:
 
 
 def _draw(e: Any, asked: argparse.Namespace) -> None:
-    from wsekern.pictures.terminal import terminal_map
-    from wsekern.pictures.wafer_map import wafer_map
+    from wsekern.estimator.pictures.terminal import terminal_map
+    from wsekern.estimator.pictures.wafer_map import wafer_map
 
     if asked.map is not None:
         terminal_map(e, asked.map)
@@ -134,7 +134,7 @@ def _draw(e: Any, asked: argparse.Namespace) -> None:
 
 def _check_outputs(asked: argparse.Namespace) -> None:
     """Refuses what cannot be written or drawn, before anything is estimated."""
-    from wsekern.pictures import figure, output, quantities
+    from wsekern.estimator.pictures import figure, output, quantities
 
     if asked.validate is not None:
         for flag in ("html", "trace", "map"):
@@ -161,10 +161,10 @@ def _check_outputs(asked: argparse.Namespace) -> None:
 
 
 def _validate(table: str, as_json: bool, plot: str | None) -> None:
-    from wsekern.estimator import validation
-    from wsekern.pictures.published import published
+    from wsekern.estimator.pictures.published import published
+    from wsekern.estimator.validation import points
 
-    found = validation.validate(table or validation.POINTS)
+    found = points.validate(table or points.POINTS)
     if plot is not None:
         published(found, plot)
     if as_json:
@@ -175,7 +175,7 @@ def _validate(table: str, as_json: bool, plot: str | None) -> None:
     if not table:
         print("fitted anew without one kind of program, mean absolute error of that kind:", end="")
         sys.stdout.flush()
-        errors = validation.left_out()
+        errors = points.left_out()
         print(" " + ", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from wsekern.estimator import cost, trace, whole
+from wsekern.estimator import cost, relayout, trace
 from wsekern.estimator.cost import size_of, width_of
 from wsekern.wafer.wafer import Wafer
 
@@ -30,7 +30,7 @@ def _peak(
     """The most bytes at a time, operands among them; those not `owned` stay to the end."""
     placed = dict.fromkeys(jaxpr.constvars, within)
     placed |= dict(zip(jaxpr.invars, flags, strict=True))
-    specs: dict[Any, whole.Spec | None] = {}
+    specs: dict[Any, relayout.Spec | None] = {}
     fusions = cost.fusions(jaxpr)
     home = _homes(jaxpr, placed)
     last = _last_uses(jaxpr, home, owned)
@@ -141,8 +141,8 @@ def _note(equation, given, placed, specs, within) -> None:
     fixed = within and all(given) and name not in trace.MOVES and name not in ("scan", "while")
     placed |= dict.fromkeys(equation.outvars, fixed)
     if not within and name == "shard_map":
-        specs |= dict(zip(equation.outvars, whole.specs(equation, "out_specs"), strict=True))
-        operands = zip(equation.invars, whole.specs(equation, "in_specs"), strict=True)
+        specs |= dict(zip(equation.outvars, relayout.specs(equation, "out_specs"), strict=True))
+        operands = zip(equation.invars, relayout.specs(equation, "in_specs"), strict=True)
         specs |= {v: s for v, s in operands if not trace.is_literal(v) and v not in specs}
 
 
@@ -150,4 +150,4 @@ def _bytes(v: Any, spec: Any, wafer: Wafer, within: bool) -> float:
     if not hasattr(v.aval, "shape"):
         return 0.0
     size = size_of(v) * width_of(v.aval)
-    return float(size) if within else math.ceil(size / whole.parts(spec, wafer))
+    return float(size) if within else math.ceil(size / relayout.parts(spec, wafer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wsekern.estimator.estimate import Estimate
+    from wsekern.estimator.result import Estimate
 
 _LINES = 12  # of the schedule
 

@@ -13,8 +13,9 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from wsekern.estimator import cost, links, placed, roots, trace, whole
+from wsekern.estimator import cost, relayout, trace
 from wsekern.estimator.cost import Constants
+from wsekern.estimator.links import around_defects, price, roots
 from wsekern.hardware import Machine
 from wsekern.wafer.wafer import Wafer
 
@@ -29,7 +30,7 @@ class Value(NamedTuple):
     ready: float = 0.0  # the cycle from which it is there
     placed: bool = False  # whether nothing but a PE's place and the trips of a loop decide it
     counted: bool = False  # whether the trip of a loop has a part in it
-    spec: whole.Spec | None = None  # of a whole array: how it lies, where that is known
+    spec: relayout.Spec | None = None  # of a whole array: how it lies, where that is known
 
 
 PLACED = Value(placed=True)
@@ -110,7 +111,7 @@ class Schedule:
         name = equation.primitive.name
         if within:
             rest = self._sizes, self.machine, self.wafer.placement
-            move = self._kept(placed.of_equation, equation, *rest)
+            move = self._kept(around_defects.of_equation, equation, *rest)
             if move is not None:
                 return self._move(equation, move, given)
         if name == "scan":
@@ -152,14 +153,14 @@ class Schedule:
         """An operation on whole arrays: evenly spread, but for what it has to move."""
         ready = max((v.ready for v in given), default=0.0)
         placed = bool(given) and all(v.placed for v in given)
-        spec, moves = whole.layout_of(equation, [v.spec for v in given], self.wafer)
+        spec, moves = relayout.layout_of(equation, [v.spec for v in given], self.wafer)
         for move in moves:
             ready = self._sent(equation, move, ready)
         if placed or equation.primitive.name in cost.VIEWS:
             return [Value(ready, placed, spec=spec)] * len(equation.outvars)
         self._note_unknown(equation, spread={"dot_general"})
         work = self._work(equation)
-        end = self._busy(equation, whole.share(work, self.wafer, self.constants), ready)
+        end = self._busy(equation, relayout.share(work, self.wafer, self.constants), ready)
         return [Value(end, spec=spec)] * len(equation.outvars)
 
     def _work(self, equation, accumulates: bool = False) -> cost.Work:
@@ -170,17 +171,17 @@ class Schedule:
         """What `Wafer.map` runs; an operand that lies otherwise is laid out anew before."""
         ins = []
         for atom, value, spec in zip(
-            equation.invars, given, whole.specs(equation, "in_specs"), strict=True
+            equation.invars, given, relayout.specs(equation, "in_specs"), strict=True
         ):
             ready = value.ready
             if value.spec is not None and value.spec != spec:
-                ready = self._sent(equation, whole.relayout(atom.aval, self.wafer), ready)
+                ready = self._sent(equation, relayout.relayout(atom.aval, self.wafer), ready)
             ins.append(Value(ready))
         outs = self._walk(trace.called(equation.params), ins, within=True)
-        specs = whole.specs(equation, "out_specs")
+        specs = relayout.specs(equation, "out_specs")
         return [Value(v.ready, spec=s) for v, s in zip(outs, specs, strict=True)]
 
-    def _move(self, equation, move: links.Move, given) -> list[Value]:
+    def _move(self, equation, move: price.Move, given) -> list[Value]:
         ready = max((v.ready for v in given), default=0.0)
         counted = any(v.counted for v in given) and move.kind == "flood"
         if id(equation) in self._starts and move.pattern is not None:
@@ -190,7 +191,7 @@ class Schedule:
         sent = self._sent(equation, move, ready, self._roots if counted else 1)
         return [Value(sent)] * len(equation.outvars)
 
-    def _sent(self, equation, move: links.Move, ready: float, roots: int = 1) -> float:
+    def _sent(self, equation, move: price.Move, ready: float, roots: int = 1) -> float:
         """When the move's words have arrived.
 
         A color is one route. Where floods have more `roots` one after another than there are

@@ -1,10 +1,11 @@
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import wsekern as wk
-from wsekern.kernels.experts import experts
 
 B, T, D, F, E, k = 2, 6, 10, 7, 6, 3
 
@@ -58,7 +59,8 @@ def test_it_is_the_dense_loop_over_experts(biased):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_on_every_wafer_with_its_gradients(grid, parts, wafer_called, monkeypatch):
     if parts > 1:  # some experts at a time
-        monkeypatch.setattr(experts, "_MOST_GATHERED", 100)
+        module = importlib.import_module("wsekern.kernels.experts.experts")
+        monkeypatch.setattr(module, "_MOST_GATHERED", 100)
     x, chosen, shares, weights, biases = operands()
     with wafer_called(grid):
         check(value_and_gradients(lambda *a: ours(*a)), x, shares, weights, biases, chosen)

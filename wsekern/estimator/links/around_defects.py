@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from wsekern.estimator import links
+from wsekern.estimator.links import price
 from wsekern.fabric.reductions import choice
 from wsekern.hardware import Machine
 from wsekern.wafer.axes import WAFERS
@@ -22,25 +22,25 @@ _REDUCE = re.compile(r"reduce by (\w+)")
 
 def of_equation(
     equation: Any, sizes: dict[str, int], machine: Machine, placement: Placement | None
-) -> links.Move | None:
+) -> price.Move | None:
     """As `links.of_equation`, on a placement."""
-    move = links.of_equation(equation, sizes, machine)
+    move = price.of_equation(equation, sizes, machine)
     if move is None or placement is None:
         return move
-    axes = links.axes_of(equation)
+    axes = price.axes_of(equation)
     if move.kind == "shift":
         return _shift(move, axes, equation.params["perm"], machine, placement)
-    return along_lines(move, axes, sizes, machine, placement, links.root_of(equation))
+    return along_lines(move, axes, sizes, machine, placement, price.root_of(equation))
 
 
 def along_lines(
-    move: links.Move,
+    move: price.Move,
     axes: tuple[str, ...],
     sizes: dict[str, int],
     machine: Machine,
     placement: Placement | None,
     root: int | None = None,
-) -> links.Move:
+) -> price.Move:
     """A move that goes down the lines along `axes`, on a placement.
 
     Args:
@@ -67,8 +67,8 @@ def along_lines(
 
 
 def _shift(
-    move: links.Move, axes: tuple[str, ...], pairs: Any, machine: Machine, placement: Placement
-) -> links.Move:
+    move: price.Move, axes: tuple[str, ...], pairs: Any, machine: Machine, placement: Placement
+) -> price.Move:
     if WAFERS in axes:
         return move
     taken = routes(placement, axes, tuple((int(a), int(b)) for a, b in pairs))
@@ -78,7 +78,7 @@ def _shift(
 
 
 def _distances(
-    move: links.Move, axes: tuple[str, ...], sizes: dict[str, int], root: int | None
+    move: price.Move, axes: tuple[str, ...], sizes: dict[str, int], root: int | None
 ) -> dict[str, float]:
     """Hops along each axis that follow one another, where PEs lie side by side."""
     reduced = _REDUCE.match(move.kind)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from wsekern.pictures import quantities
-from wsekern.pictures.wafer_map import Zoom, checked
+from wsekern.estimator.pictures import quantities
+from wsekern.estimator.pictures.wafer_map import Zoom, checked
 
 # matplotlib's viridis at equal steps (N. Smith and S. van der Walt, 2015), which need not be there.
 _HEAT = np.array([

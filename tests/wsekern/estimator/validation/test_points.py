@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 import wsekern as wk
-from wsekern.estimator import validation
 from wsekern.estimator.cost import Constants
-from wsekern.estimator.published import gemm, programs, waferllm, wave25
+from wsekern.estimator.validation import gemm, points, programs, waferllm, wave25
 
 
 @pytest.fixture(scope="module")
 def found():
-    return validation.validate()
+    return points.validate()
 
 
 def test_predictions_are_near_what_was_measured(found):
@@ -25,7 +24,7 @@ def test_predictions_are_near_what_was_measured(found):
     assert len(errors) == 9
     assert np.mean(errors) < 0.05 and max(errors) < 0.1
     assert all(abs(row.error) < 0.003 for row in found.rows if row.fitted)
-    assert len(dataclasses.fields(Constants)) == len(validation.FITTED) <= 6
+    assert len(dataclasses.fields(Constants)) == len(points.FITTED) <= 6
 
 
 def test_orderings_are_the_published_ones(found):
@@ -43,13 +42,13 @@ def test_orderings_are_the_published_ones(found):
 
 
 def test_a_table_of_ones_own_is_read(tmp_path, found):
-    text = validation.POINTS.read_text().splitlines()
+    text = points.POINTS.read_text().splitlines()
     one = next(line for line in text if line.startswith("decode-8b-420"))
     table = tmp_path / "mine.csv"
     odd = "fft,WSE-2,FFT of something,8x8,,time,3,us,,mine"
     other = one.replace("decode-8b-420", "mine").replace("LLaMA3-8B", "LLaMA2-13B")
     table.write_text("\n".join([text[0], other, odd]))
-    mine = validation.validate(table)
+    mine = points.validate(table)
     assert [row.point.id for row in mine.rows] == ["mine"] and not mine.rows[0].fitted
     assert mine.rows[0].predicted < found.rows[0].predicted
     assert "workload 'FFT of something' is none of those" in mine.skipped["fft"]
@@ -63,25 +62,25 @@ def test_a_table_without_a_column_is_refused(tmp_path):
     table = tmp_path / "bad.csv"
     table.write_text("id,machine\n")
     with pytest.raises(ValueError, match="there is no column 'workload'"):
-        validation.validate(table)
+        points.validate(table)
 
 
 @pytest.mark.slow
 def test_other_programs_tell_the_constants(found):
     """Fitted without one kind of program, the model predicts that kind within a third."""
-    errors = validation.left_out()
-    assert set(errors) == set(validation.COUNTED)
+    errors = points.left_out()
+    assert set(errors) == set(points.COUNTED)
     assert max(errors.values()) < 1 / 3
 
 
 def test_a_fit_finds_the_constants_that_made_the_points():
-    points = [p for p in validation.read(validation.POINTS) if p.family == "stencil"]
-    made = [programs.program_of(p) for p in points]
+    stencils = [p for p in points.read(points.POINTS) if p.family == "stencil"]
+    made = [programs.program_of(p) for p in stencils]
     told = Constants(vector_start=20.0, paired_float32=1.3)
     exact = [
-        dataclasses.replace(p, value=g.predicted(told)) for p, g in zip(points, made, strict=True)
+        dataclasses.replace(p, value=g.predicted(told)) for p, g in zip(stencils, made, strict=True)
     ]
-    got = validation.fit(exact, made, trust=1e-3)
+    got = points.fit(exact, made, trust=1e-3)
     for p, g in zip(exact, made, strict=True):
         assert g.predicted(got) == pytest.approx(p.value, rel=5e-3)
 

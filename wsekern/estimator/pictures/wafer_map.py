@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from wsekern.pictures import figure, quantities
-from wsekern.pictures.output import Path
+from wsekern.estimator.pictures import figure, quantities
+from wsekern.estimator.pictures.output import Path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

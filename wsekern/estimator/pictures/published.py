@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsekern.pictures import figure, output
+from wsekern.estimator.pictures import figure, output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from wsekern.estimator.validation import Row, Validation
+    from wsekern.estimator.validation.points import Row, Validation
 
 _BAND = 10  # percent, shaded
 
@@ -21,7 +21,7 @@ def published(found: Validation, path: output.Path | None = None) -> Figure:
     """Each point against what was measured, and its error; points that were fitted are hollow.
 
     Args:
-      found: of `wsekern.estimator.validation.validate`.
+      found: of `wsekern.estimator.validation.points.validate`.
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsekern.estimator.pictures import figure, output, quantities, roofline, views, wafer_map
 from wsekern.estimator.report import figures, of_wafer, with_unit
-from wsekern.pictures import figure, output, quantities, roofline, views, wafer_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from wsekern.estimator.estimate import Estimate
+    from wsekern.estimator.result import Estimate
 
 _SIDE = 4.2  # inches of the map: what is read on a phone without scaling it much
 _OPEN = 12  # rows of a table that are shown without being asked for

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from wsekern.estimator.estimate import Estimate
+    from wsekern.estimator.result import Estimate
 
 SAME = "the same on each PE"
 _NAMES = ("load", "N", "E", "S", "W", "busy", "sram")
-# What is not in a trace, and taken to be so; see `wsekern.estimator.loads`.
+# What is not in a trace, and taken to be so; see `wsekern.estimator.links.loads`.
 _TAKEN = {"flood": "floods from all PEs in turn", "relayout": "new layouts as even traffic"}
 _TOWARDS = {"N": "north", "E": "east", "S": "south", "W": "west"}
 

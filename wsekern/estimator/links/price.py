@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsekern.estimator import loads
 from wsekern.estimator.cost import width_of
+from wsekern.estimator.links import loads
 from wsekern.fabric.flood import cost as flood_cost
 from wsekern.fabric.reductions import choice
 from wsekern.hardware import Machine

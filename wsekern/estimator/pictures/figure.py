@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from wsekern.pictures import output
+from wsekern.estimator.pictures import output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from wsekern.estimator.pictures import figure, output
 from wsekern.estimator.report import of_wafer
 from wsekern.hardware import A100, H100, Accelerator
-from wsekern.pictures import figure, output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from wsekern.estimator.estimate import Estimate
+    from wsekern.estimator.result import Estimate
 
 
 class Roof(NamedTuple):

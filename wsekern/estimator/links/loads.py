@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from wsekern.estimator import trees
-from wsekern.estimator.crossings import DOWN, UP, Loads, along, downwards, upwards
+from wsekern.estimator.links import trees
+from wsekern.estimator.links.crossings import DOWN, UP, Loads, along, downwards, upwards
 from wsekern.fabric.reductions import choice
 from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 

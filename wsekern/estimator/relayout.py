@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from wsekern.estimator import links, loads, placed
 from wsekern.estimator.cost import Constants, Work, size_of, width_of
+from wsekern.estimator.links import around_defects, loads, price
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
 
@@ -29,7 +29,7 @@ def specs(equation: Any, which: str) -> list[Spec]:
 
 def layout_of(
     equation: Any, given: Sequence[Spec | None], wafer: Wafer
-) -> tuple[Spec | None, list[links.Move]]:
+) -> tuple[Spec | None, list[price.Move]]:
     """How the result lies, and the moves that making it causes."""
     name, params = equation.primitive.name, equation.params
     known = next((spec for spec in given if spec is not None), None)
@@ -59,14 +59,14 @@ def layout_of(
     return None, []
 
 
-def relayout(aval: Any, wafer: Wafer) -> links.Move:
+def relayout(aval: Any, wafer: Wafer) -> price.Move:
     """An array laid out anew: half of its words cross the middle of the wafer, either way."""
     assert wafer.machine is not None
     words = math.prod(aval.shape) * width_of(aval) / 4
     side = min(wafer.height, wafer.width)
     load = words / (2 * side)
     far = (wafer.height + wafer.width - 2) * wafer.machine.hop_cycles
-    move = links.Move(
+    move = price.Move(
         "relayout",
         words / (wafer.height * wafer.width),
         {direction: load for direction in "NESW"},
@@ -75,7 +75,9 @@ def relayout(aval: Any, wafer: Wafer) -> links.Move:
         tile=load,
         pattern=loads.Pattern(kind="relayout"),
     )
-    return placed.along_lines(move, (ROWS, COLS), _sizes(wafer), wafer.machine, wafer.placement)
+    return around_defects.along_lines(
+        move, (ROWS, COLS), _sizes(wafer), wafer.machine, wafer.placement
+    )
 
 
 def share(work: Work, wafer: Wafer, constants: Constants) -> Work:
@@ -98,7 +100,7 @@ def _of_partition(spec: Any, ndim: int) -> Spec:
     return tuple(entries) + ((),) * (ndim - len(entries))
 
 
-def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[links.Move]]:
+def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[price.Move]]:
     axes = equation.params["axes"]
     kept = tuple(entry for d, entry in enumerate(spec) if d not in axes)
     across = tuple(axis for d in axes for axis in spec[d] if axis in (ROWS, COLS))
@@ -107,17 +109,17 @@ def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[links.
     assert wafer.machine is not None
     words = size_of(equation.outvars[0]) / parts(kept, wafer)
     sizes = _sizes(wafer)
-    move = links.reduction("xla", across, max(words, 1.0), sizes, wafer.machine)
+    move = price.reduction("xla", across, max(words, 1.0), sizes, wafer.machine)
     if move is None:
         return kept, []
-    return kept, [placed.along_lines(move, across, sizes, wafer.machine, wafer.placement)]
+    return kept, [around_defects.along_lines(move, across, sizes, wafer.machine, wafer.placement)]
 
 
 def _sizes(wafer: Wafer) -> dict[str, int]:
     return {axis: wafer.axis_size(axis) for axis in wafer.axes}
 
 
-def _reshaped(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec | None, list[links.Move]]:
+def _reshaped(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec | None, list[price.Move]]:
     """Dimensions before and behind those that change keep their layout."""
     old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     front = 0

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from wsekern.estimator.pictures import output
 from wsekern.estimator.report import of_wafer
-from wsekern.pictures import output
 
 if TYPE_CHECKING:
-    from wsekern.estimator.estimate import Estimate
+    from wsekern.estimator.result import Estimate
     from wsekern.estimator.schedule import Event
 
 LANES = {

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsekern.estimator.cost import DEFAULT, Constants
-from wsekern.estimator.published.programs import Point, Program, program_of
+from wsekern.estimator.validation.programs import Point, Program, program_of
 
-POINTS = pathlib.Path(__file__).parent / "published" / "points.csv"
+POINTS = pathlib.Path(__file__).parent / "points.csv"
 # As many as there are constants. `Constants` are what makes these exact.
 FITTED = ("prefill-8b-480", "prefill-8b-720", "gemm-fp32-128x8", "wave25-nz100", "wave25-nz700")
 # What is counted in the mean: programs that were published whole, and with their grid.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from wsekern.estimator.crossings import DOWN, UP, Loads, along, downwards, upwards
+from wsekern.estimator.links.crossings import DOWN, UP, Loads, along, downwards, upwards
 from wsekern.fabric.moves import ring_order
 from wsekern.fabric.reductions import chain, choice, k_tree, optimal, two_phase
 from wsekern.wafer.axes import COLS, ROWS

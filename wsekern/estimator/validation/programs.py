@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from wsekern.estimator.cost import DEFAULT, Constants
-from wsekern.estimator.published import gemm, waferllm, wave25
 from wsekern.estimator.schedule import Schedule
 from wsekern.estimator.trace import traced
+from wsekern.estimator.validation import gemm, waferllm, wave25
 from wsekern.fabric.flood import cost as flood_cost
 from wsekern.hardware import MACHINES, Machine
 from wsekern.wafer.wafer import Wafer

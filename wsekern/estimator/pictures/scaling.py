@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsekern.pictures import figure, output
+from wsekern.estimator.pictures import figure, output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

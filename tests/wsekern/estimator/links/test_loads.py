@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.estimator import loads, trees
+from wsekern.estimator.links import loads, trees
 from wsekern.fabric.moves import ring_order
 
 GRID = P("y", "x")

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsekern.pictures import figure, quantities, wafer_map
-from wsekern.pictures.timeline import lanes
+from wsekern.estimator.pictures import figure, quantities, wafer_map
+from wsekern.estimator.pictures.timeline import lanes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from wsekern.estimator.estimate import Estimate
+    from wsekern.estimator.result import Estimate
 
 _BARS = 12
 _DRAWN = 400  # slices up to which each is a shape of its own

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 import wsekern as wk
-from wsekern.estimator import validation
-from wsekern.pictures import output, page, published, quantities, timeline
-from wsekern.pictures.roofline import points, roofs
+from wsekern.estimator.pictures import output, page, published, quantities, timeline
+from wsekern.estimator.pictures.roofline import points, roofs
+from wsekern.estimator.validation import points
 
 pytest.importorskip("matplotlib")
 
@@ -172,18 +172,17 @@ def test_a_scaling_plot_has_lines_and_measured_points():
 
 
 def test_predictions_stand_against_what_was_published(tmp_path):
-    point = [p for p in validation.read(validation.POINTS) if p.family == "product"]
+    point = [p for p in points.read(points.POINTS) if p.family == "product"]
     rows = [
-        validation.Row(p, 1.1 * p.value, fitted)
-        for p, fitted in zip(point, (True, False), strict=True)
+        points.Row(p, 1.1 * p.value, fitted) for p, fitted in zip(point, (True, False), strict=True)
     ]
-    figure = published.published(validation.Validation(rows, {}), tmp_path / "points.png")
+    figure = published.published(points.Validation(rows, {}), tmp_path / "points.png")
     left, right = figure.axes
     drawn = [tuple(xy) for line in left.lines for xy in np.asarray(line.get_xydata())]
     assert all((row.point.value, row.predicted) in drawn for row in rows)
     assert [t.get_text() for t in right.get_yticklabels()] == [row.point.id for row in rows]
     with pytest.raises(ValueError, match="nothing to plot"):
-        published.published(validation.Validation([], {}))
+        published.published(points.Validation([], {}))
 
 
 def printed(what, colors, **arguments):

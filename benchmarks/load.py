@@ -59,7 +59,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints a table."""
     options = tyro.cli(Options, prog="python -m benchmarks load", args=argv)
-    from wsekern.grid import parse_grid
+    from wsekern.wafer.launch import parse_grid
 
     wafers, height, width = parse_grid(options.grid)
     harness.start(wafers * height * width)

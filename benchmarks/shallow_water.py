@@ -67,7 +67,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints a table."""
     options = tyro.cli(Options, prog="python -m benchmarks shallow_water", args=argv)
-    from wsekern.grid import parse_grid
+    from wsekern.wafer.launch import parse_grid
 
     grids = {grid: parse_grid(grid) for grid in options.grids}
     harness.start(max(wafers * height * width for wafers, height, width in grids.values()))

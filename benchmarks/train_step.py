@@ -72,7 +72,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     import wsekern as wk
     from benchmarks import plain_decoder
     from models.decoder import Decoder
-    from models.llama import NANO
+    from models.families.llama import NANO
     from sharding.state import initialise, lay_out
     from training.step import initial_state, train_step, updated
 

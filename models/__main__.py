@@ -4,8 +4,7 @@ import os
 import sys
 
 from models.command import Convert, Generate, Info, Plan, parse
-from wsekern.grid import parse_grid
-from wsekern.wafer.launch import emulate_devices
+from wsekern.wafer.launch import emulate_devices, parse_grid
 
 
 def main(argv: list[str] | None = None) -> int:

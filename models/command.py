@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wsekern.grid import parse_grid
+from wsekern.wafer.launch import parse_grid
 
 Platform = Literal["cpu", "gpu", "tpu"]
 

@@ -4,8 +4,8 @@ import difflib
 from types import ModuleType
 from typing import Any
 
-from models import gpt2, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 from models.config import DecoderConfig
+from models.families import gpt2, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 
 # By the name that configs have; each has PRESETS, NAMES, ARCHITECTURE, from_fields and to_fields.
 FAMILIES: dict[str, ModuleType] = {

@@ -29,7 +29,7 @@ from models.presets import PRESETS, find_family
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
-from wsekern.grid import parse_grid
+from wsekern.wafer.launch import parse_grid
 from wsekern.wafer.wafer import Wafer
 
 

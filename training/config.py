@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsekern.grid import parse_grid
+from wsekern.wafer.launch import parse_grid
 
 # What a resumed run may change: where and how long it runs and what it shows. All else decides the
 # losses, so the two halves would not be one run.

@@ -15,7 +15,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from sharding.state import initialise, lay_out, pad
 from training.config import TrainingConfig
-from training.optimiser import make_optimiser
+from training.optimizer import make_optimiser
 from training.step import Metrics, TrainState, evaluation, initial_state, state_of, train_step
 from wsekern.wafer import layout
 from wsekern.wafer.axes import ROWS, WAFERS

@@ -22,7 +22,7 @@ from training.checkpoint import Checkpoints
 from training.console import Console
 from training.data import Corpus, batch, evaluation_batches
 from training.metrics import MetricsLog, loss_curve, read_metrics
-from training.optimiser import schedule
+from training.optimizer import schedule
 from training.programs import Programs
 from training.signals import StopSignals
 from training.step import Metrics, TrainState

@@ -11,7 +11,7 @@ from flax import nnx
 from benchmarks import plain_decoder
 from benchmarks.flax_decoder import FlaxDecoder
 from models.decoder import Decoder
-from models.llama import NANO
+from models.families.llama import NANO
 from training.step import mean_loss
 
 CONFIG = dataclasses.replace(NANO, d_model=32, d_ff=48, kv_heads=2, layers=2, context=16, vocab=64)

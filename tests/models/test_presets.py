@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from models.decoder import Decoder
-from models.llama import NANO
+from models.families.llama import NANO
 from models.presets import PRESETS, find_preset
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from training import config
 from training.config import TrainingConfig, parse
-from wsekern.grid import parse_grid
+from wsekern.wafer.launch import parse_grid
 
 ROOT = pathlib.Path(__file__).parents[2]
 

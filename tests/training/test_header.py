@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console as Terminal
 
 import wsekern as wk
-from models.llama import NANO
+from models.families.llama import NANO
 from sharding.state import named_leaves
 from training.config import TrainingConfig
 from training.data import Corpus

@@ -9,7 +9,7 @@ from typing import Any
 from models.checkpoints import fields as of
 from models.checkpoints import names
 from models.config import DecoderConfig
-from models.qwen2 import later_layers, sliding_fields
+from models.families.qwen2 import later_layers, sliding_fields
 
 QWEN3_8B = DecoderConfig(
     vocab=151_936,

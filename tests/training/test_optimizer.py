@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from models.decoder import Decoder
-from models.llama import NANO
+from models.families.llama import NANO
 from sharding.state import named_leaves
 from training.config import TrainingConfig
-from training.optimiser import decay_mask, make_optimiser, schedule
+from training.optimizer import decay_mask, make_optimiser, schedule
 
 CONFIG = TrainingConfig(steps=100, warmup=10, learning_rate=1.0, min_learning_rate=0.1)
 

@@ -1,0 +1,1 @@
+"""One file for each family of models: its presets, and its `config.json` both ways."""

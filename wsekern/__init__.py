@@ -12,6 +12,8 @@ devices can still be set.
 import importlib
 from typing import TYPE_CHECKING
 
+from wsekern.moved import put_up_signposts
+
 if TYPE_CHECKING:
     from wsekern.estimator.estimate import estimate as estimate
     from wsekern.estimator.pictures.roofline import roofline as roofline
@@ -115,6 +117,7 @@ _HOMES = {
     "wave_limit": "kernels.stencil.finite_differences",
 }
 __all__ = sorted(_HOMES)
+put_up_signposts()
 
 
 def __getattr__(name: str):

@@ -155,7 +155,7 @@ def check(*, wafers: int, context: int, batch: int, most: int) -> None:
             raise ValueError(f"{what}={value} must be {allowed}")
 
 
-def scaling(of: Plan) -> list[tuple[int, float, float]]:
+def scale_out(of: Plan) -> list[tuple[int, float, float]]:
     """Data parallelism: wafers, seconds of the same training step, share of what is ideal."""
     counts = [2**n for n in range(of.wafers.bit_length()) if 2**n <= of.wafers]
     counts += [of.wafers] if of.wafers not in counts else []

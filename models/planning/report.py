@@ -21,7 +21,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.planning.chips import chips_of
 from models.planning.memory import capacity
-from models.planning.plan import Plan, check, plan, scaling
+from models.planning.plan import Plan, check, plan, scale_out
 from models.presets import PRESETS, find_family
 from wsekern.estimator.command import machine_called
 from wsekern.estimator.pictures import figure, output, page, scaling
@@ -69,7 +69,7 @@ def tables(p: Plan) -> dict[str, Rows]:
     if len(p.layouts) > 1:
         found["layouts"] = _layouts(p)
     if p.mode == "train" and p.wafers > 1:
-        rows = [(f"{n:,}", with_unit(s, "s"), f"{share:.0%}") for n, s, share in scaling(p)]
+        rows = [(f"{n:,}", with_unit(s, "s"), f"{share:.0%}") for n, s, share in scale_out(p)]
         found["the same step on fewer wafers"] = [("wafers", "time", "of ideal"), *rows]
     found["chips at their roofline"] = _chips(p)
     found["assumptions"] = [("of", "what is assumed"), *_ASSUMPTIONS[p.mode]]
@@ -97,7 +97,7 @@ def as_json(p: Plan) -> dict[str, Any]:
             }
             for q in p.layouts
         ],
-        "scaling": scaling(p) if p.mode == "train" else [],
+        "scaling": scale_out(p) if p.mode == "train" else [],
         "accelerators": [
             {"name": c.chip.name, "count": c.count, "seconds": c.seconds} for c in p.accelerators
         ],
@@ -157,7 +157,7 @@ def _pictures(p: Plan) -> list[tuple[Callable[[], Any], str]]:
              "What regions of other sizes would give.")
         )  # fmt: skip
     if p.mode == "train" and p.wafers > 1:
-        steps = {"predicted": [(n, p.tokens / s) for n, s, _ in scaling(p)]}
+        steps = {"predicted": [(n, p.tokens / s) for n, s, _ in scale_out(p)]}
         drawn.append(
             (lambda: scaling.drawn(steps, {}, "wafers", "tokens/s", ideal=True),
              "The same step on fewer wafers.")

@@ -9,7 +9,7 @@ from models.__main__ import main
 from models.planning import memory, regions
 from models.planning.chips import chips_of
 from models.planning.parts import parts_of
-from models.planning.plan import plan, scaling
+from models.planning.plan import plan, scale_out
 from models.presets import find_preset
 
 SMALL = dataclasses.replace(find_preset("llama3.2-1b"), layers=4, vocab=4096)
@@ -71,11 +71,11 @@ def test_training_streams_its_weights_and_scales_with_wafers():
     p = planned(mode="train", wafers=4, context=256)
     assert p.compute_seconds >= p.stream_seconds  # of the batch that it chose
     assert p.batch % (4 * p.regions.count) == 0
-    steps = scaling(p)
+    steps = scale_out(p)
     assert [n for n, _, _ in steps] == [1, 2, 4]
     assert steps[0][1] == pytest.approx(4 * p.compute_seconds)
     few = planned(mode="train", wafers=4, context=256, batch=1)
-    assert few.seconds == few.stream_seconds and scaling(few)[-1][2] < 0.5
+    assert few.seconds == few.stream_seconds and scale_out(few)[-1][2] < 0.5
 
 
 def test_a_prompt_takes_longer_than_a_token_and_prompts_follow_one_another():

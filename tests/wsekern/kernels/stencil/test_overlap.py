@@ -2,9 +2,9 @@ import functools
 
 import jax
 import numpy as np
-from tests.wsekern.kernels.test_stencil import field, run, weighted
 
 import wsekern as wk
+from tests.wsekern.kernels.stencil.test_stencil import field, run, weighted
 
 
 def computed_before_it_arrives(jaxpr):

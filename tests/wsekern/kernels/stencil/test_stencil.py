@@ -166,13 +166,13 @@ def test_depth_changes_nothing(wafer_called, depth):
 @pytest.mark.slow
 def test_bitwise_the_same_on_all_meshes_and_depths_without_fused_multiply_add():
     """In a process of its own, whose compiler may not fuse."""
-    root = pathlib.Path(__file__).parents[3]
+    root = pathlib.Path(__file__).parents[4]
     script = """
 import functools
 import wsekern as wk
 wk.emulate_devices(16)
 import jax, numpy as np
-from tests.wsekern.kernels.test_stencil import field, weighted
+from tests.wsekern.kernels.stencil.test_stencil import field, weighted
 wafers = [wk.Wafer.devices(*g) for g in ((2, 2), (2, 4), (4, 1), (1, 8), (2, 2, 2))]
 wafers.append(wk.Wafer.virtual(wk.WSE2, 8, 8))
 go = functools.partial(wk.stencil, update=weighted, radius=1, boundary="reflect", steps=8)

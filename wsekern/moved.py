@@ -1,0 +1,81 @@
+"""Old module paths: importing one raises ImportError with the new path. To go after release 0.2."""
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# The new place of each module that moved; the modules below it moved with it unless named here.
+_FABRIC = "algorithms:choice chain cost k_tree line operation optimal ring star tree two_phase"
+_MATMUL = (
+    "allgather cannon choose:choice collective:overlapped epilogue explain_matmul:explain gemv "
+    "over_wafers:replicated panels shares stationary summa tile_product:tile"
+)
+_ATTENTION = (
+    "attention_operands:operands attention_plan:plan balance:kv_balance cache:kv_cache "
+    "cache_rows:kv_rows decode ring tile_attention:tile tile_gradients tile_heads:heads "
+    "tile_vendor:vendor ulysses visibility:mask zigzag"
+)
+_STENCIL = (
+    "adjoint boundary checkpoints:remat differences:finite_differences finite:nan_check halo "
+    "lines:geometry message:exchange neighbors:exchange once:cpu_fusion plan planning:plan "
+    "points:sources stepping:steps"
+)
+_LINKS = "crossings loads placed:around_defects roots trees"
+_WAFER = (
+    "adopted:on_devices axes context emulation:launch grid:launch host_memory identity:program "
+    "layout placement readings:program"
+)
+_PLACEMENT = "devices:failed_devices harvest:yields held:frozen_array"
+
+
+def _moves(old: str, new: str, names: str) -> dict[str, str]:
+    pairs = (name.partition(":") for name in names.split())
+    return {f"{old}.{before}": f"{new}.{after or before}" for before, _, after in pairs}
+
+
+MOVED = {
+    **_moves("wsekern", "wsekern.wafer", _WAFER),
+    **_moves("wsekern.placement", "wsekern.wafer.placement", _PLACEMENT),
+    "wsekern.placement.spread": "wsekern.wafer.virtual",
+    **_moves("wsekern.fabric", "wsekern.fabric.reductions", _FABRIC),
+    "wsekern.fabric.blocks": "wsekern.fabric.across_devices",
+    "wsekern.fabric.multicast": "wsekern.fabric.flood",
+    **_moves("wsekern.kernels", "wsekern.kernels.matmul", _MATMUL),
+    **_moves("wsekern.kernels", "wsekern.kernels.attention", _ATTENTION),
+    **_moves("wsekern.kernels", "wsekern.kernels.stencil", _STENCIL),
+    **_moves("wsekern.kernels", "wsekern.kernels.experts", "grouped:grouped_matmul routing"),
+    **_moves(
+        "wsekern.kernels", "wsekern.kernels.dense", "embedding loss:cross_entropy norm rotary"
+    ),
+    "wsekern.kernels.local": "wsekern.wafer.program",
+    **_moves("wsekern.estimator", "wsekern.estimator.links", _LINKS),
+    "wsekern.estimator.published": "wsekern.estimator.validation",
+    "wsekern.estimator.whole": "wsekern.estimator.relayout",
+    "wsekern.pictures": "wsekern.estimator.pictures",
+    **_moves("models", "models.families", "gpt2 gpt_oss llama qwen2 qwen3 qwen3_moe"),
+    "training.optimiser": "training.optimizer",
+}
+
+
+class _Signpost:
+    """The last finder asked: it finds nothing, and names the new path of what has moved."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        old, below = name, ""
+        while old not in MOVED:
+            old, dot, last = old.rpartition(".")
+            if not dot:
+                return None
+            below = f".{last}{below}"
+        # No ModuleNotFoundError: `from package import old` would hide its message.
+        raise ImportError(f"{name} has moved: import {MOVED[old]}{below}", name=name)
+
+
+def put_up_signposts() -> None:
+    """Makes imports of old paths say the new one; done once, however often it is called."""
+    if _Signpost not in sys.meta_path:
+        sys.meta_path.append(_Signpost)

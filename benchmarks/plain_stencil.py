@@ -93,7 +93,7 @@ def exchanged(wafer: Any, width: int) -> Callable:
         return lax.dynamic_update_slice(v, east, (0, width + columns))
 
     tiled = P("y", "x")
-    return jax.shard_map(per_pe, mesh=wafer.grid, in_specs=tiled, out_specs=tiled)
+    return jax.shard_map(per_pe, mesh=wafer.device_mesh, in_specs=tiled, out_specs=tiled)
 
 
 def _rolled_5(u):

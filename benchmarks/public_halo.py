@@ -24,17 +24,19 @@ def exchange(wafer: Any, width: int) -> Callable | None:
 
     spec = P("y", "x")
     # It takes three dimensions, and finds the mesh by the operand's sharding.
-    laid = NamedSharding(wafer.grid, P("y", "x", None))
+    laid = NamedSharding(wafer.device_mesh, P("y", "x", None))
 
     def padded(u):
         pad = functools.partial(jnp.pad, pad_width=[(width, width), (width, width), (0, 0)])
-        return jax.shard_map(pad, mesh=wafer.grid, in_specs=laid.spec, out_specs=laid.spec)(u)
+        return jax.shard_map(pad, mesh=wafer.device_mesh, in_specs=laid.spec, out_specs=laid.spec)(
+            u
+        )
 
     def run(u):
         wide = jax.lax.with_sharding_constraint(padded(u[..., None]), laid)
         out = halo_exchange(wide, (width, width), (True, True))
         out = jax.lax.with_sharding_constraint(out, laid)
-        return jax.lax.with_sharding_constraint(out[..., 0], NamedSharding(wafer.grid, spec))
+        return jax.lax.with_sharding_constraint(out[..., 0], NamedSharding(wafer.device_mesh, spec))
 
     return run
 
@@ -53,5 +55,5 @@ def stepped(wafer: Any, name: str, steps: int, depth: int) -> Callable | None:
         return v
 
     spec = P("y", "x")
-    update = jax.shard_map(some, mesh=wafer.grid, in_specs=spec, out_specs=spec)
+    update = jax.shard_map(some, mesh=wafer.device_mesh, in_specs=spec, out_specs=spec)
     return lambda u: jax.lax.fori_loop(0, steps // depth, lambda _, u: update(exchanged(u)), u)

@@ -45,7 +45,7 @@ def find(wafer: Any, causal: bool) -> Callable | None:
 
     spec = P(None, "y", "x", None)
     return jax.shard_map(
-        per_pe, mesh=wafer.grid, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+        per_pe, mesh=wafer.device_mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
     )
 
 

@@ -45,7 +45,7 @@ def explain(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[Place
         shape, spec = logical_shape(leaf), layout_of(leaf, home)
         held = shape if wafer is None else layout.padded_shape(shape, spec, wafer)
         parts = 1
-        if wafer is not None and wafer.reading == "virtual":
+        if wafer is not None and wafer.backend == "virtual":
             parts = math.prod(wafer.devices_along(a) for e in spec for a in axes_of(e))
         elif wafer is not None:
             parts = layout.parts(spec, wafer)

@@ -39,7 +39,7 @@ import wsekern as wk  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# name -> (reading, height, width, wafers)
+# name -> (backend, height, width, wafers)
 GRIDS = {
     "1x1": ("devices", 1, 1, 1),
     "1x4": ("devices", 1, 4, 1),
@@ -59,8 +59,8 @@ GRIDS = {
 
 def make_wafer(name: str) -> wk.Wafer:
     """The wafer that tests call `name`."""
-    reading, height, width, wafers = GRIDS[name]
-    if reading == "virtual":
+    backend, height, width, wafers = GRIDS[name]
+    if backend == "virtual":
         return wk.Wafer.virtual(wk.WSE2, height, width, wafers)
     return wk.Wafer.devices(height, width, wafers)
 

@@ -34,7 +34,7 @@ def find_peak(wafer: Wafer, dtype: str) -> Peak:
     Emulated devices share one machine; it and devices without a data sheet here are measured, by
     the best of a few local matrix products.
     """
-    devices = [jax.devices()[0]] if wafer.mesh is None else list(wafer.grid.devices.flat)
+    devices = [jax.devices()[0]] if wafer.mesh is None else list(wafer.device_mesh.devices.flat)
     chip = accelerator(devices[0].device_kind)
     rated = chip and (chip.bfloat16_flops if dtype == "bfloat16" else chip.float32_flops)
     if chip and rated:
@@ -67,7 +67,7 @@ def _facts(plan, corpus, peak):
     config, wafer = plan.config, plan.wafer
     params, state = explain(plan.shapes["params"], wafer), explain(plan.shapes, wafer)
     count = sum(row.size for row in params)
-    alone = "one device" if wafer.reading == "virtual" else "a device"
+    alone = "one device" if wafer.backend == "virtual" else "a device"
     held = sum(row.bytes_per_device for row in state)
     flops = plan.tokens_per_step * plan.sizes.flops_per_token(plan.context)
     passes = f" in {config.passes} passes" if config.passes > 1 else ""
@@ -92,10 +92,10 @@ def _described(wafer):
     grid = f"{wafer.height} x {wafer.width} PEs"
     if wafer.wafers > 1:
         grid = f"{wafer.wafers} wafers of {grid} (the first is drawn)"
-    if wafer.reading == "virtual":
-        count = "one" if wafer.mesh is None else wafer.grid.size
+    if wafer.backend == "virtual":
+        count = "one" if wafer.mesh is None else wafer.device_mesh.size
         return f"{grid}, virtual, on {count} {jax.devices()[0].device_kind}"
-    device = wafer.grid.devices.flat[0]
+    device = wafer.device_mesh.devices.flat[0]
     kind = "emulated on this CPU" if device.platform == "cpu" else device.device_kind
     return f"{grid}, one device each, {kind}"
 
@@ -103,9 +103,9 @@ def _described(wafer):
 def _cell(wafer, y, x):
     if y is None or x is None:
         return "..."
-    if wafer.reading == "virtual":
+    if wafer.backend == "virtual":
         return f"{y},{x}"
-    devices = wafer.grid.devices
+    devices = wafer.device_mesh.devices
     return str((devices[0] if wafer.wafers > 1 else devices)[y, x].id)
 
 

@@ -16,15 +16,15 @@ def solved():
     return matrix, b, bicgstab.plain(matrix, b)
 
 
-@pytest.mark.parametrize("reading", ["columns", "tiles", "devices", "defects"])
-def test_it_is_solved_as_on_one_array(solved, reading):
+@pytest.mark.parametrize("backend", ["columns", "tiles", "devices", "defects"])
+def test_it_is_solved_as_on_one_array(solved, backend):
     matrix, b, (want, *_) = solved
     wafer = {
         "columns": wk.Wafer.virtual(wk.WSE1, 4, 8),
         "tiles": wk.Wafer.virtual(wk.WSE1, 2, 2),
         "devices": wk.Wafer.devices(2, 4),
         "defects": wk.Wafer.virtual(wk.WSE1, 4, 8, defects=wk.Defects.random(wk.WSE1, 0.99)),
-    }[reading]
+    }[backend]
     x, iterations, residual = bicgstab.solve(matrix, b, wafer)
     assert residual <= 1e-6 and 5 < iterations < 40
     np.testing.assert_allclose(x, want, atol=2e-5 * np.abs(want).max())

@@ -37,7 +37,7 @@ def test_the_mesh_is_drawn_with_the_numbers_of_its_devices():
     wafer = wk.Wafer.devices(2, 4)
     rows = [line for line in drawn(mesh_drawing(wafer)).splitlines() if line.startswith("│")]
     numbers = [[int(cell) for cell in row.strip("│").split("│")] for row in rows]
-    assert numbers == [[device.id for device in row] for row in wafer.grid.devices]
+    assert numbers == [[device.id for device in row] for row in wafer.device_mesh.devices]
 
 
 def test_a_large_grid_is_drawn_by_its_ends():

@@ -13,7 +13,7 @@ def test_the_wafer_is_the_one_that_the_configuration_names():
 
 def test_a_virtual_wafer_needs_one_device():
     wafer = make_wafer(TrainingConfig(wafer="40x50", virtual=True))
-    assert (wafer.reading, wafer.height, wafer.width) == ("virtual", 40, 50)
+    assert (wafer.backend, wafer.height, wafer.width) == ("virtual", 40, 50)
 
 
 def test_preparing_for_fewer_devices_leaves_those_that_there_are():

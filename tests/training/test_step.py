@@ -38,7 +38,7 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    ("reading", "height", "width", "wafers"),
+    ("backend", "height", "width", "wafers"),
     [
         ("devices", 2, 4, 1),
         ("devices", 2, 2, 2),
@@ -46,8 +46,8 @@ def alone():
         pytest.param("devices", 3, 3, 1, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_losses_on_every_wafer(alone, reading, height, width, wafers):
-    if reading == "virtual":
+def test_the_same_losses_on_every_wafer(alone, backend, height, width, wafers):
+    if backend == "virtual":
         wafer = wk.Wafer.virtual(wk.WSE2, height, width, wafers)
     else:
         wafer = wk.Wafer.devices(height, width, wafers)

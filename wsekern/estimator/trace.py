@@ -31,7 +31,7 @@ def traced(
     wafer = context.current() if wafer is None else wafer
     if wafer is None:
         raise ValueError(f"{what}: there is no wafer; give wafer= or enter one")
-    if wafer.reading == "virtual":
+    if wafer.backend == "virtual":
         assert wafer.machine is not None
         placement, corner = wafer.placement, wafer.corner  # where its PEs lie
         wafer = Wafer.abstract(wafer.machine, wafer.height, wafer.width, wafer.wafers)

@@ -1,6 +1,6 @@
 """This file is what all PEs of a line send to all others: gathers, scatters, all-to-all.
 
-These are XLA's own collectives in every reading; only how they are asked for differs.
+These are XLA's own collectives on every backend; only how they are asked for differs.
 """
 
 from typing import Any

@@ -2,5 +2,5 @@
 
 An operator is any linear function of a field or a pytree of fields, most often a `wk.stencil` of
 one step. Loops and inner products are of whole arrays, which XLA splits as the fields are split: so
-the end of a loop is decided once, for all PEs, in every reading.
+the end of a loop is decided once, for all PEs, on every backend.
 """

@@ -38,7 +38,7 @@ def resolve(wafer: Wafer | None) -> Wafer | None:
     A wafer of one PE is None too: there the plain operation is the program.
     """
     wafer = current() if wafer is None else wafer
-    if wafer is not None and not hasattr(wafer, "reading"):
+    if wafer is not None and not hasattr(wafer, "backend"):
         raise ValueError(
             f"wafer={wafer!r} is a {type(wafer).__name__}, not a Wafer; adopt a mesh with "
             "wsekern.Wafer.of"

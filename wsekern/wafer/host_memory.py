@@ -62,7 +62,7 @@ def memory(function: Callable, *operands: Any, wafer: Wafer | None = None) -> Me
     Raises:
       ValueError: the wafer is abstract, which never runs.
     """
-    if wafer is not None and wafer.reading == "abstract":
+    if wafer is not None and wafer.backend == "abstract":
         raise ValueError(
             f"memory: {wafer!r} never runs; wk.estimate says what a PE of it holds (sram_per_pe)"
         )

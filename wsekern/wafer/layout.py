@@ -65,7 +65,7 @@ def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> ja
             array = jnp.pad(array, widths, mode="edge")
         else:
             array = jnp.pad(array, widths, constant_values=fill)
-    if wafer.reading == "devices" and on_devices.explicit(wafer):
+    if wafer.backend == "devices" and on_devices.explicit(wafer):
         array = on_devices.constrain(wafer, array, spec)
     return array
 
@@ -74,7 +74,7 @@ def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax
     """The first `shape` of a padded `array`, which is laid out by `spec`."""
     if array.shape == tuple(shape):
         return array
-    if wafer.reading == "devices" and on_devices.explicit(wafer):
+    if wafer.backend == "devices" and on_devices.explicit(wafer):
         # An Explicit dimension cannot be cut to a size that does not divide: gather it first.
         kept = [
             None if a != b else s

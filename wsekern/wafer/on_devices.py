@@ -44,15 +44,15 @@ def sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callab
 
 def explicit(wafer: Wafer) -> bool:
     """Whether the mesh's axes are Explicit: shardings are then part of an array's type."""
-    if wafer.reading == "virtual":
+    if wafer.backend == "virtual":
         return False
-    kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
+    kinds = dict(zip(wafer.device_mesh.axis_names, wafer.device_mesh.axis_types, strict=True))
     return kinds[wafer.names[-1][1]] == AxisType.Explicit
 
 
 def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
     """`array` laid out by `spec`, under jit, as the mesh's axis types want it said."""
-    sharding = NamedSharding(wafer.grid, wafer.mesh_spec(spec))
+    sharding = NamedSharding(wafer.device_mesh, wafer.mesh_spec(spec))
     if explicit(wafer):
         return jax.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
@@ -64,7 +64,7 @@ def check_placed(wafer: Wafer, operand: Any) -> None:
         return
     if not isinstance(operand, jax.Array) or not operand.committed:
         return
-    here = set(wafer.grid.devices.flat)
+    here = set(wafer.device_mesh.devices.flat)
     if operand.sharding.device_set != here:
         raise ValueError(
             f"an operand of shape {operand.shape} is committed to "
@@ -122,6 +122,6 @@ def spec_in_wafer_axes(spec: P, wafer: Wafer) -> P:
 def _manual(wafer: Wafer) -> set[str]:
     # Explicit axes beside the wafer's, along which nothing is split by now, are taken in: jax 0.12
     # cannot lower a psum_scatter that leaves one out.
-    kinds = dict(zip(wafer.grid.axis_names, wafer.grid.axis_types, strict=True))
+    kinds = dict(zip(wafer.device_mesh.axis_names, wafer.device_mesh.axis_types, strict=True))
     ours = {name for _, name in wafer.names}
     return ours | {name for name, kind in kinds.items() if kind == AxisType.Explicit}

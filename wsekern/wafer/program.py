@@ -30,7 +30,7 @@ def mapped_program(
     donate: tuple[int, ...] = (),
 ) -> Callable:
     """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
-    if wafer.reading != "devices" and (wafer.placement or wafer.corner != (0, 0)):
+    if wafer.backend != "devices" and (wafer.placement or wafer.corner != (0, 0)):
         # Where PEs lie on the wafer changes no result, and so no program.
         wafer = dataclasses.replace(wafer, placement=None, corner=(0, 0))
     key = key(kernel)
@@ -84,7 +84,7 @@ class _Program:
     def __init__(self, wafer, kernel, specs, replicated_by_construction, donate):
         self.wafer = wafer
         self.specs = specs
-        run = virtual.mapped if wafer.reading == "virtual" else on_devices.sharded
+        run = virtual.mapped if wafer.backend == "virtual" else on_devices.sharded
         whole = run(wafer, kernel, specs, not replicated_by_construction)
         self.call = jax.jit(whole, donate_argnums=donate)
         self.needs: dict[Hashable, int] = {}  # bytes beside operands, by the shapes of these
@@ -95,12 +95,12 @@ class _Program:
         for operand, spec in zip(leaves, specs, strict=True):
             check_divides(self.wafer, "Wafer.map", operand, spec)
             on_devices.check_placed(self.wafer, operand)
-        if self.wafer.reading == "virtual" and _in_one_memory(self.wafer):
+        if self.wafer.backend == "virtual" and _in_one_memory(self.wafer):
             return self._call_where_there_is_room(operands, leaves)
         try:
             return self.call(*operands)
         except jax.errors.JaxRuntimeError:
-            if self.wafer.reading != "abstract":
+            if self.wafer.backend != "abstract":
                 raise
             raise never_runs(self.wafer, "Wafer.map") from None
 
@@ -112,7 +112,7 @@ class _Program:
         key = tuple((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
         if key not in self.needs:
             results = jax.eval_shape(self.call, *operands)
-            devices = 1 if self.wafer.mesh is None else self.wafer.grid.size
+            devices = 1 if self.wafer.mesh is None else self.wafer.device_mesh.size
             self.needs[key] = host_memory.taken(self.call, operands, results, devices)
         if self.needs[key]:
             host_memory.check_room(self.wafer, self.needs[key], operands)

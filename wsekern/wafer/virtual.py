@@ -77,7 +77,7 @@ def mesh_over(over: Wafer, wafer: Wafer) -> Mesh:
     Raises:
       ValueError: the devices are not those of `over` alone, or the PEs do not divide by them.
     """
-    if over.reading != "devices" or not isinstance(over.mesh, Mesh):
+    if over.backend != "devices" or not isinstance(over.mesh, Mesh):
         raise ValueError(f"Wafer.virtual: devices={over!r} is no wafer of devices")
     ours = [axis for axis in AXES if over.axis_name(axis) is not None]
     theirs = [over.axis_name(axis) for axis in ours]

@@ -34,7 +34,7 @@ class Wafer:
     manager it is the wafer that operations use when they are given none.
     """
 
-    reading: Literal["devices", "virtual", "abstract"]
+    backend: Literal["devices", "virtual", "abstract"]
     height: int  # PEs north to south
     width: int  # PEs west to east
     wafers: int = 1
@@ -75,7 +75,7 @@ class Wafer:
           ValueError: the grid is not positive, or needs more devices than there are (and what the
             largest grid is without those that failed), or `failed` names a stranger.
         """
-        shape = cls(reading="devices", height=height, width=width, wafers=wafers)
+        shape = cls(backend="devices", height=height, width=width, wafers=wafers)
         available = list(jax.devices() if devices is None else devices)
         at_places = None
         if failed:
@@ -84,7 +84,7 @@ class Wafer:
             at_places = failed_devices.rectangle(available, height * wafers, width)
         if shape.size > len(available):
             raise ValueError(
-                f"Wafer.devices: {_grid(shape)} needs {shape.size} devices, there are "
+                f"Wafer.devices: {_grid_text(shape)} needs {shape.size} devices, there are "
                 f"{len(available)}; ask for a smaller grid, or on a CPU call "
                 f"wsekern.emulate_devices({shape.size}) before jax starts"
             )
@@ -120,7 +120,7 @@ class Wafer:
         given = {ROWS: y, COLS: x} | ({WAFERS: wafer} if wafer is not None else {})
         on_devices.check_mesh(mesh, given)
         return cls(
-            reading="devices",
+            backend="devices",
             height=mesh.shape[y],
             width=mesh.shape[x],
             wafers=1 if wafer is None else mesh.shape[wafer],
@@ -163,14 +163,14 @@ class Wafer:
             devices.
         """
         machines.check_fits("Wafer.virtual", machine, height, width)
-        wafer = cls(reading="virtual", height=height, width=width, wafers=wafers, machine=machine)
+        wafer = cls(backend="virtual", height=height, width=width, wafers=wafers, machine=machine)
         wafer = _present(wafer)
         placement = machines.placed(machine, height, width, defects, folded)
         if devices is not None:
             over = (
                 devices
                 if isinstance(devices, Wafer)
-                else cls.devices(*virtual.device_grid(devices))
+                else cls.devices(*virtual.device_grid_text(devices))
             )
             wafer = dataclasses.replace(wafer, mesh=virtual.mesh_over(over, wafer))
         return dataclasses.replace(wafer, placement=placement)
@@ -203,7 +203,7 @@ class Wafer:
         width = machine.usable_width if width is None else width
         machines.check_fits("Wafer.abstract", machine, height, width)
         shape = _present(
-            cls(reading="abstract", height=height, width=width, wafers=wafers, machine=machine)
+            cls(backend="abstract", height=height, width=width, wafers=wafers, machine=machine)
         )
         sizes = tuple(shape.axis_size(axis) for axis in shape.axes)
         mesh = AbstractMesh(sizes, shape.axes, axis_types=(AxisType.Auto,) * len(sizes))
@@ -228,7 +228,7 @@ class Wafer:
         regions.check(height, width, y, x, (self.height, self.width))
         names, placement = dict(self.names), self.placement
         part = {names[ROWS]: (y, height), names[COLS]: (x, width)}
-        if self.reading == "virtual":
+        if self.backend == "virtual":
             part = virtual.part({ROWS: (y, height), COLS: (x, width)}, self)
         return dataclasses.replace(
             self,
@@ -255,20 +255,34 @@ class Wafer:
         return self.height * self.width * self.wafers
 
     @property
-    def grid(self) -> Mesh | AbstractMesh:
-        """The mesh, of a wafer that has one."""
+    def grid(self) -> tuple[int, int, int]:
+        """(wafers, height, width), outermost first."""
+        return self.wafers, self.height, self.width
+
+    @property
+    def device_mesh(self) -> Mesh | AbstractMesh:
+        """The mesh, of a wafer that has one.
+
+        Raises:
+          ValueError: all PEs are virtual ones of one device.
+        """
         if self.mesh is None:
             raise ValueError(f"{self!r} has no mesh: virtual PEs all live on one device")
         return self.mesh
 
     @property
+    def reading(self) -> str:
+        """`backend`, as it was called in 0.1."""
+        return self.backend
+
+    @property
     def platform(self) -> str | None:
         """What its programs run on: "cpu", "gpu" or "tpu"; None for one that never runs."""
-        if self.reading == "abstract":
+        if self.backend == "abstract":
             return None
         if self.mesh is None:
             return jax.default_backend()
-        return self.grid.devices.flat[0].platform
+        return self.device_mesh.devices.flat[0].platform
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -301,7 +315,7 @@ class Wafer:
     ) -> Callable[..., Any]:
         """`kernel`, a function of one PE's tiles, as a function of whole arrays.
 
-        The meaning is `jax.shard_map`'s in every reading: an axis of the wafer that a spec does not
+        The meaning is `jax.shard_map`'s on every backend: an axis of the wafer that a spec does not
         name is one along which an operand is handed whole to every PE, and along which a result
         must be the same on every PE. The program is jitted, and kept for the next call with an
         equal kernel: partials and lambdas are equal if their functions and all they hold are.
@@ -340,12 +354,12 @@ class Wafer:
         return P(*(rename(entry) for entry in spec))
 
     def _mesh_name(self, axis: str) -> str | None:
-        names = SPREAD if self.reading == "virtual" else dict(self.names)
+        names = SPREAD if self.backend == "virtual" else dict(self.names)
         return names[axis] if axis in self.axes else None
 
     def devices_along(self, axis: str) -> int:
         """Over how many devices the PEs along `axis` are spread; 1 where they are on one."""
-        if self.mesh is None or self.reading == "abstract":
+        if self.mesh is None or self.backend == "abstract":
             return 1
         return self.mesh.shape.get(self._mesh_name(axis), 1)
 
@@ -356,7 +370,7 @@ class Wafer:
         """
         if self.mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return NamedSharding(self.grid, self.mesh_spec(spec))
+        return NamedSharding(self.device_mesh, self.mesh_spec(spec))
 
     def shard(self, array: jax.typing.ArrayLike, spec: P = TILED) -> jax.Array:
         """`array` laid out by `spec`, inside or outside jit.
@@ -369,7 +383,7 @@ class Wafer:
             return jnp.asarray(array)
         if isinstance(array, jax.core.Tracer):
             return on_devices.constrain(self, array, spec)
-        if self.reading == "abstract":
+        if self.backend == "abstract":
             raise program.never_runs(self, "Wafer.shard")
         return jax.device_put(array, self.sharding(spec))
 
@@ -382,14 +396,18 @@ class Wafer:
         at = {ROWS: y, COLS: x, WAFERS: wafer}
         check_inside(self, "Wafer.tile", at)
         check_divides(self, "Wafer.tile", array, spec)
-        if self.reading == "devices" and on_devices.explicit(self):
+        if self.backend == "devices" and on_devices.explicit(self):
             array = on_devices.constrain(self, array, P())  # a split dimension could not be cut
         return tile_at(self, array, at, spec)
 
     def __repr__(self) -> str:
         of = f" of {self.machine.name}" if self.machine else ""
-        on = f" on {self.grid.size} devices" if self.reading == "virtual" and self.mesh else ""
-        return f"<Wafer {self.reading} {_grid(self)}{of}{on}>"
+        on = (
+            f" on {self.device_mesh.size} devices"
+            if self.backend == "virtual" and self.mesh
+            else ""
+        )
+        return f"<Wafer {self.backend} {_grid_text(self)}{of}{on}>"
 
 
 def wafer_of_sharding(laid: NamedSharding) -> Wafer | None:
@@ -401,7 +419,7 @@ def wafer_of_sharding(laid: NamedSharding) -> Wafer | None:
     ours = AXES[len(AXES) - len(used) :]
     sizes = {axis: laid.mesh.shape[name] for axis, name in zip(ours, used, strict=True)}
     return Wafer(
-        reading="devices",
+        backend="devices",
         height=sizes.get(ROWS, 1),
         width=sizes[COLS],
         wafers=sizes.get(WAFERS, 1),
@@ -418,6 +436,6 @@ def _present(wafer: Wafer) -> Wafer:
     return dataclasses.replace(wafer, names=_same(AXES if wafer.wafers > 1 else (ROWS, COLS)))
 
 
-def _grid(wafer: Wafer) -> str:
+def _grid_text(wafer: Wafer) -> str:
     grid = f"{wafer.height}x{wafer.width}"
     return grid if wafer.wafers == 1 else f"{wafer.wafers}x{grid}"

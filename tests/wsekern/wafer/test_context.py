@@ -103,15 +103,15 @@ def test_the_wafer_given_goes_before_the_one_entered():
         assert context.resolve(one) is None, "on one PE the plain operation is the program"
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
-def test_a_pullback_outlives_the_block(reading):
-    wafer = wk.Wafer.devices(2, 4) if reading == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
+def test_a_pullback_outlives_the_block(backend):
+    wafer = wk.Wafer.devices(2, 4) if backend == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
     with wafer:
         c, pull = jax.vjp(jax.jit(wk.matmul), A, B)
     got = jax.jit(pull)(jnp.cos(c))
     want = np.cos(A @ B) @ B.T, A.T @ np.cos(A @ B)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), got, want)
-    assert ("shard_map" in str(jax.make_jaxpr(pull)(c))) == (reading == "devices")
+    assert ("shard_map" in str(jax.make_jaxpr(pull)(c))) == (backend == "devices")
 
 
 def in_thread(work):
@@ -175,9 +175,9 @@ def test_scan_and_checkpoint_are_traced_for_the_wafer_in_force():
         assert at.shape == (height, width)
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
-def test_a_kernel_has_no_current_wafer_but_is_inside_its_own(reading):
-    wafer = wk.Wafer.devices(2, 4) if reading == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
+def test_a_kernel_has_no_current_wafer_but_is_inside_its_own(backend):
+    wafer = wk.Wafer.devices(2, 4) if backend == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
     found = []
 
     def kernel(u):

@@ -15,8 +15,8 @@ U = np.arange(32, dtype=np.float32).reshape(4, 8)
 TRACES: list = []
 
 
-def wafer_of(reading):
-    return wk.Wafer.devices(2, 4) if reading == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
+def wafer_of(backend):
+    return wk.Wafer.devices(2, 4) if backend == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
 
 
 @pytest.fixture(params=["devices", "virtual"])

@@ -118,7 +118,7 @@ def test_arrays_lie_in_blocks_and_stay_there():
     u = wafer.shard(normal(8, 16))
     assert u.sharding.shard_shape(u.shape) == (4, 4)
     product = jax.jit(lambda a: wk.matmul(a, a.T, wafer=wafer))(u)
-    assert product.sharding.device_set == set(wafer.grid.devices.flat)
+    assert product.sharding.device_set == set(wafer.device_mesh.devices.flat)
     np.testing.assert_allclose(product, u @ u.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(wafer.tile(u, 3, 5), u[6:8, 10:12])
     with wafer:
@@ -137,20 +137,20 @@ def test_a_wafer_of_devices_says_which():
     devices = jax.devices()[4:8]
     grid = wk.Wafer.devices(2, 2, devices=devices)
     wafer = wk.Wafer.virtual(wk.WSE2, 4, 6, devices=grid)
-    assert list(wafer.grid.devices.flat) == devices and wafer.platform == "cpu"
+    assert list(wafer.device_mesh.devices.flat) == devices and wafer.platform == "cpu"
     assert wafer.devices_along("y") == 2 and wafer.devices_along("wafer") == 1
     assert repr(wafer).endswith("on 4 devices>")
     assert wafer == wk.Wafer.virtual(wk.WSE2, 4, 6, devices=grid)
     mesh = jax.make_mesh((2, 3), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2,
                          devices=jax.devices()[:6])  # fmt: skip
     turned = wk.Wafer.virtual(wk.WSE2, 3, 2, devices=wk.Wafer.of(mesh, y="b", x="a"))
-    np.testing.assert_array_equal(turned.grid.devices, mesh.devices.T)
+    np.testing.assert_array_equal(turned.device_mesh.devices, mesh.devices.T)
 
 
 def test_a_region_is_of_whole_blocks():
     _, wafer = pair(8, 8, (4, 2))
     part = wafer.region(2, 4, 4, 4)
-    np.testing.assert_array_equal(part.grid.devices, wafer.grid.devices[1:3, 1:])
+    np.testing.assert_array_equal(part.device_mesh.devices, wafer.device_mesh.devices[1:3, 1:])
     u = normal(8, 8)
     got = wk.matmul(u, u, algorithm="cannon", wafer=part)
     np.testing.assert_allclose(got, u @ u, rtol=1e-4, atol=1e-4)
@@ -184,6 +184,6 @@ def test_refuses(name):
 def test_its_mesh_is_adopted_by_no_other_wafer():
     _, wafer = pair(4, 4, (2, 2))
     with pytest.raises(ValueError, match="over which Wafer.virtual spreads PEs"):
-        wk.Wafer.of(wafer.grid, y="y_devices", x="x_devices")
+        wk.Wafer.of(wafer.device_mesh, y="y_devices", x="x_devices")
     assert wk.stencil(wafer.shard(normal(8, 8)), heat, radius=1).shape == (8, 8)
     assert dataclasses.replace(wafer, mesh=None) == pair(4, 4, (2, 2))[0]

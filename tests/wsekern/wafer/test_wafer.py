@@ -27,35 +27,35 @@ def own_mesh(kind: AxisType = AxisType.Auto) -> Any:
 
 def test_devices_are_a_mesh_of_rows_and_columns():
     wafer = wk.Wafer.devices(2, 4)
-    assert (wafer.reading, wafer.size, wafer.axes) == ("devices", 8, ("y", "x"))
-    assert dict(wafer.grid.shape) == {"y": 2, "x": 4}
+    assert (wafer.backend, wafer.size, wafer.axes) == ("devices", 8, ("y", "x"))
+    assert dict(wafer.device_mesh.shape) == {"y": 2, "x": 4}
     assert [wafer.axis_size(axis) for axis in ("wafer", "y", "x")] == [1, 2, 4]
 
 
 def test_several_wafers_are_the_outermost_axis():
     wafer = wk.Wafer.devices(2, 4, wafers=2)
     assert (wafer.size, wafer.axes) == (16, ("wafer", "y", "x"))
-    assert dict(wafer.grid.shape) == {"wafer": 2, "y": 2, "x": 4}
+    assert dict(wafer.device_mesh.shape) == {"wafer": 2, "y": 2, "x": 4}
 
 
 def test_devices_named_by_the_caller_keep_their_order():
     named = jax.devices()[8:4:-1]
-    assert list(wk.Wafer.devices(2, 2, devices=named).grid.devices.flat) == named
+    assert list(wk.Wafer.devices(2, 2, devices=named).device_mesh.devices.flat) == named
 
 
 def test_a_virtual_wafer_has_no_mesh():
     wafer = wk.Wafer.virtual(wk.WSE2, 3, 5, wafers=2)
-    assert (wafer.reading, wafer.size, wafer.machine) == ("virtual", 30, wk.WSE2)
+    assert (wafer.backend, wafer.size, wafer.machine) == ("virtual", 30, wk.WSE2)
     assert wafer.axes == ("wafer", "y", "x")
     with pytest.raises(ValueError, match="virtual 2x3x5 of WSE-2> has no mesh"):
-        _ = wafer.grid
+        _ = wafer.device_mesh
 
 
 def test_an_abstract_wafer_is_all_that_a_program_can_use_unless_told_otherwise():
     whole = wk.Wafer.abstract(wk.WSE3)
     assert (whole.height, whole.width) == (wk.WSE3.usable_height, wk.WSE3.usable_width)
     part = wk.Wafer.abstract(wk.WSE3, height=10, wafers=3)
-    assert dict(part.grid.shape) == {"wafer": 3, "y": 10, "x": wk.WSE3.usable_width}
+    assert dict(part.device_mesh.shape) == {"wafer": 3, "y": 10, "x": wk.WSE3.usable_width}
 
 
 def test_a_grid_fits_the_machine_either_way_round():
@@ -84,7 +84,7 @@ def mixed_mesh():
         (lambda: wk.Wafer.devices(0, 4), "height is 0, it must be an integer of 1 or more"),
         (lambda: wk.Wafer.devices(2, -1), "width is -1"),
         (lambda: wk.Wafer.virtual(wk.WSE2, 2, 2, wafers=0), "wafers is 0"),
-        (lambda: wk.Wafer(reading="virtual", height=2.0, width=2), "height is 2.0"),  # type: ignore[arg-type]
+        (lambda: wk.Wafer(backend="virtual", height=2.0, width=2), "height is 2.0"),  # type: ignore[arg-type]
         (lambda: wk.Wafer.devices(5, 4), r"5x4 needs 20 devices, there are 16; .*_devices\(20\)"),
         (lambda: wk.Wafer.devices(3, 3, wafers=2), "2x3x3 needs 18 devices, there are 16"),
         (lambda: wk.Wafer.devices(1, 2, devices=jax.devices()[:1]), "needs 2 devices, there are 1"),
@@ -132,16 +132,16 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual", "abstract"])
-def test_map_takes_and_gives_trees_in_every_reading(reading):
-    grid = (2, 4) if reading == "devices" else (wk.WSE2, 2, 4)
-    wafer = getattr(wk.Wafer, reading)(*grid)
+@pytest.mark.parametrize("backend", ["devices", "virtual", "abstract"])
+def test_map_takes_and_gives_trees_in_every_reading(backend):
+    grid = (2, 4) if backend == "devices" else (wk.WSE2, 2, 4)
+    wafer = getattr(wk.Wafer, backend)(*grid)
     operands = {"u": matrix(), "v": np.arange(16)}, np.array([1, 2, 1, 2])
     program = wafer.map(scaled, **SCALED)
     # Tile i of the vector lies on PE (i // 4, i % 4), whose place in ("x", "y") is another.
     dealt = np.arange(16).reshape(2, 4, 2).transpose(1, 0, 2).reshape(16)
     want = ({"u": matrix() * np.tile(operands[1], 4), "v": [dealt + 1]}, matrix().sum())
-    if reading == "abstract":
+    if backend == "abstract":
         got = jax.eval_shape(program, *operands)
         assert jax.tree.map(lambda s: s.shape, got) == jax.tree.map(np.shape, want)
         assert got[0]["v"][0].dtype == jnp.int32
@@ -203,7 +203,7 @@ def test_a_tile_is_what_the_pes_device_holds(spec):
     wafer = wk.Wafer.devices(2, 2, wafers=2)
     u = wafer.shard(matrix(), spec)
     assert u.sharding == wafer.sharding(spec)
-    places = {device: at for at, device in np.ndenumerate(wafer.grid.devices)}
+    places = {device: at for at, device in np.ndenumerate(wafer.device_mesh.devices)}
     for shard in u.addressable_shards:
         n, y, x = places[shard.device]
         np.testing.assert_array_equal(wafer.tile(u, y, x, n, spec), shard.data)
@@ -219,9 +219,9 @@ def test_a_virtual_pes_tile_is_a_slice():
     )
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
-def test_an_array_is_laid_out_inside_jit_too(reading):
-    wafer = wk.Wafer.devices(2, 4) if reading == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
+def test_an_array_is_laid_out_inside_jit_too(backend):
+    wafer = wk.Wafer.devices(2, 4) if backend == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
     laid_out = jax.jit(lambda u: wafer.shard(u + 1, P("x", "y")))(matrix())
     assert laid_out.sharding.is_equivalent_to(wafer.sharding(P("x", "y")), 2)
     np.testing.assert_array_equal(laid_out, matrix() + 1)

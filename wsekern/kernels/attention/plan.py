@@ -97,7 +97,7 @@ def plan_attention(
         band=band,
         keys=S if padding else None,
         soft_cap=options.soft_cap,
-        skips=not single and (wafer is None or wafer.reading != "virtual"),
+        skips=not single and (wafer is None or wafer.backend != "virtual"),
         at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
         vendor=implementation,
     )
@@ -166,7 +166,7 @@ def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"]
     merging = floats.sinks is not None or order in ("ring", "zigzag")  # a sink is, like a tile
     if merging and not vendor.merges(q.dtype):
         return None
-    platform = None if wafer is None or wafer.reading == "virtual" else wafer.platform
+    platform = None if wafer is None or wafer.backend == "virtual" else wafer.platform
     served = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return "cudnn" if platform == "gpu" and served else None
 

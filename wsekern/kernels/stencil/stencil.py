@@ -159,7 +159,7 @@ def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
         geometry.of_field(shape, along, side, parts, what)
         for side in geometry.by_field(options.boundary, u)
     )
-    on_wafer = wafer is not None and wafer.reading != "devices"
+    on_wafer = wafer is not None and wafer.backend != "devices"
     plan = make_plan(what, u, options, lines, radius, on_wafer, _platform(wafer))
     emitters = make_emitters(sources, u, lines[0], options.steps)
     readers = make_readers(receivers, u, lines[0])
@@ -225,13 +225,13 @@ def _cropped(arrays, along, plan, wafer):
 
 def _on_wafer_here() -> bool:
     wafer = context.inside()
-    return wafer is not None and wafer.reading != "devices"
+    return wafer is not None and wafer.backend != "devices"
 
 
 def _platform(wafer: Wafer | None) -> str:
-    if wafer is None or wafer.reading != "devices":
+    if wafer is None or wafer.backend != "devices":
         return jax.default_backend()
-    return wafer.grid.devices.flat[0].platform
+    return wafer.device_mesh.devices.flat[0].platform
 
 
 def _results(tree, out, saved, record, save_every, receivers):

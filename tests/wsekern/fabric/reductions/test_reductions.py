@@ -210,12 +210,12 @@ def test_an_extreme_has_no_gradient_on_the_fabric():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
-def test_any_line_root_and_size(reading, data):
-    """Lines of any length, where the reading has the PEs."""
-    if reading == "devices":
+def test_any_line_root_and_size(backend, data):
+    """Lines of any length, where the backend has the PEs."""
+    if backend == "devices":
         wafer = wk.Wafer.devices(1, data.draw(st.integers(1, 7), label="PEs"))
     else:
         wafer = wk.Wafer.virtual(wk.WSE2, 1, data.draw(st.integers(1, 23), label="PEs"))

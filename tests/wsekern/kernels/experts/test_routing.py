@@ -13,9 +13,9 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS
 B, T, D, F, E = 8, 8, 6, 5, 8
 
 
-def make_wafer(reading):
+def make_wafer(backend):
     # Four wafers: with one choice a token, buckets are less than half of a gather.
-    return wk.Wafer.virtual(wk.WSE2, 2, 2, 4) if reading == "virtual" else wk.Wafer.devices(2, 2, 4)
+    return wk.Wafer.virtual(wk.WSE2, 2, 2, 4) if backend == "virtual" else wk.Wafer.devices(2, 2, 4)
 
 
 def choices(fits):
@@ -24,9 +24,9 @@ def choices(fits):
     return spread if fits else spread // 2 * 0 + 1
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
 @pytest.mark.parametrize("fits", [True, False])
-def test_rows_go_by_buckets_if_they_fit_and_come_back_summed(reading, fits):
+def test_rows_go_by_buckets_if_they_fit_and_come_back_summed(backend, fits):
     def per_pe(x, chosen):
         rows, chosen = x.reshape(-1, x.shape[2]), chosen.reshape(-1, 1)
 
@@ -41,16 +41,16 @@ def test_rows_go_by_buckets_if_they_fit_and_come_back_summed(reading, fits):
 
     tokens = P(WAFERS, ROWS, COLS)
     x = jax.random.normal(jax.random.key(0), (B, T, D))
-    wafer = make_wafer(reading)
+    wafer = make_wafer(backend)
     run = wafer.map(per_pe, in_specs=(tokens, P(WAFERS, ROWS, None)), out_specs=(tokens, tokens))
     out, gathered = jax.jit(run)(x, choices(fits))
     np.testing.assert_allclose(out, 2 * x, rtol=1e-6)
     assert (gathered == (not fits)).all()
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
 @pytest.mark.parametrize("fits", [True, False])
-def test_experts_and_gradients_are_the_same_either_way(reading, fits):
+def test_experts_and_gradients_are_the_same_either_way(backend, fits):
     keys = jax.random.split(jax.random.key(1), 5)
     x, shares = (jax.random.normal(k, (B, T, n)) for k, n in zip(keys, (D, 1), strict=False))
     shapes = ((E, D, F), (E, D, F), (E, F, D))
@@ -63,7 +63,7 @@ def test_experts_and_gradients_are_the_same_either_way(reading, fits):
         return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
 
     want = gradients(x, shares, weights, choices(fits))
-    with make_wafer(reading):
+    with make_wafer(backend):
         got = gradients(x, shares, weights, choices(fits))
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

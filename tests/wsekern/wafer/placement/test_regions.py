@@ -19,9 +19,9 @@ def rolled(u):
     return fabric.shift(u, "x") + fabric.all_reduce(u.sum(), ("y", "x"))
 
 
-@pytest.mark.parametrize("reading", ["devices", "virtual"])
-def test_regions_run_their_own_programs(reading):
-    wafer = wk.Wafer.devices(4, 4) if reading == "devices" else wk.Wafer.virtual(wk.WSE2, 4, 4)
+@pytest.mark.parametrize("backend", ["devices", "virtual"])
+def test_regions_run_their_own_programs(backend):
+    wafer = wk.Wafer.devices(4, 4) if backend == "devices" else wk.Wafer.virtual(wk.WSE2, 4, 4)
     parts = wafer.split(2, 2)
     assert [part.corner for part in parts] == [(0, 0), (0, 2), (2, 0), (2, 2)]
     assert len(set(parts)) == 4
@@ -30,9 +30,9 @@ def test_regions_run_their_own_programs(reading):
         u = np.arange(16.0, dtype=np.float32).reshape(4, 4) + i
         got, want = (w.map(rolled, in_specs=GRID, out_specs=GRID)(u) for w in (part, alone))
         np.testing.assert_array_equal(got, want)
-    if reading == "devices":
-        used = [d for part in parts for d in part.grid.devices.flat]
-        assert sorted(d.id for d in used) == sorted(d.id for d in wafer.grid.devices.flat)
+    if backend == "devices":
+        used = [d for part in parts for d in part.device_mesh.devices.flat]
+        assert sorted(d.id for d in used) == sorted(d.id for d in wafer.device_mesh.devices.flat)
 
 
 def test_a_region_is_cut_out_of_what_the_wafer_is():
@@ -40,7 +40,7 @@ def test_a_region_is_cut_out_of_what_the_wafer_is():
     whole = wk.Wafer.abstract(wk.WSE2, 40, 60, 2, defects=defects)
     part = whole.region(10, 20, 5, 7).region(1, 2, 3, 4)
     assert (part.height, part.width, part.wafers, part.corner) == (3, 4, 2, (11, 22))
-    assert dict(part.grid.shape) == {"wafer": 2, "y": 3, "x": 4}
+    assert dict(part.device_mesh.shape) == {"wafer": 2, "y": 3, "x": 4}
     assert part.placement is not None and whole.placement is not None
     at = slice(11, 14), slice(22, 26)
     np.testing.assert_array_equal(part.placement.columns, whole.placement.columns[at])
@@ -50,8 +50,8 @@ def test_a_region_is_cut_out_of_what_the_wafer_is():
 def test_a_region_of_your_own_mesh_keeps_its_other_axes():
     mesh = jax.make_mesh((2, 2, 4), ("data", "seq", "model"), (AxisType.Auto,) * 3)
     part = wk.Wafer.of(mesh, y="seq", x="model").region(0, 1, 2, 2)
-    assert dict(part.grid.shape) == {"data": 2, "seq": 2, "model": 2}
-    np.testing.assert_array_equal(part.grid.devices, mesh.devices[:, :, 1:3])
+    assert dict(part.device_mesh.shape) == {"data": 2, "seq": 2, "model": 2}
+    np.testing.assert_array_equal(part.device_mesh.devices, mesh.devices[:, :, 1:3])
 
 
 def test_virtual_regions_of_one_size_are_one_program():
@@ -62,9 +62,9 @@ def test_virtual_regions_of_one_size_are_one_program():
 
 def test_failed_devices_are_left_out():
     wafer = wk.Wafer.devices(3, 5, failed=[6])
-    assert sorted(d.id for d in wafer.grid.devices.flat) == [i for i in range(16) if i != 6]
+    assert sorted(d.id for d in wafer.device_mesh.devices.flat) == [i for i in range(16) if i != 6]
     some = wk.Wafer.devices(1, 2, devices=jax.devices()[:3], failed=[1])
-    assert [d.id for d in some.grid.devices.flat] == [0, 2]
+    assert [d.id for d in some.device_mesh.devices.flat] == [0, 2]
 
 
 @pytest.mark.parametrize(

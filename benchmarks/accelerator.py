@@ -69,15 +69,15 @@ def _candidates(config: Any, options: Options) -> dict[str, harness.Compiled]:
     from models.decoder import Decoder
     from training.step import initial_state, train_step
 
-    optimiser = optax.adamw(1e-3)
+    optimizer = optax.adamw(1e-3)
     drawn = np.random.default_rng(0).integers(0, config.vocab, (options.batch, config.context + 1))
     pair = [jax.numpy.asarray(t, np.int32) for t in (drawn[:, :-1], drawn[:, 1:])]
 
     def ours() -> harness.Compiled:
         make_model = functools.partial(_make, Decoder, config, options.dtype)
         graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
-        state = jax.jit(lambda: initial_state(make_model, optimiser, 0))()
-        return harness.compiled(train_step(graph, optimiser), state, *pair)
+        state = jax.jit(lambda: initial_state(make_model, optimizer, 0))()
+        return harness.compiled(train_step(graph, optimizer), state, *pair)
 
     def flax() -> harness.Compiled:
         make_model = functools.partial(_make, FlaxDecoder, config, options.dtype)
@@ -89,10 +89,10 @@ def _candidates(config: Any, options: Options) -> dict[str, harness.Compiled]:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
             value, gradients = jax.value_and_grad(loss)(params)
-            updates, moments = optimiser.update(gradients, moments, params)
+            updates, moments = optimizer.update(gradients, moments, params)
             return optax.apply_updates(params, updates), moments, value
 
-        return harness.compiled(step, params, optimiser.init(params), *pair)
+        return harness.compiled(step, params, optimizer.init(params), *pair)
 
     return {"flax": flax(), "wsekern": ours()}
 

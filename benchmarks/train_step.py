@@ -73,37 +73,37 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     from benchmarks import plain_decoder
     from models.decoder import Decoder
     from models.families.llama import NANO
-    from sharding.state import initialise, lay_out
+    from sharding.state import initialize, lay_out
     from training.step import initial_state, train_step, updated
 
     changes, batch = SIZES[size]
     config = dataclasses.replace(NANO, **changes)
     wafer = wk.Wafer.devices(height, width)
-    optimiser = optax.adamw(1e-3)
+    optimizer = optax.adamw(1e-3)
 
     def make_model(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config, rngs=rngs)
 
     def make_state() -> Any:
-        return initial_state(make_model, optimiser, 0)
+        return initial_state(make_model, optimizer, 0)
 
     def plain_step(constrain: plain_decoder.Constrain) -> Any:
         def step(state, inputs, targets):
             loss, gradients = jax.value_and_grad(plain_decoder.loss)(
                 state["params"], inputs, targets, config, constrain
             )
-            return updated(optimiser, state, loss, gradients)
+            return updated(optimizer, state, loss, gradients)
 
         return step
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
     tokens = np.random.default_rng(0).integers(0, config.vocab, (batch, config.context + 1))
     pair = (tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32))
-    state, alone = initialise(make_state, wafer), initialise(make_state, None)
+    state, alone = initialize(make_state, wafer), initialize(make_state, None)
     shared = [wafer.shard(t, P(None, "y")) for t in pair]
     out = {"out_shardings": (lay_out(state, wafer), wafer.sharding(P()))}
     with wafer:
-        ours = harness.compiled(train_step(graph, optimiser), state, *shared, **out)
+        ours = harness.compiled(train_step(graph, optimizer), state, *shared, **out)
     candidates = {
         f"jit alone, {name}": harness.compiled(
             plain_step(functools.partial(_constrained, wafer, specs)), state, *shared, **out

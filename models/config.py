@@ -43,7 +43,7 @@ class ExpertsConfig:
     chosen: int  # for each token
     d_ff: int  # of one expert
     router: Literal["softmax_top", "top_softmax"] = "softmax_top"
-    normalised: bool = True  # whether the chosen shares are made to add up to one (softmax_top)
+    normalized: bool = True  # whether the chosen shares are made to add up to one (softmax_top)
     biases: bool = False  # of the router and of the experts
     balance: float = 0.001  # what the load-balance loss is weighed by in training
 

@@ -78,7 +78,7 @@ def routed(
         top, chosen = jax.lax.top_k(scores, experts.chosen)
         return chosen, jax.nn.softmax(top)
     shares, chosen = jax.lax.top_k(jax.nn.softmax(scores), experts.chosen)
-    if experts.normalised:
+    if experts.normalized:
         shares = shares / shares.sum(-1, keepdims=True)
     return chosen, shares
 

@@ -1,7 +1,7 @@
 """This file is one function that lays out a whole train state, and what goes with it.
 
 A state is any pytree whose arrays stand in nnx variables that name their dimensions (`axes`): the
-parameters of a model, and the moments that an optimiser keeps of them. What has no names (a step
+parameters of a model, and the moments that an optimizer keeps of them. What has no names (a step
 count) is whole on every PE.
 
 JAX holds no uneven array at a jit boundary, so that a state is kept padded: each dimension is
@@ -46,7 +46,7 @@ def layout_of(leaf: Any, home: Home = "wafer") -> P:
     return P() if axes is None else spec_of(axes, home)
 
 
-def initialise(make: Callable[[], Any], wafer: Wafer | None, home: Home = "wafer") -> Any:
+def initialize(make: Callable[[], Any], wafer: Wafer | None, home: Home = "wafer") -> Any:
     """`make()`, padded and laid out, with no whole copy of it on any device.
 
     Each device computes its own part, and the values are the same on every wafer.

@@ -6,7 +6,7 @@ import pathlib
 
 from wsekern.wafer.launch import emulate_devices
 
-# A test's program is compiled unoptimised and, in jax 0.10, without the emitters that go through
+# A test's program is compiled unoptimized and, in jax 0.10, without the emitters that go through
 # MLIR: in a fifth of the time. jax 0.12 has those emitters only, so CI, running both, tests both.
 _QUICKLY: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,

@@ -1,4 +1,4 @@
-"""This file is the optimiser: AdamW under a schedule, with clipped gradients.
+"""This file is the optimizer: AdamW under a schedule, with clipped gradients.
 
 I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 2019. The schedule that stays
 constant before its decay (wsd) is that of S. Hu et al., "MiniCPM", 2024.
@@ -41,7 +41,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree.map(decays, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     """AdamW as `config` says; where a parameter and its gradient are zero, it stays so."""
     adamw = optax.adamw(
         schedule(config),

@@ -13,9 +13,9 @@ from jax.sharding import Sharding
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from sharding.state import initialise, lay_out, pad
+from sharding.state import initialize, lay_out, pad
 from training.config import TrainingConfig
-from training.optimizer import make_optimiser
+from training.optimizer import make_optimizer
 from training.step import Metrics, TrainState, evaluation, initial_state, state_of, train_step
 from wsekern.wafer import layout
 from wsekern.wafer.axes import ROWS, WAFERS
@@ -32,7 +32,7 @@ class Plan:
     sizes: DecoderConfig
     wafer: Wafer
     graph: nnx.GraphDef  # the model without its parameters
-    optimiser: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
     make_state: Callable[[], TrainState]
     shapes: Any  # of the train state: ShapeDtypeStructs that say where each array lies
     read_params: Callable[[], nnx.State] | None  # a checkpoint's; None: random ones
@@ -62,10 +62,10 @@ class Programs:
         plan = self.plan
         with plan.wafer:
             if plan.read_params is None:
-                return initialise(plan.make_state, plan.wafer)
+                return initialize(plan.make_state, plan.wafer)
 
             def build(params):
-                return pad(state_of(params, plan.optimiser), plan.wafer)
+                return pad(state_of(params, plan.optimizer), plan.wafer)
 
             return jax.jit(build, out_shardings=lay_out(plan.shapes, plan.wafer))(
                 plan.read_params()
@@ -95,17 +95,17 @@ def make_plan(
     def make_model(rngs: nnx.Rngs) -> Decoder:
         return Decoder(sizes, rngs=rngs, dtype=config.dtype, remat=config.remat)
 
-    optimiser = make_optimiser(config)
+    optimizer = make_optimizer(config)
 
     def make_state() -> TrainState:
-        return initial_state(make_model, optimiser, config.seed)
+        return initial_state(make_model, optimizer, config.seed)
 
     return Plan(
         config=config,
         sizes=sizes,
         wafer=wafer,
         graph=nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))),
-        optimiser=optimiser,
+        optimizer=optimizer,
         make_state=make_state,
         read_params=read_params,
         shapes=_placed(jax.eval_shape(lambda: pad(make_state(), wafer)), wafer),
@@ -119,7 +119,7 @@ def compile_programs(plan: Plan) -> Programs:
     tokens = jax.ShapeDtypeStruct(batch, np.int32, sharding=_batch_sharding(plan))
     with wafer:
         step = _compile(
-            train_step(graph, plan.optimiser, plan.config.passes),
+            train_step(graph, plan.optimizer, plan.config.passes),
             (shapes, tokens, tokens),
             out_shardings=(lay_out(shapes, wafer), wafer.sharding(P())),
             donate_argnums=0,

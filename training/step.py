@@ -12,26 +12,26 @@ from jaxtyping import Array, Float, Int
 import wsekern as wk
 from sharding.state import logical
 
-# {"step": int32, "params": nnx.State, "optimiser": optax's state}
+# {"step": int32, "params": nnx.State, "optimizer": optax's state}
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
 def initial_state(
     make_model: Callable[[nnx.Rngs], nnx.Module],
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     seed: int,
 ) -> TrainState:
-    """The state before the first step; pass it to `sharding.state.initialise` as a thunk."""
-    return state_of(nnx.state(make_model(nnx.Rngs(seed))), optimiser)
+    """The state before the first step; pass it to `sharding.state.initialize` as a thunk."""
+    return state_of(nnx.state(make_model(nnx.Rngs(seed))), optimizer)
 
 
-def state_of(params: nnx.State, optimiser: optax.GradientTransformation) -> TrainState:
+def state_of(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step of a model that has parameters already."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "optimiser": optimiser.init(params),
+        "optimizer": optimizer.init(params),
     }
 
 
@@ -72,13 +72,13 @@ def evaluation(
 
 
 def train_step(
-    graph: nnx.GraphDef, optimiser: optax.GradientTransformation, parts: int = 1
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, parts: int = 1
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """A function of a state and a batch, for `jax.jit`: the next state, and what was measured.
 
     Args:
       graph: the model without its parameters (`nnx.graphdef`).
-      optimiser: what turns gradients into updates.
+      optimizer: what turns gradients into updates.
       parts: into how many micro-batches the batch is divided; their gradients are summed in
         float32, so that the update is that of the whole batch and the memory that of one part.
     """
@@ -104,23 +104,23 @@ def train_step(
     def step(state, inputs, targets):
         compute = gradient if parts == 1 else accumulated
         loss, gradients = compute(state["params"], inputs, targets)
-        return updated(optimiser, state, loss, gradients)
+        return updated(optimizer, state, loss, gradients)
 
     return step
 
 
 def updated(
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     state: TrainState,
     loss: Float[Array, ""],
     gradients: nnx.State,
 ) -> tuple[TrainState, Metrics]:
     """The state after the one step that `gradients` ask for, and what was measured."""
-    updates, moments = optimiser.update(gradients, state["optimiser"], state["params"])
+    updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
     after = {
         "step": state["step"] + 1,
         "params": optax.apply_updates(state["params"], updates),
-        "optimiser": moments,
+        "optimizer": moments,
     }
     return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 

@@ -1,6 +1,6 @@
 """This file is GGUF read as if it were a Hugging Face checkpoint: config.json's fields and tensors.
 
-The `gguf` package (extra `hf`) reads the file and undoes its quantisation, a few rows at a time.
+The `gguf` package (extra `hf`) reads the file and undoes its quantization, a few rows at a time.
 """
 
 import functools

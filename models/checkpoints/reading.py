@@ -57,7 +57,7 @@ def load(
       progress: whether to show a progress bar on standard error.
 
     Raises:
-      ValueError: the checkpoint is not one, is of no known family, is quantised otherwise than in
+      ValueError: the checkpoint is not one, is of no known family, is quantized otherwise than in
         MXFP4, or its tensors are not those of its config; nothing is left at random values.
       FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
     """
@@ -72,7 +72,7 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
     """config.json, as a dict, and the tensors of a folder or of a GGUF file; nothing is read yet.
 
     Raises:
-      ValueError: it is no checkpoint, or quantised otherwise than in MXFP4.
+      ValueError: it is no checkpoint, or quantized otherwise than in MXFP4.
     """
     if path.is_file():
         from models.checkpoints.gguf import GGUF
@@ -83,8 +83,8 @@ def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
     method = (fields.get("quantization_config") or {}).get("quant_method")
     if fields.get("quantization_config") and method != "mxfp4":
         raise ValueError(
-            f"{path}: the weights are quantised by {method!r}, only 'mxfp4' is decoded; load the "
-            "original, or save it dequantised"
+            f"{path}: the weights are quantized by {method!r}, only 'mxfp4' is decoded; load the "
+            "original, or save it dequantized"
         )
     return fields, Mxfp4(open_folder(path))
 
@@ -220,7 +220,7 @@ def _check(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors: Tenso
         if not jnp.issubdtype(tensors.dtypes[name], jnp.floating):
             raise ValueError(
                 f"{tensors.where(name)}: {name!r} is {tensors.dtypes[name]}, not floating; "
-                "quantised weights are read in MXFP4 and from GGUF only"
+                "quantized weights are read in MXFP4 and from GGUF only"
             )
     names: Names = FAMILIES[config.family].NAMES
     tied = (names.head.name,) if config.tied else ()

@@ -50,7 +50,7 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
         count=int(of.need(fields, "num_experts", "num_local_experts")),
         chosen=int(fields.get("num_experts_per_tok", 8)),
         d_ff=int(of.need(fields, "moe_intermediate_size")),
-        normalised=bool(fields.get("norm_topk_prob", False)),
+        normalized=bool(fields.get("norm_topk_prob", False)),
         balance=float(fields.get("router_aux_loss_coef", 0.001)),
     )
     sparse = tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
@@ -83,6 +83,6 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
         | of.expert_fields(config.experts)
         | {
             "moe_intermediate_size": config.experts.d_ff,
-            "norm_topk_prob": config.experts.normalised,
+            "norm_topk_prob": config.experts.normalized,
         }
     )

@@ -35,7 +35,7 @@ def chips_of(
 ) -> Chips:
     """The roofline of `count` chips; by default of the least power of two that has the memory.
 
-    Training holds parameters, gradients and the optimiser's two moments: 16 bytes a parameter.
+    Training holds parameters, gradients and the optimizer's two moments: 16 bytes a parameter.
     """
     cache = batch * sum(
         2 * BYTES * config.d_kv * min(kind.window or context, context) for kind in config.kinds

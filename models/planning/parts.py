@@ -1,6 +1,6 @@
 """This file is a decoder as parts that a square region of a wafer runs, each with its estimate.
 
-A layer is laid out as WaferLLM lays it out (`wsekern.estimator.validation.waferllm`), at the model's
+A layer is laid out as in WaferLLM (`wsekern.estimator.validation.waferllm`), at the model's
 own sizes, padded to the region: its features are spread over all PEs, whatever its heads. Layers
 that are alike are one part, traced once. Experts count as a feed-forward part as wide as those that
 a token chooses, in time, and as all of them in memory. The host keeps the embedding, and sends the

@@ -333,7 +333,7 @@ _ASSUMPTIONS: dict[str, Rows] = {
     "prefill": [_LAYER, _ALL, _HELD, _EXPERTS, _LATENCY, _POWER, _ROOFLINE],
     "train": [
         _LAYER, _ALL,
-        ("step", "Of a layer only its input is kept, the rest computed again. The optimiser runs "
+        ("step", "Of a layer only its input is kept, the rest computed again. The optimizer runs "
          "where the weights are kept, meanwhile."),
         ("weights", "Streamed to every wafer forward and backward, the same to all; gradients, "
          "added up on their way, back: three times 16 bits a parameter."),

@@ -185,7 +185,7 @@ def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
     ("fields", "message"),
     [
         ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not one of GPT2LMHead"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq', only 'mxfp4'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq', only 'mxfp4'"),
         ({"num_hidden_layers": 4}, r"model.layers.3.*missing"),
         ({"hidden_act": "relu6"}, "hidden_act='relu6' is not one of"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not one of"),

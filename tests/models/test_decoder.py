@@ -94,7 +94,7 @@ def _rope(x):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def test_rematerialisation_changes_memory_not_values(as_shipped):
+def test_rematerialization_changes_memory_not_values(as_shipped):
     deep = dataclasses.replace(SMALL, layers=6, context=64)
     inputs = tokens(4, 64)
 

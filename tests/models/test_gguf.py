@@ -39,7 +39,7 @@ def whole(folder):
     return {n: source.read(n, tuple(slice(None) for _ in s)) for n, s in source.shapes.items()}
 
 
-def written(file, kind, fields, values, quantised=None):
+def written(file, kind, fields, values, quantized=None):
     """A GGUF file as the llama.cpp scripts write it."""
     writer = gguf.GGUFWriter(file, kind)
     for key, value in fields.items():
@@ -52,9 +52,9 @@ def written(file, kind, fields, values, quantised=None):
             add[type(value)](key, value)
     for name, value in values.items():
         value = np.ascontiguousarray(value, np.float32)
-        if quantised is not None and value.ndim == 2 and value.shape[1] % 32 == 0:
-            data = gguf.quants.quantize(value, quantised)
-            writer.add_tensor(name, data, raw_dtype=quantised)
+        if quantized is not None and value.ndim == 2 and value.shape[1] % 32 == 0:
+            data = gguf.quants.quantize(value, quantized)
+            writer.add_tensor(name, data, raw_dtype=quantized)
         else:
             writer.add_tensor(name, value)
     writer.write_header_to_file()
@@ -97,7 +97,7 @@ def named(values):
     return found
 
 
-def llama_file(folder, file, quantised=None, scale=None, more=None):
+def llama_file(folder, file, quantized=None, scale=None, more=None):
     values = named(whole(folder))
     for name in values:
         for part, heads in (("attn_q.", 4), ("attn_k.", 2)):
@@ -105,7 +105,7 @@ def llama_file(folder, file, quantised=None, scale=None, more=None):
                 values[name] = turned(values[name], heads)
     if scale is not None:
         values["rope_freqs.weight"] = scale
-    return written(file, "llama", sizes("llama", LLAMA) | (more or {}), values, quantised)
+    return written(file, "llama", sizes("llama", LLAMA) | (more or {}), values, quantized)
 
 
 def same(a, b, **tolerance):
@@ -122,10 +122,10 @@ def test_a_llama_file_is_the_checkpoint_that_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16"])
-def test_what_is_quantised_is_decoded(kind, tmp_path):
+def test_what_is_quantized_is_decoded(kind, tmp_path):
     folder = tiny.make(tmp_path / "a", LLAMA)
-    quantised = gguf.GGMLQuantizationType[kind]
-    model = models.load(llama_file(folder, tmp_path / "a.gguf", quantised))
+    quantized = gguf.GGMLQuantizationType[kind]
+    model = models.load(llama_file(folder, tmp_path / "a.gguf", quantized))
     same(model, models.load(folder), atol={"Q": 0.06, "F": 1e-3, "B": 1e-2}[kind[0]])
 
 

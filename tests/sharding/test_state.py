@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from sharding.explain import explain, table
-from sharding.state import initialise, lay_out, logical, logical_shape, named_leaves, pad
+from sharding.state import initialize, lay_out, logical, logical_shape, named_leaves, pad
 
 
 class Pair(nnx.Module):
@@ -28,8 +28,8 @@ OPTIMISER = optax.adamw(1e-2)
 
 
 def test_values_are_the_same_on_every_wafer(wafer):
-    alone = named_leaves(initialise(make, None))
-    here = named_leaves(logical(initialise(make, wafer)))
+    alone = named_leaves(initialize(make, None))
+    here = named_leaves(logical(initialize(make, wafer)))
     for name, leaf in alone.items():
         got, want = jax.tree.leaves(here[name])[0], jax.tree.leaves(leaf)[0]
         np.testing.assert_allclose(jax.device_get(got), want, rtol=1e-6, err_msg=name)
@@ -37,7 +37,7 @@ def test_values_are_the_same_on_every_wafer(wafer):
 
 def test_parameters_and_moments_lie_alike_and_padded():
     wafer = wk.Wafer.devices(2, 4)
-    leaves = named_leaves(initialise(make, wafer))
+    leaves = named_leaves(initialize(make, wafer))
     for name in ("params/table", "moments/0/mu/table", "moments/0/nu/table"):
         assert leaves[name].shape == (8, 6)
         assert logical_shape(leaves[name]) == (7, 5)
@@ -47,7 +47,7 @@ def test_parameters_and_moments_lie_alike_and_padded():
 
 
 def test_no_device_ever_holds_a_whole_array(as_shipped):
-    """Initialisation is one program whose largest value on a device is a tile of the parameters."""
+    """Initialization is one program whose largest value on a device is a tile of the parameters."""
     wafer = wk.Wafer.devices(4, 4)
     big = lambda: nnx.state(_Big(nnx.Rngs(0)))  # noqa: E731
     shardings = lay_out(jax.eval_shape(big), wafer)
@@ -65,7 +65,7 @@ class _Big(nnx.Module):
 
 
 def test_the_padding_stays_zero_through_a_step(full_wafer):
-    state = initialise(make, full_wafer)
+    state = initialize(make, full_wafer)
 
     @jax.jit
     def step(state):
@@ -102,12 +102,12 @@ def test_padding_twice_keeps_the_logical_shape():
 
 def test_a_variable_without_names_is_whole_everywhere():
     state = {"mean": nnx.BatchStat(jnp.ones(3))}
-    assert initialise(lambda: state, wk.Wafer.devices(2, 4))["mean"].shape == (3,)
+    assert initialize(lambda: state, wk.Wafer.devices(2, 4))["mean"].shape == (3,)
 
 
 def test_what_lives_at_memoryx_is_padded_for_it():
     make = lambda: {"w": nnx.Param(jnp.ones((6, 5)), axes=("in", "out"))}  # noqa: E731
-    state = initialise(make, wk.Wafer.devices(2, 2, 2), home="memoryx")
+    state = initialize(make, wk.Wafer.devices(2, 2, 2), home="memoryx")
     assert state["w"].shape == (8, 6)
 
 
@@ -116,5 +116,5 @@ def test_padding_is_cut_on_explicit_axes():
     wafer = wk.Wafer.of(mesh, y="a", x="b")
     make = lambda: {"w": nnx.Param(jnp.ones((5, 3)), axes=("in", "out"))}  # noqa: E731
     with jax.set_mesh(mesh), wafer:
-        state = initialise(make, wafer)
+        state = initialize(make, wafer)
         assert jax.jit(lambda s: logical(s)["w"][...].sum())(state) == 15

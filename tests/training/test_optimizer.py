@@ -10,7 +10,7 @@ from models.decoder import Decoder
 from models.families.llama import NANO
 from sharding.state import named_leaves
 from training.config import TrainingConfig
-from training.optimizer import decay_mask, make_optimiser, schedule
+from training.optimizer import decay_mask, make_optimizer, schedule
 
 CONFIG = TrainingConfig(steps=100, warmup=10, learning_rate=1.0, min_learning_rate=0.1)
 
@@ -56,12 +56,12 @@ def test_matrices_decay_and_norms_do_not():
 
 def updated(gradient, **changes):
     param = nnx.Param(jnp.array([[2.0, 0.0]]), axes=("in", "out"))
-    optimiser = make_optimiser(dataclasses.replace(CONFIG, warmup=0, **changes))
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, warmup=0, **changes))
     state = {"w": param}
 
     @jax.jit
     def update(state, gradient):
-        updates, _ = optimiser.update(gradient, optimiser.init(state), state)
+        updates, _ = optimizer.update(gradient, optimizer.init(state), state)
         return updates["w"][...]
 
     return np.asarray(update(state, {"w": param.replace(jnp.array(gradient))}))

@@ -19,7 +19,7 @@ def test_large_models_train_on_a_wafer_that_is_not_there(name, height, width):
     plan = make_plan(config, find_preset(name), wafer)
     tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
     with wafer:
-        step = train_step(plan.graph, plan.optimiser)
+        step = train_step(plan.graph, plan.optimizer)
         after, metrics = jax.eval_shape(step, plan.shapes, tokens, tokens)
     assert metrics["loss"].shape == ()
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, plan.shapes)
@@ -35,7 +35,7 @@ def test_a_step_of_a_large_model_is_priced_on_a_whole_wafer():
     plan = make_plan(config, find_preset("llama3.3-70b"), wafer)
     tokens = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
     with wafer:
-        step = train_step(plan.graph, plan.optimiser)
+        step = train_step(plan.graph, plan.optimizer)
     e = wk.estimate(step, plan.shapes, tokens, tokens, wafer=wafer)
     # Six FLOPs a parameter and token, two more for layers computed again, and what is padded.
     assert e.flops > 8 * 70e9 * 1024

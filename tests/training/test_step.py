@@ -17,7 +17,7 @@ SIZES = DecoderConfig(
     vocab=32, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, context=16, tied=True
 )
 RNG = np.random.default_rng(0)
-# Sequences that count upwards, which is soon learnt.
+# Sequences that count upwards, which is soon learned.
 DATA = ((RNG.integers(0, 32, (20, 8, 1)) + np.arange(17)) % 32).astype(np.int32)
 
 
@@ -64,13 +64,13 @@ def test_accumulation_changes_memory_not_losses(alone):
 def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
     """Without wafer, layout or programs: the definition."""
     make_model = lambda rngs: Decoder(SIZES, rngs=rngs)  # noqa: E731
-    optimiser = optax.adamw(1e-2)
-    state = initial_state(make_model, optimiser, 0)
+    optimizer = optax.adamw(1e-2)
+    state = initial_state(make_model, optimizer, 0)
     graph = nnx.graphdef(make_model(nnx.Rngs(0)))
     pair = DATA[0][:, :-1], DATA[0][:, 1:]
-    after, metrics = jax.jit(train_step(graph, optimiser))(state, *pair)
+    after, metrics = jax.jit(train_step(graph, optimizer))(state, *pair)
     gradient = jax.jit(jax.grad(lambda p: mean_loss(graph, p, *pair)))(state["params"])
-    updates, _ = optimiser.update(gradient, state["optimiser"], state["params"])
+    updates, _ = optimizer.update(gradient, state["optimizer"], state["params"])
     wanted = optax.apply_updates(state["params"], updates)
     for got, want in zip(*map(jax.tree.leaves, (after["params"], wanted)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)

@@ -112,8 +112,8 @@ CASES = {
 }
 
 
-def optimised(function, operands):
-    """The optimised program, without what only names and locates its parts."""
+def optimized(function, operands):
+    """The optimized program, without what only names and locates its parts."""
     text = jax.jit(function).lower(*operands).compile().as_text() or ""
     text = re.sub(r",? *metadata=\{[^}]*\}", "", text.partition("\n\n")[2])
     text = re.sub(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)\n.*?\n\n", "", text)
@@ -146,7 +146,7 @@ def test_it_compiles_to_the_plain_program(name, wafer):
     def call(*operands):
         return operation(*operands, wafer=wafer)
 
-    assert optimised(call, operands) == optimised(lambda *operands: plain(*operands), operands)
+    assert optimized(call, operands) == optimized(lambda *operands: plain(*operands), operands)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,7 +157,7 @@ def test_its_gradient_is_the_plain_ones_program(name):
     def call(*operands):
         return operation(*operands, wafer=None)
 
-    programs = [optimised(with_gradients(f), (operands, dout)) for f in (call, plain)]
+    programs = [optimized(with_gradients(f), (operands, dout)) for f in (call, plain)]
     # Operands of a fusion may be numbered in another order; the instructions are the same.
     ours, plains = (collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", p)) for p in programs)
     assert ours and ours == plains

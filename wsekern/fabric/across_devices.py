@@ -24,7 +24,7 @@ _NOTHING = -1  # what a PE hears that hears nobody
 
 
 class Stretch(NamedTuple):
-    """Neighbours in a block who, on every device, hear neighbours of one other block alike."""
+    """Neighbors in a block who, on every device, hear neighbors of one other block alike."""
 
     begin: int  # the first that hears
     length: int

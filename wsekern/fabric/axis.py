@@ -1,7 +1,7 @@
 """This file is how PEs along an axis talk in JAX's own words, on one device or spread over several.
 
 A virtual axis is one of `jax.vmap`. Where its PEs are spread over devices, each holds a block of
-neighbours: the axis is then one of the mesh (`wsekern.wafer.axes.SPREAD`), outermost, and one of vmap.
+neighbors: the axis is then one of the mesh (`wafer.axes.SPREAD`), outermost, and one of vmap.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def _rooted(tile: jax.Array, names: Sequence[str], root: int, op: Op, algorithm:
 
 
 def _of_grid(along: Along) -> tuple[str, ...]:
-    """The axes of `along` whose PEs are neighbours on the fabric."""
+    """The axes of `along` whose PEs are neighbors on the fabric."""
     axes = (along,) if isinstance(along, str) else along
     wafers = names_of(WAFERS)
     return tuple(axis for axis in axes if axis != WAFERS and axis not in wafers)

@@ -26,7 +26,7 @@ def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False)
         kernel through a spec that does not name `along`.
     """
     kind = "invarying" if replicated and not virtual() else "varying"
-    for name in reversed(names_of(along)):  # the innermost neighbours are joined first
+    for name in reversed(names_of(along)):  # the innermost neighbors are joined first
         x = jax.tree.map(lambda t, n=name: _gather(t, n, axis, kind), x)
     return x
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Along = str | tuple[str, ...]
 # In which order the PEs of a line stand in a ring: 0 1 2 3 4 5, whose ends are a whole line apart,
-# or 0 2 4 5 3 1, in which no two neighbours are more than two hops apart.
+# or 0 2 4 5 3 1, in which no two neighbors are more than two hops apart.
 Ring = Literal["plain", "folded"]
 _LISTED = 4096  # PEs of a grid up to which one permutation may name each of them
 
@@ -62,7 +62,7 @@ def shift(
     fill: float = 0.0,
     ring: Ring = "plain",
 ) -> Any:
-    """Every PE's `x` moved `by` places along `along`, towards higher indices if positive.
+    """Every PE's `x` moved `by` places along `along`, toward higher indices if positive.
 
     All words of the tile are sent, once, in one step.
 

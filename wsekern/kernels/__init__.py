@@ -1,4 +1,4 @@
-"""The kernels, one file a family: whole arrays in and out, tiles and `wsekern.fabric` inside.
+"""The kernels, one folder a family: whole arrays in and out, tiles and `wsekern.fabric` inside.
 
-May import `wsekern.fabric`, `wsekern.wafer.layout`, `wsekern.wafer.context`, `wsekern.wafer.wafer` and each other.
+A family may import `wsekern.wafer` and `wsekern.fabric`, and no other family.
 """

@@ -1,4 +1,4 @@
-"""This file is the stabilised biconjugate gradient method, for operators of any symmetry.
+"""This file is the stabilized biconjugate gradient method, for operators of any symmetry.
 
 H. A. van der Vorst, "Bi-CGSTAB: A Fast and Smoothly Converging Variant of Bi-CG for the Solution of
 Nonsymmetric Linear Systems", 1992.

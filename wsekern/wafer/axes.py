@@ -1,4 +1,4 @@
-"""This file is the names of the mesh axes, spelt once.
+"""This file is the names of the mesh axes, spelled once.
 
 A grid of PEs is `height x width`, with (0, 0) in the north-west, as on the wafer.
 """

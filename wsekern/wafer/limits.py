@@ -1,4 +1,4 @@
-"""What the machine at hand can hold of other PEs' tiles, and which products its compiler can run."""
+"""What the machine at hand can hold of other PEs' tiles, and which products it can compile."""
 
 from __future__ import annotations
 

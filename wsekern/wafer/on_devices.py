@@ -1,4 +1,4 @@
-"""Kernels on real or emulated devices: `jax.shard_map` over a mesh, and meshes of the user's own."""
+"""Kernels on real or emulated devices: `jax.shard_map` over a mesh, also the user's own."""
 
 from __future__ import annotations
 

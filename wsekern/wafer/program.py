@@ -33,22 +33,22 @@ def mapped_program(
     if wafer.backend != "devices" and (wafer.placement or wafer.corner != (0, 0)):
         # Where PEs lie on the wafer changes no result, and so no program.
         wafer = dataclasses.replace(wafer, placement=None, corner=(0, 0))
-    key = key(kernel)
+    key = program_key(kernel)
     if key is None:
         return _Program(wafer, kernel, specs, replicated_by_construction, donate)
-    keyed = _Keyed(key, frozen(kernel))
+    keyed = _Keyed(key, freeze(kernel))
     return _kept_program(keyed, wafer, specs, replicated_by_construction, donate)
 
 
 def local_program(kernel: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
     """`kernel`, which meets no other PE, jitted; the same program for equal kernels."""
-    key = key(kernel)
+    key = program_key(kernel)
     if key is None:
         return jax.jit(kernel, donate_argnums=donate_argnums)
-    return _kept_local(_Keyed(key, frozen(kernel)), donate_argnums)
+    return _kept_local(_Keyed(key, freeze(kernel)), donate_argnums)
 
 
-def key(kernel: Callable) -> Hashable | None:
+def program_key(kernel: Callable) -> Hashable | None:
     """Equal for kernels that are the same program; None where that cannot be told."""
     try:
         return _key(kernel, ())
@@ -56,10 +56,10 @@ def key(kernel: Callable) -> Hashable | None:
         return None
 
 
-def frozen(kernel: Callable) -> Callable:
+def freeze(kernel: Callable) -> Callable:
     """`kernel` with what it holds now, whatever its names are bound to later."""
     if isinstance(kernel, functools.partial):
-        return functools.partial(frozen(kernel.func), *kernel.args, **kernel.keywords)
+        return functools.partial(freeze(kernel.func), *kernel.args, **kernel.keywords)
     if not isinstance(kernel, types.FunctionType) or not kernel.__closure__:
         return kernel
     cells = tuple(types.CellType(_frozen_value(cell)) for cell in kernel.__closure__)
@@ -210,7 +210,7 @@ def _held(cell: types.CellType) -> Any:
 
 def _frozen_value(cell: types.CellType) -> Any:
     value = cell.cell_contents
-    return frozen(value) if isinstance(value, types.FunctionType | functools.partial) else value
+    return freeze(value) if isinstance(value, types.FunctionType | functools.partial) else value
 
 
 def _hashable(value: Any) -> Any:

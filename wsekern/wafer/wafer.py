@@ -61,7 +61,7 @@ class Wafer:
         *,
         failed: Collection[int] = (),
     ) -> "Wafer":
-        """A wafer of real or CPU-emulated devices, neighbours in the grid near in the machine.
+        """A wafer of real or CPU-emulated devices, neighbors in the grid near in the machine.
 
         Args:
           height: rows of the grid.
@@ -150,7 +150,7 @@ class Wafer:
           width: columns.
           wafers: how many such wafers work together.
           devices: the grid of devices, `(2, 4)` or with the wafers first `(2, 2, 4)`, each of which
-            has a block of neighbouring PEs and sends others their edges; or a wafer that
+            has a block of neighboring PEs and sends others their edges; or a wafer that
             `Wafer.devices` made, to say which devices.
           defects: of the physical wafer, of each alike; the PEs are placed around them
             (`wsekern.wafer.placement.place`), which no result shows, only `wsekern.estimate`.
@@ -170,7 +170,7 @@ class Wafer:
             over = (
                 devices
                 if isinstance(devices, Wafer)
-                else cls.devices(*virtual.device_grid_text(devices))
+                else cls.devices(*virtual.device_grid(devices))
             )
             wafer = dataclasses.replace(wafer, mesh=virtual.mesh_over(over, wafer))
         return dataclasses.replace(wafer, placement=placement)

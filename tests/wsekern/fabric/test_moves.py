@@ -114,7 +114,7 @@ def test_an_open_shift_lets_fill_in_and_the_edge_out(full_wafer):
     check(full_wafer, kernel, plain)
 
 
-def test_a_folded_ring_joins_neighbours_at_most_two_hops_apart(odd_wafer):
+def test_a_folded_ring_joins_neighbors_at_most_two_hops_apart(odd_wafer):
     moves = [("x", 1), ("x", -2), ("y", 4)]
 
     def kernel(u):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsekern.wafer.program import frozen, key
+from wsekern.wafer.program import freeze, program_key
 
 
 def plus(u, by):
@@ -47,17 +47,17 @@ OTHER = [
 
 @pytest.mark.parametrize(("a", "b"), SAME)
 def test_made_afresh_it_is_the_same_program(a, b):
-    assert key(a) == key(b) and hash(key(a)) == hash(key(b))
+    assert program_key(a) == program_key(b) and hash(program_key(a)) == hash(program_key(b))
 
 
 @pytest.mark.parametrize(("a", "b"), OTHER)
 def test_what_differs_in_what_it_holds_is_another(a, b):
-    assert key(a) != key(b)
+    assert program_key(a) != program_key(b)
 
 
 def test_code_that_is_loaded_anew_is_another_program():
     source = "lambda u: helper(u)"
-    assert key(eval(source)) != key(eval(source))
+    assert program_key(eval(source)) != program_key(eval(source))
 
 
 def calls_itself():
@@ -71,7 +71,7 @@ def held_before_it_is_there():
     def kernel(u):
         return later(u)
 
-    found = key(kernel)
+    found = program_key(kernel)
 
     def later(u):
         return u
@@ -80,10 +80,12 @@ def held_before_it_is_there():
 
 
 def test_what_cannot_be_told_has_no_key():
-    assert key(holding([1])) is None
-    assert key(holding(np.zeros(2))) is None
-    assert key(holding(jnp.zeros(2))) is None  # a program that is kept would keep it in memory
-    assert key(calls_itself()) is None
+    assert program_key(holding([1])) is None
+    assert program_key(holding(np.zeros(2))) is None
+    assert (
+        program_key(holding(jnp.zeros(2))) is None
+    )  # a program that is kept would keep it in memory
+    assert program_key(calls_itself()) is None
     assert held_before_it_is_there() is None
 
 
@@ -94,10 +96,10 @@ def test_frozen_keeps_what_is_held_now():
         return u + by
 
     kernel = functools.partial(lambda u, times: inner(u) * times, times=10)
-    kept = frozen(kernel)
+    kept = freeze(kernel)
     by = 2
     assert (kept(0), kernel(0)) == (10, 20)
-    assert key(kept) != key(kernel)
+    assert program_key(kept) != program_key(kernel)
 
 
 def test_frozen_keeps_defaults_and_its_name():
@@ -106,20 +108,20 @@ def test_frozen_keeps_defaults_and_its_name():
     def kernel(u, a=3, *, b=4):
         return u + by + a + b
 
-    kept = frozen(kernel)
+    kept = freeze(kernel)
     assert kept(0) == 8 and kept.__name__ == "kernel"
 
 
 def test_in_a_script_a_helper_defined_anew_is_another_program():
     script = (
-        "from wsekern.wafer.program import key\n"
+        "from wsekern.wafer.program import program_key\n"
         "def make(): return lambda u: helper(u)\n"
         "def helper(u): return u + 1\n"
-        "first = key(make())\n"
-        "assert first == key(make())\n"
+        "first = program_key(make())\n"
+        "assert first == program_key(make())\n"
         "def helper(u): return u + 2\n"
-        "assert first != key(make())\n"
+        "assert first != program_key(make())\n"
         "def helper(u): return helper(u - 1) if u else 0\n"
-        "assert key(make()) == key(make()) is not None\n"
+        "assert program_key(make()) == program_key(make()) is not None\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -132,8 +132,8 @@ def _permutation(
     steps = zip(np.unravel_index(source, grid), np.unravel_index(to, grid), strict=True)
     hops = sum(np.abs(goal - place) for place, goal in steps)
     latency = float(hops.max()) * machine.hop_cycles + 2 * machine.ramp_cycles + machine.hop_cycles
-    travelled = words * float(hops.mean())
-    return Move("shift", words, busy, latency, hops=travelled, tile=words, pattern=pattern)
+    traveled = words * float(hops.mean())
+    return Move("shift", words, busy, latency, hops=traveled, tile=words, pattern=pattern)
 
 
 def _named(equation: Any, sizes: dict[str, int], machine: Machine) -> Move | None:

@@ -103,13 +103,13 @@ def _ring(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _snake(found: Loads, root: int) -> None:
-    """One tile on each link of the chain that winds through the rows, towards its root."""
+    """One tile on each link of the chain that winds through the rows, toward its root."""
     height, width = found["E"].shape
     y, x = np.indices((height, width))
     place = y * width + np.where(y % 2 == 0, x, width - 1 - x)
-    for towards, sends in ((-1, place > root), (1, place < root)):
-        turns = place % width == (0 if towards == -1 else width - 1)
-        east = (y % 2 == 0) == (towards == 1)
-        found["S" if towards == 1 else "N"] += sends & turns
+    for toward, sends in ((-1, place > root), (1, place < root)):
+        turns = place % width == (0 if toward == -1 else width - 1)
+        east = (y % 2 == 0) == (toward == 1)
+        found["S" if toward == 1 else "N"] += sends & turns
         found["E"] += sends & ~turns & east
         found["W"] += sends & ~turns & ~east

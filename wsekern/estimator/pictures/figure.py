@@ -24,7 +24,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 # Near Okabe and Ito's colors, which the color-blind tell apart, on white and on black.
 SERIES = ("#1A80C4", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 LANES = dict(zip(("compute", "N", "E", "S", "W", "wafer", "loop"), SERIES, strict=True))
-HEAT = "viridis"  # equal steps look equal, in grey and to the color-blind as well
+HEAT = "viridis"  # equal steps look equal, in gray and to the color-blind as well
 DEFECT = "#E0218A"
 _INK, _FAINT = "#1c2126", "#8c9096"
 _PAGE_INK = "#010203"  # stands for a page's own color of text

@@ -127,7 +127,7 @@ def assumptions(e: Estimate) -> list[tuple[str, str]]:
         ("host", f"{with_unit(machine.io_bytes_per_second, 'B/s')} of each wafer; its latency is "
          "not counted, nor is its time in that of the program."),
         ("chips", "At their roofline: arguments read once, results written once."),
-        ("not modelled", "Contention of different moves on one link beyond taking "
+        ("not modeled", "Contention of different moves on one link beyond taking "
          "turns."),
     ]  # fmt: skip
     spread = "without a figure, counted as elementwise and evenly spread"

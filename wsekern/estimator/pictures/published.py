@@ -46,8 +46,8 @@ def _scatter(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
     ends = np.array([min(values) / 2, max(values) * 2])
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     axes.fill_between(ends, ends * (1 - _BAND / 100), ends * (1 + _BAND / 100),
-                      color="grey", alpha=0.25, lw=0)  # fmt: skip
-    axes.plot(ends, ends, color="grey", lw=0.8)
+                      color="gray", alpha=0.25, lw=0)  # fmt: skip
+    axes.plot(ends, ends, color="gray", lw=0.8)
     for family, color in colors.items():
         own = [row for row in rows if row.point.family == family]
         for fitted in (False, True):
@@ -58,15 +58,15 @@ def _scatter(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
             )  # fmt: skip
         units = ", ".join(dict.fromkeys(row.point.unit for row in own))
         axes.plot([], [], "o", color=color, label=f"{family or 'other'}, {units}")
-    axes.plot([], [], "o", mec="grey", mfc="none", mew=1.3, label="fitted")
+    axes.plot([], [], "o", mec="gray", mfc="none", mew=1.3, label="fitted")
     axes.set(xlabel="measured", ylabel="predicted", title="predicted against published")
     axes.set_aspect("equal")
     axes.legend(fontsize="small")
 
 
 def _errors(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
-    axes.axvspan(-_BAND, _BAND, color="grey", alpha=0.25, lw=0)
-    axes.axvline(0, color="grey", lw=0.8)
+    axes.axvspan(-_BAND, _BAND, color="gray", alpha=0.25, lw=0)
+    axes.axvline(0, color="gray", lw=0.8)
     for y, row in enumerate(rows):
         color, error = colors[row.point.family], 100 * row.error
         axes.plot([0, error], [y, y], "-", color=color, lw=1.3)

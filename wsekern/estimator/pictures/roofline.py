@@ -97,8 +97,8 @@ def drawn(
     axes.set_xlim(*x)
     figure.engineering(axes, "y")
     axes.grid(True)
-    axes.plot([], [], "o", color="grey", label="program, estimated")
-    axes.plot([], [], "o", color="grey", mfc="none", label="on a chip's roof")
+    axes.plot([], [], "o", color="gray", label="program, estimated")
+    axes.plot([], [], "o", color="gray", mfc="none", label="on a chip's roof")
     axes.legend(loc="best", fontsize="small")
     axes.set_title("roofline")
     return made

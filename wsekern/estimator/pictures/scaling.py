@@ -70,7 +70,7 @@ def drawn(
         told = f"{name}, measured"
         axes.plot(x, y, "o", ms=5, mfc="none", mec=colors[name], mew=1.3, label=told)
     if ideal:
-        axes.plot([], [], ":", color="grey", label="ideal")
+        axes.plot([], [], ":", color="gray", label="ideal")
     _ticks(axes, sorted({x for x, _ in everything}))
     axes.grid(True)
     axes.legend(fontsize="small")

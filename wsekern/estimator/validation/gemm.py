@@ -14,7 +14,7 @@ from wsekern.wafer.wafer import Wafer
 
 
 def dense(a: jax.Array, b: jax.Array, wafer: Wafer) -> jax.Array:
-    """`a @ b`, `a` laid out over the grid and `b` along x; the sums are chains towards the west."""
+    """`a @ b`, `a` laid out over the grid and `b` along x; the sums are chains toward the west."""
 
     def per_pe(a, b):
         return fabric.reduce(a @ b, "x", algorithm="chain")[None]

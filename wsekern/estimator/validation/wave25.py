@@ -1,7 +1,7 @@
 """This file is the 25-point wave stencil, a column of cells to a PE.
 
 M. Jacquelin, M. Araya-Polo and J. Meng, "Scalable Distributed High-Order Stencil Computations",
-SC 2022. What comes from the four neighbours on either side, along both axes of the grid, is
+SC 2022. What comes from the four neighbors on either side, along both axes of the grid, is
 multiplied as it arrives and added up once all is there; the third dimension lies in a PE.
 """
 

@@ -1,6 +1,6 @@
 """This file is the chain reduction, in pieces: what the larger tree algorithms are made of, too.
 
-A running sum goes from PE to PE towards the root. A tile is cut into pieces, and a PE sends one
+A running sum goes from PE to PE toward the root. A tile is cut into pieces, and a PE sends one
 while it receives the next: the pipelined chain of Luczynski et al., "Near-Optimal Wafer-Scale
 Reduce", HPDC 2024, where a piece is a word.
 """
@@ -26,7 +26,7 @@ class Chains(NamedTuple):
     """Chains on a line that run side by side, each from both its ends to a head between them."""
 
     head: np.ndarray  # the head's place, of every PE that is in a chain; -1 elsewhere
-    stride: int  # places between neighbours in a chain
+    stride: int  # places between neighbors in a chain
 
 
 def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
@@ -108,7 +108,7 @@ def _far(chains: Chains) -> tuple[np.ndarray, int]:
 
 
 def _hears(head: np.ndarray, far: np.ndarray, by: int) -> np.ndarray:
-    """Which PEs take in what their neighbour sends when all tiles move by `by` places."""
+    """Which PEs take in what their neighbor sends when all tiles move by `by` places."""
     source = np.arange(len(head)) - by
     there = (source >= 0) & (source < len(head))
     source = np.clip(source, 0, len(head) - 1)

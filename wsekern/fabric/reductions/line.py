@@ -1,4 +1,4 @@
-"""This file is a line of PEs, each of which has a place and two neighbours at most.
+"""This file is a line of PEs, each of which has a place and two neighbors at most.
 
 An axis of the grid is one; the snake through the whole grid, which turns at the edges, is another.
 """
@@ -19,7 +19,7 @@ class Line(NamedTuple):
 
     size: int
     place: jax.Array  # of this PE, int32
-    # A tile, how many places it moves (towards higher ones if positive), and what enters at an end.
+    # A tile, how many places it moves (toward higher ones if positive), and what enters at an end.
     shift: Callable[[jax.Array, int, Any], jax.Array]
     axis: str | None  # the axis that it lies along; None for the snake
 

@@ -1,7 +1,7 @@
 """This file is the ring all-reduce: a part of the tile is summed on each PE, then all are gathered.
 
 P. Patarasuk and X. Yuan, "Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations",
-2009. On a line of PEs the ring is folded, so that neighbours are at most two hops apart. It has no
+2009. On a line of PEs the ring is folded, so that neighbors are at most two hops apart. It has no
 root; on a wafer it pays only where a tile has very many words.
 """
 

@@ -22,11 +22,11 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
     directions = [by for by, side in ((1, root), (-1, line.size - 1 - root)) if side]
 
     def step(carry, _):
-        total, travelling = carry
-        travelling = [line.shift(t, by, fill) for t, by in zip(travelling, directions, strict=True)]
-        for arrived in travelling:
+        total, traveling = carry
+        traveling = [line.shift(t, by, fill) for t, by in zip(traveling, directions, strict=True)]
+        for arrived in traveling:
             total = op.combine(total, arrived)
-        return (total, travelling), None
+        return (total, traveling), None
 
     start = (tile, [tile] * len(directions))
     (total, _), _ = lax.scan(step, start, length=max(sides(line.size, root), default=0))

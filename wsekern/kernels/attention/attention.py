@@ -36,6 +36,7 @@ from wsekern.kernels.attention.plan import (
     Algorithm,
     AttentionOptions,
     AttentionPlan,
+    fewest,
     plan_attention,
 )
 from wsekern.wafer import context, layout
@@ -294,7 +295,7 @@ def _kind(plan: AttentionPlan) -> vendor.Kind:
 
 def _fewer(kv, segments, block):
     """Gathered keys and values, and their segments, in as few blocks as there may be."""
-    blocks = plan.fewest(kv.shape[0], kv.shape[0] * kv.shape[-2], block)
+    blocks = fewest(kv.shape[0], kv.shape[0] * kv.shape[-2], block)
     if segments is not None:
         segments = segments.reshape(blocks, -1, *segments.shape[1:]).swapaxes(1, 2)
         segments = segments.reshape(*segments.shape[:2], -1)

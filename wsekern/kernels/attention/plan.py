@@ -152,7 +152,7 @@ def _chosen(floats: Floats, wafer: Wafer) -> tuple[str, str]:
         return "allgather", f"{size} are little on this machine"
     pes = wafer.height * wafer.width
     if wafer.machine is not None:
-        return "ring", f"{size} are much, and on a wafer neighbours alone are near"
+        return "ring", f"{size} are much, and on a wafer neighbors alone are near"
     if floats.bias is not None:
         return "ring", f"{size} are much, and so a PE needs its own rows of the bias alone"
     if k.shape[2] % pes:

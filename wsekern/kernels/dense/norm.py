@@ -1,4 +1,4 @@
-"""This file is normalisation over features that are split along x.
+"""This file is normalization over features that are split along x.
 
 RMSNorm: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019. LayerNorm: J. L.
 Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", 2016. Moments of parts are joined as in T.
@@ -38,7 +38,7 @@ def rms_norm(
     `scale` and one word a row. Reverse mode only.
 
     Args:
-      x: rows to normalise, tiled: rows along y, features along x.
+      x: rows to normalize, tiled: rows along y, features along x.
       scale: one factor a feature, laid out `P("x")`.
       eps: what keeps a row of zeros finite.
       features: how many of the D columns are features; the rest is padding, zero in `x`, `scale`
@@ -77,7 +77,7 @@ def layer_norm(
     and `bias`. On a wafer nothing is kept but `x`, `scale` and two words a row. Reverse mode only.
 
     Args:
-      x: rows to normalise, tiled: rows along y, features along x.
+      x: rows to normalize, tiled: rows along y, features along x.
       scale: one factor a feature, laid out `P("x")`.
       bias: what is added to each feature, laid out `P("x")`; nothing by default.
       eps: what keeps a constant row finite.

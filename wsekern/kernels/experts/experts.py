@@ -7,7 +7,7 @@ On h x w PEs a row of PEs has n tokens of k choices, hence R = n k rows. A PE re
 tokens, (w-1)/w of n D words of `x` and of R F of the hidden layer, and its column's share of the
 experts' weights, (h-1)/h of 3 E D F / w words, some experts at a time; going back about twice that.
 Over several wafers, which hold E / wafers experts each, tokens go to those that have their experts
-and results come back, as `wsekern.kernels.experts.routing` says: 2 (wafers - 1) n D words more at most. It
+and results come back (see `routing`): 2 (wafers - 1) n D words more at most. It
 holds R rows of D and of F.
 """
 

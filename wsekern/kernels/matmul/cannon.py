@@ -5,7 +5,7 @@ Algorithm", 1969. On the folded ring it is MeshGEMM of C. He et al., "WaferLLM: 
 Inference at Wafer Scale", OSDI 2025: no tile ever goes further than two hops a step.
 
 On a rectangle the meeting dimension is cut into lcm(height, width) blocks: a PE holds some of X and
-some of Y, and in a step one block of each goes on to the neighbour.
+some of Y, and in a step one block of each goes on to the neighbor.
 """
 
 import math

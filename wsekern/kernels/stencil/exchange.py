@@ -207,7 +207,7 @@ def shift_together(
     Args:
       tiles: to be sent.
       along: the axes along which the PEs stand in line, outermost first.
-      by: 1 towards higher places, -1 towards lower ones.
+      by: 1 toward higher places, -1 toward lower ones.
       periodic: whether the ends of the line meet; else what a PE at an open end gets is undefined.
     """
     if len(tiles) == 1:

@@ -72,7 +72,7 @@ def _by_line(of_pe: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
 
 
 def _busiest(line: np.ndarray, start: np.ndarray, goal: np.ndarray, lines: int, places: int) -> int:
-    """How many tiles cross the busiest link towards higher places, over all lines."""
+    """How many tiles cross the busiest link toward higher places, over all lines."""
     up = goal > start
     if not up.any():
         return 0

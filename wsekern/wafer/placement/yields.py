@@ -38,7 +38,7 @@ def harvest(
 ) -> list[Harvest]:
     """What is left of wafers of a machine at each density of faults, each PE's alike and its own.
 
-    A row keeps its good PEs, as `wsekern.wafer.placement.place` takes them: how many these are is drawn
+    A row keeps its good PEs, as `place` takes them: how many these are is drawn
     for all rows at once.
 
     Args:

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 
 import wsekern as wk
-from wsekern.estimator.pictures import output, page, published, quantities, timeline
-from wsekern.estimator.pictures.roofline import points, roofs
+from wsekern.estimator.pictures import output, page, published, quantities, roofline, timeline
 from wsekern.estimator.validation import points
 
 pytest.importorskip("matplotlib")
@@ -148,10 +147,10 @@ def test_a_page_of_what_computes_nothing_has_no_roofline():
 
 
 def test_a_roofline_has_roofs_and_points_under_them(e, tmp_path):
-    wafer, *_ = roofs({"product": e}, (wk.H100,))
+    wafer, *_ = roofline.roofs({"product": e}, (wk.H100,))
     assert wafer.flops["16 bits"] == 2 * 8 * 144 * e.clock_hz
     assert wafer.bytes_per_second == 24 * 144 * e.clock_hz
-    own, chip = points({"product": e}, (wk.H100,))
+    own, chip = roofline.points({"product": e}, (wk.H100,))
     assert own.estimated and own.flops == e.flops_per_second < wafer.flops["16 bits"]
     assert chip.flops == pytest.approx(e.flops / e.accelerators["H100 SXM"])
     figure = wk.roofline({"product": e}, accelerators=(wk.H100,), path=tmp_path / "roof.svg")

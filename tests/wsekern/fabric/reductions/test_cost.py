@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.fabric import flood
+from wsekern.fabric.flood import cost as flood_cost
 from wsekern.fabric.reductions import choice, optimal
 from wsekern.fabric.reductions.choice import LINES, cheapest, predicted_cycles
 
@@ -40,8 +40,8 @@ def test_reductions_to_the_end_of_a_line_cost_what_is_published(P, B):
 def test_a_ring_and_a_flood_cost_what_is_published(P, B):
     ring = predicted_cycles("ring", [P], B, wk.WSE2)
     assert ring == pytest.approx(2 * (P - 1) * B / P + 4 * P - 6 + 10 * (P - 1))
-    assert flood.cost(1, P, B).cycles(wk.WSE2) == B + P + 4
-    assert flood.cost(P, P, B).cycles(wk.WSE2) == B + 2 * P + 3
+    assert flood_cost(1, P, B).cycles(wk.WSE2) == B + P + 4
+    assert flood_cost(P, P, B).cycles(wk.WSE2) == B + 2 * P + 3
 
 
 @pytest.mark.parametrize(("P", "groups"), [(240, 15), (256, 16), (720, 24), (600, 24), (512, 32)])

@@ -94,7 +94,7 @@ def test_columns_beyond_the_vocabulary_count_for_nothing(wafer):
     np.testing.assert_array_equal(dlogits[..., vocab:], 0)
 
 
-def test_an_unknown_label_is_nan_and_pulls_towards_no_word(wafer):
+def test_an_unknown_label_is_nan_and_pulls_toward_no_word(wafer):
     logits, labels = operands(PADDED, 13)
     dlosses, unknown = weights(labels), np.zeros(labels.shape, bool)
     labels[1:, 2:] = [[-1, -19, 13], [18, 19, 2**31 - 1]]

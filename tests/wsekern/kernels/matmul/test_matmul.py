@@ -178,7 +178,7 @@ def test_auto_on_emulated_devices_gathers_little_and_else_moves_rows_in_rounds()
     assert "stablehlo.while" in program(2052, 2048)  # rows that do not divide: summa
 
 
-def optimised(function, *operands):
+def optimized(function, *operands):
     """The program that XLA makes of it, without what only says where it comes from."""
     text = jax.jit(function).lower(*operands).compile().as_text() or ""
     return re.sub(
@@ -206,7 +206,7 @@ def test_one_pe_runs_the_plain_program(wafer, options, plainly):
         return wk.matmul(a, b, bias=bias, wafer=wafer, **options)
 
     operands = jnp.ones((8, 8)), jnp.ones((8, 8)), jnp.ones(8)
-    assert optimised(call, *operands) == optimised(plainly, *operands)
+    assert optimized(call, *operands) == optimized(plainly, *operands)
 
 
 def test_runs_on_the_wafer_in_force():

@@ -1,0 +1,70 @@
+"""Why an operation takes the algorithm it takes: one kind of answer, printed as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsekern.wafer.wafer import Wafer
+
+_COLUMNS = ("algorithm", "words", "steps", "held KiB", "cycles", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One algorithm, and what it costs a PE."""
+
+    words: float = 0.0  # of 32 bits, received
+    steps: int = 0  # that wait for one another
+    held_bytes: float = 0.0  # of other PEs' tiles, at a time
+    cycles: float | None = None  # predicted, on a wafer; None on devices
+    note: str = ""
+    refused: str = ""  # why it cannot serve; "" where it can
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The algorithm that `auto` takes for one call, and every algorithm's cost; `print` it."""
+
+    operation: str  # "matmul", "attention"
+    algorithm: str  # "plain" where there is one PE
+    why: str
+    wafer: Wafer | None
+    candidates: Mapping[str, Candidate] = dataclasses.field(default_factory=dict)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.operation} on {self.wafer}: {self.algorithm}, {self.why}"
+
+    @property
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [self._row(name, c) for name, c in self.candidates.items()]
+
+    def _row(self, name: str, c: Candidate) -> tuple[str, ...]:
+        if c.refused:
+            return name, "", "", "", "", c.refused
+        cycles = "" if c.cycles is None else f"{c.cycles:,.0f}"
+        remark = ", ".join(r for r in (c.note, "<- auto" * (name == self.algorithm)) if r)
+        held = f"{c.held_bytes / 1024:,.1f}"
+        return name, f"{c.words:,.0f}", f"{c.steps:,}", held, cycles, remark
+
+    def __str__(self) -> str:
+        if not self.candidates:
+            return self._title
+        rows = [_COLUMNS, *self._rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join([self._title, "", *lines])
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        title = f"<p>{html.escape(self._title)}</p>"
+        if not self.candidates:
+            return title
+        body = "".join(row(cells, "td") for cells in self._rows)
+        return f"{title}<table>{row(_COLUMNS, 'th')}{body}</table>"

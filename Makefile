@@ -3,7 +3,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train test quick lint suite typed clean FORCE
+.PHONY: help train test quick sample lint suite typed clean FORCE
 .NOTPARALLEL:
 
 # A command counts if it runs: a version manager's shim can stand on PATH for nothing.
@@ -34,20 +34,23 @@ test: lint suite typed ## lint, check types, run every test
 quick: $(VENV)/installed-test ## run the tests that are not slow; ARGS='-k ring' goes to pytest
 	$(pytest) -m 'not slow' $(ARGS)
 
+sample: $(VENV)/installed-test ## run of each test one shape on one grid; PYTHON=python3.12 on that one
+	$(pytest) -m 'not slow' --one-of-each $(ARGS)
+
 lint: $(VENV)/installed-test ## style, formatting and types, over all folders
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
-suite: $(VENV)/installed-test ## run every test
-	$(pytest) $(ARGS)
+suite: $(VENV)/installed-test ## run every test, and list the slowest twenty
+	$(pytest) --durations=20 $(ARGS)
 
-typed: $(VENV)/installed-test ## run the kernels' tests, compiled as for users, with shapes checked
-	XLA_AS_SHIPPED=1 $(pytest) tests/wsekern/kernels -m 'not refuses and not slow' \
+typed: $(VENV)/installed-test ## run one test a kernel, compiled as for users, with shapes checked
+	XLA_AS_SHIPPED=1 $(pytest) tests/wsekern/kernels -m 'not refuses and not slow' --one-of-each \
 	  --jaxtyping-packages=wsekern,typechecker.checked $(ARGS)
 
-clean: ## remove environments and caches; runs stay
-	rm -rf .venv .venv-* .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove environments and caches; runs stay, and compiled programs in ~/.cache/wsekern
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The last line runs only if all before it did, so an interrupted installation is taken up again.
 $(VENV)/installed-%: pyproject.toml constraints.txt $(if $(wildcard $(python)),,FORCE)

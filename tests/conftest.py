@@ -27,9 +27,9 @@ if not os.environ.get("XLA_AS_SHIPPED"):  # which compiles every test's program 
     os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, _GIVEN]).strip()
 emulate_devices(16)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept between runs: compiling is most of the suite's time.
-_CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+# Compiled programs are kept between runs, and between checkouts: compiling is most of the time.
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wsekern"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
@@ -63,6 +63,38 @@ def make_wafer(name: str) -> wk.Wafer:
     if backend == "virtual":
         return wk.Wafer.virtual(wk.WSE2, height, width, wafers)
     return wk.Wafer.devices(height, width, wafers)
+
+
+# Parameters that say where and how large, not what: `--one-of-each` takes one value of them.
+_PLACES = {"wafer", "full_wafer", "square_wafer", "odd_wafer", "wafer_24", "grid", "shape"}
+_PLACES |= {"shapes", "sizes", "batch", "odd", "rows", "x", "words", "width", "root", "P", "B"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-of-each",
+        action="store_true",
+        help="of each test and algorithm, one shape on one grid of devices and one of virtual PEs",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--one-of-each"):
+        return
+    chosen = {}
+    for item in items:
+        params = getattr(item, "callspec", None)
+        places, kind = [], []
+        for name, value in params.params.items() if params else ():
+            (places if name in _PLACES else kind).append((name, str(value)))
+        virtual = any("virtual" in value for _, value in places)
+        key = (item.nodeid.partition("[")[0], virtual, *kind)
+        # Of the grids, the one whose axes both have several PEs and are told apart by length.
+        if key not in chosen or ("2x4" in item.name and "2x4" not in chosen[key].name):
+            chosen[key] = item
+    kept = set(chosen.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from wsekern.atomic_write import atomic_write
 from wsekern.wafer.launch import parse_grid
 
 # What a resumed run may change: where and how long it runs and what it shows. All else decides the
@@ -218,10 +219,8 @@ def save(config: TrainingConfig, path: str | pathlib.Path) -> None:
     kept["data"] = [os.path.abspath(os.path.expanduser(item)) for item in config.data]
     if config.init and os.path.exists(config.init):
         kept["init"] = os.path.abspath(config.init)
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(kept, indent=2) + "\n")
-    partial.replace(path)
+    with atomic_write(path) as file:
+        file.write((json.dumps(kept, indent=2) + "\n").encode())
 
 
 def load(path: str | pathlib.Path) -> TrainingConfig:

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from wsekern.atomic_write import atomic_write
+
 FILE_NAME = "metrics.jsonl"
 
 Line = dict[str, Any]
@@ -27,9 +29,8 @@ class MetricsLog:
         path = pathlib.Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if line["step"] <= resume_from]
-        partial = path.with_name(FILE_NAME + ".partial")
-        partial.write_text("".join(map(_text, kept)))
-        partial.replace(path)
+        with atomic_write(path) as file:
+            file.write("".join(map(_text, kept)).encode())
         self._path = path
         self._cut = False  # whether the last line may have been written in part
 
@@ -100,9 +101,8 @@ def loss_curve(metrics: Sequence[Line], path: str | os.PathLike) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = pathlib.Path(path).with_suffix(".partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     return f"loss curve: {path}"
 
 

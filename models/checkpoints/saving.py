@@ -14,6 +14,7 @@ from models.checkpoints.slots import Piece
 from models.decoder import Decoder
 from models.presets import FAMILIES
 from sharding.state import named_leaves
+from wsekern.atomic_write import atomic_write
 
 _MOST = 5_000_000_000  # bytes of one file, as transformers divides them
 # What older and later releases call otherwise, and what is not true of what is written.
@@ -127,4 +128,5 @@ def _fields(model: Decoder) -> dict[str, Any]:
 
 
 def _write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
-    tensors.replace(file, [json.dumps(fields, indent=2).encode(), b"\n"])
+    with atomic_write(file) as out:
+        out.write((json.dumps(fields, indent=2) + "\n").encode())

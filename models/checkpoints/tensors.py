@@ -6,13 +6,14 @@ is checked against the size of the file: nothing is allocated by what it claims.
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import ml_dtypes
 import numpy as np
+
+from wsekern.atomic_write import atomic_write
 
 _DTYPES = {
     "F64": np.float64,
@@ -144,31 +145,14 @@ def write(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-
-    def content() -> Iterator[Any]:
-        yield len(text).to_bytes(8, "little")
-        yield text
+    with atomic_write(file) as out:
+        out.write(len(text).to_bytes(8, "little"))
+        out.write(text)
         for name, (shape, dtype) in arrays.items():
             array = np.ascontiguousarray(make(name))
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name!r} is {array.dtype}{array.shape}, not {dtype}{shape}")
-            yield array.reshape(-1).view(np.uint8).data
-
-    replace(file, content())
-
-
-def replace(file: pathlib.Path, content: Iterable[Any]) -> None:
-    """Writes `content` to `file` whole or not at all: beside it first, then in its place."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as out:
-            for part in content:
-                out.write(part)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+            out.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _what_instead(folder: pathlib.Path) -> str:

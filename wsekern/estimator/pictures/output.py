@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Collection
+
+from wsekern.atomic_write import atomic_write
 
 Path = str | pathlib.Path
 
@@ -43,16 +44,5 @@ def write(path: Path, content: str | bytes) -> None:
       OSError: it cannot be written.
     """
     check_writable(path)
-    target = pathlib.Path(path).resolve()
-    data = content.encode() if isinstance(content, str) else content
-    mask = os.umask(0)
-    os.umask(mask)
-    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(beside, 0o666 & ~mask)
-        os.replace(beside, target)
-    except BaseException:
-        pathlib.Path(beside).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

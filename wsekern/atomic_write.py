@@ -1,0 +1,36 @@
+"""Write a file whole or not at all: under another name first, then renamed into its place."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file to write to; when the `with` block ends, it takes the place of `path`.
+
+    If the block raises or the disk is full, `path` stays as it was, and nothing is left beside it.
+
+        with atomic_write("run/config.json") as file:
+            file.write(text.encode())
+
+    Args:
+      path: the file to write; a symbolic link stays a link, and its target is written.
+
+    Raises:
+      OSError: the folder is missing or not writable, or the disk is full.
+    """
+    target = pathlib.Path(path).resolve()
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            # On disk before the rename: a power cut leaves the old content or the new, never half.
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -121,12 +121,11 @@ def _llama_cpp(options, folder, tokens):
     import llama_cpp  # noqa: F401
 
     from benchmarks.llama_cpp_text import greedy, write_gguf
-    from models.checkpoints.reading import read_fields
-    from models.presets import find_family
+    from models.checkpoints.reading import read_config
 
-    fields, file = read_fields(folder), folder / "model.gguf"
+    file = folder / "model.gguf"
     if not file.exists():
-        write_gguf(folder, find_family(fields).from_fields(fields), file)
+        write_gguf(folder, read_config(folder), file)
     return greedy(file, tokens, options.new)
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from models.command import Convert, Generate, Info, Plan, parse
+from models.arguments import Command, GenerateCommand, InfoCommand, PlanCommand, parse
 from wsekern.wafer.launch import emulate_devices, parse_grid
 
 
@@ -19,24 +19,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _run(command: Generate | Info | Convert | Plan) -> int:
-    platform = command.platform if isinstance(command, Generate) else "cpu"
+def _run(command: Command) -> int:
+    platform = command.platform if isinstance(command, GenerateCommand) else "cpu"
     if platform is not None:
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
-    if isinstance(command, Generate) and command.wafer is not None and platform in (None, "cpu"):
+    if (
+        isinstance(command, GenerateCommand)
+        and command.wafer is not None
+        and platform in (None, "cpu")
+    ):
         wafers, height, width = parse_grid(command.wafer)
         emulate_devices(wafers * height * width)
     # XLA tells at length, for each layer, of reshapes that it could have done better.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if isinstance(command, Plan):
+    if isinstance(command, PlanCommand):
         from models.planning import report
 
         return report.run(command)
-    from models import running
+    from models import commands
 
-    if isinstance(command, Generate):
-        return running.generate(command)
-    return running.info(command) if isinstance(command, Info) else running.convert(command)
+    if isinstance(command, GenerateCommand):
+        return commands.generate(command)
+    return commands.info(command) if isinstance(command, InfoCommand) else commands.convert(command)
 
 
 if __name__ == "__main__":

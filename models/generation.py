@@ -39,7 +39,7 @@ class Step(NamedTuple):
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
+class GenerationState:
     caches: list[wk.KVCache]
     tokens: Int[Array, "B"]  # the newest of each sequence, not yet in the caches
     lengths: Int[Array, "B"]  # of each sequence, the newest token left out
@@ -172,7 +172,7 @@ def prefill(graph, params, tokens, lengths, key, ends, how, capacity, wafer):
     for block in model.layers():
         x, _ = block(x, seen, recall)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    state = State(
+    state = GenerationState(
         caches=caches,
         tokens=jnp.zeros_like(lengths),
         lengths=lengths,

@@ -11,7 +11,7 @@ from flax import nnx
 from models.checkpoints.hub import find
 from models.checkpoints.reading import open_checkpoint, read
 from models.config import DecoderConfig
-from models.presets import find_family, find_preset
+from models.presets import find_preset
 from models.text.reading import load_tokenizer
 from models.text.tokenizer import Tokenizer
 from training.config import TrainingConfig
@@ -42,8 +42,7 @@ def find_start(config: TrainingConfig) -> Start:
         sizes = find_preset(config.preset)
         return Start(sizes=sizes, context=sizes.context)
     path = find(config.init)
-    fields, tensors = open_checkpoint(path)
-    sizes = find_family(fields).from_fields(fields)
+    sizes, tensors = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
     tokenizer.check(sizes.vocab)
 

@@ -53,6 +53,8 @@ MOVED = {
     "wsekern.estimator.published": "wsekern.estimator.validation",
     "wsekern.estimator.whole": "wsekern.estimator.relayout",
     "wsekern.pictures": "wsekern.estimator.pictures",
+    **_moves("models", "models", "command:arguments running:commands"),
+    "models.checkpoints.fields": "models.checkpoints.config_json",
     **_moves("models", "models.families", "gpt2 gpt_oss llama qwen2 qwen3 qwen3_moe"),
     "training.optimiser": "training.optimizer",
 }

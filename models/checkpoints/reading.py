@@ -61,24 +61,45 @@ def load(
         MXFP4, or its tensors are not those of its config; nothing is left at random values.
       FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
     """
-    fields, tensors = open_checkpoint(find(checkpoint))
-    config = dataclasses.replace(find_family(fields).from_fields(fields), stacked=stacked)
+    config, tensors = open_checkpoint(find(checkpoint))
+    config = dataclasses.replace(config, stacked=stacked)
     if dtype is None:
         dtype = _own_dtype(config, tensors)
     return read(config, tensors, dtype, context.resolve(wafer), remat=remat, progress=progress)
 
 
-def open_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
-    """config.json, as a dict, and the tensors of a folder or of a GGUF file; nothing is read yet.
+def read_config(checkpoint: str | os.PathLike) -> DecoderConfig:
+    """The sizes and choices of a checkpoint's model; reads no weights.
+
+    Args:
+      checkpoint: a folder, a GGUF file, or the id of a model on the Hugging Face hub.
 
     Raises:
-      ValueError: it is no checkpoint, or quantized otherwise than in MXFP4.
+      ValueError: it is not a checkpoint, or not of a family that is known here.
+      FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
-    if path.is_file():
-        from models.checkpoints.gguf import GGUF
+    return open_checkpoint(find(checkpoint))[0]
 
-        tensors = GGUF(path)
-        return tensors.fields, tensors
+
+def open_checkpoint(path: pathlib.Path) -> tuple[DecoderConfig, Tensors]:
+    """The config and the tensors of a folder or a GGUF file; no tensor is read yet.
+
+    Raises:
+      ValueError: it is not a checkpoint, not of a known family, or quantized otherwise than in
+        MXFP4.
+    """
+    fields, tensors = _open_gguf(path) if path.is_file() else _open_folder(path)
+    return find_family(fields).from_fields(fields), tensors
+
+
+def _open_gguf(file: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
+    from models.checkpoints.gguf import GGUF  # needs the extra `hf`
+
+    tensors = GGUF(file)
+    return tensors.fields, tensors
+
+
+def _open_folder(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
     fields = read_fields(path)
     method = (fields.get("quantization_config") or {}).get("quant_method")
     if fields.get("quantization_config") and method != "mxfp4":

@@ -10,8 +10,7 @@ import dataclasses
 import json
 from typing import Any
 
-from models.checkpoints import fields as of
-from models.checkpoints import names
+from models.checkpoints import config_json, names
 from models.config import DecoderConfig
 
 GPT2_NANO = DecoderConfig(
@@ -78,19 +77,22 @@ NAMES = names.GPT2
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a checkpoint's config.json."""
-    d_model, heads = int(of.need(fields, "n_embd")), int(of.need(fields, "n_head"))
+    d_model, heads = (
+        int(config_json.need(fields, "n_embd")),
+        int(config_json.need(fields, "n_head")),
+    )
     return DecoderConfig(
-        vocab=int(of.need(fields, "vocab_size")),
+        vocab=int(config_json.need(fields, "vocab_size")),
         d_model=d_model,
         d_ff=int(fields.get("n_inner") or 4 * d_model),
-        layers=int(of.need(fields, "n_layer")),
+        layers=int(config_json.need(fields, "n_layer")),
         heads=heads,
         kv_heads=heads,
-        context=int(of.need(fields, "n_positions", "n_ctx")),
+        context=int(config_json.need(fields, "n_positions", "n_ctx")),
         norm="layer",
         norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
         positions="learned",
-        activation=of.activation(
+        activation=config_json.activation(
             fields, "activation_function", ("gelu", "gelu_tanh", "relu"), "gelu_new"
         ),
         biases=("qkv", "out", "mlp", "norm"),

@@ -6,8 +6,7 @@ OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
 import dataclasses
 from typing import Any
 
-from models.checkpoints import fields as of
-from models.checkpoints import names
+from models.checkpoints import config_json, names
 from models.config import DecoderConfig, ExpertsConfig, RopeScaling
 from models.rope import yarn_attention_factor
 
@@ -52,11 +51,11 @@ NAMES = names.GPT_OSS
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a checkpoint's config.json."""
-    layers = int(of.need(fields, "num_hidden_layers"))
-    stretched = of.rope(fields, 150_000.0)
+    layers = int(config_json.need(fields, "num_hidden_layers"))
+    stretched = config_json.rope(fields, 150_000.0)
     if not fields.get("rope_scaling") and not fields.get("rope_parameters"):
         stretched["rope_scaling"] = _YARN
-    return of.decoder(
+    return config_json.decoder(
         {"head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128} | fields,
         family="gpt_oss",
         activation="clamped_swiglu",
@@ -64,13 +63,13 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
         swiglu_limit=float(fields.get("swiglu_limit", 7.0)),
         biases=("qkv", "out") if fields.get("attention_bias", True) else (),
         sinks=True,
-        windows=of.windows(
+        windows=config_json.windows(
             {"sliding_window": 128} | fields, tuple(i % 2 == 0 for i in range(layers))
         ),
         experts=ExpertsConfig(
-            count=int(of.need(fields, "num_local_experts", "num_experts")),
+            count=int(config_json.need(fields, "num_local_experts", "num_experts")),
             chosen=int(fields.get("num_experts_per_tok") or fields.get("experts_per_token") or 4),
-            d_ff=int(of.need(fields, "intermediate_size")),
+            d_ff=int(config_json.need(fields, "intermediate_size")),
             router="top_softmax",
             biases=True,
             balance=float(fields.get("router_aux_loss_coef", 0.001)),
@@ -82,8 +81,8 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a config."""
     found = (
-        of.decoder_fields(config)
-        | of.window_fields(config)
+        config_json.decoder_fields(config)
+        | config_json.window_fields(config)
         | {
             "attention_bias": "qkv" in config.biases,
             "swiglu_alpha": config.swiglu_alpha,
@@ -92,4 +91,8 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
     )
     if config.experts is None:
         return found
-    return found | of.expert_fields(config.experts) | {"intermediate_size": config.experts.d_ff}
+    return (
+        found
+        | config_json.expert_fields(config.experts)
+        | {"intermediate_size": config.experts.d_ff}
+    )

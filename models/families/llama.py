@@ -8,8 +8,7 @@ of Models", 2024. The sizes below 1b are ours (`nano` and `20m` for bytes,
 import dataclasses
 from typing import Any
 
-from models.checkpoints import fields as of
-from models.checkpoints import names
+from models.checkpoints import config_json, names
 from models.config import DecoderConfig, RopeScaling
 
 _BYTES = 256
@@ -117,17 +116,17 @@ NAMES = names.LLAMA
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a checkpoint's config.json."""
     biased = {"attention_bias": ("qkv", "out"), "mlp_bias": ("mlp",)}
-    return of.decoder(
+    return config_json.decoder(
         fields,
         family="llama",
-        activation=of.activation(fields, "hidden_act", ("swiglu",), "silu"),
+        activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
         biases=tuple(b for flag, some in biased.items() if fields.get(flag) for b in some),
     )
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a config."""
-    return of.decoder_fields(config) | {
+    return config_json.decoder_fields(config) | {
         "attention_bias": "qkv" in config.biases,
         "mlp_bias": "mlp" in config.biases,
     }

@@ -6,8 +6,7 @@ A. Yang et al., "Qwen2 Technical Report", 2024, table 1.
 import dataclasses
 from typing import Any
 
-from models.checkpoints import fields as of
-from models.checkpoints import names
+from models.checkpoints import config_json, names
 from models.config import DecoderConfig
 
 QWEN2_72B = DecoderConfig(
@@ -46,13 +45,13 @@ NAMES = names.LLAMA
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a checkpoint's config.json."""
-    return of.decoder(
+    return config_json.decoder(
         # Its attention has no size of its own for heads.
         {name: value for name, value in fields.items() if name != "head_dim"},
         family="qwen2",
-        activation=of.activation(fields, "hidden_act", ("swiglu",), "silu"),
+        activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
         biases=("qkv",),
-        windows=of.windows(fields, later_layers(fields)),
+        windows=config_json.windows(fields, later_layers(fields)),
     )
 
 
@@ -60,17 +59,19 @@ def later_layers(fields: dict[str, Any]) -> tuple[bool, ...]:
     """Which layers slide where config.json does not name them: those from max_window_layers on."""
     slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
     first = fields.get("max_window_layers", 28)
-    return tuple(slides and i >= first for i in range(of.need(fields, "num_hidden_layers")))
+    return tuple(
+        slides and i >= first for i in range(config_json.need(fields, "num_hidden_layers"))
+    )
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a config."""
-    return of.decoder_fields(config) | sliding_fields(config)
+    return config_json.decoder_fields(config) | sliding_fields(config)
 
 
 def sliding_fields(config: DecoderConfig) -> dict[str, Any]:
     """The window and which layers have it, as Qwen's config.json says it."""
-    found = of.window_fields(config)
+    found = config_json.window_fields(config)
     slides = [kind == "sliding_attention" for kind in found["layer_types"]]
     first = slides.index(True) if any(slides) else config.layers
     return found | {"use_sliding_window": any(slides), "max_window_layers": first}

@@ -6,8 +6,7 @@ A. Yang et al., "Qwen3 Technical Report", 2025, table 1.
 import dataclasses
 from typing import Any
 
-from models.checkpoints import fields as of
-from models.checkpoints import names
+from models.checkpoints import config_json, names
 from models.config import DecoderConfig
 from models.families.qwen2 import later_layers, sliding_fields
 
@@ -42,17 +41,17 @@ NAMES = names.LLAMA
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a checkpoint's config.json."""
-    return of.decoder(
+    return config_json.decoder(
         {"head_dim": 128} | fields,
         family="qwen3",
-        activation=of.activation(fields, "hidden_act", ("swiglu",), "silu"),
+        activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
         biases=("qkv", "out") if fields.get("attention_bias") else (),
         qk_norm=True,
-        windows=of.windows(fields, later_layers(fields)),
+        windows=config_json.windows(fields, later_layers(fields)),
     )
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a config."""
     biased = {"attention_bias": "qkv" in config.biases}
-    return of.decoder_fields(config) | sliding_fields(config) | biased
+    return config_json.decoder_fields(config) | sliding_fields(config) | biased

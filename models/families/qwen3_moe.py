@@ -6,8 +6,7 @@ A. Yang et al., "Qwen3 Technical Report", 2025, table 2.
 import dataclasses
 from typing import Any
 
-from models.checkpoints import fields as of
-from models.checkpoints import names
+from models.checkpoints import config_json, names
 from models.config import DecoderConfig, ExpertsConfig
 
 QWEN3_235B = DecoderConfig(
@@ -43,24 +42,24 @@ NAMES = names.QWEN3_MOE
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a checkpoint's config.json."""
-    layers = int(of.need(fields, "num_hidden_layers"))
+    layers = int(config_json.need(fields, "num_hidden_layers"))
     dense, every = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
     experts = ExpertsConfig(
-        count=int(of.need(fields, "num_experts", "num_local_experts")),
+        count=int(config_json.need(fields, "num_experts", "num_local_experts")),
         chosen=int(fields.get("num_experts_per_tok", 8)),
-        d_ff=int(of.need(fields, "moe_intermediate_size")),
+        d_ff=int(config_json.need(fields, "moe_intermediate_size")),
         normalized=bool(fields.get("norm_topk_prob", False)),
         balance=float(fields.get("router_aux_loss_coef", 0.001)),
     )
     sparse = tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
-    return of.decoder(
+    return config_json.decoder(
         fields,
         family="qwen3_moe",
-        activation=of.activation(fields, "hidden_act", ("swiglu",), "silu"),
+        activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
         biases=("qkv", "out") if fields.get("attention_bias") else (),
         qk_norm=True,
-        windows=of.windows({**fields, "layer_types": None}, (slides,) * layers),
+        windows=config_json.windows({**fields, "layer_types": None}, (slides,) * layers),
         experts=experts if any(sparse) else None,
         sparse_layers=() if all(sparse) else sparse,
     )
@@ -69,7 +68,7 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
     """config.json of a config."""
     window = config.windows[0] if config.windows else None
-    found = of.decoder_fields(config) | {
+    found = config_json.decoder_fields(config) | {
         "attention_bias": "qkv" in config.biases,
         "use_sliding_window": window is not None,
         "sliding_window": window,
@@ -80,7 +79,7 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
         return found
     return (
         found
-        | of.expert_fields(config.experts)
+        | config_json.expert_fields(config.experts)
         | {
             "moe_intermediate_size": config.experts.d_ff,
             "norm_topk_prob": config.experts.normalized,

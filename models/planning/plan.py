@@ -22,7 +22,7 @@ _PASSES = 3  # of training over the I/O: weights forward and backward, gradients
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class DeploymentPlan:
     """What a model takes of wafers; seconds are of a token, of prompts, or of a training step."""
 
     model: str
@@ -39,7 +39,9 @@ class Plan:
     compute_seconds: float  # with the moves from region to region
     streamed_bytes: float  # through the I/O of each wafer
     accelerators: tuple[Chips, ...]
-    layouts: tuple[Plan, ...] = ()  # all that fit, this one too, each without those beside it
+    layouts: tuple[
+        DeploymentPlan, ...
+    ] = ()  # all that fit, this one too, each without those beside it
 
     @property
     def stream_seconds(self) -> float:
@@ -104,7 +106,7 @@ def plan(
     batch: int | None = None,
     side: int | None = None,
     clock_hz: float | None = None,
-) -> Plan:
+) -> DeploymentPlan:
     """The fastest way in which `wafers` run a model, of those that fit.
 
     Args:
@@ -155,7 +157,7 @@ def check(*, wafers: int, context: int, batch: int, most: int) -> None:
             raise ValueError(f"{what}={value} must be {allowed}")
 
 
-def scale_out(of: Plan) -> list[tuple[int, float, float]]:
+def scale_out(of: DeploymentPlan) -> list[tuple[int, float, float]]:
     """Data parallelism: wafers, seconds of the same training step, share of what is ideal."""
     counts = [2**n for n in range(of.wafers.bit_length()) if 2**n <= of.wafers]
     counts += [of.wafers] if of.wafers not in counts else []
@@ -188,7 +190,7 @@ def _priced(config, name, parameters, mode, machine, wafers, context, batch, clo
         compute = each + _moves(config, machine, regions, used, context, batch, mode, clock)
         if mode == "prefill":  # sequences follow one another through the regions
             compute *= 1 + (batch - 1) / used
-    return Plan(
+    return DeploymentPlan(
         model=name,
         parameters=parameters,
         mode=mode,
@@ -220,7 +222,7 @@ def _moves(config, machine, regions, used, context, batch, mode, clock) -> float
     return (steps - across) * inside / clock + across * between
 
 
-def _step_seconds(of: Plan, wafers: int) -> float:
+def _step_seconds(of: DeploymentPlan, wafers: int) -> float:
     rounds = math.ceil(of.batch / wafers / of.regions.count)
     most = math.ceil(of.batch / of.wafers / of.regions.count)
     return max(of.compute_seconds * rounds / most, of.stream_seconds)

@@ -14,15 +14,14 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from models.checkpoints.hub import find
-from models.checkpoints.reading import open_checkpoint
-from models.command import Plan as Asked
+from models.arguments import PlanCommand
+from models.checkpoints.reading import read_config
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.planning.chips import chips_of
 from models.planning.memory import capacity
-from models.planning.plan import Plan, check, plan, scale_out
-from models.presets import PRESETS, find_family
+from models.planning.plan import DeploymentPlan, check, plan, scale_out
+from models.presets import PRESETS
 from wsekern.estimator.command import machine_called
 from wsekern.estimator.pictures import figure, output, page, scaling
 from wsekern.estimator.report import with_unit
@@ -31,7 +30,7 @@ from wsekern.hardware import ACCELERATORS, CLUSTERS, GB, Accelerator, Machine
 Rows = list[tuple[str, ...]]
 
 
-def run(asked: Asked) -> int:
+def run(asked: PlanCommand) -> int:
     """Prints a plan; an exit status."""
     machine, wafers = _machine(asked.machine)
     if asked.html is not None:
@@ -63,7 +62,7 @@ def run(asked: Asked) -> int:
     return 0
 
 
-def tables(p: Plan) -> dict[str, Rows]:
+def tables(p: DeploymentPlan) -> dict[str, Rows]:
     """What there is to say, by the heading; the first row of all but the first is its columns'."""
     found: dict[str, Rows] = {"": _figures(p), "parts": _parts(p), "memory of a PE": _memory(p)}
     if len(p.layouts) > 1:
@@ -76,7 +75,7 @@ def tables(p: Plan) -> dict[str, Rows]:
     return found
 
 
-def as_json(p: Plan) -> dict[str, Any]:
+def as_json(p: DeploymentPlan) -> dict[str, Any]:
     """The figures of a plan, in SI units."""
     fields = {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name != "layouts"}
     names = "seconds stream_seconds tokens wafers_needed fewest_wafers resident sram".split()
@@ -121,7 +120,7 @@ def show(found: dict[str, Rows]) -> None:
         console.print()
 
 
-def page_of(p: Plan) -> str:
+def page_of(p: DeploymentPlan) -> str:
     """A plan as a web page that loads nothing else."""
     found = tables(p)
     energy = p.energy_per_token
@@ -146,7 +145,7 @@ def page_of(p: Plan) -> str:
     return page.document(f"{of}: {p.mode}", told, parts)
 
 
-def _pictures(p: Plan) -> list[tuple[Callable[[], Any], str]]:
+def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
     drawn = []
     if len(p.layouts) > 1:
         line: dict[str, list] = {
@@ -165,7 +164,7 @@ def _pictures(p: Plan) -> list[tuple[Callable[[], Any], str]]:
     return drawn
 
 
-def _layouts(p: Plan) -> Rows:
+def _layouts(p: DeploymentPlan) -> Rows:
     rows: Rows = [("regions", "time", "tokens/s", "wafers that hold it")]
     for q in p.layouts:
         chosen = " (taken)" if q.regions == p.regions else ""
@@ -177,7 +176,7 @@ def _layouts(p: Plan) -> Rows:
     return rows
 
 
-def _figures(p: Plan) -> Rows:
+def _figures(p: DeploymentPlan) -> Rows:
     of = f"{p.machine.system} ({p.machine.name})"
     energy = p.energy_per_token
     what = {
@@ -200,7 +199,7 @@ def _figures(p: Plan) -> Rows:
     return rows
 
 
-def _weights(p: Plan) -> str:
+def _weights(p: DeploymentPlan) -> str:
     if p.mode == "train":
         return f"streamed, {with_unit(p.streamed_bytes, 'B')} a step through each wafer's I/O"
     if p.resident:
@@ -210,14 +209,14 @@ def _weights(p: Plan) -> str:
     return streamed + (f"; {p.fewest_wafers:,} wafers could hold them" if p.fewest_wafers else "")
 
 
-def _bound(p: Plan) -> str:
+def _bound(p: DeploymentPlan) -> str:
     compute, stream = with_unit(p.compute_seconds, "s"), with_unit(p.stream_seconds, "s")
     if p.resident:
         return "nothing is streamed"
     return f"computing {compute}, streaming {stream}, one while the other"
 
 
-def _in_flight(p: Plan) -> str:
+def _in_flight(p: DeploymentPlan) -> str:
     """What the other regions can do while one has the token."""
     assert p.regions_needed is not None
     cache = p.sram["cache"] * p.regions_needed
@@ -227,7 +226,7 @@ def _in_flight(p: Plan) -> str:
     return f"{many} batches at once, one a region, have room: {_rate(rate)} tokens/s in all"
 
 
-def _parts(p: Plan) -> Rows:
+def _parts(p: DeploymentPlan) -> Rows:
     whole = sum(part.count * part.cycles for part in p.parts) or 1.0
     rows: Rows = [("part", "number", "cycles of one", "of the time", "FLOP/s a region")]
     for part in p.parts:
@@ -239,7 +238,7 @@ def _parts(p: Plan) -> Rows:
     return rows
 
 
-def _memory(p: Plan) -> Rows:
+def _memory(p: DeploymentPlan) -> Rows:
     free, used = capacity(p.machine), p.sram
     rows: Rows = [("for", "bytes", "of what there is")]
     rows += [(name, f"{value:,.0f}", f"{value / free:.0%}") for name, value in used.items()]
@@ -247,7 +246,7 @@ def _memory(p: Plan) -> Rows:
     return [*rows, ("all", f"{total:,.0f} of {free:,}", f"{total / free:.0%}")]
 
 
-def _chips(p: Plan) -> Rows:
+def _chips(p: DeploymentPlan) -> Rows:
     rows: Rows = [("chip", "number", "time", "tokens/s", "beside the wafers")]
     for c in p.accelerators:
         rows.append(
@@ -257,11 +256,11 @@ def _chips(p: Plan) -> Rows:
     return rows
 
 
-def _used(p: Plan) -> float:
+def _used(p: DeploymentPlan) -> float:
     return p.regions.count * p.regions.side**2 / p.machine.usable_pes
 
 
-def _of_chips(asked: Asked, config: DecoderConfig, parameters: int, chip: Accelerator) -> int:
+def _of_chips(asked: PlanCommand, config: DecoderConfig, parameters: int, chip: Accelerator) -> int:
     for name in ("side", "clock", "html"):
         if getattr(asked, name) is not None:
             raise ValueError(f"{name} is for wafers, and {chip.name} is none; leave it out")
@@ -306,8 +305,7 @@ def _config(name: str) -> DecoderConfig:
     near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.75)
     if near:
         raise ValueError(f"model {name!r} is no preset; did you mean {near[0]!r}?")
-    fields, _ = open_checkpoint(find(name))
-    return find_family(fields).from_fields(fields)
+    return read_config(name)
 
 
 def _rate(value: float) -> str:

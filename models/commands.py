@@ -18,14 +18,14 @@ from rich.table import Table
 
 import wsekern as wk
 from models import generation
+from models.arguments import ConvertCommand, GenerateCommand, InfoCommand
 from models.checkpoints.hub import find
-from models.checkpoints.reading import load, open_checkpoint, read
+from models.checkpoints.reading import load, open_checkpoint, read, read_config
 from models.checkpoints.saving import save
 from models.checkpoints.slots import bytes_of
-from models.command import Convert, Generate, Info
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.presets import PRESETS, find_family
+from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from wsekern.wafer.launch import parse_grid
 from wsekern.wafer.wafer import Wafer
 
 
-def generate(command: Generate) -> int:
+def generate(command: GenerateCommand) -> int:
     """Streams text to standard output; what else there is to say goes to standard error."""
     path = find(command.model)
     tokenizer = load_tokenizer(path)
@@ -67,14 +67,13 @@ def generate(command: Generate) -> int:
     return 0
 
 
-def info(command: Info) -> int:
+def info(command: InfoCommand) -> int:
     """Prints a table."""
     if command.model in PRESETS:
         config, source = PRESETS[command.model], "preset"
     else:
         path = find(command.model)
-        fields, _ = open_checkpoint(path)
-        config, source = find_family(fields).from_fields(fields), str(path)
+        config, source = read_config(path), str(path)
     shapes = nnx.state(Decoder.shapes(config))
     table = Table(show_header=False, box=None)
     rows = {"model": command.model, "from": source, "parameters": f"{_count(shapes):,}"}
@@ -92,13 +91,12 @@ def info(command: Info) -> int:
     return 0
 
 
-def convert(command: Convert) -> int:
+def convert(command: ConvertCommand) -> int:
     """Writes a folder of safetensors, and the tokenizer's files beside."""
     if command.out.exists() and any(command.out.iterdir()):
         raise ValueError(f"out={command.out} holds something already; name another folder")
     path = find(command.model)
-    fields, tensors = open_checkpoint(path)
-    config = find_family(fields).from_fields(fields)
+    config, tensors = open_checkpoint(path)
     dtype = command.dtype or np.result_type(*set(tensors.dtypes.values()))
     model = read(config, tensors, dtype, None, progress=sys.stderr.isatty())
     save(model, command.out)
@@ -107,7 +105,7 @@ def convert(command: Convert) -> int:
     return 0
 
 
-def _wafer(command: Generate) -> Wafer | None:
+def _wafer(command: GenerateCommand) -> Wafer | None:
     if command.wafer is None:
         return None
     wafers, height, width = parse_grid(command.wafer)
@@ -121,7 +119,7 @@ def _keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "wsekern", "jax")))
 
 
-def _prompt(tokenizer: Tokenizer, command: Generate, text: str) -> list[int]:
+def _prompt(tokenizer: Tokenizer, command: GenerateCommand, text: str) -> list[int]:
     if not command.chat:
         tokens = tokenizer.encode(text)
     else:
@@ -145,7 +143,9 @@ def _check(config: DecoderConfig, lengths: np.ndarray, new: int, how: Sampling) 
         )
 
 
-def _write(command: Generate, tokenizer: Tokenizer, steps: Iterator[Any], count: int) -> None:
+def _write(
+    command: GenerateCommand, tokenizer: Tokenizer, steps: Iterator[Any], count: int
+) -> None:
     """The first text as it comes, the others when all have ended."""
     texts: list[list[int]] = [[] for _ in range(count)]
     begun, first = time.perf_counter(), None

@@ -13,7 +13,7 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
+class GenerateCommand:
     """Continues a prompt, or answers it as a chat; the text goes to standard output as it comes."""
 
     model: str
@@ -55,7 +55,7 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Info:
+class InfoCommand:
     """Says what a checkpoint or a preset is: family, sizes, parameters, bytes; reads no weights."""
 
     model: str
@@ -63,7 +63,7 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Convert:
+class ConvertCommand:
     """Writes a checkpoint (a folder or a GGUF file) as a folder of safetensors."""
 
     model: str
@@ -75,7 +75,7 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlanCommand:
     """Says what a model takes of wafers that nobody has: time, memory, energy; runs nothing.
 
     A layer is laid out as WaferLLM lays it out, and priced by the estimator of `wsekern`.
@@ -104,14 +104,14 @@ class Plan:
 
 
 Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    Annotated[GenerateCommand, tyro.conf.subcommand("generate")]
+    | Annotated[InfoCommand, tyro.conf.subcommand("info")]
+    | Annotated[ConvertCommand, tyro.conf.subcommand("convert")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
 )
 
 
-def parse(argv: Sequence[str] | None = None) -> Generate | Info | Convert | Plan:
+def parse(argv: Sequence[str] | None = None) -> Command:
     """The command of `argv`; ends the process with status 2 where it is not understood."""
     try:
         return tyro.cli(

@@ -1,40 +1,68 @@
-"""The Flax model zoo: decoders built with no mesh at hand, on the kernels of `wsekern`.
+"""Decoder-only language models in Flax, on the kernels of `wsekern`.
 
-    model = models.load("SmolLM2-135M-Instruct")
-    logits = model(tokens)
-    models.save(model, "folder")
+    import models
 
-May import `wsekern` and `sharding`; `training` and `serving` stand above it. Inside the house,
-import the file that you mean: `from models.decoder import Decoder`.
+    model = models.load("SmolLM2-135M-Instruct")  # a folder, a GGUF file, or a hub id
+    logits = model(tokens)  # [B, T] int32 to [B, T, V] float32
+    text = models.generate(model, tokens, max_new_tokens=64)
+    models.save(model, "folder")  # transformers reads it too
+
+A model knows no mesh: inside `with wafer:` it runs on that wafer. `list_presets()` names the sizes
+that come with the library. `find_preset` gives one, to build a `Decoder` with random weights.
+
+Names are loaded when first used, so that `python -m models --help` needs no jax.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from wsekern.moved import put_up_signposts
 
 if TYPE_CHECKING:
     from models.checkpoints.reading import load as load
+    from models.checkpoints.reading import read_config as read_config
     from models.checkpoints.saving import save as save
+    from models.config import DecoderConfig as DecoderConfig
+    from models.config import ExpertsConfig as ExpertsConfig
+    from models.config import RopeScaling as RopeScaling
     from models.decoder import Decoder as Decoder
     from models.generation import generate as generate
+    from models.generation import stream as stream
     from models.presets import find_preset as find_preset
+    from models.presets import list_presets as list_presets
+    from models.sampling import Sampling as Sampling
+    from models.text.reading import load_tokenizer as load_tokenizer
+    from models.text.tokenizer import Tokenizer as Tokenizer
 
-# Public name -> the file that has it: imported when it is asked for, so that `--help` needs no jax.
-_WHERE = {
+# Public name -> the module below `models` that defines it.
+_HOMES = {
     "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "ExpertsConfig": "config",
+    "RopeScaling": "config",
+    "Sampling": "sampling",
+    "Tokenizer": "text.tokenizer",
     "find_preset": "presets",
     "generate": "generation",
+    "list_presets": "presets",
     "load": "checkpoints.reading",
+    "load_tokenizer": "text.reading",
+    "read_config": "checkpoints.reading",
     "save": "checkpoints.saving",
+    "stream": "generation",
 }
+__all__ = sorted(_HOMES)
+
+put_up_signposts()  # `import models.llama` names the module's new place
 
 
-def __getattr__(name: str):
-    if name not in _WHERE:
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
         raise AttributeError(f"module 'models' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"models.{_WHERE[name]}"), name)
+    value = getattr(importlib.import_module(f"models.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_WHERE]
+    return __all__

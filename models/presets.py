@@ -21,11 +21,16 @@ PRESETS: dict[str, DecoderConfig] = {
 }
 
 
+def list_presets() -> list[str]:
+    """The names that `find_preset` knows, family by family, in each from small to large."""
+    return list(PRESETS)
+
+
 def find_preset(name: str) -> DecoderConfig:
-    """The sizes that go by `name`.
+    """The sizes and choices of the model called `name`; `list_presets` has all names.
 
     Raises:
-      ValueError: there is no such preset.
+      ValueError: there is no such preset; suggests the nearest name.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)

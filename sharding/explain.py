@@ -1,4 +1,4 @@
-"""This file is a table of a state: what lies where, in how many bytes, with how much padding."""
+"""Where each array of a state lies, how many bytes it takes a device, and how much is padding."""
 
 import dataclasses
 import math
@@ -16,10 +16,10 @@ from wsekern.wafer.wafer import Wafer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where one array of a state lies."""
+class ArrayPlacement:
+    """Where one array of a state lies; one row of the table."""
 
-    name: str
+    name: str  # its path in the state: "params/blocks/norm/scale"
     shape: tuple[int, ...]  # without padding
     dtype: str
     spec: P
@@ -32,45 +32,55 @@ class Placement:
         return math.prod(self.shape)
 
 
-def explain(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[Placement]:
-    """One row for every array of `state`, laid out on `wafer`.
+def explain_state(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list[ArrayPlacement]:
+    """One placement for every array of `state`, laid out on `wafer`; `placement_table` draws them.
 
     Args:
-      state: a state or its shapes, padded or not.
-      wafer: where it lies; None for one device.
+      state: a state or its shapes (`jax.eval_shape`), padded or not.
+      wafer: where the state lies; None for one device.
       home: "wafer", or "memoryx" for where streamed weights live.
     """
-    rows = []
+    placements = []
     for name, leaf in named_leaves(state).items():
         shape, spec = logical_shape(leaf), layout_of(leaf, home)
-        held = shape if wafer is None else layout.padded_shape(shape, spec, wafer)
-        parts = 1
-        if wafer is not None and wafer.backend == "virtual":
-            parts = math.prod(wafer.devices_along(a) for e in spec for a in axes_of(e))
-        elif wafer is not None:
-            parts = layout.parts(spec, wafer)
+        padded = shape if wafer is None else layout.padded_shape(shape, spec, wafer)
         dtype = jnp.dtype(leaf.dtype)
-        rows.append(
-            Placement(
+        placements.append(
+            ArrayPlacement(
                 name=name,
                 shape=shape,
                 dtype=dtype.name,
                 spec=spec,
-                bytes_per_device=math.prod(held) * dtype.itemsize // parts,
-                padding=math.prod(held) / max(1, math.prod(shape)) - 1,
+                bytes_per_device=math.prod(padded) * dtype.itemsize // _shards(spec, wafer),
+                padding=math.prod(padded) / max(1, math.prod(shape)) - 1,
             )
         )
-    return rows
+    return placements
 
 
-def table(rows: list[Placement]) -> Table:
-    """`rows` for a terminal, with their sum."""
-    drawn = Table("array", "shape", "dtype", "layout", "bytes a device", "padding")
-    for row in rows:
+def placement_table(placements: list[ArrayPlacement]) -> Table:
+    """A table of `placements` for a terminal (`rich.print`), with the sum of their bytes."""
+    table = Table("array", "shape", "dtype", "layout", "bytes a device", "padding")
+    for row in placements:
         shape = " x ".join(map(str, row.shape)) or "scalar"
         spec = ", ".join("-" if entry is None else str(entry) for entry in row.spec) or "whole"
         padding = f"{row.padding:.1%}" if row.padding else ""
-        drawn.add_row(row.name, shape, row.dtype, spec, f"{row.bytes_per_device:,}", padding)
-    drawn.add_section()
-    drawn.add_row("all", "", "", "", f"{sum(row.bytes_per_device for row in rows):,}", "")
-    return drawn
+        table.add_row(row.name, shape, row.dtype, spec, f"{row.bytes_per_device:,}", padding)
+    table.add_section()
+    table.add_row("all", "", "", "", f"{sum(row.bytes_per_device for row in placements):,}", "")
+    return table
+
+
+# The names of release 0.1; to go after release 0.2.
+Placement = ArrayPlacement
+explain = explain_state
+table = placement_table
+
+
+def _shards(spec: P, wafer: Wafer | None) -> int:
+    """How many devices an array is divided over."""
+    if wafer is None:
+        return 1
+    if wafer.backend == "virtual":  # many PEs share a device
+        return math.prod(wafer.devices_along(axis) for entry in spec for axis in axes_of(entry))
+    return layout.parts(spec, wafer)

@@ -1,7 +1,7 @@
-"""This file is the table from the names of an array's dimensions to the axes of the wafer.
+"""From the names of an array's dimensions to the axes of the wafer that they lie along.
 
-Weights are named by position, not by role: every product is `[in, out]`, so that one row serves
-query, gate and head alike. A parameter has two homes, where it computes and where it lives; they
+Weights are named by position, not by role: every product is `[in, out]`, so one row of the table
+serves query, gate and head. A parameter has two homes: where it computes, and where it lives. They
 differ only when weights are streamed.
 """
 
@@ -13,17 +13,17 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 Home = Literal["wafer", "memoryx"]
 
-# name of a dimension -> (where it lies on the wafer, where it lies at home)
+# name of a dimension -> (its axis where the array computes, its axes where the array lives)
 TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
     # activations
     "batch": (WAFERS, None),
     "seq": (ROWS, None),
-    "feature": (COLS, COLS),  # also the 1-D weights that act on features: scales, biases of norms
+    "feature": (COLS, COLS),  # also 1-D weights that act on features: scales and biases of norms
     # weights
     "in": (ROWS, (WAFERS, ROWS)),
-    "out": (COLS, COLS),  # also the biases that are added to a product
-    # A head is ("in", "vocab"), an embedding ("vocab", "in"), the head transposed tile by tile. The
-    # lookup sums over x, where the vocabulary lies, and leaves its result with features along x.
+    "out": (COLS, COLS),  # also biases that are added to a product
+    # A head is ("in", "vocab"). An embedding is ("vocab", "in"), the head transposed tile by tile:
+    # the lookup sums over x, where the vocabulary lies, and leaves its result's features along x.
     "vocab": (COLS, COLS),
     "heads": (COLS, COLS),
     "position": (None, None),
@@ -35,9 +35,12 @@ TABLE: dict[str, tuple[str | None, str | tuple[str, ...] | None]] = {
 def spec_of(axes: tuple[str | None, ...], home: Home = "wafer") -> P:
     """The `PartitionSpec` of an array whose dimensions are called `axes`.
 
+    `spec_of(("layer", "in", "out"))` is `P(None, "y", "x")`.
+
     Args:
-      axes: a name of `TABLE` for each dimension; None for one that is never split.
-      home: "wafer" for where it computes, "memoryx" for where it lives when weights are streamed.
+      axes: for each dimension a name from `TABLE`; None for a dimension that is never split.
+      home: "wafer" for where the array computes, "memoryx" for where it lives when weights are
+        streamed.
 
     Raises:
       ValueError: a name is not in the table, or two dimensions would lie along one axis.

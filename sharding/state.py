@@ -1,11 +1,12 @@
-"""This file is one function that lays out a whole train state, and what goes with it.
+"""Lay out a whole train state, pad it to what the wafer divides, and cut the padding off again.
 
-A state is any pytree whose arrays stand in nnx variables that name their dimensions (`axes`): the
-parameters of a model, and the moments that an optimizer keeps of them. What has no names (a step
-count) is whole on every PE.
+A state is any pytree. Its arrays stand in nnx variables that name their dimensions (`axes`): the
+parameters of a model, and the moments that an optimizer keeps of them. An array without names (a
+step count) is whole on every PE.
 
-JAX holds no uneven array at a jit boundary, so that a state is kept padded: each dimension is
-rounded up to a multiple of the PEs along it, with zeros, and its `logical_shape` is remembered.
+JAX refuses an uneven array at the boundary of a jitted function, so a state is kept padded: each
+dimension is rounded up to a multiple of the PEs along it, filled with zeros, and the variable
+remembers its `logical_shape`, the shape without padding.
 """
 
 from collections.abc import Callable
@@ -22,24 +23,29 @@ from wsekern.wafer.wafer import Wafer
 
 
 def lay_out(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
-    """The sharding of every array in `state`: a tree of its structure, for `out_shardings=`.
+    """The sharding of every array of `state`, as a tree of its structure: for `out_shardings=`.
 
     Args:
       state: the state, or its shapes (`jax.eval_shape`).
-      wafer: where it shall lie; None for one device.
+      wafer: where the state goes; None for one device.
       home: "wafer", or "memoryx" for where streamed weights live.
     """
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def sharding(leaf: Any) -> Any:
-        found = one_device if wafer is None else wafer.sharding(layout_of(leaf, home))
-        return leaf.replace(found) if isinstance(leaf, nnx.Variable) else found
+    def sharding_of(leaf: Any) -> Any:
+        sharding = one_device if wafer is None else wafer.sharding(layout_of(leaf, home))
+        return leaf.replace(sharding) if isinstance(leaf, nnx.Variable) else sharding
 
-    return _map(sharding, state)
+    return _map_leaves(sharding_of, state)
 
 
 def layout_of(leaf: Any, home: Home = "wafer") -> P:
-    """The spec of one leaf of a state: an nnx variable with `axes`, or anything without names."""
+    """The spec of one leaf of a state; `P()`, whole on every PE, if it names no dimensions.
+
+    Args:
+      leaf: an nnx variable, or an array.
+      home: "wafer", or "memoryx" for where streamed weights live.
+    """
     if not isinstance(leaf, nnx.Variable):
         return P()
     axes = leaf.get_metadata().get("axes")
@@ -47,43 +53,53 @@ def layout_of(leaf: Any, home: Home = "wafer") -> P:
 
 
 def initialize(make: Callable[[], Any], wafer: Wafer | None, home: Home = "wafer") -> Any:
-    """`make()`, padded and laid out, with no whole copy of it on any device.
+    """`make()`, padded and laid out; no device ever holds a whole array.
 
     Each device computes its own part, and the values are the same on every wafer.
 
     Args:
-      make: builds a state from nothing; it is traced, never run as it stands.
-      wafer: where it shall lie; None for one device.
-      home: as for `lay_out`.
+      make: builds a state from nothing; it is traced inside `jax.jit`.
+      wafer: where the state goes; None for one device.
+      home: "wafer", or "memoryx" for where streamed weights live.
     """
 
-    def build():
+    def build() -> Any:
         return pad(make(), wafer, home)
 
     return jax.jit(build, out_shardings=lay_out(jax.eval_shape(build), wafer, home))()
 
 
-def pad(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
-    """`state` with every named array padded to what its wafer holds, its logical shape noted."""
+initialise = initialize  # the name in release 0.1; to go after release 0.2
 
-    def grown(leaf: Any) -> Any:
+
+def pad(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
+    """`state` with every named array padded to what `wafer` divides; the logical shape is noted.
+
+    Args:
+      state: padded or not; what is padded already keeps its logical shape.
+      wafer: the wafer to pad for; None pads nothing.
+      home: "wafer", or "memoryx" for where streamed weights live.
+    """
+
+    def pad_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return leaf
         value, shape = leaf.get_value(), logical_shape(leaf)
-        whole = value if wafer is None else layout.pad(value, layout_of(leaf, home), wafer)
-        return leaf.replace(whole, logical_shape=shape)
+        padded = value if wafer is None else layout.pad(value, layout_of(leaf, home), wafer)
+        return leaf.replace(padded, logical_shape=shape)
 
-    return _map(grown, state)
+    return _map_leaves(pad_leaf, state)
 
 
 def logical(state: Any) -> Any:
-    """`state` without its padding, which is what a model computes with.
+    """`state` without its padding: what a model computes with.
 
-    On a wafer with Explicit axes, call it while that is the current one.
+    Differentiable; the gradient of the padding is zero. On a wafer with Explicit axes, call it
+    inside `with wafer:`.
     """
     wafer = context.current()
 
-    def cropped(leaf: Any) -> Any:
+    def crop_leaf(leaf: Any) -> Any:
         shape = logical_shape(leaf)
         if shape == jnp.shape(leaf):
             return leaf
@@ -92,7 +108,7 @@ def logical(state: Any) -> Any:
             return leaf.replace(value[tuple(slice(0, n) for n in shape)])
         return leaf.replace(layout.crop(value, shape, layout_of(leaf), wafer))
 
-    return _map(cropped, state)
+    return _map_leaves(crop_leaf, state)
 
 
 def logical_shape(leaf: Any) -> tuple[int, ...]:
@@ -105,11 +121,11 @@ def logical_shape(leaf: Any) -> tuple[int, ...]:
 def logical_shapes(state: Any) -> Any:
     """`state` with every array replaced by its shape without padding."""
 
-    def shape(leaf: Any) -> Any:
-        found = logical_shape(leaf)
-        return leaf.replace(found) if isinstance(leaf, nnx.Variable) else found
+    def shape_of(leaf: Any) -> Any:
+        shape = logical_shape(leaf)
+        return leaf.replace(shape) if isinstance(leaf, nnx.Variable) else shape
 
-    return _map(shape, state)
+    return _map_leaves(shape_of, state)
 
 
 def named_leaves(state: Any) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def named_leaves(state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def _map(function: Callable[[Any], Any], state: Any) -> Any:
+def _map_leaves(function: Callable[[Any], Any], state: Any) -> Any:
     return jax.tree.map(function, state, is_leaf=_is_variable)
 
 

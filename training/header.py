@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from sharding.explain import explain
+from sharding.explain import explain_state
 from training.data import Corpus
 from training.programs import Plan
 from wsekern.hardware import accelerator
@@ -65,7 +65,9 @@ def mesh_drawing(wafer: Wafer) -> Table:
 
 def _facts(plan, corpus, peak):
     config, wafer = plan.config, plan.wafer
-    params, state = explain(plan.shapes["params"], wafer), explain(plan.shapes, wafer)
+    params, state = (
+        explain_state(shapes, wafer) for shapes in (plan.shapes["params"], plan.shapes)
+    )
     count = sum(row.size for row in params)
     alone = "one device" if wafer.backend == "virtual" else "a device"
     held = sum(row.bytes_per_device for row in state)

@@ -14,7 +14,7 @@ from models.decoder import Decoder
 from models.generation import generate, stream
 from models.presets import find_preset
 from models.sampling import Sampling, choose
-from sharding.explain import explain
+from sharding.explain import explain_state
 
 SMALL = DecoderConfig(
     vocab=11, d_model=16, d_ff=24, layers=2, heads=4, kv_heads=2, context=8, tied=True
@@ -170,7 +170,7 @@ def test_large_models_decode_on_a_wafer_that_is_not_there(name, height, width):
     whole = dataclasses.replace(find_preset(name), stacked=False)
     wafer = wk.Wafer.abstract(wk.WSE3, height, width)
     _, params = shapes_of(whole)
-    held = sum(row.bytes_per_device for row in explain(params, wafer))
+    held = sum(row.bytes_per_device for row in explain_state(params, wafer))
     parts = 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) / (height * width)
     assert parts <= held < 1.01 * parts
 

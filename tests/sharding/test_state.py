@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from sharding.explain import explain, table
+from sharding.explain import explain_state, placement_table
 from sharding.state import initialize, lay_out, logical, logical_shape, named_leaves, pad
 
 
@@ -84,12 +84,12 @@ def test_the_padding_stays_zero_through_a_step(full_wafer):
 
 
 def test_explain_counts_bytes_and_padding():
-    rows = {row.name: row for row in explain(jax.eval_shape(make), wk.Wafer.devices(2, 4))}
+    rows = {row.name: row for row in explain_state(jax.eval_shape(make), wk.Wafer.devices(2, 4))}
     row = rows["params/table"]
     assert (row.shape, row.spec, row.bytes_per_device) == ((7, 5), P("x", "y"), 2 * 3 * 4)
     assert row.padding == pytest.approx(48 / 35 - 1)
     assert rows["step"].bytes_per_device == 4
-    assert table(list(rows.values())).row_count == len(rows) + 1
+    assert placement_table(list(rows.values())).row_count == len(rows) + 1
 
 
 def test_padding_twice_keeps_the_logical_shape():

@@ -81,13 +81,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--one-of-each"):
         return
-    chosen = {}
+    chosen: dict[tuple, pytest.Item] = {}
     for item in items:
         params = getattr(item, "callspec", None)
-        places, kind = [], []
-        for name, value in params.params.items() if params else ():
-            (places if name in _PLACES else kind).append((name, str(value)))
-        virtual = any("virtual" in value for _, value in places)
+        values = {name: str(value) for name, value in params.params.items()} if params else {}
+        kind = [(name, value) for name, value in values.items() if name not in _PLACES]
+        virtual = any("virtual" in values[name] for name in _PLACES & values.keys())
         key = (item.nodeid.partition("[")[0], virtual, *kind)
         # Of the grids, the one whose axes both have several PEs and are told apart by length.
         if key not in chosen or ("2x4" in item.name and "2x4" not in chosen[key].name):

@@ -1,6 +1,8 @@
-"""This file is the house's rules, read from the sources: who may import what, and how long."""
+"""The house's rules, read off the sources: who imports what, how long things are, their names."""
 
 import ast
+import collections
+import functools
 import graphlib
 import pathlib
 import subprocess
@@ -31,6 +33,7 @@ COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "ppermute", "all_gather", "psum_
 COLLECTIVES |= {"all_to_all", "axis_index", "axis_size", "pcast"}
 
 
+@functools.cache
 def sources(*folders):
     """Each source file of the folders by its path from the root, and its syntax tree."""
     files = sorted(f for folder in folders for f in (ROOT / folder).rglob("*.py"))
@@ -183,6 +186,26 @@ def test_files_and_functions_stay_short():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert not {where: length for where, length in functions.items() if length > 90}
+
+
+def test_a_module_says_in_its_first_line_what_it_does():
+    """And not "This file is ...": a line that stands alone in a list of modules."""
+    first = {
+        file: (ast.get_docstring(tree) or "").partition("\n")[0]
+        for file, tree in sources(*HOUSE).items()
+    }
+    untold = [file for file, line in first.items() if not line and not file.startswith("tests")]
+    assert not [file for file in untold if (ROOT / file).read_text().strip()]
+    assert not [f for f, line in first.items() if line.startswith(("This file is", "This package"))]
+
+
+def test_no_class_name_stands_in_three_places():
+    places = collections.defaultdict(list)
+    for file, tree in sources(*FLOORS, *ABOVE).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name.lstrip("_")].append(file)
+    assert not {name: files for name, files in places.items() if len(files) > 2}
 
 
 def test_a_thing_lives_where_its_meaning_is():

@@ -84,6 +84,22 @@ def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax
     return array[tuple(slice(0, length) for length in shape)]
 
 
+def resize(array: jax.Array, axis: int, length: int) -> jax.Array:
+    """`array` with zeros added at the far end of `axis`, or cut there, to have `length` along it.
+
+    For an array whose `axis` is whole where this runs: inside a kernel, on one device, or on Auto
+    axes. An Explicit axis of a mesh cannot grow what it splits; lay the array out whole first.
+    """
+    size = array.shape[axis]
+    if length < size:
+        return jax.lax.slice_in_dim(array, 0, length, axis=axis)
+    if length == size:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - size)
+    return jnp.pad(array, widths)
+
+
 def _along(entry: None | str | tuple[str, ...], wafer: Wafer) -> int:
     return math.prod(wafer.axis_size(axis) for axis in axes_of(entry))
 

@@ -155,12 +155,11 @@ def _seen(lengths, row, T, plan):
 
 
 def _grown(x, axis, length, spec, wafer):
-    widths = [(0, length - n if d == axis else 0) for d, n in enumerate(x.shape)]
     if length == x.shape[axis]:
         return layout.pad(x, spec, wafer)
     # of a whole dimension: Explicit axes would not grow what is split
     x = layout.pad(x, P(*(entry if d != axis else None for d, entry in enumerate(spec))), wafer)
-    return layout.pad(jnp.pad(x, widths), spec, wafer)
+    return layout.pad(layout.resize(x, axis, length), spec, wafer)
 
 
 def _check(q, cache, soft_cap, sinks):

@@ -64,22 +64,22 @@ def padded(
 ) -> tuple[Floats, Segments]:
     """The operands in sizes that divide by the grid and by the blocks of a PE."""
     q, k, v, bias, sinks = floats
-    q = _grown(q, 1, plan.rows)
-    k, v = (_grown(x, 1, plan.columns) for x in (k, v))
+    q = layout.resize(q, 1, plan.rows)
+    k, v = (layout.resize(x, 1, plan.columns) for x in (k, v))
     if plan.repeats > 1:  # of whole heads: Explicit axes would not repeat what is split
         q, k, v = (layout.pad(x, _WHOLE_HEADS, wafer) for x in (q, k, v))
         k, v = (jnp.repeat(x, plan.repeats, axis=2) for x in (k, v))
-    q = _grown(q, 2, plan.q_heads)
-    k, v = (_grown(x, 2, plan.kv_heads) for x in (k, v))
+    q = layout.resize(q, 2, plan.q_heads)
+    k, v = (layout.resize(x, 2, plan.kv_heads) for x in (k, v))
     if bias is not None:
         for axis, length in ((1, plan.q_heads), (2, plan.rows), (3, plan.columns)):
-            bias = bias if bias.shape[axis] == 1 else _grown(bias, axis, length)
+            bias = bias if bias.shape[axis] == 1 else layout.resize(bias, axis, length)
     if sinks is not None:
-        sinks = _grown(sinks, 0, plan.q_heads)
+        sinks = layout.resize(sinks, 0, plan.q_heads)
     grown = Floats(q, k, v, bias, sinks)
     rows = Segments(
         *(
-            None if x is None else _grown(x, 1, length)
+            None if x is None else layout.resize(x, 1, length)
             for x, length in zip(segments, (plan.rows, plan.columns), strict=True)
         )
     )
@@ -212,9 +212,3 @@ def _bias_spec(bias: jax.Array, order: str) -> P:
     if order == "ulysses":
         along = [WAFERS, (COLS, ROWS), None, None]
     return P(*(axis if n > 1 else None for axis, n in zip(along, bias.shape, strict=True)))
-
-
-def _grown(x, axis, length):
-    if x.shape[axis] == length:
-        return x
-    return jnp.pad(x, [(0, length - n if d == axis else 0) for d, n in enumerate(x.shape)])

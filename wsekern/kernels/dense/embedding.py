@@ -86,7 +86,7 @@ def _per_pe(
     else:
         every = fabric.all_gather(mine, ROWS, mine.ndim - 1)
         rows = fabric.all_to_all(_looked_up(every, table), ROWS, mine.ndim - 1, mine.ndim)
-    rows = _resized(rows, -(-D // fabric.axis_size(COLS)) * fabric.axis_size(COLS))
+    rows = layout.resize(rows, -1, -(-D // fabric.axis_size(COLS)) * fabric.axis_size(COLS))
     rows = fabric.reduce_scatter(rows, COLS, mine.ndim)
     known = (tokens >= 0) & (tokens < V)
     return jnp.where(known[..., None], rows, jnp.nan)
@@ -99,7 +99,7 @@ def _gradient_per_pe(
     logical: tuple[int, int],
 ) -> Float[Array, "Vt Dy"]:
     drows = fabric.all_gather(dout, COLS, tokens.ndim)
-    drows = _resized(drows, table.shape[1] * fabric.axis_size(ROWS))
+    drows = layout.resize(drows, -1, table.shape[1] * fabric.axis_size(ROWS))
     if _table_moves(tokens, table):
         dtable = fabric.reduce_scatter(_scattered(tokens, drows, table.shape[0]), ROWS, 1)
     else:
@@ -131,12 +131,6 @@ def _scattered(tokens, drows, length):
 
 def _places(tokens, length):
     return tokens - fabric.axis_index(COLS) * length
-
-
-def _resized(x, length):
-    """`x` with its last dimension cut, or grown by zeros, to `length`."""
-    x = x[..., :length]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
 
 
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.

@@ -199,7 +199,7 @@ def _gradient_per_pe(x, chosen, shares, weights, biases, dout, activation, sizes
     dout = dout.reshape(-1, dout.shape[2])
     work = functools.partial(_gradient, rows, weights, biases, dout, activation, sizes)
     dx, dshares, dweights, dbiases = routing.routed(rows[1], weights[0].shape[0], work)
-    dx = _resized(dx, 1, x.shape[2] * fabric.axis_size(COLS))
+    dx = layout.resize(dx, 1, x.shape[2] * fabric.axis_size(COLS))
     dx = fabric.reduce_scatter(dx, COLS, 1).reshape(x.shape)
     dshares = fabric.all_reduce(dshares, COLS).reshape(shares.shape)
     dbiases = tuple(fabric.all_reduce(b, ROWS) for b in dbiases)
@@ -236,7 +236,7 @@ def _gradient(rows, weights, biases, dout, activation, sizes, route):
 
 def _rows(x, chosen, shares, sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The tokens of this row of PEs, whole, as rows, with their choices and shares."""
-    x = _resized(fabric.all_gather(x, COLS, 2), 2, sizes[0])
+    x = layout.resize(fabric.all_gather(x, COLS, 2), 2, sizes[0])
     return tuple(a.reshape(-1, a.shape[2]) for a in (x, chosen, shares))
 
 
@@ -303,7 +303,7 @@ def _backward(tokens, dy, weights, biases, activation, products, moves, sizes=No
     dy = jnp.where(groups.have()[:, None], dy, 0)
     h, backward = jax.vjp(activation, *products)
     (dh,) = grouped_matmul.product(dy, (down,), groups, transposed=True)
-    dh = moves.scatter(_resized(dh, 1, h.shape[1] * moves.pes(COLS)), COLS, 1)
+    dh = moves.scatter(layout.resize(dh, 1, h.shape[1] * moves.pes(COLS)), COLS, 1)
     dshares = (h * dh).sum(1, dtype=jnp.float32)
     wide = dy * shares
     dgate, dup = backward((dh * shares).astype(h.dtype))
@@ -317,7 +317,7 @@ def _backward(tokens, dy, weights, biases, activation, products, moves, sizes=No
         *grouped_matmul.gradient((hidden,), (wide,), groups),
     )
     dweights = tuple(
-        moves.scatter(_resized(dw, 1, w.shape[1] * moves.pes(ROWS)), ROWS, 1)
+        moves.scatter(layout.resize(dw, 1, w.shape[1] * moves.pes(ROWS)), ROWS, 1)
         for dw, w in zip(dweights, weights, strict=True)
     )
     dbiases: tuple[Any, ...] = ()
@@ -334,23 +334,17 @@ def _backward(tokens, dy, weights, biases, activation, products, moves, sizes=No
 
 def _whole(weights, moves, sizes):
     """The experts' weights with all their inputs, of this column's outputs."""
-    lengths = (None,) * 3 if sizes is None else (sizes[0], sizes[0], sizes[1])
+    if sizes is None:
+        return weights
+    lengths = (sizes[0], sizes[0], sizes[1])
     return tuple(
-        _resized(moves.gather(w, ROWS, 1), 1, length)
+        layout.resize(moves.gather(w, ROWS, 1), 1, length)
         for w, length in zip(weights, lengths, strict=True)
     )
 
 
 def _hidden(h, moves, sizes):
-    return _resized(moves.gather(h, COLS, 1), 1, None if sizes is None else sizes[1])
-
-
-def _resized(x, axis, length):
-    """`x` with a dimension cut, or grown by zeros, to `length`."""
-    if length is None or x.shape[axis] == length:
-        return x
-    x = lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
-    return jnp.pad(x, [(0, length - n if d == axis else 0) for d, n in enumerate(x.shape)])
+    return h if sizes is None else layout.resize(moves.gather(h, COLS, 1), 1, sizes[1])
 
 
 def _as(values, like):

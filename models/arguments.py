@@ -1,4 +1,4 @@
-"""This file is what `python -m models` can be told; without jax, so that `--help` is quick."""
+"""The arguments of `python -m models`; imports no jax, so that `--help` is quick."""
 
 import dataclasses
 import pathlib
@@ -14,36 +14,36 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateCommand:
-    """Continues a prompt, or answers it as a chat; the text goes to standard output as it comes."""
+    """Continue a prompt, or answer it as a chat; standard output gets the text as it is made."""
 
     model: str
     """A folder of safetensors, a GGUF file, or the id of a model on the Hugging Face hub."""
     prompt: tuple[str, ...]
-    """What to continue; several are continued together, and printed one after another."""
+    """The text to continue. Several prompts run as one batch and are printed in order."""
     chat: bool = False
-    """Whether prompts are what a user says, in the checkpoint's chat template."""
+    """Send each prompt as a user's message, in the checkpoint's chat template."""
     system: str | None = None
-    """With --chat: what the model is told first."""
+    """With --chat: the system message that comes first."""
     max_new_tokens: int = 128
-    """How many tokens to add at most."""
+    """The most tokens to add."""
     temperature: float = 0.0
     """0 takes the likeliest token; higher values sample more freely."""
     top_k: int | None = None
-    """Sample among that many likeliest tokens only."""
+    """Sample among the K likeliest tokens only."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that have this much of the probability together."""
+    """Sample among the fewest likeliest tokens whose probabilities sum to P."""
     seed: int = 0
-    """Of the sampling: the same seed gives the same text."""
+    """Random seed for sampling; the same seed gives the same text."""
     logprobs: bool = False
-    """Whether to write each token and its log-probability (nats) to standard error."""
+    """Write each token and its log-probability (nats) to standard error."""
     wafer: str | None = None
-    """Grid of devices, HEIGHTxWIDTH; emulated on a CPU. None: one device."""
+    """Grid of devices, HEIGHTxWIDTH, emulated on a CPU. None: one device."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of parameters and compute. None: the checkpoint's, and float32 on a CPU."""
+    """Dtype of parameters and arithmetic. None: the checkpoint's; float32 on a CPU."""
     platform: Platform | None = None
-    """Kind of device. None: what jax prefers."""
+    """Kind of device. None: whatever JAX prefers."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("prompt: there is none; give one, as --prompt 'Once upon a time'")
         if self.system is not None and not self.chat:
@@ -56,51 +56,51 @@ class GenerateCommand:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InfoCommand:
-    """Says what a checkpoint or a preset is: family, sizes, parameters, bytes; reads no weights."""
+    """Describe a checkpoint or a preset: family, sizes, parameters, bytes. Reads no weights."""
 
     model: str
-    """A folder, a GGUF file, the id of a model, or the name of a preset."""
+    """A folder, a GGUF file, the id of a model on the hub, or the name of a preset."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertCommand:
-    """Writes a checkpoint (a folder or a GGUF file) as a folder of safetensors."""
+    """Write a checkpoint (a folder or a GGUF file) as a folder of safetensors."""
 
     model: str
-    """A folder, a GGUF file, or the id of a model."""
+    """A folder, a GGUF file, or the id of a model on the hub."""
     out: pathlib.Path
-    """The folder to write; it must not hold anything yet."""
+    """The folder to write; it must be empty or new."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the parameters written. None: those of the checkpoint."""
+    """Dtype of the parameters written. None: the checkpoint's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Says what a model takes of wafers that nobody has: time, memory, energy; runs nothing.
+    """Plan a model on wafers that you need not own: time, memory, energy. Runs nothing.
 
-    A layer is laid out as WaferLLM lays it out, and priced by the estimator of `wsekern`.
+    A layer is laid out as in WaferLLM and priced by wsekern's estimator.
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """A preset, a folder, a GGUF file, or the id of a model."""
+    """A preset, a folder, a GGUF file, or the id of a model on the hub."""
     machine: str = "cs-3"
     """A wafer or its system (cs-1, cs-2, cs-3), andromeda (16 CS-2), or a chip such as h100."""
     wafers: int | None = None
-    """How many, or how many chips. None: one; of andromeda all; as many chips as hold the model."""
+    """Number of wafers or chips. None: one wafer; andromeda's 16; or the fewest chips that fit."""
     mode: Literal["decode", "prefill", "train"] = "decode"
-    """A token of each sequence, whole prompts, or a training step."""
+    """What to time: one token of each sequence, whole prompts, or a training step."""
     context: int | None = None
-    """Tokens of a sequence. None: the model's, at most 4096."""
+    """Tokens of a sequence. None: the model's context, at most 4096."""
     batch: int | None = None
-    """Sequences. None: 1; in training, as many as hide the way of the weights."""
+    """Sequences. None: 1; for training, enough to hide the streaming of the weights."""
     side: int | None = None
-    """Regions of the wafer are SIDE x SIDE PEs. None: the best."""
+    """Cut the wafer into regions of SIDE x SIDE PEs. None: the fastest size."""
     clock: float | None = None
-    """GHz. None: the machine's."""
+    """Clock in GHz. None: the machine's."""
     html: pathlib.Path | None = None
-    """Where to write a report as a web page. None: nowhere."""
+    """Write a report to this file as a web page. None: no report."""
     json: bool = False
-    """Whether to print JSON instead of tables."""
+    """Print JSON instead of tables."""
 
 
 Command = (
@@ -112,12 +112,12 @@ Command = (
 
 
 def parse(argv: Sequence[str] | None = None) -> Command:
-    """The command of `argv`; ends the process with status 2 where it is not understood."""
+    """The command that `argv` asks for; a wrong argument ends the process with status 2."""
     try:
         return tyro.cli(
             Command,
             prog="python -m models",
-            description="Runs, describes, converts and plans language models.",
+            description="Run, describe, convert and plan language models.",
             args=argv,
         )
     except ValueError as error:

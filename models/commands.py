@@ -1,4 +1,4 @@
-"""This file is what the commands of `python -m models` do."""
+"""The commands of `python -m models`: generate, info and convert."""
 
 import contextlib
 import dataclasses
@@ -10,21 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 import wsekern as wk
-from models import generation
 from models.arguments import ConvertCommand, GenerateCommand, InfoCommand
 from models.checkpoints.hub import find
 from models.checkpoints.reading import load, open_checkpoint, read, read_config
 from models.checkpoints.saving import save
 from models.checkpoints.slots import bytes_of
-from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.generation import Step, stream
 from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
@@ -34,30 +32,32 @@ from wsekern.wafer.wafer import Wafer
 
 
 def generate(command: GenerateCommand) -> int:
-    """Streams text to standard output; what else there is to say goes to standard error."""
+    """Streams text to standard output; figures go to standard error."""
     path = find(command.model)
     tokenizer = load_tokenizer(path)
     wafer = _wafer(command)
     _keep_programs()
     with wafer or contextlib.nullcontext():
-        begun = time.perf_counter()
+        start = time.perf_counter()
         model = load(path, command.dtype, wafer, stacked=False, progress=sys.stderr.isatty())
         tokenizer.check(model.config.vocab)
         note = (
             f"{_count(nnx.state(model)):,} parameters, {bytes_of(nnx.state(model)) / 1e6:,.0f} MB"
         )
-        _say(f"{path}: {note}, read in {time.perf_counter() - begun:.1f} s")
+        _say(f"{path}: {note}, read in {time.perf_counter() - start:.1f} s")
         prompts = [_prompt(tokenizer, command, text) for text in command.prompt]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        how = Sampling(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
+        sampling = Sampling(
+            temperature=command.temperature, top_k=command.top_k, top_p=command.top_p
+        )
+        sampling.check("generate", model.config.vocab)
         tokens = np.zeros((len(prompts), max(int(lengths.max()), 1)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        _check(model.config, lengths, command.max_new_tokens, how)
-        steps = generation.stream(
+        steps = stream(
             model,
-            jnp.asarray(tokens),
-            how,
+            tokens,
+            sampling,
             command.max_new_tokens,
             key=jax.random.key(command.seed),
             lengths=lengths,
@@ -68,7 +68,7 @@ def generate(command: GenerateCommand) -> int:
 
 
 def info(command: InfoCommand) -> int:
-    """Prints a table."""
+    """Prints a table of the sizes and choices of a model."""
     if command.model in PRESETS:
         config, source = PRESETS[command.model], "preset"
     else:
@@ -92,7 +92,7 @@ def info(command: InfoCommand) -> int:
 
 
 def convert(command: ConvertCommand) -> int:
-    """Writes a folder of safetensors, and the tokenizer's files beside."""
+    """Writes a folder of safetensors and the tokenizer's files."""
     if command.out.exists() and any(command.out.iterdir()):
         raise ValueError(f"out={command.out} holds something already; name another folder")
     path = find(command.model)
@@ -113,7 +113,7 @@ def _wafer(command: GenerateCommand) -> Wafer | None:
 
 
 def _keep_programs() -> None:
-    """Has compiled programs kept from run to run: most of a short run is compiling them."""
+    """Keeps compiled programs from run to run: compiling them is most of a short run."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "wsekern", "jax")))
@@ -123,32 +123,21 @@ def _prompt(tokenizer: Tokenizer, command: GenerateCommand, text: str) -> list[i
     if not command.chat:
         tokens = tokenizer.encode(text)
     else:
-        said = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}]
         if command.system is not None:
-            said = [{"role": "system", "content": command.system}, *said]
-        tokens = tokenizer.chat(said)
+            messages = [{"role": "system", "content": command.system}, *messages]
+        tokens = tokenizer.chat(messages)
     if not tokens:
         raise ValueError(f"prompt={text!r} has no tokens; say something")
     return tokens
 
 
-def _check(config: DecoderConfig, lengths: np.ndarray, new: int, how: Sampling) -> None:
-    how.check("generate", config.vocab)
-    longest = int(lengths.max())
-    if longest + new > config.context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={new} are beyond the model's context "
-            f"of {config.context}; ask for at most {max(config.context - longest, 0)}, or shorten "
-            "the prompt"
-        )
-
-
 def _write(
-    command: GenerateCommand, tokenizer: Tokenizer, steps: Iterator[Any], count: int
+    command: GenerateCommand, tokenizer: Tokenizer, steps: Iterator[Step], count: int
 ) -> None:
-    """The first text as it comes, the others when all have ended."""
+    """Writes the first text as it is made, and the others when all have ended."""
     texts: list[list[int]] = [[] for _ in range(count)]
-    begun, first = time.perf_counter(), None
+    start, first = time.perf_counter(), None
 
     def tokens() -> Iterator[int]:
         nonlocal first
@@ -174,7 +163,7 @@ def _write(
     if first is not None and now > first:
         steps_done = max(map(len, texts)) - 1
         rate = (made - count) / (now - first) if steps_done > 0 else 0.0
-        _say(f"first token after {first - begun:.2f} s, then {rate:.1f} tokens/s; {made} in all")
+        _say(f"first token after {first - start:.2f} s, then {rate:.1f} tokens/s; {made} in all")
 
 
 def _count(state: Any) -> int:

@@ -1,4 +1,4 @@
-"""This file is the decoder-only transformer that every family here configures.
+"""The decoder-only transformer that every family of models configures.
 
 Vaswani et al., "Attention Is All You Need", 2017; pre-norm as in GPT-2 and Llama.
 """
@@ -20,14 +20,15 @@ from models.layers import Block, Norm, Sequence
 from models.stack import scan, stack, unstack
 from sharding.state import named_leaves
 
-_NEVER = -2e30  # attention sees nothing below -1e30; a row of infinities would be NaN
+_MASKED = -2e30  # attention ignores scores below -1e30; a row of infinities would be NaN
 
 
 class Decoder(nnx.Module):
-    """Tokens to logits, in any dtype of parameters and of compute.
+    """A decoder-only transformer: tokens to logits, `model(tokens)`.
 
-    Built with no mesh at hand; run it inside `with wafer:` to run it on one. Layers of one kind are
-    held stacked, and scanned, unless the config says `stacked=False`.
+    It knows no mesh: inside `with wafer:` it runs on that wafer. Layers of one kind are stacked in
+    one array and scanned, unless the config says `stacked=False`. Parameters may be cast to any
+    dtype; activations and products are computed in `dtype`, logits are returned in float32.
     """
 
     def __init__(
@@ -37,19 +38,20 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
-    ):
+    ) -> None:
         """A decoder with random weights in float32.
 
         Args:
-          config: its sizes.
-          rngs: the stream `params`.
-          dtype: what activations and products are computed in.
-          remat: whether the backward pass recomputes each layer from its input.
+          config: sizes and choices; `find_preset` gives those of known models.
+          rngs: random streams; the weights are drawn from `params`.
+          dtype: of activations and products.
+          remat: whether the backward pass recomputes each layer from its input instead of storing
+            its intermediate values.
         """
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
-        # Laid out as an output head transposed, so that a tied head is a tile-by-tile transpose.
+        # Laid out like a transposed head, so that a tied head is its transpose tile by tile.
         self.embedding = _param(config, ("vocab", "in"), (config.vocab, config.d_model), rngs)
         self.positions = (
             _param(config, ("position", "feature"), (config.context, config.d_model), rngs)
@@ -57,7 +59,7 @@ class Decoder(nnx.Module):
             else None
         )
         self.stages: Any = nnx.List(
-            stack(functools.partial(_turn, config, kinds), turns, rngs)
+            stack(functools.partial(_period, config, kinds), turns, rngs)
             for kinds, turns in config.stages
         )
         self.norm = Norm(config)
@@ -71,9 +73,14 @@ class Decoder(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
     ) -> "Decoder":
-        """A decoder with `jax.ShapeDtypeStruct` for every array; arguments as of the class.
+        """A decoder whose arrays are `jax.ShapeDtypeStruct`s; nothing is allocated.
 
-        Nothing is allocated, and layers of one kind are traced once.
+        Layers of one kind are traced once, so that even large models take a second.
+
+        Args:
+          config: sizes and choices.
+          dtype: of activations and products.
+          remat: as for a decoder with weights.
         """
         whole = dataclasses.replace(config, stacked=True)
         model = nnx.eval_shape(lambda: cls(whole, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
@@ -81,7 +88,7 @@ class Decoder(nnx.Module):
             return model
         layers = {}
         for kind in dict.fromkeys(config.kinds):
-            make = functools.partial(_turn, config, (kind,))
+            make = functools.partial(_period, config, (kind,))
             layers[kind] = nnx.eval_shape(lambda m=make: stack(m, 1, nnx.Rngs(0)))
         model.config = config
         model.stages = nnx.List(nnx.clone(layers[kind]) for kind in config.kinds)
@@ -96,51 +103,58 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of the token that follows each of `tokens`, in float32.
 
+        Attention is causal: a token sees itself and tokens before it.
+
         Args:
-          tokens: from 0 to V - 1; others give NaN.
-          positions: of each token, `[T]` or `[B, T]`; by default 0 to T - 1.
-          segment_ids: a token sees only those of its own segment, and none after it.
-          mask: which tokens are there at all, `[B, T]`; or which tokens, along the last axis, each
-            token may see, `[B, T, T]`, of those before it.
+          tokens: from 0 to V - 1; any other gives NaN.
+          positions: the position of each token, `[T]` or `[B, T]`; by default 0 to T - 1.
+          segment_ids: a token sees only tokens of its own segment.
+          mask: `[B, T]`, true for tokens and false for padding; or `[B, T, T]`, where
+            `mask[b, i, j]` is true if token i may see token j.
 
         Raises:
           ValueError: the sequence is longer than the context, or the shapes do not fit.
         """
         tokens = jnp.asarray(tokens)
-        seen = sequence(self.config, tokens, positions, segment_ids, mask)
-        return self.logits(self.hidden(tokens, seen)[0]).astype(jnp.float32)
+        sequence = make_sequence(self.config, tokens, positions, segment_ids, mask)
+        return self.logits(self.hidden(tokens, sequence)[0]).astype(jnp.float32)
 
     def hidden(
-        self, tokens: Int[Array, "B T"], seen: Sequence | None = None
+        self, tokens: Int[Array, "B T"], sequence: Sequence | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """What the final norm gives for each of `tokens`, and the mean load-balance loss."""
-        if seen is None:
-            seen = sequence(self.config, tokens)
+        """Features after the final norm, and the mean load-balance loss of the sparse layers.
 
-        def step(turn, x):
+        Args:
+          tokens: from 0 to V - 1.
+          sequence: positions, segments and mask; by default positions 0 to T - 1 and no mask.
+        """
+        if sequence is None:
+            sequence = make_sequence(self.config, tokens)
+
+        def step(period: _Period, x: Float[Array, "B T D"]) -> tuple[jax.Array, jax.Array]:
             losses = []
-            for block in turn.blocks:
-                x, balance = block(x, seen)
+            for block in period.blocks:
+                x, balance = block(x, sequence)
                 losses.append(balance)
             return x, jnp.stack(losses).sum()
 
-        x, balance = self.embedded(tokens, seen), jnp.zeros((), jnp.float32)
+        x, balance = self.embed(tokens, sequence), jnp.zeros((), jnp.float32)
         for stage in self.stages:
             x, losses = scan(stage, step, x, remat=self.remat)
             balance = balance + losses.sum()
         sparse = sum(kind.sparse for kind in self.config.kinds)
         return self.norm(x), balance / max(sparse, 1)
 
-    def embedded(self, tokens: Int[Array, "B T"], seen: Sequence) -> Float[Array, "B T D"]:
-        """What goes into the first layer."""
+    def embed(self, tokens: Int[Array, "B T"], sequence: Sequence) -> Float[Array, "B T D"]:
+        """The input of the first layer: embeddings, and learned positions if the model has them."""
         x = wk.embedding(tokens, self.embedding[...].astype(self.dtype))
         if self.positions is None:
             return x
-        learned = self.positions[...].astype(self.dtype)[seen.positions]
+        learned = self.positions[...].astype(self.dtype)[sequence.positions]
         return x + (learned if learned.ndim == 3 else learned[None])
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The head: one number for each word of the vocabulary, in the compute dtype."""
+        """The head: one logit for each token of the vocabulary, in the compute dtype."""
         head = self.embedding if self.head is None else self.head
         weight = head[...].T if head.axes[0] == "vocab" else head[...]
         return wk.matmul(hidden, weight.astype(self.dtype))
@@ -148,43 +162,48 @@ class Decoder(nnx.Module):
     def layers(self) -> Iterator[Block]:
         """The layers in order, each with arrays of its own: slices of the stacked ones."""
         for stage in self.stages:
-            for turn in unstack(stage):
-                yield from turn.blocks  # type: ignore[attr-defined]
+            for period in unstack(stage):
+                yield from period.blocks  # type: ignore[attr-defined]
+
+    embedded = embed  # the name in release 0.1; to go after release 0.2
 
 
-def unstacked(model: Decoder) -> Decoder:
-    """`model` with each layer's arrays by themselves: copies of its own, if it is stacked."""
+def unstack_layers(model: Decoder) -> Decoder:
+    """`model` with arrays of its own for each layer; copies them if `model` is stacked."""
     config = dataclasses.replace(model.config, stacked=False)
     if not model.config.stacked:
         return model
     graph, shapes = nnx.split(Decoder.shapes(config, dtype=model.dtype, remat=model.remat))
     leaves = named_leaves(nnx.state(model))
-    numbers = {layer: place for layer, place in enumerate(model.config.places())}
+    places = list(model.config.places())
 
-    def value(path: str) -> jax.Array:
+    # A parameter of layer 5 of a model whose layers alternate between two kinds:
+    #   unstacked  stages/5/blocks/0/attention/query/weight  [1, in, out]
+    #   stacked    stages/0/blocks/1/attention/query/weight  [layers / 2, in, out], turn 2
+    def value_at(path: str) -> jax.Array:
         if not path.startswith("stages/"):
             return leaves[path].get_value()
         _, layer, _, _, inner = path.split("/", 4)
-        stage, position, turn = numbers[int(layer)]
+        stage, position, turn = places[int(layer)]
         return leaves[f"stages/{stage}/blocks/{position}/{inner}"][turn : turn + 1]
 
     paths = iter(named_leaves(shapes))
     state = jax.tree.map(
-        lambda leaf: leaf.replace(value(next(paths))),
+        lambda leaf: leaf.replace(value_at(next(paths))),
         shapes,
         is_leaf=lambda v: isinstance(v, nnx.Variable),
     )
     return nnx.merge(graph, state)
 
 
-def sequence(
+def make_sequence(
     config: DecoderConfig,
     tokens: Int[Array, "B T"],
-    positions: Any = None,
-    segment_ids: Any = None,
-    mask: Any = None,
+    positions: Int[Array, "*B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | Int[Array, "B T"] | Bool[Array, "B T T"] | None = None,
 ) -> Sequence:
-    """What attention has to know of `tokens`; arguments and errors as of a `Decoder`'s call."""
+    """What attention must know about `tokens`; arguments and errors as for calling a `Decoder`."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens is {tokens.dtype}{list(tokens.shape)}, it must be integers [B, T]"
@@ -200,19 +219,19 @@ def sequence(
         "segment_ids": ((B, T),),
         "mask": ((B, T), (B, T, T)),
     }
-    for name, given in (("positions", positions), ("segment_ids", segment_ids), ("mask", mask)):
-        if given is not None and jnp.shape(given) not in shapes[name]:
+    for name, array in (("positions", positions), ("segment_ids", segment_ids), ("mask", mask)):
+        if array is not None and jnp.shape(array) not in shapes[name]:
             fits = " or ".join(map(str, shapes[name]))
             raise ValueError(
-                f"{name} is {jnp.shape(given)} and tokens {tokens.shape}: it must be {fits}"
+                f"{name} is {jnp.shape(array)} and tokens {tokens.shape}: it must be {fits}"
             )
     bias = None
     if mask is not None and jnp.ndim(mask) == 2:
-        # Of a segment of their own, tokens that are not there see something, hence are no NaN.
+        # Padding becomes a segment of its own: it then sees itself, and its softmax is not NaN.
         ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
         segment_ids = jnp.where(jnp.asarray(mask).astype(bool), ids, -1)
     elif mask is not None:
-        bias = jnp.where(jnp.asarray(mask).astype(bool), 0.0, _NEVER)[:, None]
+        bias = jnp.where(jnp.asarray(mask).astype(bool), 0.0, _MASKED)[:, None]
     return Sequence(
         positions=jnp.arange(T) if positions is None else jnp.asarray(positions),
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
@@ -220,15 +239,17 @@ def sequence(
     )
 
 
-class _Turn(nnx.Module):
-    """The layers of a stage that come round together."""
+class _Period(nnx.Module):
+    """One period of a stage: a layer of each of its kinds, in turn."""
 
-    def __init__(self, config: DecoderConfig, kinds: tuple[LayerKind, ...], *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, kinds: tuple[LayerKind, ...], *, rngs: nnx.Rngs
+    ) -> None:
         self.blocks = nnx.List(Block(config, kind, rngs=rngs) for kind in kinds)
 
 
-def _turn(config: DecoderConfig, kinds: tuple[LayerKind, ...], rngs: nnx.Rngs) -> _Turn:
-    return _Turn(config, kinds, rngs=rngs)
+def _period(config: DecoderConfig, kinds: tuple[LayerKind, ...], rngs: nnx.Rngs) -> _Period:
+    return _Period(config, kinds, rngs=rngs)
 
 
 def _head(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -237,5 +258,7 @@ def _head(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
     return _param(config, ("in", "vocab"), (config.d_model, config.vocab), rngs)
 
 
-def _param(config: DecoderConfig, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs):
+def _param(
+    config: DecoderConfig, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs
+) -> nnx.Param:
     return nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape), axes=axes)

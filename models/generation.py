@@ -1,36 +1,40 @@
-"""This file is text from a decoder: prompts read at once, then one token after another.
+"""Text from a decoder: read the prompts at once, then add one token after another.
 
-Keys and values are kept in a cache along y of the wafer, each layer's for itself; layers that see a
-window keep the window alone.
+Each layer keeps a cache of its keys and values along y of the wafer. A layer with a window keeps
+the window alone.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from numpy.typing import ArrayLike
 
 import wsekern as wk
-from models import sampling
-from models.decoder import Decoder, sequence, unstacked
-from models.layers import Sequence
-from models.sampling import Sampling
+from models.decoder import Decoder, make_sequence, unstack_layers
+from models.layers import Attention, Sequence
+from models.sampling import Sampling, choose, sequence_keys
 from wsekern.wafer import context
+from wsekern.wafer.wafer import Wafer
 
 _AHEAD = 8  # steps in flight before the host reads a token
 
 
 class Step(NamedTuple):
-    """What one step gives, for each sequence of the batch."""
+    """One new token for each sequence of the batch."""
 
-    tokens: np.ndarray  # [B] int32
-    logprobs: np.ndarray  # [B] float32: of the token, by the model itself, in nats
-    ended: np.ndarray  # [B] bool: whether it is, or comes after, a token that ends the text
+    tokens: Int[np.ndarray, " B"]
+    logprobs: Float[np.ndarray, " B"]  # of the token under the model itself, in nats
+    ended: Bool[np.ndarray, " B"]  # whether the text has ended, with this token or before it
+
+
+_Outputs = tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]  # a Step on the devices
 
 
 @functools.partial(
@@ -40,10 +44,12 @@ class Step(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationState:
-    caches: list[wk.KVCache]
-    tokens: Int[Array, "B"]  # the newest of each sequence, not yet in the caches
-    lengths: Int[Array, "B"]  # of each sequence, the newest token left out
-    ended: Bool[Array, "B"]
+    """What one step hands to the next."""
+
+    caches: list[wk.KVCache]  # of each layer
+    tokens: Int[Array, " B"]  # the newest of each sequence, not yet in the caches
+    lengths: Int[Array, " B"]  # of each sequence, without the newest token
+    ended: Bool[Array, " B"]
 
 
 def generate(
@@ -54,108 +60,155 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    key: jax.Array | None = None,
-    lengths: Any = None,
+    key: Key[Array, ""] | None = None,
+    lengths: ArrayLike | None = None,
     stop: tuple[int, ...] = (),
 ) -> Int[Array, "B _"]:
     """`tokens` continued by `max_new_tokens` more, `[B, T + max_new_tokens]`.
 
-    Of shorter prompts the continuation stands right behind the prompt, and zeros after it. Once a
-    text is longer than the model's context, its beginning is forgotten; each token then costs a
-    pass over the whole context.
+    The continuation of a prompt shorter than T follows the prompt directly, with zeros after it. A
+    text longer than the model's context loses its beginning; each token then costs a pass over the
+    whole context instead of one step with the cache.
 
     Args:
-      model: a decoder; load it with `stacked=False` to generate often: else its layers are copied
-        apart each time.
+      model: a decoder; one loaded with `stacked=False` saves a copy of its layers at each call.
       tokens: the prompts, at least one token each.
       max_new_tokens: how many to add.
       temperature: 0 takes the likeliest token; higher values sample more freely.
-      top_k: sample among that many likeliest tokens only; None: among all.
-      top_p: sample among the likeliest tokens that have this much of the probability together.
+      top_k: sample among the `top_k` likeliest tokens only; None: among all.
+      top_p: sample among the fewest likeliest tokens whose probabilities sum to `top_p`.
       key: the random key to sample with; needed if `temperature` is above 0. What a sequence gets
-        depends on its place in the batch, and on nothing else of the batch.
-      lengths: tokens of each prompt, `[B]`; what stands after them in `tokens` is ignored.
-      stop: tokens that end a text; it is filled up with zeros.
+        depends on its row in the batch, and not on the other sequences.
+      lengths: tokens of each prompt, `[B]`; `tokens` beyond them are ignored.
+      stop: tokens that end a text; zeros follow them.
 
     Raises:
       ValueError: a prompt is empty or beyond the context, a number is out of range, or sampling has
         no key.
     """
-    how = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    lengths = _check(model, tokens, lengths, max_new_tokens, how, key)
-    key = jax.random.key(0) if key is None else key
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    lengths = _check("generate", model, tokens, lengths, max_new_tokens, sampling, key)
     if int(lengths.max()) + max_new_tokens > model.config.context:
+        if lengths.min() < tokens.shape[1]:
+            raise ValueError(
+                f"generate: {max_new_tokens} more tokens are beyond the context of "
+                f"{model.config.context}: prompts of different lengths cannot slide; ask for fewer"
+            )
         graph, params = nnx.split(model)
-        return _sliding(graph, params, tokens, key, max_new_tokens, how)
+        key = jax.random.key(0) if key is None else key
+        return _sliding(graph, params, jnp.asarray(tokens), key, max_new_tokens, sampling)
     text = np.zeros((tokens.shape[0], tokens.shape[1] + max_new_tokens), np.int32)
     for row, length in enumerate(lengths):
         text[row, :length] = tokens[row, :length]
-    rows, at = np.arange(len(lengths)), lengths.copy()
-    steps = stream(model, tokens, how, max_new_tokens, key=key, lengths=lengths, stop=stop)
+    rows, ends = np.arange(len(lengths)), lengths.copy()
     ended = np.zeros(len(lengths), bool)
+    steps = stream(model, tokens, sampling, max_new_tokens, key=key, lengths=lengths, stop=stop)
     for step in steps:
-        text[rows, at] = np.where(ended, 0, step.tokens)
-        ended, at = step.ended, at + 1
+        text[rows, ends] = np.where(ended, 0, step.tokens)
+        ended, ends = step.ended, ends + 1
     return jnp.asarray(text)
 
 
 def stream(
     model: Decoder,
     tokens: Int[Array | np.ndarray, "B T"],
-    how: Sampling,
+    sampling: Sampling,
     max_new_tokens: int,
     *,
-    key: jax.Array,
-    lengths: np.ndarray,
+    key: Key[Array, ""] | None = None,
+    lengths: ArrayLike | None = None,
     stop: tuple[int, ...] = (),
 ) -> Iterator[Step]:
-    """The continuation of `tokens`, a step at a time; it ends when every text has.
+    """The continuation of `tokens`, one `Step` at a time, until every text has ended.
 
-    Prompts are padded to a length, and the cache to a size, of few: each is compiled once. The
-    arguments are those of `generate`, which checks them.
+    Prompts are padded to one of few lengths, and caches to one of few sizes: each is compiled once.
+    Without `stop`, up to 8 steps are in flight before the first token is read.
+
+    Args:
+      model: a decoder; one loaded with `stacked=False` saves a copy of its layers at each call.
+      tokens: the prompts, at least one token each.
+      sampling: how a token is chosen.
+      max_new_tokens: the most tokens to add.
+      key: the random key to sample with; needed if the temperature is above 0.
+      lengths: tokens of each prompt, `[B]`; `tokens` beyond them are ignored.
+      stop: tokens that end a text.
+
+    Raises:
+      ValueError: a prompt is empty, prompt and new tokens are beyond the context together, a number
+        is out of range, or sampling has no key.
     """
+    lengths = _check("stream", model, tokens, lengths, max_new_tokens, sampling, key)
+    key = jax.random.key(0) if key is None else key
+    return _steps(model, tokens, sampling, max_new_tokens, key, lengths, stop)
+
+
+def _steps(
+    model: Decoder,
+    tokens: Int[Array | np.ndarray, "B T"],
+    sampling: Sampling,
+    max_new_tokens: int,
+    key: Key[Array, ""],
+    lengths: Int[np.ndarray, " B"],
+    stop: tuple[int, ...],
+) -> Iterator[Step]:
     if not max_new_tokens:
         return
-    graph, params = nnx.split(unstacked(model))
-    T = int(lengths.max())
-    context_ = model.config.context
-    padded = np.zeros((len(lengths), min(_bucket(T), context_)), np.int32)
-    padded[:, :T] = np.asarray(tokens)[:, :T]
-    capacity = min(_bucket(max(T + max_new_tokens, padded.shape[1])), context_)
+    graph, params = nnx.split(unstack_layers(model))
+    longest, limit = int(lengths.max()), model.config.context
+    padded = np.zeros((len(lengths), min(_bucket(longest), limit)), np.int32)
+    padded[:, :longest] = np.asarray(tokens)[:, :longest]
+    capacity = min(_bucket(max(longest + max_new_tokens, padded.shape[1])), limit)
     ends = jnp.asarray(stop, jnp.int32)
     wafer = context.resolve(None)
-    state, found = prefill(
-        graph, params, padded, jnp.asarray(lengths, jnp.int32), key, ends, how, capacity, wafer
+    state, outputs = prefill(
+        graph, params, padded, jnp.asarray(lengths, jnp.int32), key, ends, sampling, capacity, wafer
     )
-    ahead = [found]
+    # The devices run ahead of the host, except where `stop` may end the texts early.
+    in_flight = [outputs]
     for _ in range(max_new_tokens - 1):
-        state, found = decode(graph, params, state, key, ends, how, wafer)
-        ahead.append(found)
-        if len(ahead) > _AHEAD or stop:
-            step = _read(ahead.pop(0))
+        state, outputs = decode(graph, params, state, key, ends, sampling, wafer)
+        in_flight.append(outputs)
+        if len(in_flight) > _AHEAD or stop:
+            step = _to_host(in_flight.pop(0))
             yield step
             if step.ended.all():
                 return
-    for found in ahead:
-        step = _read(found)
+    for outputs in in_flight:
+        step = _to_host(outputs)
         yield step
         if step.ended.all():
             return
 
 
-def _read(found) -> Step:
-    return Step(*map(np.asarray, found))
+def _to_host(outputs: _Outputs) -> Step:
+    return Step(*map(np.asarray, outputs))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
-def prefill(graph, params, tokens, lengths, key, ends, how, capacity, wafer):
-    """The state after prompts, and their first token."""
+def prefill(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    key: Key[Array, ""],
+    ends: Int[Array, " E"],
+    sampling: Sampling,
+    capacity: int,
+    wafer: Wafer | None,
+) -> tuple[GenerationState, _Outputs]:
+    """The state after the prompts, and their first token."""
     model = nnx.merge(graph, params)
     config = model.config
-    seen = sequence(config, tokens)
-    x, caches = model.embedded(tokens, seen), []
+    sequence = make_sequence(config, tokens)
+    x = model.embed(tokens, sequence)
+    caches: list[wk.KVCache] = []
 
-    def recall(attention, q, k, v):
+    def attend_and_fill(
+        attention: Attention,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+    ) -> Float[Array, "B T N H"]:
         empty = wk.KVCache.empty(
             batch=tokens.shape[0],
             capacity=capacity,
@@ -167,10 +220,10 @@ def prefill(graph, params, tokens, lengths, key, ends, how, capacity, wafer):
             wafer=wafer,
         )
         caches.append(empty.fill(k, v, lengths))
-        return attention.attended(q, k, v, seen)
+        return attention.attend(q, k, v, sequence)
 
     for block in model.layers():
-        x, _ = block(x, seen, recall)
+        x, _ = block(x, sequence, attend_and_fill)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     state = GenerationState(
         caches=caches,
@@ -178,34 +231,53 @@ def prefill(graph, params, tokens, lengths, key, ends, how, capacity, wafer):
         lengths=lengths,
         ended=jnp.zeros(lengths.shape, jnp.bool_),
     )
-    return _chosen(model, last, state, key, ends, how)
+    return _next_token(model, last, state, key, ends, sampling)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
-def decode(graph, params, state, key, ends, how, wafer):
-    """The state after one more token, and the next."""
-    del wafer  # the caches know it; it is here so that no other wafer's program is taken
+def decode(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    state: GenerationState,
+    key: Key[Array, ""],
+    ends: Int[Array, " E"],
+    sampling: Sampling,
+    wafer: Wafer | None,
+) -> tuple[GenerationState, _Outputs]:
+    """The state after one more token, and the token that follows it."""
+    del wafer  # the caches know it; as an argument it keeps apart the programs of two wafers
     model = nnx.merge(graph, params)
-    seen = Sequence(positions=state.lengths[:, None])
-    x = model.embedded(state.tokens[:, None], seen)
+    sequence = Sequence(positions=state.lengths[:, None])
+    x = model.embed(state.tokens[:, None], sequence)
     caches: list[wk.KVCache] = []
 
-    def recall(attention, q, k, v):
+    def attend_to_cache(
+        attention: Attention,
+        q: Float[Array, "B 1 N H"],
+        k: Float[Array, "B 1 K H"],
+        v: Float[Array, "B 1 K H"],
+    ) -> Float[Array, "B 1 N H"]:
         cache = state.caches[len(caches)].append(k, v)
         caches.append(cache)
         sinks = None if attention.sinks is None else attention.sinks[...].astype(jnp.float32)
         return wk.decode_attention(q, cache, scale=attention.kind.scale, sinks=sinks)
 
     for block in model.layers():
-        x, _ = block(x, seen, recall)
-    grown = dataclasses.replace(state, caches=caches, lengths=state.lengths + 1)
-    return _chosen(model, x, grown, key, ends, how)
+        x, _ = block(x, sequence, attend_to_cache)
+    state = dataclasses.replace(state, caches=caches, lengths=state.lengths + 1)
+    return _next_token(model, x, state, key, ends, sampling)
 
 
-def _chosen(model, x, state, key, ends, how):
+def _next_token(
+    model: Decoder,
+    x: Float[Array, "B 1 D"],
+    state: GenerationState,
+    key: Key[Array, ""],
+    ends: Int[Array, " E"],
+    sampling: Sampling,
+) -> tuple[GenerationState, _Outputs]:
     logits = model.logits(model.norm(x))[:, 0].astype(jnp.float32)
-    keys = sampling.keys(key, state.lengths)
-    tokens = sampling.choose(logits, keys, how)
+    tokens = choose(logits, sequence_keys(key, state.lengths), sampling)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
     ended = state.ended | (tokens[:, None] == ends[None]).any(1)
     state = dataclasses.replace(state, tokens=tokens, ended=ended)
@@ -214,61 +286,82 @@ def _chosen(model, x, state, key, ends, how):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _sliding(graph, params, tokens, key, max_new_tokens, how):
-    """The whole text, each token by a pass over as much of its end as the context holds."""
+def _sliding(
+    graph: nnx.GraphDef[Decoder],
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    key: Key[Array, ""],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Int[Array, "B _"]:
+    """The whole text; each token takes a pass over as much of its end as the context holds."""
     T = tokens.shape[1]
     text = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
     window = nnx.merge(graph, params).config.context
 
-    def extend(length, text):
+    def extend(length: Int[Array, ""], text: Int[Array, "B L"]) -> Int[Array, "B L"]:
         model = nnx.merge(graph, params)
         start = jnp.maximum(0, length - window)
-        # What follows in the window is not seen by position `length - 1`: attention is causal.
+        # The window may reach beyond the text; attention is causal, so position `length - 1` does
+        # not see it.
         x, _ = model.hidden(jax.lax.dynamic_slice_in_dim(text, start, window, axis=1))
         last = jax.lax.dynamic_slice_in_dim(x, length - 1 - start, 1, axis=1)
         logits = model.logits(last)[:, 0].astype(jnp.float32)
-        keys = sampling.keys(key, jnp.full(text.shape[0], length))
-        token = sampling.choose(logits, keys, how)
+        token = choose(logits, sequence_keys(key, jnp.full(text.shape[0], length)), sampling)
         return jax.lax.dynamic_update_slice_in_dim(text, token[:, None], length, axis=1)
 
     return jax.lax.fori_loop(T, T + max_new_tokens, extend, text)
 
 
 def _bucket(size: int) -> int:
-    """The least of few lengths that holds `size`: at most a quarter of it is for nothing."""
+    """`size` rounded up to one of few lengths; beyond 48, at most a quarter of that is padding.
+
+    Multiples of 16 up to 128, of 32 up to 256, of 64 up to 512, and so on.
+    """
     step = 16
     while size > 8 * step:
         step *= 2
     return -(-size // step) * step
 
 
-def _check(model, tokens, lengths, max_new_tokens, how: Sampling, key) -> np.ndarray:
+def _check(
+    name: str,
+    model: Decoder,
+    tokens: Shaped[Array | np.ndarray, "..."],
+    lengths: ArrayLike | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: Key[Array, ""] | None,
+) -> Int[np.ndarray, " B"]:
+    """The length of each prompt; raises ValueError where `generate` and `stream` say so."""
     config = model.config
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(
-            f"generate: tokens is {tokens.shape}, it must be [B, T] with at least one token"
+            f"{name}: tokens is {tokens.shape}, it must be [B, T] with at least one token"
         )
     B, T = tokens.shape
     lengths = np.full(B, T, np.int32) if lengths is None else np.asarray(lengths)
     if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
         raise ValueError(
-            f"generate: lengths={lengths.tolist()} must be from 1 to {T}, one for each of {B}"
+            f"{name}: lengths={lengths.tolist()} must be from 1 to {T}, one for each of {B}"
         )
     if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be 0 or more")
-    if lengths.max() > config.context:
+        raise ValueError(f"{name}: max_new_tokens={max_new_tokens} must be 0 or more")
+    longest = int(lengths.max())
+    if name == "stream" and longest + max_new_tokens > config.context:
         raise ValueError(
-            f"generate: a prompt of {lengths.max()} tokens is beyond the model's context of "
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are beyond the "
+            f"model's context of {config.context}; ask for at most "
+            f"{max(config.context - longest, 0)}, or shorten the prompt"
+        )
+    if longest > config.context:
+        raise ValueError(
+            f"{name}: a prompt of {longest} tokens is beyond the model's context of "
             f"{config.context}; shorten it"
         )
-    if lengths.max() + max_new_tokens > config.context and lengths.min() < T:
+    sampling.check(name, config.vocab)
+    if sampling.temperature > 0 and key is None:
         raise ValueError(
-            f"generate: {max_new_tokens} more tokens are beyond the context of {config.context}: "
-            "prompts of different lengths cannot slide; ask for fewer"
-        )
-    how.check("generate", config.vocab)
-    if how.temperature > 0 and key is None:
-        raise ValueError(
-            f"generate: temperature={how.temperature} samples, pass key=jax.random.key(..)"
+            f"{name}: temperature={sampling.temperature} samples, pass key=jax.random.key(..)"
         )
     return lengths

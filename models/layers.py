@@ -1,13 +1,12 @@
-"""This file is the blocks that decoders are made of: norms, attention, feed-forward.
+"""The layers of a decoder: norms, attention, feed-forward.
 
-Modules hold whole parameters and know no mesh: each names its dimensions in `axes`, which the
-sharding table turns into a layout, and computes with operations that use the wafer in force.
+A module holds whole parameters and knows no mesh. Each parameter names its dimensions in `axes`,
+from which `sharding` makes a layout; the operations of `wsekern` run on the current wafer.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
 from models.rope import frequencies
-from models.sparse import SparseFeedForward, gate_with
+from models.sparse import SparseFeedForward, gated_activation
 
 
 @functools.partial(
@@ -27,7 +26,7 @@ from models.sparse import SparseFeedForward, gate_with
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """What attention has to know of the tokens beside their features."""
+    """What attention must know about the tokens besides their features."""
 
     positions: Int[Array, "*B T"]  # of each token, `[T]` or `[B, T]`
     segment_ids: Int[Array, "B T"] | None = None  # a token sees those of its own segment
@@ -35,42 +34,49 @@ class Sequence:
 
 
 class Linear(nnx.Module):
-    """`x @ weight + bias`; call several that share their input through `together`."""
+    """`x @ weight + bias`; several that share their input go through `apply_linears`."""
 
     def __init__(
-        self, config: DecoderConfig, d_in: int, d_out: int, std: float, bias: bool, *, rngs
-    ):
+        self,
+        config: DecoderConfig,
+        d_in: int,
+        d_out: int,
+        std: float,
+        bias: bool,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         weight = std * jax.random.normal(rngs.params(), (d_in, d_out))
-        turned = config.weights == "out_in"
+        transposed = config.weights == "out_in"
         self.weight = nnx.Param(
-            weight.T if turned else weight, axes=("out", "in") if turned else ("in", "out")
+            weight.T if transposed else weight, axes=("out", "in") if transposed else ("in", "out")
         )
         self.bias = nnx.Param(jnp.zeros(d_out), axes=("out",)) if bias else None
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        (out,) = together(x, self)
+        (out,) = apply_linears(x, self)
         return out
 
 
-def together(x: Float[Array, "B T I"], *linears: Linear) -> tuple[Float[Array, "B T _"], ...]:
-    """What each of `linears` makes of `x`, which moves between PEs only once."""
-    outs = wk.matmul(x, tuple(in_out(linear.weight).astype(x.dtype) for linear in linears))
+def apply_linears(x: Float[Array, "B T I"], *linears: Linear) -> tuple[Float[Array, "B T _"], ...]:
+    """`linear(x)` for each of `linears`; `x` moves between PEs only once."""
+    outs = wk.matmul(x, tuple(in_out_weight(linear.weight).astype(x.dtype) for linear in linears))
     return tuple(
         out if linear.bias is None else out + linear.bias[...].astype(x.dtype)[None, None]
         for out, linear in zip(outs, linears, strict=True)
     )
 
 
-def in_out(weight: nnx.Param) -> Float[Array, "I O"]:
-    """A weight in the order that products take it in, whichever it is kept in."""
-    # Turned tile by tile: nothing moves between PEs, and XLA multiplies by the transpose.
+def in_out_weight(weight: nnx.Param) -> Float[Array, "I O"]:
+    """A weight as `[in, out]`, in whichever order it is stored."""
+    # Transposed tile by tile: nothing moves between PEs, and XLA folds it into the product.
     return weight[...] if "in" == weight.axes[-2] else weight[...].T
 
 
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the features."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig) -> None:
         self.kind = config.norm
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(config.d_model), axes=("feature",))
@@ -85,9 +91,9 @@ class Norm(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-    """RMSNorm of every head by itself, with one scale for all of them: no PE asks another."""
+    """RMSNorm of each head by itself, one scale for all heads; nothing moves between PEs."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig) -> None:
         self.eps = config.norm_eps
         self.scale = nnx.Param(jnp.ones(config.d_head), axes=(None,))
 
@@ -99,9 +105,9 @@ class HeadNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention, grouped queries, rotary positions where the config has them."""
+    """Causal self-attention with grouped queries; rotary positions if the config asks for them."""
 
-    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.kind = kind
         std, bias = config.init_std, "qkv" in config.biases
@@ -110,7 +116,7 @@ class Attention(nnx.Module):
         self.key = linear(config.d_model, config.d_kv, std, bias)
         self.value = linear(config.d_model, config.d_kv, std, bias)
         self.out = linear(
-            config.d_attention, config.d_model, _last(std, config), "out" in config.biases
+            config.d_attention, config.d_model, _residual_std(std, config), "out" in config.biases
         )
         self.query_norm = HeadNorm(config) if config.qk_norm else None
         self.key_norm = HeadNorm(config) if config.qk_norm else None
@@ -119,38 +125,46 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        seen: Sequence,
+        sequence: Sequence,
         recall: Callable[..., Float[Array, "B T N H"]] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attention over the sequence, or over what `recall` keeps of it.
+        """Attention over the sequence, or over a cache.
 
         Args:
-          x: what came in.
-          seen: the sequence.
-          recall: what attends instead, a function of this module, queries, keys and values: to a
-            cache of keys and values, when text is generated.
+          x: the features of the tokens.
+          sequence: their positions, segments and mask.
+          recall: called as `recall(self, q, k, v)` instead of `self.attend`; generation passes a
+            function here that attends to its cache of keys and values.
         """
-        q, k, v = self.projected(x, seen.positions)
+        q, k, v = self.project(x, sequence.positions)
         if recall is None:
-            o = self.attended(q, k, v, seen)
+            o = self.attend(q, k, v, sequence)
         else:
             o = recall(self, q, k, v)
         return self.out(o.reshape(*x.shape[:2], self.config.d_attention))
 
-    def projected(self, x, positions) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and turned."""
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "*B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values; queries and keys normed, and rotated by their positions."""
         config = self.config
-        heads = together(x, self.query, self.key, self.value)
+        heads = apply_linears(x, self.query, self.key, self.value)
         q, k, v = (y.reshape(*x.shape[:2], -1, config.d_head) for y in heads)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if config.positions == "rotary":
-            turns = jnp.asarray(frequencies(config))
-            q, k = (wk.rotary(y, positions, frequencies=turns) for y in (q, k))
+            radians = jnp.asarray(frequencies(config))
+            q, k = (wk.rotary(y, positions, frequencies=radians) for y in (q, k))
         return q, k, v
 
-    def attended(self, q, k, v, seen: Sequence) -> Float[Array, "B T N H"]:
-        """What the queries make of the keys and values of the same tokens."""
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        sequence: Sequence,
+    ) -> Float[Array, "B T N H"]:
+        """Causal attention of the queries to the keys and values of the same tokens."""
         return wk.attention(
             q,
             k,
@@ -159,48 +173,49 @@ class Attention(nnx.Module):
             window=self.kind.window,
             scale=self.kind.scale,
             sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
-            segment_ids=seen.segment_ids,
-            bias=seen.bias,
+            segment_ids=sequence.segment_ids,
+            bias=sequence.bias,
         )
 
 
 class FeedForward(nnx.Module):
     """`down(silu(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         d_model, d_ff, std = config.d_model, config.d_ff, config.init_std
         linear = functools.partial(Linear, config, bias="mlp" in config.biases, rngs=rngs)
         self.gate = linear(d_model, d_ff, std) if config.gated else None
         self.up = linear(d_model, d_ff, std)
-        self.down = linear(d_ff, d_model, _last(std, config))
+        self.down = linear(d_ff, d_model, _residual_std(std, config))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.gate is None:
             return self.down(_ACTIVATIONS[self.config.activation](self.up(x)))
-        return self.down(gate_with(self.config)(*together(x, self.gate, self.up)))
+        return self.down(gated_activation(self.config)(*apply_linears(x, self.gate, self.up)))
 
 
-_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nnx.gelu, approximate=False),
     "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
     "relu": nnx.relu,
 }
 
 
-def _last(std: float, config: DecoderConfig) -> float:
-    # The residual stream adds up 2 x layers such products: GPT-2's scaling keeps its variance.
+def _residual_std(std: float, config: DecoderConfig) -> float:
+    # The residual stream is the sum of 2 * layers products; this is GPT-2's scaling, which keeps
+    # the variance of the sum independent of depth.
     return std / (2 * config.layers) ** 0.5
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: attention and feed-forward, each added to what came in."""
+    """One pre-norm layer: attention, then feed-forward, each added to its input."""
 
-    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs) -> None:
         self.attention_norm = Norm(config)
         self.attention = Attention(config, kind, rngs=rngs)
         self.feed_forward_norm = Norm(config)
-        std = _last(config.init_std, config)
+        std = _residual_std(config.init_std, config)
         self.feed_forward = (
             SparseFeedForward(config, std, rngs=rngs)
             if kind.sparse
@@ -210,11 +225,11 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        seen: Sequence,
+        sequence: Sequence,
         recall: Callable[..., Float[Array, "B T N H"]] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """What comes out, and the layer's load-balance loss (0 without experts)."""
-        x = x + self.attention(self.attention_norm(x), seen, recall)
+        """The new features, and the layer's load-balance loss (0 without experts)."""
+        x = x + self.attention(self.attention_norm(x), sequence, recall)
         h = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, SparseFeedForward):
             h, balance = self.feed_forward(h)

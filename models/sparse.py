@@ -1,8 +1,8 @@
-"""This file is the sparse feed-forward: a router that chooses a few experts for each token.
+"""The sparse feed-forward layer: a router chooses a few experts for each token.
 
 N. Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts
-Layer", 2017; W. Fedus, B. Zoph and N. Shazeer, "Switch Transformers", 2021, for the loss that keeps
-experts evenly used.
+Layer", 2017; W. Fedus, B. Zoph and N. Shazeer, "Switch Transformers", 2021 (the loss that keeps the
+use of experts even).
 """
 
 import functools
@@ -18,9 +18,9 @@ from models.config import DecoderConfig, ExpertsConfig
 
 
 class SparseFeedForward(nnx.Module):
-    """The sum of what the chosen experts make of a token, each weighed by the router."""
+    """The outputs of a token's chosen experts, summed with the router's weights."""
 
-    def __init__(self, config: DecoderConfig, std_last: float, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, std_last: float, *, rngs: nnx.Rngs) -> None:
         experts = config.experts
         if experts is None:
             raise ValueError("a sparse layer needs experts=ExpertsConfig(..)")
@@ -33,7 +33,7 @@ class SparseFeedForward(nnx.Module):
         def bias(d_out: int) -> nnx.Param | None:
             return nnx.Param(jnp.zeros((count, d_out)), axes=_BIAS) if experts.biases else None
 
-        # Every PE of a column routes with the whole of it: it is small, and so is what it gives.
+        # Split along the features alone: it is small, and so are the scores, which every PE needs.
         self.router = weight(std, d_model, count, axes=("feature", None))
         self.router_bias = nnx.Param(jnp.zeros(count), axes=(None,)) if experts.biases else None
         self.gate = weight(std, count, d_model, d_ff, axes=_WEIGHT)
@@ -42,13 +42,13 @@ class SparseFeedForward(nnx.Module):
         self.gate_bias, self.up_bias, self.down_bias = bias(d_ff), bias(d_ff), bias(d_model)
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """What comes out, and the load-balance loss, not yet weighed."""
+        """The new features, and the load-balance loss before `experts.balance` scales it."""
         scores = jnp.einsum(
             "btd,de->bte", x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32
         )
         if self.router_bias is not None:
             scores = scores + self.router_bias[...][None, None]
-        chosen, shares = routed(scores, self.experts)
+        chosen, shares = choose_experts(scores, self.experts)
         weights = (self.gate, self.up, self.down)
         biases = tuple(
             bias[...].astype(x.dtype)
@@ -61,7 +61,7 @@ class SparseFeedForward(nnx.Module):
             shares.astype(x.dtype),
             tuple(weight[...].astype(x.dtype) for weight in weights),
             biases or None,
-            activation=gate_with(self.config),
+            activation=gated_activation(self.config),
         )
         return out, wk.load_balance_loss(jax.nn.softmax(scores), chosen)
 
@@ -70,10 +70,10 @@ _WEIGHT = ("expert", "in", "out")
 _BIAS = ("expert", "out")
 
 
-def routed(
+def choose_experts(
     scores: Float[Array, "B T E"], experts: ExpertsConfig
 ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
-    """Which experts each token goes to, and the share of each in the result."""
+    """The experts of each token, and the weight of each in the sum."""
     if experts.router == "top_softmax":
         top, chosen = jax.lax.top_k(scores, experts.chosen)
         return chosen, jax.nn.softmax(top)
@@ -83,8 +83,8 @@ def routed(
     return chosen, shares
 
 
-def gate_with(config: DecoderConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """What a gated feed-forward makes of its two products, gate and up."""
+def gated_activation(config: DecoderConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The function of a gated feed-forward's two products, gate and up."""
     if config.activation == "clamped_swiglu":
         return functools.partial(
             _clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit

@@ -1,4 +1,4 @@
-"""This file is many equal layers held as one, with a leading layer dimension, and scanned.
+"""Stack equal layers into one, with a leading layer dimension, and scan over it.
 
 Compile time and program size are then those of one layer, whatever the depth.
 """
@@ -14,43 +14,44 @@ def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.R
     """`layers` layers as one module, whose parameters have a leading dimension named "layer".
 
     Args:
-      make_layer: makes one layer from its own random streams.
-      layers: how many.
-      rngs: the streams that each layer's are drawn from.
+      make_layer: makes one layer from random streams of its own.
+      layers: how many layers to make.
+      rngs: the streams that seed each layer's.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_layer(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), layers)
     state = jax.vmap(lambda key: nnx.state(make_layer(nnx.Rngs(key))))(keys)
 
-    def named(variable: nnx.Variable) -> nnx.Variable:
-        # nnx.vmap would leave the names of one layer on the stacked array.
+    def with_layer_axis(variable: nnx.Variable) -> nnx.Variable:
+        # By hand: nnx.vmap would leave two names on the three dimensions of the stacked array.
         return variable.replace(variable[...], axes=("layer", *variable.axes))
 
-    state = jax.tree.map(named, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    state = jax.tree.map(with_layer_axis, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.merge(graph, state)
 
 
 def scan(
     stacked: nnx.Module, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, *, remat: bool
 ) -> tuple[Any, Any]:
-    """`carry` taken through the layers of `stacked` in turn: `carry, out = step(layer, carry)`.
+    """Run `carry, out = step(layer, carry)` for each layer of `stacked` in turn.
 
     Args:
-      stacked: what `stack` made.
-      step: of one layer and what is carried: what is carried on, and what the layer gives.
-      carry: what goes into the first layer.
-      remat: whether the backward pass recomputes a layer from its input instead of keeping what
-        it computed, which costs one more forward pass.
+      stacked: a module that `stack` made.
+      step: a function of one layer and the carry; returns the new carry and the layer's output.
+      carry: the input of the first layer.
+      remat: whether the backward pass recomputes a layer from its input instead of storing its
+        intermediate values; this costs one more forward pass.
 
     Returns:
-      What comes out of the last layer, and what the layers gave, stacked.
+      The carry after the last layer, and the outputs of all layers, stacked.
     """
     graph, state = nnx.split(stacked)
 
-    def layer(carry, state):
+    def layer(carry: Any, state: nnx.State) -> tuple[Any, Any]:
         return step(nnx.merge(graph, state), carry)
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    # A scan of one trip would still cost a loop.
     if jax.tree.leaves(state)[0].shape[0] == 1:
         carry, out = layer(carry, jax.tree.map(lambda a: a[0], state))
         return carry, jax.tree.map(lambda a: a[None], out)
@@ -58,14 +59,14 @@ def scan(
 
 
 def unstack(stacked: nnx.Module) -> list[nnx.Module]:
-    """The layers of `stacked`, each with arrays of its own."""
+    """The layers of `stacked` as modules, each with arrays of its own (slices)."""
     graph, state = nnx.split(stacked)
     count = jax.tree.leaves(state)[0].shape[0]
 
-    def layer(i):
-        def one(variable):
+    def slice_of(i: int) -> nnx.State:
+        def layer_of(variable: nnx.Variable) -> nnx.Variable:
             return variable.replace(variable[...][i], axes=variable.axes[1:])
 
-        return jax.tree.map(one, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        return jax.tree.map(layer_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
-    return [nnx.merge(graph, layer(i)) for i in range(count)]
+    return [nnx.merge(graph, slice_of(i)) for i in range(count)]

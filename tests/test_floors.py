@@ -162,7 +162,7 @@ def users_of(names, tree, of_lax):
 
 @pytest.mark.parametrize(
     ("home", "names"),
-    [("wsekern/fabric/", COLLECTIVES), ("wsekern/wafer/program.py", {"shard_map"})],
+    [("wsekern/fabric/", COLLECTIVES), ("wsekern/wafer/on_devices.py", {"shard_map"})],
     ids=["collectives", "shard_map"],
 )
 def test_only_one_file_talks_between_pes_or_runs_kernels_on_them(home, names):

@@ -39,6 +39,7 @@ MOVED = {
     **_moves("wsekern.placement", "wsekern.wafer.placement", _PLACEMENT),
     "wsekern.placement.spread": "wsekern.wafer.virtual",
     **_moves("wsekern.fabric", "wsekern.fabric.reductions", _FABRIC),
+    "wsekern.fabric.axis": "wsekern.fabric.jax_collectives",
     "wsekern.fabric.blocks": "wsekern.fabric.across_devices",
     "wsekern.fabric.multicast": "wsekern.fabric.flood",
     **_moves("wsekern.kernels", "wsekern.kernels.matmul", _MATMUL),

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from wsekern.fabric import axis
+from wsekern.fabric import jax_collectives
 
 Pairs = tuple[tuple[int, int], ...]
 _STRETCHES = 8  # up to which a new block is put together from slices, not place by place
@@ -64,7 +64,7 @@ def permuted(tile: jax.Array, name: str, pairs: Pairs, fill: float) -> jax.Array
 
 
 def _moved(block: jax.Array, name: str, pairs: Pairs, fill: float) -> jax.Array:
-    spread = axis.devices_along(name)
+    spread = jax_collectives.spread_axis(name)
     assert spread is not None
     plan = plan_of(lax.axis_size(spread), len(block), pairs)
     if plan.stretches is None:
@@ -157,7 +157,7 @@ def permuted_by_tiles(tile: jax.Array, name: str, pairs: Pairs, fill: float) -> 
     Raises:
       NotImplementedError: the move is no shift.
     """
-    spread = axis.devices_along(name)
+    spread = jax_collectives.spread_axis(name)
     assert spread is not None
     block = lax.axis_size(name)
     plan = plan_of(lax.axis_size(spread), block, pairs)

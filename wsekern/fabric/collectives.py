@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric import axis, flood
-from wsekern.fabric.axis import virtual
+from wsekern.fabric import flood, jax_collectives
+from wsekern.fabric.jax_collectives import is_virtual
 from wsekern.fabric.exchange import check_root
 from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 from wsekern.fabric.reductions import chain, choice, line, ring
@@ -111,7 +111,7 @@ def _reduced(tile, names, root, op, algorithm):
     tile = varying(tile, names)
     if op not in ("sum", "mean"):
         return _by_algorithm(_refusing(tile, op), names, root, op, algorithm)
-    if not virtual():
+    if not is_virtual():
         return _differentiable(tile, names, root, op, algorithm)
     # Under vmap what a rule of differentiation calls knows no axis any more once it is jitted.
     # Of XLA's sum only the derivative is used, so that its value is never computed.
@@ -161,12 +161,12 @@ _refusing.defvjp(lambda tile, op: (tile, None), _refuse)
 
 def _by_xla(tile: jax.Array, names: Sequence[str], root: int | None, op: Op) -> jax.Array:
     move = {"sum": lax.psum, "max": lax.pmax, "min": lax.pmin, "mean": lax.pmean}[op]
-    tile = axis.reduced(move, tile, names) if names else tile
+    tile = jax_collectives.reduce_over(move, tile, names) if names else tile
     return tile if root is None else _on_root(tile, names, root)
 
 
 def _by_algorithm(tile, names, root, op, algorithm):
-    if virtual():
+    if is_virtual():
         return _run(tile, names, root, op, algorithm)
     return _named(tuple(names), root, op, algorithm)(tile)
 

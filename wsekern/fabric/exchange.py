@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wsekern.fabric import axis as lines
-from wsekern.fabric.axis import virtual
+from wsekern.fabric import jax_collectives
+from wsekern.fabric.jax_collectives import is_virtual
 from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 
 
@@ -25,7 +25,7 @@ def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False)
       replicated: whether JAX shall know that every PE now holds the same, so that it may leave the
         kernel through a spec that does not name `along`.
     """
-    kind = "invarying" if replicated and not virtual() else "varying"
+    kind = "invarying" if replicated and not is_virtual() else "varying"
     for name in reversed(names_of(along)):  # the innermost neighbors are joined first
         x = jax.tree.map(lambda t, n=name: _gather(t, n, axis, kind), x)
     return x
@@ -41,7 +41,9 @@ def reduce_scatter(x: Any, along: Along, axis: int = 0) -> Any:
     """
     _check_parts("reduce_scatter", x, along, axis)
     for name in names_of(along):
-        x = jax.tree.map(lambda t, n=name: lines.scattered(varying(t, along), n, axis % t.ndim), x)
+        x = jax.tree.map(
+            lambda t, n=name: jax_collectives.reduce_scatter(varying(t, along), n, axis % t.ndim), x
+        )
     return x
 
 
@@ -61,7 +63,7 @@ def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
     for name in names_of(along):
         # Of an operand that is the same on all PEs, vmap's all_to_all has the wrong shape.
         x = jax.tree.map(
-            lambda t, n=name: lines.exchanged(
+            lambda t, n=name: jax_collectives.all_to_all(
                 varying(t, along), n, split % t.ndim, concat % t.ndim
             ),
             x,
@@ -109,8 +111,8 @@ def check_root(what: str, along: Along, root: int) -> None:
 
 
 def _gather(tile: jax.Array, name: str, axis: int, kind: str) -> jax.Array:
-    tile = varying(tile, name) if virtual() else tile
-    return lines.gathered(tile, name, axis % tile.ndim, kind)
+    tile = varying(tile, name) if is_virtual() else tile
+    return jax_collectives.all_gather(tile, name, axis % tile.ndim, kind)
 
 
 def _check_parts(what: str, x: Any, along: Along, axis: int) -> None:

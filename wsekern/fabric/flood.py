@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric import axis, moves
+from wsekern.fabric import jax_collectives, moves
 from wsekern.fabric.reductions.cost import Cost
 
 
@@ -44,7 +44,7 @@ def from_root(x: Any, along: moves.Along, root: int) -> Any:
 
 
 def _sum(tile: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    return axis.reduced(lax.psum, tile, names)
+    return jax_collectives.reduce_over(lax.psum, tile, names)
 
 
 # The name stays in the trace, where it tells this sum, which is a multicast, from a reduction.

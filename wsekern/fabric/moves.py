@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.fabric import across_devices, axis
-from wsekern.fabric.axis import virtual
+from wsekern.fabric import across_devices, jax_collectives
+from wsekern.fabric.jax_collectives import is_virtual
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
-from wsekern.wafer.context import differentiated, inside
+from wsekern.wafer.context import inside, is_differentiating
 
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
@@ -34,14 +34,14 @@ class Resolved(str):
 
 def axis_size(along: Along) -> int:
     """How many PEs stand along `along` (a tuple: their product)."""
-    return math.prod(axis.size(name) for name in names_of(along))
+    return math.prod(jax_collectives.size(name) for name in names_of(along))
 
 
 def axis_index(along: Along) -> jax.Array:
     """This PE's place along `along`, int32 (a tuple: row-major, the first axis outermost)."""
     index = jnp.int32(0)
     for name in names_of(along):
-        index = index * axis.size(name) + axis.index(name)
+        index = index * jax_collectives.size(name) + jax_collectives.index(name)
     return index
 
 
@@ -103,7 +103,7 @@ def skew(
         return shift(x, along, plus, ring=ring)
     if not names_of(along):
         return x
-    if virtual() or size * others > _LISTED:
+    if is_virtual() or size * others > _LISTED:
         amount = (times * ring_index(by, ring) + plus) % size
         for bit in range((size - 1).bit_length()):
             moved = shift(x, along, 2**bit, ring=ring)
@@ -159,7 +159,7 @@ def transpose(x: Any, rows: str = ROWS, cols: str = COLS) -> Any:
         )
     if size == 1:
         return x
-    if not virtual() and size * size <= _LISTED:
+    if not is_virtual() and size * size <= _LISTED:
         return _permuted_at_once(x, rows, cols, lambda y, x: (x, y))
     # (y, x) -> (y, x + y) -> (-x, x + y) -> (-x, y) -> (x, y), modulo the side of the grid.
     x = skew(x, cols, rows)
@@ -181,7 +181,7 @@ def varying(x: Any, along: Along | None = None) -> Any:
 
 def _vary(tile: jax.Array, names: tuple[str, ...]) -> jax.Array:
     for name in names:
-        if virtual():
+        if is_virtual():
             # No cast exists under vmap; a select by this PE's place makes the tile batched.
             tile = jnp.where(lax.axis_index(name) >= 0, tile, jnp.zeros_like(tile))
             continue
@@ -234,13 +234,13 @@ def _permuted(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> 
         stays = (0, 0) in pairs
         return x if stays else jax.tree.map(lambda t: jnp.full_like(t, fill), x)
     (name,) = names
-    if axis.devices_along(name):
-        move = across_devices.permuted_by_tiles if differentiated() else across_devices.permuted
+    if jax_collectives.spread_axis(name):
+        move = across_devices.permuted_by_tiles if is_differentiating() else across_devices.permuted
         return jax.tree.map(lambda t: move(t, name, tuple(pairs), fill), x)
     size = lax.axis_size(name)
     receives = sorted(destination for _, destination in pairs)
     # A permutation under vmap must be complete: the rest is paired off, then masked.
-    if virtual() and len(pairs) < size:
+    if is_virtual() and len(pairs) < size:
         senders, hearers = {source for source, _ in pairs}, set(receives)
         idle = [i for i in range(size) if i not in senders]
         deaf = [i for i in range(size) if i not in hearers]
@@ -260,7 +260,7 @@ def _all_axes() -> tuple[str, ...]:
     wafer = inside()
     if wafer is not None:
         return wafer.axes
-    return axis.bound()
+    return jax_collectives.device_axes()
 
 
 def names_of(along: Along) -> tuple[Resolved, ...]:
@@ -268,7 +268,11 @@ def names_of(along: Along) -> tuple[Resolved, ...]:
     axes = (along,) if isinstance(along, str) else along
     wafer = inside()
     if wafer is None:
-        here = tuple(a for a in axes if a != WAFERS or isinstance(a, Resolved) or a in axis.bound())
+        here = tuple(
+            a
+            for a in axes
+            if a != WAFERS or isinstance(a, Resolved) or a in jax_collectives.device_axes()
+        )
     else:
         here = tuple(a if isinstance(a, Resolved) else _own(wafer, a) or "" for a in axes)
     return tuple(Resolved(name) for name in here if name)

@@ -57,7 +57,7 @@ def within(wafer: Wafer) -> contextlib.AbstractContextManager:
     return _context(_Inside(wafer))
 
 
-def differentiated() -> bool:
+def is_differentiating() -> bool:
     """Whether what is traced is differentiated inside the kernel, per PE."""
     return bool(_differentiated.value)
 

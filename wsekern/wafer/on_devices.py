@@ -18,28 +18,39 @@ if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
 
-def sharded(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
-    def per_pe(*tiles):
+def map_on_devices(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
+    """`kernel` of one PE's tiles as a function of whole arrays, each PE on a device of its own.
+
+    Args:
+      check: whether JAX checks that what a spec calls replicated is the same on every PE.
+    """
+
+    def per_pe(*tiles: Any) -> Any:
         with context.within(wafer):
             return kernel(*tiles)
 
-    def whole(*operands):
-        named = functools.partial(jax.tree.map, wafer.mesh_spec)
+    def whole(*operands: Any) -> Any:
         if explicit(wafer):
-            flat, tree = jax.tree.flatten(operands)
+            leaves, tree = jax.tree.flatten(operands)
             wanted = broadcast_specs(specs.in_specs, operands, "in_specs")
-            laid_out = [constrain(wafer, a, s) for a, s in zip(flat, wanted, strict=True)]
+            laid_out = [constrain(wafer, a, s) for a, s in zip(leaves, wanted, strict=True)]
             operands = jax.tree.unflatten(tree, laid_out)
-        return jax.shard_map(
-            per_pe,
-            mesh=wafer.mesh,
-            in_specs=named(specs.in_specs),
-            out_specs=named(specs.out_specs),
-            axis_names=_manual(wafer),
-            check_vma=check,
-        )(*operands)
+        return run_on_devices(wafer, per_pe, specs, check)(*operands)
 
     return whole
+
+
+def run_on_devices(wafer: Wafer, per_device: Callable, specs: Specs, check: bool) -> Callable:
+    """`jax.shard_map` of `per_device` over the wafer's mesh; `specs` are in the wafer's axes."""
+    in_mesh_axes = functools.partial(jax.tree.map, wafer.mesh_spec)
+    return jax.shard_map(
+        per_device,
+        mesh=wafer.mesh,
+        in_specs=in_mesh_axes(specs.in_specs),
+        out_specs=in_mesh_axes(specs.out_specs),
+        axis_names=_manual_axes(wafer),
+        check_vma=check,
+    )
 
 
 def explicit(wafer: Wafer) -> bool:
@@ -119,9 +130,15 @@ def spec_in_wafer_axes(spec: P, wafer: Wafer) -> P:
     return P(*(tuple(ours[n] for n in axes_of(entry) if n in ours) or None for entry in spec))
 
 
-def _manual(wafer: Wafer) -> set[str]:
-    # Explicit axes beside the wafer's, along which nothing is split by now, are taken in: jax 0.12
-    # cannot lower a psum_scatter that leaves one out.
-    kinds = dict(zip(wafer.device_mesh.axis_names, wafer.device_mesh.axis_types, strict=True))
-    ours = {name for _, name in wafer.names}
-    return ours | {name for name, kind in kinds.items() if kind == AxisType.Explicit}
+def _manual_axes(wafer: Wafer) -> set[str]:
+    mesh = wafer.device_mesh
+    if wafer.backend == "virtual":
+        return set(mesh.axis_names)
+    # An Explicit axis that is no axis of the wafer is manual too, although nothing is split along
+    # it by now: jax 0.12 cannot lower a psum_scatter that leaves one out.
+    explicit_axes = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    return explicit_axes | {name for _, name in wafer.names}

@@ -84,7 +84,8 @@ class _Program:
     def __init__(self, wafer, kernel, specs, replicated_by_construction, donate):
         self.wafer = wafer
         self.specs = specs
-        run = virtual.mapped if wafer.backend == "virtual" else on_devices.sharded
+        virtual_pes = wafer.backend == "virtual"
+        run = virtual.map_on_virtual_pes if virtual_pes else on_devices.map_on_devices
         whole = run(wafer, kernel, specs, not replicated_by_construction)
         self.call = jax.jit(whole, donate_argnums=donate)
         self.needs: dict[Hashable, int] = {}  # bytes beside operands, by the shapes of these

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from wsekern.wafer import context
+from wsekern.wafer import context, on_devices
 from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
 from wsekern.wafer.specs import Specs, broadcast_specs, named_axes
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _CALLED = {WAFERS: "wafers", ROWS: "height", COLS: "width"}
 
 
-def mapped(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
+def map_on_virtual_pes(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
     del check  # nothing to turn off: index 0 is taken of a replicated result
     sizes = {axis: wafer.axis_size(axis) // wafer.devices_along(axis) for axis in wafer.axes}
 
@@ -123,14 +123,9 @@ def _spread(wafer: Wafer, block: Callable, specs: Specs, *operands: Any) -> Any:
     flat, tree = jax.tree.flatten(operands)
     in_specs = broadcast_specs(specs.in_specs, operands, "in_specs")
     cut = [_cut_apart(wafer, a, s) for a, s in zip(flat, in_specs, strict=True)]
-    mesh_specs = functools.partial(jax.tree.map, wafer.mesh_spec)
-    results = jax.shard_map(
-        functools.partial(block, apart),
-        mesh=wafer.mesh,
-        in_specs=mesh_specs(apart.in_specs),
-        out_specs=mesh_specs(apart.out_specs),
-        check_vma=False,  # it knows nothing of the axes of vmap
-    )(*jax.tree.unflatten(tree, cut))
+    # No check of replication: it knows nothing of vmap's axes.
+    run = on_devices.run_on_devices(wafer, functools.partial(block, apart), apart, check=False)
+    results = run(*jax.tree.unflatten(tree, cut))
     out_specs = broadcast_specs(specs.out_specs, results, "out_specs")
     flat, tree = jax.tree.flatten(results)
     whole = [_put_together(a, s) for a, s in zip(flat, out_specs, strict=True)]

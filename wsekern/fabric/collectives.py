@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsekern.fabric import flood, jax_collectives
-from wsekern.fabric.jax_collectives import is_virtual
 from wsekern.fabric.exchange import check_root
+from wsekern.fabric.jax_collectives import is_virtual
 from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 from wsekern.fabric.reductions import chain, choice, line, ring
 from wsekern.fabric.reductions.choice import Algorithm

@@ -5,8 +5,6 @@ block of neighbors. The axis is then two axes for JAX: one of the mesh (`wafer.a
 is the outer one, and one of vmap.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import jax

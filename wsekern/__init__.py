@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from wsekern.estimator.pictures.scaling import scaling as scaling
     from wsekern.estimator.pictures.terminal import terminal_map as terminal_map
     from wsekern.estimator.pictures.wafer_map import wafer_map as wafer_map
+    from wsekern.estimator.result import Estimate as Estimate
+    from wsekern.estimator.traffic import Traffic as Traffic
     from wsekern.estimator.traffic import traffic as traffic
     from wsekern.hardware import A100 as A100
     from wsekern.hardware import H100 as H100
@@ -76,8 +78,10 @@ _HOMES = {
     "WSE2": "hardware",
     "WSE3": "hardware",
     "Defects": "wafer.placement.defects",
+    "Estimate": "estimator.result",
     "KVCache": "kernels.attention.kv_cache",
     "Memory": "wafer.host_memory",
+    "Traffic": "estimator.traffic",
     "Wafer": "wafer.wafer",
     "attention": "kernels.attention.attention",
     "bicgstab": "solvers.bicgstab",

@@ -132,17 +132,17 @@ def page_of(p: DeploymentPlan) -> str:
         ("", "not known" if energy is None else with_unit(energy, "J"), "a token"),
         ("", f"{sum(p.sram.values()) / capacity(p.machine):.0%}", "of a PE's memory"),
     ]  # fmt: skip
-    parts = [page.cards_of(cards), page.table(("", ""), found.pop(""), numbers=())]
-    parts.append(page.pictures_of(_pictures(p)))
+    parts = [page.render_cards(cards), page.render_table(("", ""), found.pop(""), numbers=())]
+    parts.append(page.render_pictures(_pictures(p)))
     for heading, (head, *rows) in found.items():
         numbers = range(1, len(head)) if heading != "assumptions" else ()
         parts += [
             f"<h2>{heading[0].upper() + heading[1:]}</h2>",
-            page.table(head, rows, numbers=list(numbers)),
+            page.render_table(head, rows, numbers=list(numbers)),
         ]
     of = f"{p.model} on {p.wafers:,} x {p.machine.system}"
     told = "Planned by wsekern off traces of its parts; nothing was run."
-    return page.document(f"{of}: {p.mode}", told, parts)
+    return page.render_document(f"{of}: {p.mode}", told, parts)
 
 
 def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
@@ -152,13 +152,13 @@ def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
             p.mode: [(q.regions.side, q.tokens / q.seconds) for q in p.layouts]
         }
         drawn.append(
-            (lambda: scaling.drawn(line, {}, "PEs a side of a region", "tokens/s"),
+            (lambda: scaling.draw_scaling(line, {}, "PEs a side of a region", "tokens/s"),
              "What regions of other sizes would give.")
         )  # fmt: skip
     if p.mode == "train" and p.wafers > 1:
         steps = {"predicted": [(n, p.tokens / s) for n, s, _ in scale_out(p)]}
         drawn.append(
-            (lambda: scaling.drawn(steps, {}, "wafers", "tokens/s", ideal=True),
+            (lambda: scaling.draw_scaling(steps, {}, "wafers", "tokens/s", ideal=True),
              "The same step on fewer wafers.")
         )  # fmt: skip
     return drawn

@@ -153,7 +153,7 @@ def _check_outputs(asked: argparse.Namespace) -> None:
     if asked.html is not None or asked.plot is not None:
         figure.check_installed()
     if asked.map is not None:
-        quantities.check(asked.map)
+        quantities.check_quantity(asked.map)
         if asked.json:
             raise ValueError(
                 "--map prints a picture, and --json nothing but JSON; give one of them"
@@ -175,7 +175,7 @@ def _validate(table: str, as_json: bool, plot: str | None) -> None:
     if not table:
         print("fitted anew without one kind of program, mean absolute error of that kind:", end="")
         sys.stdout.flush()
-        errors = points.left_out()
+        errors = points.cross_validate()
         print(" " + ", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
 
 

@@ -76,14 +76,14 @@ class Work(NamedTuple):
     port_bytes: float = 0.0  # read from and written to its memory
     narrow: bool = False  # whether it is of 16 bits
 
-    def thinned(self, share: float) -> Work:
+    def scaled(self, share: float) -> Work:
         """What is left of it where only a share of its instructions is issued."""
         return self._replace(
             cycles=share * self.cycles, flops=share * self.flops, port_bytes=share * self.port_bytes
         )
 
 
-def of_equation(
+def equation_work(
     equation: Any, machine: Machine, constants: Constants, accumulates: bool = False
 ) -> Work:
     """What a PE does for `equation`, whose operands are its tiles.
@@ -132,7 +132,7 @@ class Fusions(NamedTuple):
     copies: frozenset[int]  # places of copies of what is computed for them alone, and there
 
 
-def fusions(jaxpr: Any) -> Fusions:
+def find_fusions(jaxpr: Any) -> Fusions:
     """Which equations are one instruction; only a result that is used once is ever fused."""
     uses: collections.Counter = collections.Counter()
     for atoms in [*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars]:

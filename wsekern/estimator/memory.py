@@ -31,7 +31,7 @@ def _peak(
     placed = dict.fromkeys(jaxpr.constvars, within)
     placed |= dict(zip(jaxpr.invars, flags, strict=True))
     specs: dict[Any, relayout.Spec | None] = {}
-    fusions = cost.fusions(jaxpr)
+    fusions = cost.find_fusions(jaxpr)
     home = _homes(jaxpr, placed)
     last = _last_uses(jaxpr, home, owned)
     size: dict[Any, float] = {
@@ -39,7 +39,7 @@ def _peak(
         for v in (*jaxpr.invars, *jaxpr.constvars)
     }
     most = live = sum(size.values())
-    live_places = trace.live(jaxpr)
+    live_places = trace.used_equations(jaxpr)
     for place, equation in enumerate(jaxpr.eqns):
         if place not in live_places:
             placed |= dict.fromkeys(equation.outvars, True)
@@ -79,12 +79,12 @@ def _within(equation: Any, given: list[bool], wafer: Wafer, within: bool) -> flo
         skip = params["cond_nconsts"]
         carried = body.invars[params["body_nconsts"] :]
         return _beside(body, given[skip:], carried, wafer, within)
-    inner = trace.called(params)
+    inner = trace.inner_jaxpr(params)
     if inner is None:
         return 0.0
-    given = trace.handed(equation, given)
+    given = trace.inner_operands(equation, given)
     if name == "scan":
-        loop = trace.loop_of(equation)
+        loop = trace.scan_parts(equation)
         carried = inner.invars[loop.consts : loop.consts + loop.carry]
         return _beside(inner, given, carried, wafer, within)
     return _beside(inner, given, (), wafer, within or name == "shard_map")
@@ -141,8 +141,10 @@ def _note(equation, given, placed, specs, within) -> None:
     fixed = within and all(given) and name not in trace.MOVES and name not in ("scan", "while")
     placed |= dict.fromkeys(equation.outvars, fixed)
     if not within and name == "shard_map":
-        specs |= dict(zip(equation.outvars, relayout.specs(equation, "out_specs"), strict=True))
-        operands = zip(equation.invars, relayout.specs(equation, "in_specs"), strict=True)
+        specs |= dict(
+            zip(equation.outvars, relayout.kernel_specs(equation, "out_specs"), strict=True)
+        )
+        operands = zip(equation.invars, relayout.kernel_specs(equation, "in_specs"), strict=True)
         specs |= {v: s for v, s in operands if not trace.is_literal(v) and v not in specs}
 
 
@@ -150,4 +152,4 @@ def _bytes(v: Any, spec: Any, wafer: Wafer, within: bool) -> float:
     if not hasattr(v.aval, "shape"):
         return 0.0
     size = size_of(v) * width_of(v.aval)
-    return float(size) if within else math.ceil(size / relayout.parts(spec, wafer))
+    return float(size) if within else math.ceil(size / relayout.part_count(spec, wafer))

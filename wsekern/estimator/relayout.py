@@ -18,7 +18,7 @@ from wsekern.wafer.wafer import Wafer
 Spec = tuple[tuple[str, ...], ...]  # the axes that each dimension is split over
 
 
-def specs(equation: Any, which: str) -> list[Spec]:
+def kernel_specs(equation: Any, which: str) -> list[Spec]:
     """The layouts of a kernel's operands (`in_specs`) or of its results (`out_specs`)."""
     atoms = equation.invars if which == "in_specs" else equation.outvars
     return [
@@ -27,9 +27,9 @@ def specs(equation: Any, which: str) -> list[Spec]:
     ]
 
 
-def layout_of(
+def result_layout(
     equation: Any, given: Sequence[Spec | None], wafer: Wafer
-) -> tuple[Spec | None, list[price.Move]]:
+) -> tuple[Spec | None, list[price.PricedMove]]:
     """How the result lies, and the moves that making it causes."""
     name, params = equation.primitive.name, equation.params
     known = next((spec for spec in given if spec is not None), None)
@@ -40,7 +40,7 @@ def layout_of(
         wanted = _of_partition(params["sharding"].spec, len(out.shape))
         if known is None or known == wanted:
             return wanted, []
-        return wanted, [relayout(out, wafer)]
+        return wanted, [relayout_move(out, wafer)]
     if known is None:
         return None, []
     if name == "transpose":
@@ -59,28 +59,28 @@ def layout_of(
     return None, []
 
 
-def relayout(aval: Any, wafer: Wafer) -> price.Move:
+def relayout_move(aval: Any, wafer: Wafer) -> price.PricedMove:
     """An array laid out anew: half of its words cross the middle of the wafer, either way."""
     assert wafer.machine is not None
     words = math.prod(aval.shape) * width_of(aval) / 4
     side = min(wafer.height, wafer.width)
     load = words / (2 * side)
     far = (wafer.height + wafer.width - 2) * wafer.machine.hop_cycles
-    move = price.Move(
+    move = price.PricedMove(
         "relayout",
         words / (wafer.height * wafer.width),
         {direction: load for direction in "NESW"},
         far + 2 * wafer.machine.ramp_cycles + 1,
         hops=words / (wafer.height * wafer.width) * far / 2,
         tile=load,
-        pattern=loads.Pattern(kind="relayout"),
+        pattern=loads.LinkPattern(kind="relayout"),
     )
-    return around_defects.along_lines(
+    return around_defects.stretch_along_lines(
         move, (ROWS, COLS), _sizes(wafer), wafer.machine, wafer.placement
     )
 
 
-def share(work: Work, wafer: Wafer, constants: Constants) -> Work:
+def spread_evenly(work: Work, wafer: Wafer, constants: Constants) -> Work:
     """One PE's part of work on whole arrays, evenly spread."""
     pes = wafer.size
     start = min(work.cycles, constants.vector_start)
@@ -88,7 +88,7 @@ def share(work: Work, wafer: Wafer, constants: Constants) -> Work:
     return Work(cycles, work.flops / pes, work.port_bytes / pes, work.narrow)
 
 
-def parts(spec: Spec | None, wafer: Wafer) -> int:
+def part_count(spec: Spec | None, wafer: Wafer) -> int:
     """Into how many parts an array is cut; evenly over all PEs where its layout is not known."""
     if spec is None:
         return wafer.size
@@ -100,26 +100,30 @@ def _of_partition(spec: Any, ndim: int) -> Spec:
     return tuple(entries) + ((),) * (ndim - len(entries))
 
 
-def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[price.Move]]:
+def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[price.PricedMove]]:
     axes = equation.params["axes"]
     kept = tuple(entry for d, entry in enumerate(spec) if d not in axes)
     across = tuple(axis for d in axes for axis in spec[d] if axis in (ROWS, COLS))
     if not across:
         return kept, []
     assert wafer.machine is not None
-    words = size_of(equation.outvars[0]) / parts(kept, wafer)
+    words = size_of(equation.outvars[0]) / part_count(kept, wafer)
     sizes = _sizes(wafer)
-    move = price.reduction("xla", across, max(words, 1.0), sizes, wafer.machine)
+    move = price.price_reduction("xla", across, max(words, 1.0), sizes, wafer.machine)
     if move is None:
         return kept, []
-    return kept, [around_defects.along_lines(move, across, sizes, wafer.machine, wafer.placement)]
+    return kept, [
+        around_defects.stretch_along_lines(move, across, sizes, wafer.machine, wafer.placement)
+    ]
 
 
 def _sizes(wafer: Wafer) -> dict[str, int]:
     return {axis: wafer.axis_size(axis) for axis in wafer.axes}
 
 
-def _reshaped(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec | None, list[price.Move]]:
+def _reshaped(
+    equation: Any, spec: Spec, wafer: Wafer
+) -> tuple[Spec | None, list[price.PricedMove]]:
     """Dimensions before and behind those that change keep their layout."""
     old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     front = 0
@@ -130,5 +134,5 @@ def _reshaped(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec | None, lis
         back += 1
     between = spec[front : len(old) - back]
     if any(between):
-        return None, [relayout(equation.outvars[0].aval, wafer)]
+        return None, [relayout_move(equation.outvars[0].aval, wafer)]
     return (*spec[:front], *([()] * (len(new) - front - back)), *spec[len(old) - back :]), []

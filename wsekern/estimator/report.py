@@ -1,26 +1,46 @@
-"""This file is an estimate as text."""
+"""An estimate as text, and as a table in a notebook."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wsekern.estimator.result import Estimate
 
-_LINES = 12  # of the schedule
+_LONGEST = 12  # operations that the table of an estimate names
 
 
 def table(e: Estimate) -> str:
     """The figures of an estimate, and the operations that take longest."""
     lines = [f"{name:<16} {value}" for name, value in figures(e)]
-    longest = e.by_operation[:_LINES]
+    longest = e.by_operation[:_LONGEST]
     if longest:
         lines += ["", f"{'cycles':>16}  operation"]
         lines += [f"{cycles:>16,.0f}  {name}  {line}" for name, line, cycles in longest]
     return "\n".join(lines)
 
 
-def _placed(e: Estimate) -> str:
+def rows(e: Estimate) -> list[tuple[str, str]]:
+    """The lines of `table`, each as two cells."""
+    longest = e.by_operation[:_LONGEST]
+    operations = [(f"{cycles:,.0f} cycles", f"{name}  {line}") for name, line, cycles in longest]
+    return figures(e) + operations
+
+
+def html_table(cells: Iterable[tuple[str, str]]) -> str:
+    """An HTML table with a name and a value in each row, as a notebook shows it."""
+    # Notebooks align cells to the right unless a cell says otherwise.
+    left = 'style="text-align: left"'
+    body = "".join(
+        f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(value)}</td></tr>"
+        for name, value in cells
+    )
+    return f"<table><tbody>{body}</tbody></table>"
+
+
+def _placement(e: Estimate) -> str:
     placement = e.wafer.placement
     assert placement is not None
     height, width = placement.physical
@@ -39,7 +59,7 @@ def of_wafer(e: Estimate) -> str:
 
 
 def figures(e: Estimate) -> list[tuple[str, str]]:
-    """The figures of an estimate with their names, in the order in which they are told."""
+    """The figures of an estimate with their names, in the order of the table."""
     sram = f"{e.sram_per_pe:,.0f} bytes of {e.sram_free:,.0f}"
     if not e.fits:
         sram += f": {e.sram_per_pe - e.sram_free:,.0f} too many; use more PEs or smaller tiles"
@@ -62,10 +82,10 @@ def figures(e: Estimate) -> list[tuple[str, str]]:
     ]
     rows += [(name, f"{with_unit(s, 's')} at its roofline") for name, s in e.accelerators.items()]
     if e.wafer.placement is not None:
-        rows.insert(2, ("placement", _placed(e)))
+        rows.insert(2, ("placement", _placement(e)))
     if e.unknown:
-        told = ", ".join(f"{name} ({line or 'no line'})" for name, line in e.unknown.items())
-        rows.append(("spread evenly", told))
+        names = ", ".join(f"{name} ({line or 'no line'})" for name, line in e.unknown.items())
+        rows.append(("spread evenly", names))
     return rows
 
 

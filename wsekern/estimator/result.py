@@ -1,4 +1,4 @@
-"""`Estimate`: what a program costs on a wafer, with its tables, maps and pages."""
+"""`wk.Estimate`: what a program costs on a wafer, with its tables, maps and pages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsekern.estimator import report
+from wsekern.estimator.clocks import Event
 from wsekern.estimator.links import loads
-from wsekern.estimator.schedule import Event
 from wsekern.hardware import Machine
 from wsekern.wafer.axes import AXES
 from wsekern.wafer.wafer import Wafer
@@ -17,59 +18,62 @@ from wsekern.wafer.wafer import Wafer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of Jacquelin et al., SC 2022, whose average power this is measured at: the share of busy cycles.
+# The share of busy cycles in the run whose power was measured (M. Jacquelin et al., SC 2022).
 _BUSY_AT_POWER = 0.696
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a program costs on a wafer; `print` it for a table.
+    """What a program costs on a wafer, as `wk.estimate` returns it; `print` it for a table.
 
-    Cycles are the answer, and a clock turns them into seconds. Figures of a PE are those of one
-    that does most.
+    Cycles are the answer, and a clock turns them into seconds. All PEs run the same program; where
+    PEs differ, a figure is that of the PE or the link with the most. A notebook shows the table by
+    itself.
     """
 
     wafer: Wafer
     clock_hz: float
-    cycles: float
-    extra_cycles: float  # of these, what PEs cost that do not lie side by side: defects, folding
+    cycles: float  # until everything is done
+    extra_cycles: float  # of `cycles`, those that defects or folding add
     flops: float  # of all PEs; a multiply-accumulate is two
-    fraction_of_peak: float  # of what the PEs can do at the operands' dtypes, without sparsity
-    busy: dict[str, float]  # cycles, of the compute engine and of the busiest link each way
-    port_bytes: float  # that a PE reads from its memory and writes there
+    fraction_of_peak: float  # of all PEs' peak at the operands' dtypes, without sparsity
+    busy: dict[str, float]  # cycles: of the engine ("compute"), of the busiest link by direction
+    port_bytes: float  # that a PE reads from its memory and writes to it
     sram_per_pe: float  # bytes of data that a PE holds at most
-    words: dict[str, float]  # on the busiest link of each direction; "wafer" is between wafers
-    received: float  # words that reach a PE
-    hops: float  # that these take, all together
+    words: dict[str, float]  # 32-bit, on the busiest link by direction; "wafer": between wafers
+    received: float  # 32-bit words that reach a PE
+    hops: float  # hops that a PE's received words take, added up
     moves: int  # collectives
     host_bytes: float  # of the program's arguments and results
     by_operation: tuple[tuple[str, str, float], ...]  # operation, line, cycles; longest first
-    unknown: dict[str, str]  # operations without a figure, and where they stand
-    events: tuple[Event, ...]  # the timeline, of the trips of a loop that were walked
+    unknown: dict[str, str]  # operations whose cost is not known, with their source lines
+    events: tuple[Event, ...]  # the timeline, of those trips of a loop that were walked
     accelerators: dict[str, float]  # seconds at the roofline of one chip, by its name
-    tiles: tuple[
-        tuple[loads.Pattern, float], ...
-    ] = ()  # words of a tile that moved by each pattern
+    tiles: tuple[tuple[loads.LinkPattern, float], ...] = ()  # words of a tile, by pattern of moves
 
     @property
     def machine(self) -> Machine:
-        """What the wafer is made of."""
+        """The kind of wafer: its sizes, clock and power."""
         assert self.wafer.machine is not None
         return self.wafer.machine
 
     @property
     def seconds(self) -> float:
-        """At `clock_hz`."""
+        """The time of `cycles` at `clock_hz`."""
         return self.cycles / self.clock_hz
 
     @property
     def flops_per_second(self) -> float:
-        """Of all PEs."""
+        """The rate of all PEs together."""
         return self.flops / self.seconds if self.cycles else 0.0
 
     @property
     def energy(self) -> float | None:
-        """Joules, at rest and more as the PEs are busy; None where no power was published."""
+        """Joules of all wafers, or None if the machine's power was not published.
+
+        Where power at rest is known too, the power grows from there with the share of cycles in
+        which the engine is busy.
+        """
         power, idle = self.machine.power_watts, self.machine.idle_watts
         if power is None:
             return None
@@ -80,12 +84,12 @@ class Estimate:
 
     @property
     def host_seconds(self) -> float:
-        """Until arguments and results have gone through the wafers' I/O, where nothing is kept."""
+        """Seconds in which arguments and results pass the wafers' I/O; not part of `seconds`."""
         return self.host_bytes / (self.machine.io_bytes_per_second * self.wafer.wafers)
 
     @property
     def sram_free(self) -> float:
-        """Bytes that data may take of a PE: its memory without a kernel's code."""
+        """Bytes of a PE's memory that are left for data beside a kernel's code."""
         return self.machine.sram_bytes - self.machine.code_bytes
 
     @property
@@ -95,7 +99,7 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What the time is made of: "compute", "memory", "fabric", or "latency" where none is."""
+        """What takes the time: "compute", "memory", "fabric", or "latency" if none is half busy."""
         if not self.cycles:
             return "latency"
         ports = self.machine.read_bytes_per_cycle + self.machine.write_bytes_per_cycle
@@ -111,20 +115,23 @@ class Estimate:
     def link_words(self) -> dict[str, np.ndarray]:
         """The words that leave each PE by its link to the N, E, S and W, each `[height, width]`.
 
-        What differs from PE to PE; all else is the same on each, since all run one program. On
-        several wafers, of the one whose links carry most.
+        Only these differ from PE to PE: compute and memory are the same on each, since all run the
+        same program. On several wafers, each link has the figure of the wafer with the most.
         """
         sizes = {axis: self.wafer.axis_size(axis) for axis in AXES}
-        return loads.total(self.tiles, sizes)
+        return loads.total_loads(self.tiles, sizes)
 
     def plot(self, path: str | pathlib.Path | None = None) -> Figure:
-        """A map of the wafer: the words on each PE's busiest link (`wk.wafer_map` draws others).
+        """A map of the wafer: the words on each PE's busiest link.
+
+        A notebook shows the figure that this returns. `wk.wafer_map` draws other quantities.
 
         Args:
-          path: where to write it, as PNG, SVG or PDF; None: nowhere.
+          path: where to write it, as .png, .svg or .pdf; None: nowhere.
 
         Raises:
-          ImportError: matplotlib is not installed.
+          ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+          ValueError: the path ends in something else.
         """
         from wsekern.estimator.pictures.wafer_map import wafer_map
 
@@ -135,26 +142,31 @@ class Estimate:
 
         Args:
           path: of the JSON file.
+
+        Raises:
+          OSError: the path cannot be written.
         """
         from wsekern.estimator.pictures.timeline import timeline
 
         timeline(self, path)
 
     def html(self, path: str | pathlib.Path, title: str | None = None) -> None:
-        """Writes one page that tells and shows it all, and loads nothing else.
+        """Writes one web page with all figures and pictures; the page loads nothing else.
 
         Args:
           path: of the page.
           title: its heading; by default the wafer.
 
         Raises:
-          ImportError: matplotlib is not installed.
+          ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+          OSError: the path cannot be written.
         """
         from wsekern.estimator.pictures.page import page
 
         page(self, path, title)
 
     def __str__(self) -> str:
-        from wsekern.estimator.report import table
+        return report.table(self)
 
-        return table(self)
+    def _repr_html_(self) -> str:
+        return report.html_table(report.rows(self))

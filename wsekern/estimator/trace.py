@@ -20,7 +20,7 @@ MOVES = frozenset(
 _OTHERS = ("site-packages", "<frozen", "importlib", "/runpy.py")
 
 
-def traced(
+def trace_program(
     what: str, function: Callable, operands: Sequence[Any], wafer: Wafer | None
 ) -> tuple[Any, Wafer]:
     """The jaxpr of `function(*operands)` on an abstract wafer, and that wafer; nothing runs.
@@ -42,7 +42,7 @@ def traced(
     return closed.jaxpr, wafer
 
 
-def called(params: dict[str, Any]) -> Any:
+def inner_jaxpr(params: dict[str, Any]) -> Any:
     """The jaxpr that an equation calls, if it calls one."""
     solves = params.get("jaxprs")  # those of a linear solve, of which the solution's own is run
     solve = getattr(solves, "solve", None)
@@ -52,9 +52,9 @@ def called(params: dict[str, Any]) -> Any:
     return None
 
 
-def handed(equation: Any, given: Sequence[Any]) -> list[Any]:
+def inner_operands(equation: Any, given: Sequence[Any]) -> list[Any]:
     """What an equation hands to the jaxpr that it calls, of what is `given` for its operands."""
-    taken = len(called(equation.params).invars)
+    taken = len(inner_jaxpr(equation.params).invars)
     lengths = equation.params.get("const_lengths")
     if lengths is None:
         return list(given[len(given) - taken :])
@@ -63,7 +63,7 @@ def handed(equation: Any, given: Sequence[Any]) -> list[Any]:
     return [*given[begin : begin + lengths.solve], *given[sum(lengths) :]]
 
 
-class Loop(NamedTuple):
+class ScanParts(NamedTuple):
     """What a scan is made of: its operands are constants, what is carried, and what is scanned."""
 
     body: Any
@@ -72,17 +72,17 @@ class Loop(NamedTuple):
     carry: int
 
 
-def loop_of(equation: Any) -> Loop:
+def scan_parts(equation: Any) -> ScanParts:
     """The loop of a scan. Its operands are told by shapes, which jax 0.10 and 0.12 share."""
-    body = called(equation.params)
+    body = inner_jaxpr(equation.params)
     # What is scanned has one dimension more.
     scanned = sum(_rank(a) > _rank(b) for a, b in zip(equation.invars, body.invars, strict=True))
     carry = sum(_rank(a) == _rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True))
     consts = len(body.invars) - carry - scanned
-    return Loop(body, equation.params["length"], consts, carry)
+    return ScanParts(body, equation.params["length"], consts, carry)
 
 
-def live(jaxpr: Any) -> set[int]:
+def used_equations(jaxpr: Any) -> set[int]:
     """The places of the equations whose results are used, or that have an effect."""
     wanted = {v for v in jaxpr.outvars if not is_literal(v)}
     places = set()
@@ -116,7 +116,7 @@ def _rank(atom: Any) -> int:
     return len(atom.aval.shape)
 
 
-def placed(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
+def static_results(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
     """Which results nothing but a PE's place decides, if of the operands these are so."""
     here = dict.fromkeys(jaxpr.constvars, True) | dict(zip(jaxpr.invars, flags, strict=True))
 
@@ -125,10 +125,10 @@ def placed(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
 
     for equation in jaxpr.eqns:
         given = [of(v) for v in equation.invars]
-        inner = called(equation.params)
+        inner = inner_jaxpr(equation.params)
         if equation.primitive.name in MOVES or inner is None or equation.primitive.name == "scan":
             outs = [all(given) and equation.primitive.name not in MOVES] * len(equation.outvars)
         else:
-            outs = placed(inner, handed(equation, given))
+            outs = static_results(inner, inner_operands(equation, given))
         here.update(zip(equation.outvars, outs, strict=True))
     return [of(v) for v in jaxpr.outvars]

@@ -1,6 +1,7 @@
 """What the estimator says of programs whose cost is counted by hand."""
 
 import functools
+import html
 
 import jax
 import jax.numpy as jnp
@@ -249,3 +250,16 @@ def test_what_is_computed_again_for_the_gradient_is_priced():
     e = wk.estimate(jax.grad(lambda a, b: layer(a, b).sum(), (0, 1)), a, a, wafer=wafer)
     # Nobody asks for the sum, so that the product is computed once, again, and its two gradients.
     assert 3 * product < e.flops < 3.5 * product
+
+
+def test_a_notebook_shows_an_estimate_as_the_table_that_is_printed():
+    kernel = lambda x: jnp.sort(x) * 2.0  # noqa: E731
+    e = wk.estimate(mapped(abstract(2), kernel), array(64, 64), wafer=abstract(2))
+    assert isinstance(e, wk.Estimate)
+    shown = e._repr_html_()
+    assert shown.startswith("<table>") and shown.count("<tr>") == len(str(e).splitlines()) - 2
+    for line in str(e).split("\n\n")[0].splitlines():
+        name, value = line[:16].strip(), line[17:]
+        assert f">{html.escape(name)}</th>" in shown and f">{html.escape(value)}</td>" in shown
+    name, line, cycles = e.by_operation[0]
+    assert f">{cycles:,.0f} cycles</th>" in shown and f">{name}  {line}</td>" in shown

@@ -1,4 +1,5 @@
 import functools
+import re
 from typing import Any
 
 import jax
@@ -102,6 +103,13 @@ def test_every_reading_has_the_same_moves(wafer):
 def test_it_prints_what_it_read():
     read = of(lambda u: fabric.shift(u, "x"))
     assert str(read) == "128 words a PE in 1 steps, 1 moves (shift 128)"
+
+
+def test_a_notebook_shows_it_as_a_table():
+    read = of(lambda u: fabric.shift(u, "x"))
+    assert isinstance(read, wk.Traffic)
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", read._repr_html_())
+    assert cells == ["words a PE", "128", "steps", "1", "moves", "1", "shift, words", "128"]
 
 
 def test_a_linear_solve_is_read():

@@ -20,27 +20,27 @@ from wsekern.wafer.placement.routes import routes, sideways
 _REDUCE = re.compile(r"reduce by (\w+)")
 
 
-def of_equation(
+def price_move(
     equation: Any, sizes: dict[str, int], machine: Machine, placement: Placement | None
-) -> price.Move | None:
+) -> price.PricedMove | None:
     """As `links.of_equation`, on a placement."""
-    move = price.of_equation(equation, sizes, machine)
+    move = price.price_move(equation, sizes, machine)
     if move is None or placement is None:
         return move
     axes = price.axes_of(equation)
     if move.kind == "shift":
         return _shift(move, axes, equation.params["perm"], machine, placement)
-    return along_lines(move, axes, sizes, machine, placement, price.root_of(equation))
+    return stretch_along_lines(move, axes, sizes, machine, placement, price.root_of(equation))
 
 
-def along_lines(
-    move: price.Move,
+def stretch_along_lines(
+    move: price.PricedMove,
     axes: tuple[str, ...],
     sizes: dict[str, int],
     machine: Machine,
     placement: Placement | None,
     root: int | None = None,
-) -> price.Move:
+) -> price.PricedMove:
     """A move that goes down the lines along `axes`, on a placement.
 
     Args:
@@ -67,8 +67,12 @@ def along_lines(
 
 
 def _shift(
-    move: price.Move, axes: tuple[str, ...], pairs: Any, machine: Machine, placement: Placement
-) -> price.Move:
+    move: price.PricedMove,
+    axes: tuple[str, ...],
+    pairs: Any,
+    machine: Machine,
+    placement: Placement,
+) -> price.PricedMove:
     if WAFERS in axes:
         return move
     taken = routes(placement, axes, tuple((int(a), int(b)) for a, b in pairs))
@@ -78,7 +82,7 @@ def _shift(
 
 
 def _distances(
-    move: price.Move, axes: tuple[str, ...], sizes: dict[str, int], root: int | None
+    move: price.PricedMove, axes: tuple[str, ...], sizes: dict[str, int], root: int | None
 ) -> dict[str, float]:
     """Hops along each axis that follow one another, where PEs lie side by side."""
     reduced = _REDUCE.match(move.kind)

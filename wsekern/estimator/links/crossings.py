@@ -11,7 +11,7 @@ from wsekern.wafer.axes import COLS, ROWS
 
 UP = {ROWS: "S", COLS: "E"}  # the direction of higher places
 DOWN = {ROWS: "N", COLS: "W"}
-Loads = dict[str, np.ndarray]  # by direction: [height, width], or 1 where all lines are alike
+LinkLoads = dict[str, np.ndarray]  # by direction: [height, width], or 1 where all lines are alike
 
 
 def upwards(

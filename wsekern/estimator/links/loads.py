@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from wsekern.estimator.links import trees
-from wsekern.estimator.links.crossings import DOWN, UP, Loads, along, downwards, upwards
+from wsekern.estimator.links.crossings import DOWN, UP, LinkLoads, along, downwards, upwards
 from wsekern.fabric.reductions import choice
 from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pattern:
+class LinkPattern:
     """Which links a move crosses; the words of equal patterns are counted together."""
 
     kind: str  # "shift", "flood", "gather", "scatter", "exchange", "relayout", or an algorithm
@@ -34,9 +34,9 @@ class Pattern:
     words: float = 0.0  # of the tile, where the tree of a reduction depends on it
     pairs: bytes = b""  # of a shift, a digest
     # Of a shift, in tiles.
-    crossed: Loads = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    crossed: LinkLoads = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
-    def rooted(self, places: Mapping[str, int], sizes: Mapping[str, int]) -> Pattern:
+    def rooted(self, places: Mapping[str, int], sizes: Mapping[str, int]) -> LinkPattern:
         """The pattern of a flood that starts at `places` of its axes; as it is, if they differ."""
         grid = [a for a in self.axes if sizes[a] > 1]
         if any(not 0 <= places.get(a, -1) < sizes[a] for a in grid):
@@ -47,9 +47,9 @@ class Pattern:
         return dataclasses.replace(self, root=root)
 
 
-def of_permutation(
+def permutation_loads(
     axes: Sequence[str], sizes: Mapping[str, int], source: np.ndarray, to: np.ndarray
-) -> tuple[list[tuple[str, int]], Pattern]:
+) -> tuple[list[tuple[str, int]], LinkPattern]:
     """The most tiles that cross a link, by direction along each axis, and the pattern.
 
     Args:
@@ -63,7 +63,7 @@ def of_permutation(
         for pes in (source, to)
     )
     most: list[tuple[str, int]] = []
-    crossed: Loads = {}
+    crossed: LinkLoads = {}
     for axis in sorted(axes, key=(COLS, ROWS, WAFERS).index):
         others = [a for a in axes if a != axis]
         shape = [sizes[a] for a in others]
@@ -79,10 +79,10 @@ def of_permutation(
                 crossed[names[axis]] = _on_grid(tiles, [*others, axis])
         place[axis] = goal[axis]
     digest = hashlib.blake2b(source.tobytes() + to.tobytes(), digest_size=16).digest()
-    return most, Pattern(kind="shift", axes=tuple(axes), pairs=digest, crossed=crossed)
+    return most, LinkPattern(kind="shift", axes=tuple(axes), pairs=digest, crossed=crossed)
 
 
-def total(words: Iterable[tuple[Pattern, float]], sizes: Mapping[str, int]) -> Loads:
+def total_loads(words: Iterable[tuple[LinkPattern, float]], sizes: Mapping[str, int]) -> LinkLoads:
     """The words that leave each PE in each direction, `[height, width]`.
 
     Args:
@@ -91,7 +91,7 @@ def total(words: Iterable[tuple[Pattern, float]], sizes: Mapping[str, int]) -> L
     """
     sums: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # lines that are alike stay one
     for pattern, n in words:
-        for direction, tiles in of_pattern(pattern, sizes).items():
+        for direction, tiles in pattern_loads(pattern, sizes).items():
             key = direction, tiles.shape
             sums[key] = sums.get(key, 0.0) + n * tiles
     found = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
@@ -100,7 +100,7 @@ def total(words: Iterable[tuple[Pattern, float]], sizes: Mapping[str, int]) -> L
     return found
 
 
-def of_pattern(pattern: Pattern, sizes: Mapping[str, int]) -> Loads:
+def pattern_loads(pattern: LinkPattern, sizes: Mapping[str, int]) -> LinkLoads:
     """The load of the links, in tiles; a direction that nothing takes may be missing."""
     if pattern.kind == "shift":
         return pattern.crossed
@@ -108,19 +108,23 @@ def of_pattern(pattern: Pattern, sizes: Mapping[str, int]) -> Loads:
     if pattern.kind == "flood" and pattern.root is not None:
         every = choice.places_of(pattern.root, [sizes[a] for a in pattern.axes])
         places = dict(zip(pattern.axes, every, strict=True))
-        return trees.flooded({a: places[a] for a in grid}, sizes)
+        return trees.flood_loads({a: places[a] for a in grid}, sizes)
     if pattern.kind in ("flood", "gather", "scatter", "exchange", "relayout"):
         return _spread(pattern.kind, sorted(grid, key=(COLS, ROWS).index), sizes)
-    return trees.loads(pattern.kind, pattern.root, pattern.words, grid, sizes) if grid else {}
+    return (
+        trees.reduction_loads(pattern.kind, pattern.root, pattern.words, grid, sizes)
+        if grid
+        else {}
+    )
 
 
-def _spread(kind: str, axes: Sequence[str], sizes: Mapping[str, int]) -> Loads:
+def _spread(kind: str, axes: Sequence[str], sizes: Mapping[str, int]) -> LinkLoads:
     """What all PEs alike send, along each of `axes` in turn.
 
     A flood from each PE, averaged; all tiles to all; parts of tiles, summed on their way; a part of
     each tile to each; and as the last, but 1 in the middle, where the walk prices it.
     """
-    loads: Loads = {}
+    loads: LinkLoads = {}
     pes, done = math.prod(sizes[a] for a in axes), 1  # of all axes, and of those before
     for axis in axes:
         size = sizes[axis]

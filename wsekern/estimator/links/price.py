@@ -31,7 +31,7 @@ _PATTERNS = {"all-gather": "gather", "reduce-scatter": "scatter", "all-to-all": 
 _SUMS = {"psum", "psum_invariant", "pmax", "pmin"}
 
 
-class Move(NamedTuple):
+class PricedMove(NamedTuple):
     """One collective of a trace, as one PE and its links meet it."""
 
     kind: str
@@ -41,10 +41,10 @@ class Move(NamedTuple):
     phases: int = 0  # that PEs begin together; a shift alone is one instruction
     hops: float = 0.0  # that the PE's words take, all together
     tile: float = 0.0  # words that a PE hands in
-    pattern: loads.Pattern | None = None  # which links these cross; None: none of a wafer
+    pattern: loads.LinkPattern | None = None  # which links these cross; None: none of a wafer
 
 
-def of_equation(equation: Any, sizes: dict[str, int], machine: Machine) -> Move | None:
+def price_move(equation: Any, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
     """The move that `equation` is; None if it is none.
 
     Args:
@@ -57,7 +57,7 @@ def of_equation(equation: Any, sizes: dict[str, int], machine: Machine) -> Move 
     if name == "ppermute":
         return _permutation(_axes(params), params["perm"], words, sizes, machine)
     if name in _SUMS:
-        return reduction("xla", _axes(params), words, sizes, machine)
+        return price_reduction("xla", _axes(params), words, sizes, machine)
     if name in ("jit", "pjit"):
         return _named(equation, sizes, machine)
     P = math.prod(sizes[a] for a in _axes(params)) if "axis_name" in params else 1
@@ -106,25 +106,25 @@ def _along_line(
     machine: Machine,
     tile: float,
     stages: int = 0,
-) -> Move | None:
+) -> PricedMove | None:
     pes = math.prod(sizes[a] for a in axes)
     if pes == 1:
         return None
     far = sum(sizes[a] - 1 for a in axes) * machine.hop_cycles
     step = 2 * machine.ramp_cycles + machine.hop_cycles
     busy = {d: load for a in axes for d in _ALONG[a]}
-    pattern = loads.Pattern(kind=_PATTERNS[kind], axes=tuple(axes))
+    pattern = loads.LinkPattern(kind=_PATTERNS[kind], axes=tuple(axes))
     latency = far + step * max(stages, 1)
-    return Move(kind, words, busy, latency, 1, words * pes / 3, tile, pattern)
+    return PricedMove(kind, words, busy, latency, 1, words * pes / 3, tile, pattern)
 
 
 def _permutation(
     axes: tuple[str, ...], pairs: Any, words: float, sizes: dict[str, int], machine: Machine
-) -> Move | None:
+) -> PricedMove | None:
     source, to = np.array(pairs, np.int64).reshape(-1, 2).T
     if (source == to).all():
         return None
-    most, pattern = loads.of_permutation(axes, sizes, source, to)
+    most, pattern = loads.permutation_loads(axes, sizes, source, to)
     busy: dict[str, float] = {}
     for direction, tiles in most:
         busy[direction] = busy.get(direction, 0) + tiles * words
@@ -133,10 +133,10 @@ def _permutation(
     hops = sum(np.abs(goal - place) for place, goal in steps)
     latency = float(hops.max()) * machine.hop_cycles + 2 * machine.ramp_cycles + machine.hop_cycles
     traveled = words * float(hops.mean())
-    return Move("shift", words, busy, latency, hops=traveled, tile=words, pattern=pattern)
+    return PricedMove("shift", words, busy, latency, hops=traveled, tile=words, pattern=pattern)
 
 
-def _named(equation: Any, sizes: dict[str, int], machine: Machine) -> Move | None:
+def _named(equation: Any, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
     """The flood or the reduction that a call is known by."""
     name = str(equation.params["name"])
     of_reduction = _REDUCTION.match(name)
@@ -147,30 +147,32 @@ def _named(equation: Any, sizes: dict[str, int], machine: Machine) -> Move | Non
     if of_reduction is None:
         return _flood(axes, words, sizes, machine)
     algorithm, root = of_reduction.groups()
-    return reduction(algorithm, axes, words, sizes, machine, None if root == "all" else int(root))
+    return price_reduction(
+        algorithm, axes, words, sizes, machine, None if root == "all" else int(root)
+    )
 
 
 def _flood(
     axes: tuple[str, ...], words: float, sizes: dict[str, int], machine: Machine
-) -> Move | None:
+) -> PricedMove | None:
     lengths = [sizes[a] for a in axes if sizes[a] > 1]
     if not lengths:
         return None
     cycles = flood_cost(*_two(lengths), words).cycles(machine)
     busy = {d: words for a in axes for d in _ALONG[a]}
     hops = words * (math.prod(lengths) - 1)
-    pattern = loads.Pattern(kind="flood", axes=axes)
-    return Move("flood", words, busy, cycles - words, 1, hops, words, pattern)
+    pattern = loads.LinkPattern(kind="flood", axes=axes)
+    return PricedMove("flood", words, busy, cycles - words, 1, hops, words, pattern)
 
 
-def reduction(
+def price_reduction(
     algorithm: str,
     axes: tuple[str, ...],
     words: float,
     sizes: dict[str, int],
     machine: Machine,
     root: int | None = None,
-) -> Move | None:
+) -> PricedMove | None:
     lengths = [sizes[a] for a in axes if sizes[a] > 1]
     if not lengths:
         return None
@@ -183,7 +185,7 @@ def reduction(
         phases = sum(math.ceil(math.log2(n)) for n in lengths)
     else:
         phases = _PHASES[algorithm] * len(lengths)
-    return Move(
+    return PricedMove(
         kind=f"reduce by {algorithm}",
         words=load,
         busy={d: load for a in axes for d in _ALONG[a]},
@@ -191,7 +193,7 @@ def reduction(
         phases=phases + (root is None),
         hops=words * (math.prod(lengths) - 1) / math.prod(lengths) * (1 + (root is None)),
         tile=words,
-        pattern=loads.Pattern(
+        pattern=loads.LinkPattern(
             kind=algorithm,
             axes=_by_number(axes),
             root=root,

@@ -21,7 +21,7 @@ class _Number(NamedTuple):
     constant: int
 
 
-def of_floods(jaxpr: Any) -> dict[int, dict[str, int]]:
+def find_flood_roots(jaxpr: Any) -> dict[int, dict[str, int]]:
     """The root's place along each axis, by the id of the equation that floods."""
     # Differentiation leaves some behind that flood nothing.
     floods = [e for e in jaxpr.eqns if e.params.get("name") == "flood" and e.invars]

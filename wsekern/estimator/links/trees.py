@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from wsekern.estimator.links.crossings import DOWN, UP, Loads, along, downwards, upwards
+from wsekern.estimator.links.crossings import DOWN, UP, LinkLoads, along, downwards, upwards
 from wsekern.fabric.moves import ring_order
 from wsekern.fabric.reductions import chain, choice, k_tree, optimal, two_phase
 from wsekern.wafer.axes import COLS, ROWS
 
 
-def loads(
+def reduction_loads(
     algorithm: str, root: int | None, words: float, axes: Sequence[str], sizes: Mapping[str, int]
-) -> Loads:
+) -> LinkLoads:
     """The load of each link, in tiles.
 
     A tree is along the last axis on all lines, and then along the one before it where these have
@@ -27,7 +27,7 @@ def loads(
       axes: of the grid, outermost first.
       sizes: PEs along each axis.
     """
-    found: Loads = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
+    found: LinkLoads = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
     if algorithm == "ring":
         for axis in axes:
             _add(found, axis, *_ring(sizes[axis]), {})
@@ -45,14 +45,14 @@ def loads(
             _add(found, axis, up, down, met)
             met[axis] = places[axis]
     if root is None:
-        for direction, load in flooded(places, sizes).items():
+        for direction, load in flood_loads(places, sizes).items():
             found[direction] += load
     return found
 
 
-def flooded(places: Mapping[str, int], sizes: Mapping[str, int]) -> Loads:
+def flood_loads(places: Mapping[str, int], sizes: Mapping[str, int]) -> LinkLoads:
     """The load of each link in a flood from `places`, of the axes that it goes along."""
-    found: Loads = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
+    found: LinkLoads = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
     for axis, place in places.items():
         here, last = np.arange(sizes[axis]), sizes[axis] - 1
         up, down = (here >= place) & (here < last), (here <= place) & (here > 0)
@@ -62,7 +62,7 @@ def flooded(places: Mapping[str, int], sizes: Mapping[str, int]) -> Loads:
 
 
 def _add(
-    found: Loads, axis: str, up: np.ndarray, down: np.ndarray, only: Mapping[str, int]
+    found: LinkLoads, axis: str, up: np.ndarray, down: np.ndarray, only: Mapping[str, int]
 ) -> None:
     """Adds loads along `axis`: on every line, or on that at the place `only` of the other axis."""
     (at,) = [slice(only[a], only[a] + 1) if a in only else slice(None)
@@ -102,7 +102,7 @@ def _ring(size: int) -> tuple[np.ndarray, np.ndarray]:
     return up / size, (down + np.where(here > 0, size - here, 0)) / size
 
 
-def _snake(found: Loads, root: int) -> None:
+def _snake(found: LinkLoads, root: int) -> None:
     """One tile on each link of the chain that winds through the rows, toward its root."""
     height, width = found["E"].shape
     y, x = np.indices((height, width))

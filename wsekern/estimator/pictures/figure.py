@@ -74,11 +74,19 @@ def style(of_page: bool = False) -> Iterator[None]:
         yield
 
 
-def new(width: float, height: float, laid_out: bool = True) -> Figure:
-    """An empty figure, of so many inches, whose axes matplotlib lays out, or else the caller."""
-    from matplotlib.figure import Figure
+def new_figure(width: float, height: float, laid_out: bool = True) -> Figure:
+    """An empty figure of `width x height` inches, which a notebook shows without a magic line.
 
-    return Figure(figsize=(width, height), layout="constrained" if laid_out else None, dpi=_DPI)
+    Args:
+      width: in inches.
+      height: in inches.
+      laid_out: whether matplotlib places the axes; else the caller does.
+    """
+    from wsekern.estimator.pictures.notebook import NotebookFigure
+
+    return NotebookFigure(
+        figsize=(width, height), layout="constrained" if laid_out else None, dpi=_DPI
+    )
 
 
 def save(figure: Figure, path: output.Path | None) -> Figure:
@@ -98,7 +106,7 @@ def save(figure: Figure, path: output.Path | None) -> Figure:
     return figure
 
 
-def inline(figure: Figure, told: str) -> str:
+def inline_svg(figure: Figure, told: str) -> str:
     """An SVG element for a page, which loads nothing and takes the color of the page's text.
 
     Args:
@@ -117,7 +125,7 @@ def inline(figure: Figure, told: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
 
 
-def engineering(axis: Axes, which: str, unit: str = "") -> None:
+def engineering_ticks(axis: Axes, which: str, unit: str = "") -> None:
     """Ticks of `which` axis ("x" or "y") as 200k, 3M or 1.5 m with a unit."""
     from matplotlib.ticker import EngFormatter
 

@@ -63,10 +63,10 @@ def page(e: Estimate, path: output.Path, title: str | None = None) -> None:
     """
     output.check_writable(path)
     figure.check_installed()
-    output.write(path, text(e, title))
+    output.write(path, render_page(e, title))
 
 
-def text(e: Estimate, title: str | None = None) -> str:
+def render_page(e: Estimate, title: str | None = None) -> str:
     """The page as text."""
     told = (
         f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz. Estimated by wsekern off the trace of the "
@@ -77,7 +77,7 @@ def text(e: Estimate, title: str | None = None) -> str:
         "<h2>Pictures</h2>",
         _pictures(e),
         "<h2>Figures</h2>",
-        table(("", ""), figures(e), numbers=()),
+        render_table(("", ""), figures(e), numbers=()),
         "<h2>By operation</h2>",
         '<p class="soft">Cycles that operations take, one after another; what overlaps is counted '
         "each time.</p>",
@@ -87,12 +87,12 @@ def text(e: Estimate, title: str | None = None) -> str:
         "<h2>Each operation on its line</h2>",
         _folded(("operation", "line", "cycles"), [(o, s, _count(n)) for o, s, n in e.by_operation]),
         "<h2>Assumptions</h2>",
-        table(("of", "what is assumed"), assumptions(e), numbers=()),
+        render_table(("of", "what is assumed"), assumptions(e), numbers=()),
     ]
-    return document(title or of_wafer(e), told, parts)
+    return render_document(title or of_wafer(e), told, parts)
 
 
-def document(title: str, told: str, parts: Iterable[str]) -> str:
+def render_document(title: str, told: str, parts: Iterable[str]) -> str:
     """A page with a heading, a line below it, and `parts`, which are HTML."""
     heading = _escaped(title)
     return (
@@ -145,10 +145,10 @@ def _cards(e: Estimate) -> str:
          "of a PE's memory" + ("" if e.fits else ": does not fit")),
         ("", energy, "energy"),
     ]  # fmt: skip
-    return cards_of(cards)
+    return render_cards(cards)
 
 
-def cards_of(cards: Iterable[tuple[str, str, str]]) -> str:
+def render_cards(cards: Iterable[tuple[str, str, str]]) -> str:
     """Figures that are read first: each a class ("bad", or none), the figure, and what it is."""
     made = (
         f'<div class="{kind}"><b>{_escaped(value)}</b><span>{_escaped(told)}</span></div>'
@@ -158,30 +158,30 @@ def cards_of(cards: Iterable[tuple[str, str, str]]) -> str:
 
 
 def _pictures(e: Estimate) -> str:
-    load = quantities.on_wafer(e, quantities.of(e))
+    load = quantities.on_wafer(e, quantities.quantity_of(e))
     none = np.zeros(load.values.shape, bool)
     drawn = [
-        (lambda: wafer_map.drawn(load, none, quantities.extent(e), _SIDE),
+        (lambda: wafer_map.draw_map(load, none, quantities.extent(e), _SIDE),
          "Words that leave each PE by its busiest link, north at the top."),
-        (lambda: views.directions(e), "The same by direction, in the same colors."),
-        (lambda: views.lanes_of(e), "What one PE's engine and its links do. The file that "
+        (lambda: views.draw_directions(e), "The same by direction, in the same colors."),
+        (lambda: views.draw_lanes(e), "What one PE's engine and its links do. The file that "
          "Estimate.timeline writes has the names and the lines."),
-        (lambda: roofline.drawn(e), "Below the wafer's roof: the program. On the roofs of chips: "
-         "what they would make of it at best."),
-        (lambda: views.longest(e), "Where the cycles go."),
+        (lambda: roofline.draw_roofline(e), "Below the wafer's roof: the program. On the roofs of "
+         "chips: what they would make of it at best."),
+        (lambda: views.draw_longest(e), "Where the cycles go."),
     ]  # fmt: skip
     if not (e.flops and e.cycles):
         drawn.pop(3)
-    return pictures_of(drawn)
+    return render_pictures(drawn)
 
 
-def pictures_of(drawn: Iterable[tuple[Callable[[], Figure], str]]) -> str:
+def render_pictures(drawn: Iterable[tuple[Callable[[], Figure], str]]) -> str:
     """Pictures, each made when it is its turn, with what is told below it."""
     made = []
     for draw, told in drawn:
         with figure.style(of_page=True):
             picture = draw()
-        svg = figure.inline(picture, _escaped(told))
+        svg = figure.inline_svg(picture, _escaped(told))
         made.append(f"<figure>{svg}<figcaption>{_escaped(told)}</figcaption></figure>")
     return f'<div class="pictures">{"".join(made)}</div>'
 
@@ -200,14 +200,14 @@ def _by(e: Estimate, which: int) -> list[tuple[str, str, str]]:
 def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, of which all but the first rows are unfolded when asked for."""
     numbers = [i for i, name in enumerate(head) if name in ("cycles", "share")]
-    first = table(head, rows[:_OPEN], numbers)
+    first = render_table(head, rows[:_OPEN], numbers)
     if len(rows) <= _OPEN:
         return first
-    rest = table(head, rows[_OPEN:], numbers)
+    rest = render_table(head, rows[_OPEN:], numbers)
     return f"{first}<details><summary>{len(rows) - _OPEN:,} more</summary>{rest}</details>"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
     """Rows below their heads; the columns `numbers` are flush right."""
 
     def line(tag: str, cells: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from wsekern.estimator.validation.points import Row, Validation
+    from wsekern.estimator.validation.points import PredictedPoint, Validation
 
 _BAND = 10  # percent, shaded
 
@@ -32,7 +32,7 @@ def published(found: Validation, path: output.Path | None = None) -> Figure:
     if not found.rows:
         raise ValueError("no point of the table was predicted, so that there is nothing to plot")
     with figure.style():
-        made = figure.new(8.4, max(3.4, 0.9 + 0.2 * len(found.rows)))
+        made = figure.new_figure(8.4, max(3.4, 0.9 + 0.2 * len(found.rows)))
         left, right = made.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.15]})
         families = list(dict.fromkeys(row.point.family for row in found.rows))
         colors = dict(zip(families, figure.SERIES * len(families), strict=False))
@@ -41,7 +41,7 @@ def published(found: Validation, path: output.Path | None = None) -> Figure:
     return figure.save(made, path)
 
 
-def _scatter(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
+def _scatter(axes: Axes, rows: list[PredictedPoint], colors: dict[str, str]) -> None:
     values = [v for row in rows for v in (row.point.value, row.predicted)]
     ends = np.array([min(values) / 2, max(values) * 2])
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
@@ -64,7 +64,7 @@ def _scatter(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
     axes.legend(fontsize="small")
 
 
-def _errors(axes: Axes, rows: list[Row], colors: dict[str, str]) -> None:
+def _errors(axes: Axes, rows: list[PredictedPoint], colors: dict[str, str]) -> None:
     axes.axvspan(-_BAND, _BAND, color="gray", alpha=0.25, lw=0)
     axes.axvline(0, color="gray", lw=0.8)
     for y, row in enumerate(rows):

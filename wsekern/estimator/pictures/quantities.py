@@ -31,7 +31,7 @@ class Quantity(NamedTuple):
     note: str = ""
 
 
-def of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
+def quantity_of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
     """The values of a map.
 
     Args:
@@ -52,7 +52,7 @@ def of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
                 "estimate or one value for each PE"
             )
         return Quantity(values, label or "value", "")
-    check(quantity)
+    check_quantity(quantity)
     return _of_estimate(what, quantity)
 
 
@@ -76,7 +76,7 @@ def extent(what: Any) -> tuple[int, int, int, int] | None:
     return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
 
 
-def check(quantity: str) -> None:
+def check_quantity(quantity: str) -> None:
     """Returns if estimates have such a quantity.
 
     Raises:

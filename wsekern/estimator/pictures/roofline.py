@@ -30,7 +30,7 @@ class Roof(NamedTuple):
     flops: dict[str, float]  # by kind of operand
 
 
-class Point(NamedTuple):
+class RooflinePoint(NamedTuple):
     """A program on a machine; of an accelerator, on its roof."""
 
     machine: str
@@ -62,11 +62,11 @@ def roofline(
       OSError: the path cannot be written.
     """
     with figure.style():
-        made = drawn(estimates, accelerators)
+        made = draw_roofline(estimates, accelerators)
     return figure.save(made, path)
 
 
-def drawn(
+def draw_roofline(
     estimates: Estimate | Mapping[str, Estimate], accelerators: Sequence[Accelerator] = (A100, H100)
 ) -> Figure:
     """The plot, in the style in force."""
@@ -75,7 +75,7 @@ def drawn(
     if not found:
         raise ValueError("roofline: no program computes anything")
     tops = roofs(named, accelerators)
-    made = figure.new(5.4, 3.6)
+    made = figure.new_figure(5.4, 3.6)
     axes = made.subplots()
     axes.set(xscale="log", yscale="log", xlabel="FLOP for each byte", ylabel="FLOP/s")
     turns = [max(roof.flops.values()) / roof.bytes_per_second for roof in tops]
@@ -95,7 +95,7 @@ def drawn(
     _name_programs(axes, found)
     _name_roofs(axes, tops, colors)
     axes.set_xlim(*x)
-    figure.engineering(axes, "y")
+    figure.engineering_ticks(axes, "y")
     axes.grid(True)
     axes.plot([], [], "o", color="gray", label="program, estimated")
     axes.plot([], [], "o", color="gray", mfc="none", label="on a chip's roof")
@@ -123,25 +123,27 @@ def roofs(estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]) -> 
     return list(found.values())
 
 
-def points(estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]) -> list[Point]:
+def points(
+    estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]
+) -> list[RooflinePoint]:
     """What programs do on wafers and would do on chips; without those that compute nothing."""
     found = []
     for name, e in estimates.items():
         if not e.flops or not e.cycles:
             continue
         moved = max(e.port_bytes * e.wafer.size, 1.0)
-        found.append(Point(of_wafer(e), name, e.flops / moved, e.flops_per_second, True))
+        found.append(RooflinePoint(of_wafer(e), name, e.flops / moved, e.flops_per_second, True))
         for chip in accelerators:
             seconds = e.accelerators.get(chip.name)
             if seconds:
                 intensity = e.flops / max(e.host_bytes, 1.0)
-                found.append(Point(chip.name, name, intensity, e.flops / seconds, False))
+                found.append(RooflinePoint(chip.name, name, intensity, e.flops / seconds, False))
     return found
 
 
-def _name_programs(axes: Axes, found: Sequence[Point]) -> None:
+def _name_programs(axes: Axes, found: Sequence[RooflinePoint]) -> None:
     """Once on wafers, and once on chips, below the lowest point."""
-    lowest: dict[tuple, Point] = {}
+    lowest: dict[tuple, RooflinePoint] = {}
     for point in found:
         key = point.program, point.machine if point.estimated else ""
         if key not in lowest or point.flops < lowest[key].flops:

@@ -40,11 +40,11 @@ def scaling(
       OSError: the path cannot be written.
     """
     with figure.style():
-        made = drawn(lines, measured or {}, of, quantity, ideal)
+        made = draw_scaling(lines, measured or {}, of, quantity, ideal)
     return figure.save(made, path)
 
 
-def drawn(
+def draw_scaling(
     lines: Mapping[str, Series],
     measured: Mapping[str, Series],
     of: str = "PEs",
@@ -55,7 +55,7 @@ def drawn(
     everything = [xy for series in (*lines.values(), *measured.values()) for xy in series]
     if not everything or min(map(min, everything)) <= 0:
         raise ValueError("scaling: it needs one (number, value) pair or more, all positive")
-    made = figure.new(5.0, 3.6)
+    made = figure.new_figure(5.0, 3.6)
     axes = made.subplots()
     axes.set(xscale="log", yscale="log", xlabel=of, ylabel=quantity)
     names = list(dict.fromkeys([*lines, *measured]))

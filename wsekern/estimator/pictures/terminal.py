@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from wsekern.estimator.pictures import quantities
-from wsekern.estimator.pictures.wafer_map import Zoom, checked
+from wsekern.estimator.pictures.wafer_map import Zoom, check_defects
 
 # matplotlib's viridis at equal steps (N. Smith and S. van der Walt, 2015), which need not be there.
 _HEAT = np.array([
@@ -49,9 +49,9 @@ def terminal_map(
     Raises:
       ValueError: shapes differ, the zoom is outside, or there is no such quantity.
     """
-    shown = quantities.on_wafer(what, quantities.of(what, quantity, label))
+    shown = quantities.on_wafer(what, quantities.quantity_of(what, quantity, label))
     zoom = zoom or quantities.extent(what)
-    faulty = checked(shown.values, defects, zoom)
+    faulty = check_defects(shown.values, defects, zoom)
     console = console or Console()
     height, width = shown.values.shape
     y0, y1, x0, x1 = zoom or (0, height, 0, width)

@@ -14,8 +14,8 @@ from wsekern.estimator.pictures import output
 from wsekern.estimator.report import of_wafer
 
 if TYPE_CHECKING:
+    from wsekern.estimator.clocks import Event
     from wsekern.estimator.result import Estimate
-    from wsekern.estimator.schedule import Event
 
 LANES = {
     "compute": "compute",
@@ -42,10 +42,10 @@ def timeline(e: Estimate, path: output.Path) -> None:
     Raises:
       OSError: the path cannot be written.
     """
-    output.write(path, json.dumps(trace(e), separators=(",", ":")))
+    output.write(path, json.dumps(trace_events(e), separators=(",", ":")))
 
 
-def trace(e: Estimate) -> dict[str, Any]:
+def trace_events(e: Estimate) -> dict[str, Any]:
     """The timeline as the JSON object of a trace."""
     named = [_metadata("process_name", 0, name=f"one PE of {of_wafer(e)}")]
     for tid, title in enumerate(lanes(e).values(), 1):

@@ -19,7 +19,7 @@ _BARS = 12
 _DRAWN = 400  # slices up to which each is a shape of its own
 
 
-def directions(e: Estimate) -> Figure:
+def draw_directions(e: Estimate) -> Figure:
     """Words on the link of each PE to the N, E, S and W, in the same colors."""
     words = e.link_words()
     top = max(float(load.max()) for load in words.values())
@@ -27,14 +27,14 @@ def directions(e: Estimate) -> Figure:
     left, wide, between, below = 0.5, 1.95, 0.2, 0.95  # inches
     high = wide * min(max(height / width, 0.25), 2.0)
     whole, tall = left + 2 * wide + 2 * between, below + 2 * high + 0.7
-    made = figure.new(whole, tall, laid_out=False)
+    made = figure.new_figure(whole, tall, laid_out=False)
     none = np.zeros((height, width), bool)
     for place, direction in enumerate("NESW"):
         row, column = divmod(place, 2)
         at = left + column * (wide + between), below + (1 - row) * (high + 0.35)
         axes = made.add_axes((at[0] / whole, at[1] / tall, wide / whole, high / tall))
-        shown = quantities.of(e, direction)
-        image = wafer_map.on_axes(axes, shown, none, (0, height, 0, width), top)
+        shown = quantities.quantity_of(e, direction)
+        image = wafer_map.draw_on_axes(axes, shown, none, (0, height, 0, width), top)
         axes.set_title(f"{shown.title}, at most {words[direction].max():,.0f}", fontsize="small")
         wafer_map.count_ticks(axes, 4)
         axes.tick_params(labelleft=column == 0, labelbottom=row == 1)
@@ -46,17 +46,17 @@ def directions(e: Estimate) -> Figure:
     bar.outline.set_visible(False)
     bar.set_label("words")
     bar.ax.locator_params(nbins=6)
-    figure.engineering(bar.ax, "x")
+    figure.engineering_ticks(bar.ax, "x")
     return made
 
 
-def lanes_of(e: Estimate) -> Figure:
+def draw_lanes(e: Estimate) -> Figure:
     """The timeline: what is done in each lane, and that until the first loop is steady."""
     steady = min((v.start for v in e.events if v.lane == "loop"), default=0.0)
     spans = {"one PE, which stands for all": e.cycles}
     if 0 < steady < e.cycles / 2:
         spans["its start, until a loop's trips are alike"] = steady
-    made = figure.new(4.8, (0.9 + 0.26 * len(lanes(e))) * len(spans))
+    made = figure.new_figure(4.8, (0.9 + 0.26 * len(lanes(e))) * len(spans))
     for axes, (title, end) in zip(
         made.subplots(len(spans), squeeze=False).flat, spans.items(), strict=True
     ):
@@ -80,10 +80,10 @@ def _draw_lanes(axes: Axes, e: Estimate, until: float) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(0, until), ylim=(len(shown) - 0.4, -0.6), xlabel="cycles")
-    figure.engineering(axes, "x")
+    figure.engineering_ticks(axes, "x")
 
 
-def longest(e: Estimate) -> Figure:
+def draw_longest(e: Estimate) -> Figure:
     """The operations that take most cycles."""
     cycles: dict[str, float] = {}
     for name, _, each in e.by_operation:
@@ -91,7 +91,7 @@ def longest(e: Estimate) -> Figure:
     least = sum(cycles.values()) / 500  # what would be seen
     shown = [item for item in cycles.items() if item[1] > least]
     most = sorted(shown, key=lambda item: -item[1])[:_BARS]
-    made = figure.new(4.8, 0.8 + 0.24 * max(len(most), 1))
+    made = figure.new_figure(4.8, 0.8 + 0.24 * max(len(most), 1))
     axes = made.subplots()
     axes.barh([name for name, _ in most], [c for _, c in most], color=figure.SERIES[0], height=0.7)
     axes.invert_yaxis()
@@ -99,6 +99,6 @@ def longest(e: Estimate) -> Figure:
     axes.set_xlabel("cycles, one after another")
     axes.grid(True, axis="x")
     axes.set_axisbelow(True)
-    figure.engineering(axes, "x")
+    figure.engineering_ticks(axes, "x")
     axes.set_title("cycles by operation")
     return made

@@ -47,15 +47,15 @@ def wafer_map(
         quantity.
       OSError: the path cannot be written.
     """
-    shown = quantities.on_wafer(what, quantities.of(what, quantity, label))
+    shown = quantities.on_wafer(what, quantities.quantity_of(what, quantity, label))
     zoom = zoom or quantities.extent(what)
-    faulty = checked(shown.values, defects, zoom)
+    faulty = check_defects(shown.values, defects, zoom)
     with figure.style():
-        made = drawn(shown, faulty, zoom)
+        made = draw_map(shown, faulty, zoom)
     return figure.save(made, path)
 
 
-def checked(values: np.ndarray, defects: ArrayLike | None, zoom: Zoom | None) -> np.ndarray:
+def check_defects(values: np.ndarray, defects: ArrayLike | None, zoom: Zoom | None) -> np.ndarray:
     """The defects as a boolean array, where they and the zoom fit the values."""
     faulty = np.zeros(values.shape, bool) if defects is None else np.asarray(defects, bool)
     if faulty.shape != values.shape:
@@ -72,7 +72,7 @@ def checked(values: np.ndarray, defects: ArrayLike | None, zoom: Zoom | None) ->
     return faulty
 
 
-def drawn(
+def draw_map(
     shown: quantities.Quantity, faulty: np.ndarray, zoom: Zoom | None = None, side: float = 6.0
 ) -> Figure:
     """The map alone, `side` inches at most, with its scale of colors."""
@@ -82,9 +82,9 @@ def drawn(
     wide, high = max((x1 - x0) * scale, side / 2), max((y1 - y0) * scale, side / 8)
     left, right, above, below = 0.65, 0.25, 0.5, 1.05  # inches
     whole, tall = max(left + wide + right, side), above + high + below
-    made = figure.new(whole, tall, laid_out=False)
+    made = figure.new_figure(whole, tall, laid_out=False)
     axes = made.add_axes((left / whole, below / tall, wide / whole, high / tall))
-    image = on_axes(axes, shown, faulty, (y0, y1, x0, x1))
+    image = draw_on_axes(axes, shown, faulty, (y0, y1, x0, x1))
     axes.set_title(f"{shown.title}\n{_told(shown, zoom)}")
     axes.set_xlabel("x, west to east", loc="left")
     axes.set_ylabel("y, north to south")
@@ -99,11 +99,11 @@ def drawn(
     bar.outline.set_visible(False)
     bar.set_label(shown.unit or shown.title)
     bar.ax.locator_params(nbins=6)
-    figure.engineering(bar.ax, "x")
+    figure.engineering_ticks(bar.ax, "x")
     return made
 
 
-def on_axes(
+def draw_on_axes(
     axes: Axes, shown: quantities.Quantity, faulty: np.ndarray, zoom: Zoom, top: float | None = None
 ) -> AxesImage:
     """Draws values and defects on `axes`; ticks count PEs of the whole wafer."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsekern.estimator.cost import DEFAULT, Constants
-from wsekern.estimator.validation.programs import Point, Program, program_of
+from wsekern.estimator.validation.programs import PublishedPoint, PublishedProgram, program_of
 
 POINTS = pathlib.Path(__file__).parent / "points.csv"
 # As many as there are constants. `Constants` are what makes these exact.
@@ -32,10 +32,10 @@ _STEPS = 3  # of a fit, whose predictions are nearly linear in the constants
 _NAMES = tuple(field.name for field in dataclasses.fields(Constants))
 
 
-class Row(NamedTuple):
+class PredictedPoint(NamedTuple):
     """One point beside its prediction."""
 
-    point: Point
+    point: PublishedPoint
     predicted: float
     fitted: bool  # whether the constants were fitted on it
 
@@ -48,11 +48,11 @@ class Row(NamedTuple):
 class Validation(NamedTuple):
     """All points of a file that a program stands here for, and why the others are left out."""
 
-    rows: list[Row]
+    rows: list[PredictedPoint]
     skipped: dict[str, str]  # point -> why
 
     @property
-    def counted(self) -> list[Row]:
+    def counted(self) -> list[PredictedPoint]:
         """What is neither fitted nor merely reported."""
         return [r for r in self.rows if not r.fitted and r.point.family in COUNTED]
 
@@ -88,21 +88,21 @@ def validate(path: pathlib.Path | str = POINTS, constants: Constants = DEFAULT) 
       ValueError: a column is missing, or a value is no number; names it.
     """
     rows, skipped = [], {}
-    fitted_on = [p for p in read(POINTS) if p.id in FITTED]
-    for point in read(path):
+    fitted_on = [p for p in read_points(POINTS) if p.id in FITTED]
+    for point in read_points(path):
         try:
             predicted = program_of(point).predicted(constants)
         except ValueError as error:
             skipped[point.id] = str(error)
             continue
         fitted = any((point.id, point.value) == (p.id, p.value) for p in fitted_on)
-        rows.append(Row(point, predicted, fitted))
+        rows.append(PredictedPoint(point, predicted, fitted))
     return Validation(rows, skipped)
 
 
-def left_out() -> dict[str, float]:
+def cross_validate() -> dict[str, float]:
     """The mean absolute error of each kind of program under constants fitted on the others."""
-    points = [p for p in read(POINTS) if p.family in COUNTED]
+    points = [p for p in read_points(POINTS) if p.family in COUNTED]
     programs = [program_of(p) for p in points]
     errors = {}
     for family in COUNTED:
@@ -117,7 +117,9 @@ def left_out() -> dict[str, float]:
     return errors
 
 
-def fit(points: Sequence[Point], programs: Sequence[Program], trust: float = 0.02) -> Constants:
+def fit(
+    points: Sequence[PublishedPoint], programs: Sequence[PublishedProgram], trust: float = 0.02
+) -> Constants:
     """The constants that bring predictions nearest to measurements, in their logarithms.
 
     Args:
@@ -144,14 +146,14 @@ def fit(points: Sequence[Point], programs: Sequence[Program], trust: float = 0.0
     return Constants(**dict(zip(_NAMES, np.exp(x).tolist(), strict=True)))
 
 
-def read(path: pathlib.Path | str) -> list[Point]:
+def read_points(path: pathlib.Path | str) -> list[PublishedPoint]:
     """The points of a table.
 
     Raises:
       ValueError: a column is missing, or a value is no number.
     """
     path = pathlib.Path(path)
-    wanted = [field.name for field in dataclasses.fields(Point)]
+    wanted = [field.name for field in dataclasses.fields(PublishedPoint)]
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [name for name in wanted if name not in (reader.fieldnames or [])]
@@ -167,7 +169,7 @@ def read(path: pathlib.Path | str) -> list[Point]:
         if not value > 0 or not clock > 0:
             raise ValueError(f"{path}:{number}: value and clock_ghz must be positive")
         given = {name: row[name] or "" for name in wanted}
-        points.append(Point(**given | {"value": value, "clock_ghz": clock}))  # type: ignore[arg-type]
+        points.append(PublishedPoint(**given | {"value": value, "clock_ghz": clock}))  # type: ignore[arg-type]
     return points
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from wsekern.estimator.cost import DEFAULT, Constants
 from wsekern.estimator.schedule import Schedule
-from wsekern.estimator.trace import traced
+from wsekern.estimator.trace import trace_program
 from wsekern.estimator.validation import gemm, waferllm, wave25
 from wsekern.fabric.flood import cost as flood_cost
 from wsekern.hardware import MACHINES, Machine
@@ -34,7 +34,7 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
+class PublishedPoint:
     """One published figure."""
 
     id: str
@@ -58,7 +58,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class PublishedProgram:
     """What a point's figure follows from: traces, and what their cycles make of it."""
 
     parts: tuple[tuple[Any, Wafer], ...]
@@ -73,7 +73,7 @@ _LLM = re.compile(r"(?P<model>\S+) (?P<what>decode|prefill|end to end)\b", re.IG
 _FAMILIES = {"25-point": "stencil", "GEMM fp32": "product", "broadcast of": "broadcast"}
 
 
-def program_of(point: Point) -> Program:
+def program_of(point: PublishedPoint) -> PublishedProgram:
     """The program of a point.
 
     Raises:
@@ -89,7 +89,7 @@ def program_of(point: Point) -> Program:
     return makers[point.family](point, machine)
 
 
-def _of_model(point: Point, machine: Machine, model: str, what: str) -> Program:
+def _of_model(point: PublishedPoint, machine: Machine, model: str, what: str) -> PublishedProgram:
     named = {name.lower(): sizes for name, sizes in MODELS.items()}
     if model.lower() not in named:
         raise ValueError(f"model {model!r} is not one of {', '.join(MODELS)}")
@@ -97,16 +97,16 @@ def _of_model(point: Point, machine: Machine, model: str, what: str) -> Program:
     if what == "decode":
         part = _decode(machine, _square(point.grid), sizes, _number(point, "context"))
         batch = _number(point, "batch", 1)
-        return Program((part,), lambda cycles: batch * second / (cycles * sizes[0]))
+        return PublishedProgram((part,), lambda cycles: batch * second / (cycles * sizes[0]))
     if what == "prefill":
         tokens = _number(point, "context")
         part = _prefill(machine, _square(point.grid), sizes, tokens)
-        return Program((part,), lambda cycles: tokens * second / (cycles * sizes[0]))
+        return PublishedProgram((part,), lambda cycles: tokens * second / (cycles * sizes[0]))
     read, written = _number(point, "input"), _number(point, "output")
     # On the best of the grids whose times are published: small for decoding, large for prefill.
     before = _prefill(machine, 720, sizes, read)
     after = _decode(machine, 420, sizes, read + written // 2)
-    return Program(
+    return PublishedProgram(
         (before, after),
         lambda first, each: written * second / (sizes[0] * (first + written * each)),
     )
@@ -122,7 +122,7 @@ def _decode(machine: Machine, side: int, sizes: tuple[int, int, int], context: i
         *[jax.ShapeDtypeStruct((1, S, D), dtype)] * 2,
     )
     run = functools.partial(waferllm.decode_layer, wafer=wafer)
-    return traced("estimate", run, operands, wafer)
+    return trace_program("estimate", run, operands, wafer)
 
 
 @functools.cache
@@ -131,10 +131,10 @@ def _prefill(machine: Machine, side: int, sizes: tuple[int, int, int], tokens: i
     D, F, S = (_up(n, side) for n in (*sizes[1:], tokens))
     operands = jax.ShapeDtypeStruct((S, D), dtype), waferllm.shapes(D, F, dtype)
     run = functools.partial(waferllm.prefill_layer, wafer=wafer)
-    return traced("estimate", run, operands, wafer)
+    return trace_program("estimate", run, operands, wafer)
 
 
-def _wave(point: Point, machine: Machine) -> Program:
+def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     height, width = _grid(point.grid)
     # The hand kernel had a few rows more than a program of the framework can have.
     height, width = min(height, machine.usable_height), min(width, machine.usable_width)
@@ -142,26 +142,26 @@ def _wave(point: Point, machine: Machine) -> Program:
     steps = int(_found(point, r"(\d+) steps"))
     u = jax.ShapeDtypeStruct((height, width, _number(point, "nz")), jnp.float32)
     run = functools.partial(wave25.wave, steps=steps, wafer=wafer)
-    part = traced("estimate", run, (u, u, u), wafer)
-    return Program((part,), functools.partial(_time, point))
+    part = trace_program("estimate", run, (u, u, u), wafer)
+    return PublishedProgram((part,), functools.partial(_time, point))
 
 
-def _product(point: Point, machine: Machine) -> Program:
+def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     height, width = _grid(point.grid)
     wafer = Wafer.abstract(machine, height, width)
     N, K, M = (_number(point, name) for name in ("N", "K", "M"))
     a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, K), (K, M)))
-    part = traced("estimate", functools.partial(gemm.dense, wafer=wafer), (a, b), wafer)
-    return Program((part,), functools.partial(_time, point))
+    part = trace_program("estimate", functools.partial(gemm.dense, wafer=wafer), (a, b), wafer)
+    return PublishedProgram((part,), functools.partial(_time, point))
 
 
-def _broadcast(point: Point, machine: Machine) -> Program:
+def _broadcast(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     words = int(_found(point, r"broadcast of (\d+) words"))
     cycles = flood_cost(*_grid(point.grid), words).cycles(machine)
-    return Program((), lambda: _time(point, cycles))
+    return PublishedProgram((), lambda: _time(point, cycles))
 
 
-def _time(point: Point, cycles: float) -> float:
+def _time(point: PublishedPoint, cycles: float) -> float:
     if point.unit == "cycles":
         return cycles
     if point.unit not in _UNITS:
@@ -197,7 +197,7 @@ def _square(text: str) -> int:
     return height
 
 
-def _number(point: Point, name: str, default: int | None = None) -> int:
+def _number(point: PublishedPoint, name: str, default: int | None = None) -> int:
     found = re.search(rf"\b{name}[ =](\d+)", point.parameters)
     if found:
         return int(found[1])
@@ -206,7 +206,7 @@ def _number(point: Point, name: str, default: int | None = None) -> int:
     return default
 
 
-def _found(point: Point, pattern: str) -> str:
+def _found(point: PublishedPoint, pattern: str) -> str:
     found = re.search(pattern, f"{point.workload}; {point.parameters}")
     if not found:
         raise ValueError(f"parameters {point.parameters!r} have nothing like {pattern!r}")

@@ -70,9 +70,9 @@ def test_a_move_along_both_axes_turns_where_routes_turn():
     to = np.random.default_rng(0).permutation(24)
     at = [tuple(map(int, np.unravel_index(pe, shape))) for pe in range(24)]
     pairs = [(at[a], at[b]) for a, b in zip(source, to, strict=True)]
-    most, pattern = loads.of_permutation(("y", "x"), {"y": 4, "x": 6}, source, to)
+    most, pattern = loads.permutation_loads(("y", "x"), {"y": 4, "x": 6}, source, to)
     wanted = walked(pairs, shape)
-    assert_same(loads.total([(pattern, 1.0)], {"y": 4, "x": 6}), wanted)
+    assert_same(loads.total_loads([(pattern, 1.0)], {"y": 4, "x": 6}), wanted)
     assert dict(most) == {d: w.max() for d, w in wanted.items()}
 
 
@@ -118,11 +118,11 @@ def test_a_gather_brings_every_tile_to_every_pe():
 def test_parts_to_all_from_all_load_the_middle_most():
     shape, sizes = (1, 6), {"y": 1, "x": 6}
     pairs = [((0, a), (0, b)) for a in range(6) for b in range(6)]
-    found = loads.total([(loads.Pattern(kind="exchange", axes=("x",)), 6.0)], sizes)
+    found = loads.total_loads([(loads.LinkPattern(kind="exchange", axes=("x",)), 6.0)], sizes)
     assert_same(found, walked(pairs, shape))
-    scattered = loads.of_pattern(loads.Pattern(kind="scatter", axes=("x",)), sizes)
+    scattered = loads.pattern_loads(loads.LinkPattern(kind="scatter", axes=("x",)), sizes)
     np.testing.assert_allclose(scattered["E"] * 6, [[5, 4, 3, 2, 1, 0]])
-    spread = loads.of_pattern(loads.Pattern(kind="relayout"), {"y": 6, "x": 6})
+    spread = loads.pattern_loads(loads.LinkPattern(kind="relayout"), {"y": 6, "x": 6})
     assert {load.max() for load in spread.values()} == {1.0}
 
 
@@ -133,7 +133,7 @@ TREES = ["star", "chain", "tree", "two_phase", "optimal", "k_tree", "snake"]
 @pytest.mark.parametrize("root", [0, 17, 34])
 def test_a_tree_brings_every_pe_to_its_root(algorithm, root):
     """Every PE but the root has a way to it, over links that are loaded."""
-    found = trees.loads(algorithm, root, 64.0, ("y", "x"), SIZES)
+    found = trees.reduction_loads(algorithm, root, 64.0, ("y", "x"), SIZES)
     steps = {"N": (-1, 0), "S": (1, 0), "E": (0, 1), "W": (0, -1)}
     height, width = SIZES["y"], SIZES["x"]
     home = divmod(root, width)
@@ -152,13 +152,15 @@ def test_a_tree_brings_every_pe_to_its_root(algorithm, root):
 
 def test_loads_of_trees_are_counted_by_hand():
     line = {"y": 1, "x": 8}
-    west = {a: trees.loads(a, 0, 1.0, ("x",), line)["W"][0] for a in ("star", "chain", "tree")}
+    west = {
+        a: trees.reduction_loads(a, 0, 1.0, ("x",), line)["W"][0] for a in ("star", "chain", "tree")
+    }
     np.testing.assert_array_equal(west["star"], [0, 7, 6, 5, 4, 3, 2, 1])
     np.testing.assert_array_equal(west["chain"], [0, 1, 1, 1, 1, 1, 1, 1])
     np.testing.assert_array_equal(west["tree"], [0, 3, 2, 2, 1, 2, 1, 1])
-    back = trees.loads("chain", None, 1.0, ("x",), line)
+    back = trees.reduction_loads("chain", None, 1.0, ("x",), line)
     np.testing.assert_array_equal(back["E"][0], [1, 1, 1, 1, 1, 1, 1, 0])
-    around = trees.loads("ring", None, 1.0, ("x",), {"y": 1, "x": 2})
+    around = trees.reduction_loads("ring", None, 1.0, ("x",), {"y": 1, "x": 2})
     np.testing.assert_allclose(around["E"], [[1.0, 0.0]])  # half a tile summed, half gathered
 
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import subprocess
 import sys
 
 import jax
@@ -44,7 +45,7 @@ def test_a_map_shows_the_busiest_link_of_each_pe(e):
 
 
 def test_what_is_the_same_on_each_pe_says_so(e):
-    memory, busy = (quantities.of(e, name) for name in ("sram", "busy"))
+    memory, busy = (quantities.quantity_of(e, name) for name in ("sram", "busy"))
     assert set(memory.values.flat) == {e.sram_per_pe} and quantities.SAME in memory.note
     assert busy.values.min() >= e.busy["compute"] and quantities.SAME in busy.note
 
@@ -114,7 +115,7 @@ def test_a_timeline_is_a_trace_that_viewers_open(e, tmp_path):
 
 
 def test_slices_of_a_lane_never_overlap(e):
-    slices = [v for v in timeline.trace(e)["traceEvents"] if v["ph"] == "X"]
+    slices = [v for v in timeline.trace_events(e)["traceEvents"] if v["ph"] == "X"]
     for tid in {v["tid"] for v in slices}:
         lane = [(round(v["ts"] * 1000), round(v["dur"] * 1000)) for v in slices if v["tid"] == tid]
         assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(lane)), tid
@@ -141,7 +142,7 @@ def test_a_page_of_what_computes_nothing_has_no_roofline():
     wafer = wk.Wafer.abstract(wk.WSE2, 1, 4)
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     idle = wk.estimate(lambda x: x.T, a, wafer=wafer)
-    assert page.text(idle).count("<svg ") == 4
+    assert page.render_page(idle).count("<svg ") == 4
     with pytest.raises(ValueError, match="no program computes anything"):
         wk.roofline(idle)
 
@@ -171,9 +172,10 @@ def test_a_scaling_plot_has_lines_and_measured_points():
 
 
 def test_predictions_stand_against_what_was_published(tmp_path):
-    point = [p for p in points.read(points.POINTS) if p.family == "product"]
+    point = [p for p in points.read_points(points.POINTS) if p.family == "product"]
     rows = [
-        points.Row(p, 1.1 * p.value, fitted) for p, fitted in zip(point, (True, False), strict=True)
+        points.PredictedPoint(p, 1.1 * p.value, fitted)
+        for p, fitted in zip(point, (True, False), strict=True)
     ]
     figure = published.published(points.Validation(rows, {}), tmp_path / "points.png")
     left, right = figure.axes
@@ -227,7 +229,36 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 
 
 def test_nothing_loads_matplotlib_before_it_draws():
-    assert "matplotlib.pyplot" not in sys.modules
+    """In a process of its own: whatever other tests have loaded does not count."""
+    script = """
+import sys
+import jax
+import jax.numpy as jnp
+import wsekern as wk
+from wsekern.estimator.pictures import page, published, views
+
+a = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+e = wk.estimate(lambda x: x + 1.0, a, wafer=wk.Wafer.abstract(wk.WSE2, 2, 2))
+assert str(e) and e._repr_html_()
+assert "matplotlib" not in sys.modules
+assert wk.wafer_map(e) and wk.roofline(e) and wk.scaling({"WSE-2": [(1, 1.0)]})
+assert "matplotlib" in sys.modules
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_figure_is_shown_by_a_notebook_without_a_magic_line(e):
+    """As IPython does it where no backend is active: by the method `_repr_png_` of its class."""
+    scaled = {"WSE-3": [(1, 10.0), (2, 19.0)]}
+    for picture in (e.plot(), wk.wafer_map(e, "busy"), wk.roofline(e), wk.scaling(scaled)):
+        png = picture._repr_png_()
+        assert png.startswith(b"\x89PNG")
+        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+        assert (width, height) == tuple(100 * picture.get_size_inches() // 1)
 
 
 def test_a_placed_program_is_drawn_where_its_pes_lie():
@@ -237,7 +268,7 @@ def test_a_placed_program_is_drawn_where_its_pes_lie():
     a = jax.ShapeDtypeStruct((60, 60), jnp.float32)
     e = wk.estimate(wk.matmul, a, a, wafer=wafer)
     assert wafer.placement is not None
-    own = quantities.of(e)
+    own = quantities.quantity_of(e)
     shown = quantities.on_wafer(e, own)
     assert shown.values.shape == wafer.placement.physical
     np.testing.assert_array_equal(

@@ -68,13 +68,13 @@ def test_a_table_without_a_column_is_refused(tmp_path):
 @pytest.mark.slow
 def test_other_programs_tell_the_constants(found):
     """Fitted without one kind of program, the model predicts that kind within a third."""
-    errors = points.left_out()
+    errors = points.cross_validate()
     assert set(errors) == set(points.COUNTED)
     assert max(errors.values()) < 1 / 3
 
 
 def test_a_fit_finds_the_constants_that_made_the_points():
-    stencils = [p for p in points.read(points.POINTS) if p.family == "stencil"]
+    stencils = [p for p in points.read_points(points.POINTS) if p.family == "stencil"]
     made = [programs.program_of(p) for p in stencils]
     told = Constants(vector_start=20.0, paired_float32=1.3)
     exact = [

@@ -7,17 +7,15 @@ dimension, if it has one, over the wafers.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from wsekern.wafer import on_devices
+from wsekern.wafer import context, on_devices
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
-
-if TYPE_CHECKING:
-    from wsekern.wafer.wafer import Wafer
+from wsekern.wafer.wafer import Wafer, wafer_of_sharding
 
 
 def as_array(operand: jax.typing.ArrayLike) -> jax.Array:
@@ -33,6 +31,31 @@ def tiled(ndim: int, *trailing: str | None) -> P:
     trailing = trailing or (ROWS, COLS)
     leading = ndim - len(trailing)
     return P(*([WAFERS] + [None] * (leading - 1) if leading else []), *trailing)
+
+
+def field_layout(
+    field: Any, spec: P | None, wafer: Wafer | None
+) -> tuple[Wafer | None, tuple[None | str | tuple[str, ...], ...]]:
+    """The wafer of a field, None for none, and the axes that each dimension is split over.
+
+    Args:
+      field: if no wafer is given or entered, the mesh that it is split over becomes one.
+      spec: the axes of each dimension; by default as the field is split, else the first dimension
+        along y and over the wafers, the second along x.
+      wafer: the wafer that was given.
+    """
+    sharding = on_devices.named_sharding(field)
+    wafer = context.current() if wafer is None else wafer
+    if wafer is None and sharding is not None and sharding.mesh.size > 1:
+        wafer = wafer_of_sharding(sharding)
+    entries: P | None = spec
+    if spec is None and wafer is not None and sharding is not None and sharding.mesh == wafer.mesh:
+        entries = on_devices.spec_in_wafer_axes(sharding.spec, wafer)
+    wafer = context.resolve(wafer)
+    if entries is None or not any(entries):
+        entries = _field_spec(field.ndim, wafer) if spec is None else P()
+    padded = (*entries, *[None] * (field.ndim - len(entries)))
+    return wafer, tuple(_plain_entry(entry) for entry in padded)
 
 
 def parts(spec: P, wafer: Wafer) -> int:
@@ -98,6 +121,19 @@ def resize(array: jax.Array, axis: int, length: int) -> jax.Array:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - size)
     return jnp.pad(array, widths)
+
+
+def _field_spec(ndim: int, wafer: Wafer | None) -> P:
+    several = wafer is not None and wafer.wafers > 1
+    if ndim == 1:
+        return P((WAFERS, ROWS, COLS)) if several else P((ROWS, COLS))
+    return P((WAFERS, ROWS), COLS) if several else P(ROWS, COLS)
+
+
+def _plain_entry(entry: None | str | tuple[str, ...]) -> None | str | tuple[str, ...]:
+    """The entry, a name alone instead of a tuple of one."""
+    names = axes_of(entry)
+    return None if not names else names[0] if len(names) == 1 else names
 
 
 def _along(entry: None | str | tuple[str, ...], wafer: Wafer) -> int:

@@ -1,8 +1,8 @@
-"""This file is adjoints of slices and of writes in place that are as fast as these; per PE.
+"""Fast reverse-mode rules for `slice` and `dynamic_update_slice`; per PE.
 
-Plain autodiff lays each slice's cotangent into an array of zeros by `lax.pad`, and XLA then asks of
-every cell whether it lies in the padding. Here a cell gathers what it is owed by slices, and what
-few cells owe is added in place. Reverse mode alone.
+Plain autodiff puts each slice's cotangent into an array of zeros by `lax.pad`, and XLA then asks
+for every cell whether it lies in the padding. Here a cell gathers its cotangents by slices, and the
+cotangents of a few cells are added in place. These rules support reverse mode only.
 """
 
 import dataclasses
@@ -16,233 +16,271 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from wsekern.kernels.stencil.buffers import Mode, Tile, ends
 from wsekern.wafer import context
 
 Window = tuple[tuple[int, ...], tuple[int, ...]]  # where a slice starts and ends
+Starts = tuple[tuple[int, ...] | None, ...]  # where a slab is written into each buffer, if it is
+MakeSlabs = Callable[..., Sequence[Tile]]
 
 
-def gathering(
-    function: Callable[..., Sequence[jax.Array]],
-    fields: Sequence[jax.Array],
-    held: Sequence[jax.Array],
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """`function(*fields, *held)`, and `held` again.
+def apply_gathering(
+    function: Callable[..., Sequence[Tile]],
+    fields: Sequence[Tile],
+    coefficients: Sequence[Tile],
+) -> tuple[list[Tile], list[Tile]]:
+    """`function(*fields, *coefficients)`, and the coefficients again.
 
     Args:
-      function: what it slices off its operands, without strides, is differentiated as said above;
-        whatever else it does, as ever.
-      fields: whose cells gather their cotangents.
-      held: to whose cotangents those of the slices are added in place. Call after call, pass on
-        what came back.
+      function: the slices without strides that it takes off its operands are differentiated by the
+        rules of this module; everything else as usual.
+      fields: each of their cells gathers its cotangents from the slices.
+      coefficients: the slices' cotangents are added to theirs in place. Pass what came back to the
+        next call, so that many calls add up in one array.
     """
-    taken = _taken(function, [*fields, *held])
+    operands = [*fields, *coefficients]
+    sliced = _separate_slices(jax.make_jaxpr(function)(*operands))
     cuts = []
-    held = list(held)
-    for i, windows in enumerate(taken.windows):
+    passed_on = list(coefficients)
+    for i, windows in enumerate(sliced.windows):
         if i < len(fields):
-            cuts += _views(fields[i], fields[i].shape, windows)
+            cuts += _cut_windows(fields[i], fields[i].shape, windows)
         else:
-            held[i - len(fields)], views = _views_beside(held[i - len(fields)], windows)
+            j = i - len(fields)
+            passed_on[j], views = _cut_and_pass_on(passed_on[j], windows)
             cuts += views
-    return taken.rest(*cuts), held
+    return sliced.compute(operands, cuts), passed_on
 
 
-def writing(
-    buffers: Sequence[jax.Array],
-    make: Callable[..., Sequence[jax.Array]],
+def write_slabs(
+    buffers: Sequence[Tile],
+    make: MakeSlabs,
     starts: Sequence[Sequence[int] | None],
     *,
-    backward: bool,
-) -> list[jax.Array]:
-    """The buffers, with a slab each of `make(*buffers)` written from where `starts` says.
+    mode: Mode,
+) -> list[Tile]:
+    """The buffers, with the slabs that `make(*buffers)` returns written into them.
 
     Args:
       buffers: as they are before.
       make: cuts, moves and computes the slabs.
-      starts: None for a buffer that is only read, for which there is no slab.
-      backward: whether it is for reverse mode alone, and as said above.
+      starts: where each buffer's slab is written; None for a buffer that is only read, and has no
+        slab.
+      mode: REVERSE differentiates by the rules of this module.
     """
     places = tuple(None if start is None else tuple(start) for start in starts)
-    if backward:
-        return _writing(list(buffers), make, places)
-    return _with(buffers, make(*buffers), places)
+    if mode is Mode.REVERSE:
+        return _write_slabs(list(buffers), make, places)
+    return _update_slices(buffers, make(*buffers), places)
 
 
-def windows(
-    function: Callable[..., Any], operands: Sequence[Any]
-) -> tuple[tuple[Window, ...], ...]:
-    """What `function` slices off each of its floating operands; of one it uses otherwise, all."""
-    return _taken(function, operands).windows
+def windows_read(closed: core.ClosedJaxpr) -> tuple[tuple[Window, ...], ...]:
+    """The slices that a jaxpr takes off each floating operand; all of it if it uses it whole."""
+    return _separate_slices(closed).windows
 
 
-class _Taken(NamedTuple):
-    """A function of arrays as one of what it takes of them."""
+class _Sliced(NamedTuple):
+    """A function, separated into the slices that it takes and what it computes of them."""
 
-    windows: tuple[tuple[Window, ...], ...]  # of each operand; of whole numbers none
-    rest: Callable[..., list[jax.Array]]
+    windows: tuple[tuple[Window, ...], ...]  # of each operand; none for integers
+    compute: Callable[[Sequence[Tile], Sequence[Tile]], list[Tile]]  # of operands and slices
 
 
-def _taken(function: Callable, operands: Sequence[Any]) -> _Taken:
-    closed = jax.make_jaxpr(function)(*operands)
+def _separate_slices(closed: core.ClosedJaxpr) -> _Sliced:
+    """The slices of a jaxpr's operands, and the jaxpr without them.
+
+    For `v = u[1:]; w = v[:-1]; return w * u[2:]` with 5 cells in `u`, the windows of `u` are
+    `(1, 4)` and `(2, 5)`, and what is left is `multiply`.
+    """
     jaxpr = closed.jaxpr
-    # Of which operand a variable is which window: itself, a slice, or a slice of a slice.
-    of: dict[Any, tuple[int, Window]] = {
-        variable: (i, ((0,) * array.ndim, array.shape))
-        for i, (variable, array) in enumerate(zip(jaxpr.invars, operands, strict=True))
-        if jnp.issubdtype(array.dtype, jnp.floating)
+    # The variables that are a window of an operand: the operand, a slice, or a slice of a slice.
+    window_of: dict[core.Var, tuple[int, Window]] = {
+        variable: (i, ((0,) * variable.aval.ndim, variable.aval.shape))
+        for i, variable in enumerate(jaxpr.invars)
+        if jnp.issubdtype(variable.aval.dtype, jnp.floating)
     }
-    kept = []
+    equations = []
     for equation in jaxpr.eqns:
-        window = _window(equation, of)
+        window = _window(equation, window_of)
         if window is None:
-            kept.append(equation)
+            equations.append(equation)
         else:
-            of[equation.outvars[0]] = window
-    read = [*(v for e in kept for v in e.invars), *jaxpr.outvars]
-    views = [v for v in dict.fromkeys(v for v in read if not hasattr(v, "val")) if v in of]
+            window_of[equation.outvars[0]] = window
+    read = [*(v for e in equations for v in e.invars), *jaxpr.outvars]
+    variables = dict.fromkeys(v for v in read if not hasattr(v, "val"))  # in order, each once
+    views = [v for v in variables if v in window_of]
     windows = tuple(
-        tuple(dict.fromkeys(window for v in views for j, window in [of[v]] if j == i))
-        for i in range(len(operands))
+        tuple(dict.fromkeys(window for v in views for j, window in [window_of[v]] if j == i))
+        for i in range(len(jaxpr.invars))
     )
-    order = [(i, window) for i, own in enumerate(windows) for window in own]
-    places = [order.index(of[v]) for v in views]
-    whole = [v for v in jaxpr.invars if v not in of]
-    rest = jaxpr.replace(
-        invars=[*whole, *views],
-        eqns=kept,
+    # Two variables may be the same window, which is then cut once.
+    order = [(i, window) for i, several in enumerate(windows) for window in several]
+    places = [order.index(window_of[v]) for v in views]
+    whole = [i for i, v in enumerate(jaxpr.invars) if v not in window_of]
+    without_slices = jaxpr.replace(
+        invars=[*(jaxpr.invars[i] for i in whole), *views],
+        eqns=equations,
         debug_info=jaxpr.debug_info._replace(arg_names=None),
     )
-    run = core.jaxpr_as_fun(core.ClosedJaxpr(rest, closed.consts))
-    given = [array for v, array in zip(jaxpr.invars, operands, strict=True) if v not in of]
-    return _Taken(windows, lambda *cuts: run(*given, *(cuts[place] for place in places)))
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(without_slices, closed.consts))
+
+    def compute(operands: Sequence[Tile], cuts: Sequence[Tile]) -> list[Tile]:
+        return run(*(operands[i] for i in whole), *(cuts[place] for place in places))
+
+    return _Sliced(windows, compute)
 
 
-def _window(equation: Any, of: dict[Any, tuple[int, Window]]) -> tuple[int, Window] | None:
-    """Of which operand an equation takes which window, if that is all it does."""
+def _window(
+    equation: core.JaxprEqn, window_of: dict[core.Var, tuple[int, Window]]
+) -> tuple[int, Window] | None:
+    """The operand and the window of it that an equation cuts, if that is all it does."""
     if equation.primitive.name != "slice" or hasattr(equation.invars[0], "val"):
         return None
-    if equation.invars[0] not in of or set(equation.params["strides"] or [1]) != {1}:
+    if equation.invars[0] not in window_of or set(equation.params["strides"] or [1]) != {1}:
         return None
-    i, (begin, _) = of[equation.invars[0]]
+    i, (begin, _) = window_of[equation.invars[0]]
     low, high = (
-        tuple(a + b for a, b in zip(begin, equation.params[which], strict=True))
-        for which in ("start_indices", "limit_indices")
+        tuple(a + b for a, b in zip(begin, equation.params[limits], strict=True))
+        for limits in ("start_indices", "limit_indices")
     )
     return i, (low, high)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _views(array, shape, windows):
+def _cut_windows(array: Tile, shape: tuple[int, ...], windows: tuple[Window, ...]) -> list[Tile]:
     del shape
     return [lax.slice(array, *window) for window in windows]
 
 
-# For the reason that the file begins with.
-def _views_fwd(array, shape, windows):
-    return _views(array, shape, windows), None
+# The module docstring says why: plain autodiff would pad every window's cotangent.
+def _cut_windows_fwd(
+    array: Tile, shape: tuple[int, ...], windows: tuple[Window, ...]
+) -> tuple[list[Tile], None]:
+    return _cut_windows(array, shape, windows), None
 
 
-def _views_bwd(shape, windows, _, cotangents):
+def _cut_windows_bwd(
+    shape: tuple[int, ...], windows: tuple[Window, ...], _: None, cotangents: Sequence[Tile]
+) -> tuple[Tile]:
     dims = range(len(shape))
     lead = [max(low[d] for low, _ in windows) for d in dims]
     trail = [max(shape[d] - high[d] for _, high in windows) for d in dims]
     total = None
     for (low, _), cotangent in zip(windows, cotangents, strict=True):
-        wide = [lead[d] + cotangent.shape[d] + trail[d] for d in dims]
-        # Written into zeros: a pad would be fused into the sum, and asked cell by cell.
-        laid = lax.dynamic_update_slice(jnp.zeros(wide, cotangent.dtype), cotangent, lead)
+        padded_shape = [lead[d] + cotangent.shape[d] + trail[d] for d in dims]
+        # Written into zeros: XLA would fuse a pad into the sum, with a test for every cell.
+        zeros = jnp.zeros(padded_shape, cotangent.dtype)
+        padded = lax.dynamic_update_slice(zeros, cotangent, lead)
         begin = [lead[d] - low[d] for d in dims]
-        part = lax.slice(laid, begin, [begin[d] + shape[d] for d in dims])
+        part = lax.slice(padded, begin, ends(begin, shape))
         total = part if total is None else total + part
     return (total,)
 
 
-_views.defvjp(_views_fwd, _views_bwd)
+_cut_windows.defvjp(_cut_windows_fwd, _cut_windows_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _views_beside(array, windows):
+def _cut_and_pass_on(array: Tile, windows: tuple[Window, ...]) -> tuple[Tile, list[Tile]]:
     return array, [lax.slice(array, *window) for window in windows]
 
 
-# Of what many steps read, cotangents add up in one array.
-def _views_beside_fwd(array, windows):
-    return _views_beside(array, windows), None
+# Many steps read one coefficient. As it is passed on from step to step, so is its cotangent, from
+# the last step to the first, and every step adds to it in place.
+def _cut_and_pass_on_fwd(
+    array: Tile, windows: tuple[Window, ...]
+) -> tuple[tuple[Tile, list[Tile]], None]:
+    return _cut_and_pass_on(array, windows), None
 
 
-def _views_beside_bwd(windows, _, cotangents):
+def _cut_and_pass_on_bwd(
+    windows: tuple[Window, ...], _: None, cotangents: tuple[Tile, Sequence[Tile]]
+) -> tuple[Tile]:
     total, parts = cotangents
-    return (_added(total, windows, parts),)
+    return (_add_slices(total, windows, parts),)
 
 
-_views_beside.defvjp(_views_beside_fwd, _views_beside_bwd)
+_cut_and_pass_on.defvjp(_cut_and_pass_on_fwd, _cut_and_pass_on_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _writing(buffers, make, starts):
-    return _with(buffers, make(*buffers), starts)
+def _write_slabs(buffers: list[Tile], make: MakeSlabs, starts: Starts) -> list[Tile]:
+    return _update_slices(buffers, make(*buffers), starts)
 
 
-# The cotangent of what was overwritten is cleared, those of what was read are added, in place.
-def _writing_fwd(buffers, make, starts):
+# The cotangent of cells that were overwritten is cleared in place; those of cells that were read
+# are added in place.
+def _write_slabs_fwd(
+    buffers: list[Tile], make: MakeSlabs, starts: Starts
+) -> tuple[list[Tile], tuple[Any, "_SlabShapes"]]:
     with context.differentiating():
-        taken = _taken(make, buffers)
+        sliced = _separate_slices(jax.make_jaxpr(make)(*buffers))
         cuts = [
-            lax.slice(b, *window)
-            for b, own in zip(buffers, taken.windows, strict=True)
-            for window in own
+            lax.slice(buffer, *window)
+            for buffer, windows in zip(buffers, sliced.windows, strict=True)
+            for window in windows
         ]
-        slabs, pull = jax.vjp(taken.rest, *cuts)
-    known = _Known(taken.windows, tuple(slab.shape for slab in slabs))
-    return _with(buffers, slabs, starts), (pull, known)
+        slabs, pull = jax.vjp(functools.partial(_compute_of, sliced, buffers), *cuts)
+    shapes = _SlabShapes(sliced.windows, tuple(slab.shape for slab in slabs))
+    return _update_slices(buffers, slabs, starts), (pull, shapes)
 
 
-def _writing_bwd(make, starts, residuals, cotangents):
-    pull, known = residuals
-    owed: list[Any] = []
-    out, left = [], iter(known.shapes)
+def _write_slabs_bwd(
+    make: MakeSlabs,
+    starts: Starts,
+    residuals: tuple[Any, "_SlabShapes"],
+    cotangents: Sequence[Any],
+) -> tuple[list[Any]]:
+    pull, static = residuals
+    slab_cotangents: list[Any] = []
+    results, shapes = [], iter(static.slabs)
     for cotangent, start in zip(cotangents, starts, strict=True):
-        whole = cotangent.dtype == jax.dtypes.float0  # a whole number's
+        integer = cotangent.dtype == jax.dtypes.float0
         if start is not None:
-            shape = next(left)
-            end = [a + b for a, b in zip(start, shape, strict=True)]
-            if whole:
-                owed.append(np.zeros(shape, jax.dtypes.float0))
+            shape = next(shapes)
+            if integer:
+                slab_cotangents.append(np.zeros(shape, jax.dtypes.float0))
             else:
-                owed.append(lax.slice(cotangent, start, end))
-                nothing = jnp.zeros(shape, cotangent.dtype)
-                cotangent = lax.dynamic_update_slice(cotangent, nothing, start)
-        out.append(None if whole else cotangent)
-    parts = list(pull(owed))
-    for i, own in enumerate(known.windows):
-        out[i], parts = _added(out[i], own, parts[: len(own)]), parts[len(own) :]
-    return (out,)
+                slab_cotangents.append(lax.slice(cotangent, start, ends(start, shape)))
+                zeros = jnp.zeros(shape, cotangent.dtype)
+                cotangent = lax.dynamic_update_slice(cotangent, zeros, start)
+        results.append(None if integer else cotangent)
+    parts = list(pull(slab_cotangents))
+    for i, windows in enumerate(static.windows):
+        if windows:
+            results[i] = _add_slices(results[i], windows, parts[: len(windows)])
+            del parts[: len(windows)]
+    return (results,)
 
 
-_writing.defvjp(_writing_fwd, _writing_bwd)
+_write_slabs.defvjp(_write_slabs_fwd, _write_slabs_bwd)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("windows", "shapes")
+    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("windows", "slabs")
 )
 @dataclasses.dataclass(frozen=True)
-class _Known:
-    """What a pass back is told by the pass forward."""
+class _SlabShapes:
+    """What the forward pass knows statically and the backward pass needs."""
 
     windows: tuple[tuple[Window, ...], ...]
-    shapes: tuple[tuple[int, ...], ...]  # of the slabs
+    slabs: tuple[tuple[int, ...], ...]
 
 
-def _with(buffers, slabs, starts):
-    left = iter(slabs)
+def _compute_of(sliced: _Sliced, operands: Sequence[Tile], *cuts: Tile) -> list[Tile]:
+    return sliced.compute(operands, cuts)
+
+
+def _update_slices(buffers: Sequence[Tile], slabs: Sequence[Tile], starts: Starts) -> list[Tile]:
+    remaining = iter(slabs)
     return [
-        b if start is None else lax.dynamic_update_slice(b, next(left), start)
-        for b, start in zip(buffers, starts, strict=True)
+        buffer if start is None else lax.dynamic_update_slice(buffer, next(remaining), start)
+        for buffer, start in zip(buffers, starts, strict=True)
     ]
 
 
-def _added(array, windows, parts):
+def _add_slices(array: Tile, windows: Sequence[Window], parts: Sequence[Tile]) -> Tile:
     for window, part in zip(windows, parts, strict=True):
-        sum_ = lax.slice(array, *window) + part
-        array = lax.dynamic_update_slice(array, sum_, window[0])
+        total = lax.slice(array, *window) + part
+        array = lax.dynamic_update_slice(array, total, window[0])
     return array

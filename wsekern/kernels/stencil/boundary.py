@@ -1,12 +1,11 @@
-"""This file is what lies beyond the ends of a field: the ghost cells, filled from those inside.
+"""Ghost cells: what lies beyond the ends of a field, filled from the cells inside; per PE.
 
-Public per-PE functions, of a tile in a padded buffer. Each dimension is filled over the whole
-extent of the others, in order, as `numpy.pad` would: so a corner is the later dimension's.
+Each dimension is filled over the whole extent of the others, in order, as `numpy.pad` does it: a
+corner gets the later dimension's rule.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,115 +13,140 @@ from jax import lax
 
 from wsekern import fabric
 from wsekern.kernels.stencil import adjoint, cpu_fusion
-from wsekern.kernels.stencil.geometry import Boundary, Line
-
-Pairs = tuple[tuple[int, int], ...]
+from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_line, ends
+from wsekern.kernels.stencil.geometry import Line, Lines
 
 
 def fill(
-    buffers: Sequence[jax.Array],
-    lines: Sequence[Sequence[Line]],
+    buffers: Sequence[Tile],
+    lines: Sequence[Lines],
     *,
-    at: Pairs,
+    padding: Pairs,
     margins: Pairs,
     radius: Pairs,
+    mode: Mode,
     corners: bool = True,
-    step: Any = None,
-    backward: bool = False,
-) -> list[jax.Array]:
+    cpu_counter: jax.Array | int | None = None,
+) -> list[Tile]:
     """`buffers` with their ghost cells filled, on the PEs at the ends of the field.
 
-    Nothing is sent: a line that is split and periodic has none.
+    Nothing is sent. A dimension that is split and periodic has no ghost cells.
 
     Args:
-      buffers: tiles between `at[dim]` cells of padding at either side.
+      buffers: tiles with `padding` around them.
       lines: the dimensions of each.
-      at: low and high padding of the buffers.
-      margins: how many of them are filled at each side.
-      radius: how many of these follow the boundary's rule, the nearest ones; those beyond repeat
-        the outermost of them. So nothing depends on how deep a halo is.
-      corners: whether the other dimensions' padding is filled over too.
-      step: of a loop that carries the buffers on CPUs, where else XLA would copy them.
-      backward: whether this is only differentiated in reverse, and then shall be fast.
+      padding: low and high padding of the buffers, in cells.
+      margins: how much of the padding is filled at each side.
+      radius: how many cells of the margin follow the boundary's rule, the nearest ones. Those
+        farther out repeat the outermost of them, so no result depends on how deep a halo is.
+      mode: REVERSE uses rules that are faster, and differentiable in reverse mode only.
+      corners: whether the other dimensions' padding is filled too.
+      cpu_counter: as in `cpu_fusion.compute_once`. It keeps XLA's CPU backend from copying a whole
+        buffer because the buffer is cut and written in one fusion.
     """
-    for dim in range(len(at)):
+    for dim in range(len(padding)):
         for high in (False, True):
             buffers = fill_side(
-                buffers, dim, high, lines, at=at, margins=margins, radius=radius, corners=corners,
-                step=step, backward=backward,
+                buffers, dim, high, lines, padding=padding, margins=margins, radius=radius,
+                mode=mode, corners=corners, cpu_counter=cpu_counter,
             )  # fmt: skip
     return list(buffers)
 
 
 def fill_side(
-    buffers: Sequence[jax.Array],
+    buffers: Sequence[Tile],
     dim: int,
     high: bool,
-    lines: Sequence[Sequence[Line]],
+    lines: Sequence[Lines],
     *,
-    at: Pairs,
+    padding: Pairs,
     margins: Pairs,
     radius: Pairs,
+    mode: Mode,
     corners: bool = True,
-    step: Any = None,
-    backward: bool = False,
-) -> list[jax.Array]:
-    """`buffers` with the ghost cells of one side filled; see `fill`."""
+    cpu_counter: jax.Array | int | None = None,
+) -> list[Tile]:
+    """`buffers` with the ghost cells of one side of one dimension filled; see `fill`."""
     margin, filled = margins[dim][high], list(buffers)
-    own = [i for i, l in enumerate(lines) if margin and not (l[dim].periodic and l[dim].parts > 1)]
-    starts = [[0 if corners else pair[0] for pair in at] for _ in own]
-    for start, i in zip(starts, own, strict=True):
-        start[dim] = _end(lines[i][dim], at[dim][0]) if high else at[dim][0] - margin
+    ending = [
+        i
+        for i, field in enumerate(lines)
+        if margin and not (field[dim].periodic and field[dim].split)
+    ]
+    starts = [[0 if corners else low for low, _ in padding] for _ in ending]
+    for start, i in zip(starts, ending, strict=True):
+        low = padding[dim][0]
+        start[dim] = _end_of_last_tile(lines[i][dim], low) if high else low - margin
 
-    def ghosts(*buffers):
-        return [ghost(b, lines[i], start) for b, i, start in zip(buffers, own, starts, strict=True)]
+    def ghost_slabs(*buffers: Tile) -> list[Tile]:
+        return [
+            ghost_slab(buffer, lines[i], start)
+            for buffer, i, start in zip(buffers, ending, starts, strict=True)
+        ]
 
-    def ghost(buffer, lines, start):
-        slab = ghost_cells(buffer, dim, lines[dim], high, at[dim][0], margin, radius[dim][high])
-        if not corners:
-            for other, line in enumerate(lines):
-                if other != dim:
-                    slab = _cut(slab, other, start[other], line.tile)
-        return _at_end(slab, buffer, start, lines[dim], high)
-
-    if own:
-        reads = step is not None and any(
-            not isinstance(_rule(lines[i][dim], high), float) for i in own
+    def ghost_slab(buffer: Tile, field: Lines, start: list[int]) -> Tile:
+        slab = ghost_cells(
+            buffer, dim, field[dim], high, padding[dim][0], margin, radius[dim][high]
         )
-        make = functools.partial(cpu_fusion.apart, ghosts, step) if reads else ghosts
-        new = adjoint.writing([buffers[i] for i in own], make, starts, backward=backward)
-        for i, buffer in zip(own, new, strict=True):
+        if not corners:
+            for other, line in enumerate(field):
+                if other != dim:
+                    slab = cut_line(slab, other, start[other], line.tile)
+        return _where_field_ends(slab, buffer, start, field[dim], high)
+
+    if ending:
+        # A constant rule reads no cell, so there is no cut that XLA could fuse with the write.
+        reads = any(not isinstance(lines[i][dim].ends()[high], float) for i in ending)
+        make = ghost_slabs
+        if cpu_counter is not None and reads:
+            once = functools.partial(cpu_fusion.compute_once, ghost_slabs, cpu_counter)
+            make = functools.partial(once, results_too=True)
+        written = adjoint.write_slabs([buffers[i] for i in ending], make, starts, mode=mode)
+        for i, buffer in zip(ending, written, strict=True):
             filled[i] = buffer
     return filled
 
 
 def ghost_cells(
-    buffer: jax.Array,
+    buffer: Tile,
     dim: int,
     line: Line,
     high: bool,
     low_padding: int,
     margin: int,
     width: int,
-) -> jax.Array:
-    """The ghost cells of one side, in the order of the buffer, as wide as `margin`."""
-    rule = _rule(line, high)
+) -> Tile:
+    """The ghost cells of one side, in the order of the buffer.
 
-    def inward(skip: int, count: int) -> jax.Array:
+    Args:
+      buffer: a tile with padding.
+      dim: the dimension.
+      line: that dimension.
+      high: which end.
+      low_padding: cells of padding before the tile.
+      margin: how many ghost cells are made.
+      width: how many of them follow the rule; the others repeat the outermost of these.
+
+    Raises:
+      ValueError: a boundary that is a function changes shape or dtype.
+    """
+    rule = line.ends()[high]
+
+    def nearest(skip: int, count: int) -> Tile:
         if high:
-            return _cut(buffer, dim, _end(line, low_padding) - skip - count, count)
-        return _cut(buffer, dim, low_padding + skip, count)
+            return cut_line(buffer, dim, _end_of_last_tile(line, low_padding) - skip - count, count)
+        return cut_line(buffer, dim, low_padding + skip, count)
 
     shape = (*buffer.shape[:dim], margin, *buffer.shape[dim + 1 :])
     if isinstance(rule, float):
-        return jnp.full_like(_cut(buffer, dim, 0, 1), rule, shape=shape)
+        return jnp.full_like(cut_line(buffer, dim, 0, 1), rule, shape=shape)
     if rule in ("edge", "fixed"):
-        return jnp.broadcast_to(inward(0, 1), shape)
+        return jnp.broadcast_to(nearest(0, 1), shape)
     if rule == "periodic":
         start = low_padding if high else low_padding + line.size - margin
-        return _cut(buffer, dim, start, margin)
+        return cut_line(buffer, dim, start, margin)
     if callable(rule):
-        near = inward(0, width)
+        near = nearest(0, width)
         ghost = rule(near)
         if ghost.shape != near.shape or ghost.dtype != near.dtype:
             raise ValueError(
@@ -130,56 +154,54 @@ def ghost_cells(
                 f"{near.dtype} {near.shape}; it must keep shape and dtype"
             )
     else:
-        ghost = jnp.flip(inward(rule == "reflect", width), dim)
+        ghost = jnp.flip(nearest(int(rule == "reflect"), width), dim)
     if margin == width:
         return ghost
-    outermost = lax.slice_in_dim(ghost, *((width - 1, width) if high else (0, 1)), axis=dim)
+    outermost = cut_line(ghost, dim, width - 1 if high else 0, 1)
     far = jnp.broadcast_to(outermost, (*shape[:dim], margin - width, *shape[dim + 1 :]))
     return jnp.concatenate([ghost, far] if high else [far, ghost], dim)
 
 
 def hold_rim(
-    new: jax.Array,
-    old: jax.Array,
-    lines: Sequence[Line],
-    *,
-    at: Pairs,
-    radius: Pairs,
-    backward: bool = False,
-) -> jax.Array:
-    """`new` with the `radius` cells nearest to a fixed end as they are in `old`."""
+    new: Tile, old: Tile, lines: Lines, *, padding: Pairs, radius: Pairs, mode: Mode
+) -> Tile:
+    """`new` with the `radius` cells nearest to each "fixed" end as they are in `old`."""
     for dim, line in enumerate(lines):
-        for high, rule in enumerate((line.low, line.high)):
+        for high, rule in enumerate(line.ends()):
             width = radius[dim][high]
             if rule != "fixed" or width == 0:
                 continue
+            low = padding[dim][0]
             starts = [0] * new.ndim
-            starts[dim] = _end(line, at[dim][0]) - width if high else at[dim][0]
+            starts[dim] = _end_of_last_tile(line, low) - width if high else low
 
-            def rim(new, old, dim=dim, width=width, starts=starts, line=line, high=high):
-                return [_at_end(_cut(old, dim, starts[dim], width), new, starts, line, high)]
+            # Defaults bind this turn's values: `write_slabs` may call the function later.
+            def rim(
+                new: Tile,
+                old: Tile,
+                dim: int = dim,
+                width: int = width,
+                starts: list[int] = starts,
+                line: Line = line,
+                high: bool = bool(high),
+            ) -> list[Tile]:
+                kept = cut_line(old, dim, starts[dim], width)
+                return [_where_field_ends(kept, new, starts, line, high)]
 
-            new, _ = adjoint.writing([new, old], rim, [starts, None], backward=backward)
+            new, _ = adjoint.write_slabs([new, old], rim, [starts, None], mode=mode)
     return new
 
 
-def _rule(line: Line, high: bool) -> Boundary:
-    return line.high if high else line.low
-
-
-def _at_end(slab, buffer, starts, line, high):
-    """`slab` on the PE at that end of the line, elsewhere what `buffer` holds there."""
-    if line.parts == 1:
+def _where_field_ends(
+    slab: Tile, buffer: Tile, starts: Sequence[int], line: Line, high: bool
+) -> Tile:
+    """`slab` on the PEs at that end of the field, elsewhere what `buffer` holds there."""
+    if not line.split:
         return slab
-    here = fabric.axis_index(line.names) == (line.last if high else 0)
-    end = [a + b for a, b in zip(starts, slab.shape, strict=True)]
-    return jnp.where(here, slab, lax.slice(buffer, starts, end))
+    at_end = fabric.axis_index(line.axes) == (line.last_pe if high else 0)
+    return jnp.where(at_end, slab, lax.slice(buffer, starts, ends(starts, slab.shape)))
 
 
-def _end(line: Line, low_padding: int) -> int:
-    """Where the cell beyond the last one lies, on the PE that holds the last one."""
-    return low_padding + line.rest
-
-
-def _cut(buffer: jax.Array, dim: int, start: int, count: int) -> jax.Array:
-    return lax.slice_in_dim(buffer, start, start + count, axis=dim)
+def _end_of_last_tile(line: Line, low_padding: int) -> int:
+    """Where the first cell beyond the field lies, on the PE that holds the last cell."""
+    return low_padding + line.last_cells

@@ -1,13 +1,18 @@
-"""This file is what is computed once on CPUs, not again in each expression that reads it.
+"""Keep XLA's CPU backend from recomputing a shared subexpression at every use.
 
-XLA's CPU backend fuses an array's arithmetic into all that reads it. Read at several places, as by
-a stencil of a stencil, it is computed at each of them. And of an array that is cut and then written
-in place, it makes a copy where it fuses cut and write. Nothing is fused into the branches of a
-condition, nor out of them, so what shall be apart is put into one.
+This workaround is for XLA's CPU backend only; other backends never come here. That backend fuses an
+array's arithmetic into everything that reads it:
+
+- An array that is read at several places, as the flux in a stencil of a stencil is, is computed
+  again at each of them.
+- Of an array that is cut and then written in place, it makes a copy when it fuses cut and write.
+
+XLA fuses nothing into the branches of a `cond`, nor out of them. So a branch is a fusion barrier:
+what has to be computed once goes into one.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,80 +20,104 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-# What it costs to write an array and to read it, in operations a cell: less is computed again.
+from wsekern.kernels.stencil.buffers import Tile
+
+# To write an array and read it again costs as much as this many operations a cell. What costs less
+# is computed again.
 _PASS = 10
 _COSTS = {"div": 4, "sqrt": 4, "rsqrt": 4, "rem": 4} | dict.fromkeys(
     ("exp", "expm1", "log", "log1p", "pow", "sin", "cos", "tanh", "logistic", "erf", "cbrt"), 10
 )
 _MOVES = {"slice", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"}
 
-Place = tuple[Any, tuple[int, ...]]  # a pass over cells, and how far from its own a cell is read
+# A pass over cells (its number, or the variable or equation that it computes), and the offset from
+# its own cell at which it reads another one.
+Read = tuple[Any, tuple[int, ...]]
 
 
-def apart(
-    function: Callable[..., list[jax.Array]], step: Any, *operands: jax.Array
-) -> list[jax.Array]:
-    """`function(*operands)`, computed before whatever reads it.
+def compute_once(
+    function: Callable[..., Sequence[Tile]],
+    counter: jax.Array | int | None,
+    *operands: Tile,
+    results_too: bool = False,
+) -> list[Tile]:
+    """`function(*operands)` with its shared subexpressions computed once; for XLA's CPU backend.
+
+    Which subexpressions are worth it follows from the jaxpr's arithmetic and slices, not from the
+    sizes of arrays. A function with effects, such as `jax.debug.print`, is left as it is.
 
     Args:
       function: of arrays, to arrays.
-      step: a loop's whole number, unknown to the compiler; with a known one nothing is apart.
+      counter: the number of a loop's step, a value that XLA does not know. With a number that it
+        knows, or None, this is just `function(*operands)`.
       operands: of the function.
+      results_too: whether the results are computed before anything that reads them, and the
+        subexpressions left alone.
     """
-    if not isinstance(step, jax.Array):
-        return function(*operands)
-
-    def never(*operands):
-        return [-made for made in function(*operands)]
-
-    # No square is two more than a multiple of four, but that is more than XLA can tell.
-    return lax.cond((step * step) & 3 == 2, never, function, *operands)
-
-
-def sparing(
-    function: Callable[..., Sequence[jax.Array]], step: Any, *operands: jax.Array
-) -> list[jax.Array]:
-    """`function(*operands)`, of which arrays that are read at several places are computed apart.
-
-    Which are worth it is told by its arithmetic and its slices, whatever the arrays' sizes are.
-    `step` is as in `apart`.
-    """
-    if not isinstance(step, jax.Array):
+    if not isinstance(counter, jax.Array):
         return list(function(*operands))
+    if results_too:
+        return _behind_barrier(function, counter, *operands)
     closed = jax.make_jaxpr(function)(*operands)
     jaxpr = closed.jaxpr
-    if jaxpr.effects:  # what is printed is read by nothing, and shall be printed all the same
+    if jaxpr.effects:  # nothing reads what is printed, so the parts below would drop it
         return list(function(*operands))
     known, values = [*jaxpr.invars], [*operands]
-    for level in _levels(jaxpr, _chosen(jaxpr)):
-        values += apart(_themselves, step, *_part(closed, known, level)(*values))
+    for level in shared_levels(jaxpr):
+        compute = _part(closed, known, level)
+        values += _behind_barrier(lambda *arrays: [*arrays], counter, *compute(*values))
         known += level
     return _part(closed, known, jaxpr.outvars)(*values)
 
 
-def _themselves(*arrays):
-    return list(arrays)
+def shared_levels(jaxpr: core.Jaxpr) -> list[list[core.Var]]:
+    """The variables that are worth computing once; each level needs only those before it.
+
+    For `a = exp(u)`, `b = sqrt(a[1:] + a[:-1])`, `c = b[1:] + b[:-1]`, each costly and read twice:
+    `[[a], [b]]`; `c`, the result, is read once.
+    """
+    chosen: set[core.Var] = set()
+    for _ in range(2):  # an expression costs less once a part of it is chosen
+        chosen = _worth_storing(jaxpr, _costs(jaxpr, chosen))
+    depth: dict[core.Var, int] = {}
+    levels: list[list[core.Var]] = []
+    for equation in jaxpr.eqns:
+        below = max((depth.get(v, 0) for v in _variables(equation.invars)), default=0)
+        for result in equation.outvars:
+            depth[result] = below + (result in chosen)
+            if result in chosen:
+                levels += [[]] * (below == len(levels))
+                levels[below] = [*levels[below], result]
+    return levels
 
 
-def _chosen(jaxpr: Any) -> set[Any]:
-    """The variables to be computed apart."""
-    chosen: set[Any] = set()
-    for _ in range(2):  # what an expression costs depends on what of it is computed apart
-        chosen = _worth_it(jaxpr, _costs(jaxpr, chosen))
-    return chosen
+def _behind_barrier(
+    function: Callable[..., Sequence[Tile]], counter: jax.Array, *operands: Tile
+) -> list[Tile]:
+    """`function(*operands)` in a branch, computed before anything that reads it."""
+
+    def never(*operands: Tile) -> list[Tile]:
+        # Unlike the other branch, or XLA would merge the two and drop the condition.
+        return [-result for result in function(*operands)]
+
+    # `counter**2 % 4 == 2` is never true, but XLA cannot prove it, so it keeps the branch.
+    return lax.cond((counter * counter) & 3 == 2, never, lambda *o: list(function(*o)), *operands)
 
 
-def _costs(jaxpr: Any, chosen: Collection[Any]) -> dict[Any, int]:
-    """Operations a cell of each variable's expression, which ends at the chosen ones."""
-    within: dict[Any, frozenset[int]] = {}
-    own = [_cost(equation) for equation in jaxpr.eqns]
+def _costs(jaxpr: core.Jaxpr, chosen: Collection[core.Var]) -> dict[core.Var, int]:
+    """Operations a cell of each variable's expression, down to operands and chosen variables."""
+    # The equations of each variable's expression, as a set: one that is used twice counts once.
+    expressions: dict[core.Var, frozenset[int]] = {}
+    costs = [_cost(equation) for equation in jaxpr.eqns]
     for i, equation in enumerate(jaxpr.eqns):
-        read = [within.get(v, frozenset()) for v in _variables(equation.invars) if v not in chosen]
-        within |= dict.fromkeys(equation.outvars, frozenset([i]).union(*read))
-    return {variable: sum(own[i] for i in of_it) for variable, of_it in within.items()}
+        read = [
+            expressions.get(v, frozenset()) for v in _variables(equation.invars) if v not in chosen
+        ]
+        expressions |= dict.fromkeys(equation.outvars, frozenset([i]).union(*read))
+    return {variable: sum(costs[i] for i in used) for variable, used in expressions.items()}
 
 
-def _cost(equation: Any) -> int:
+def _cost(equation: core.JaxprEqn) -> int:
     name = equation.primitive.name
     if name in _MOVES:
         return 0
@@ -99,52 +128,48 @@ def _cost(equation: Any) -> int:
     return _COSTS.get(name, 1)
 
 
-def _worth_it(jaxpr: Any, costs: dict[Any, int]) -> set[Any]:
-    """The variables that cost less if computed apart."""
+def _worth_storing(jaxpr: core.Jaxpr, costs: dict[core.Var, int]) -> set[core.Var]:
+    """The variables that cost less if they are computed once and stored."""
     chosen = set()
     smallest = min(math.prod(v.aval.shape) for v in jaxpr.outvars) / 2  # not a row or a number
-    places: dict[Any, set[Place]] = {v: set() for e in jaxpr.eqns for v in e.outvars}
+    reads: dict[core.Var, set[Read]] = {v: set() for e in jaxpr.eqns for v in e.outvars}
     for i, v in enumerate(jaxpr.outvars):
-        places.setdefault(v, set()).add((i, (0,) * v.aval.ndim))
+        reads.setdefault(v, set()).add((i, (0,) * v.aval.ndim))
+    # From the results back: by then it is known at which offsets each variable is read.
     for i, equation in reversed([*enumerate(jaxpr.eqns)]):
-        made = equation.outvars[0]
-        read = set().union(*(places[v] for v in equation.outvars))
-        again = (len(read) - 1) * costs[made]
-        alone = len(equation.outvars) == 1 and jnp.issubdtype(made.aval.dtype, jnp.number)
-        if again > _PASS and alone and made.aval.size > smallest:
-            chosen.add(made)
-            read = {(made, (0,) * made.aval.ndim)}
+        result = equation.outvars[0]
+        read_at = set().union(*(reads[v] for v in equation.outvars))
+        # XLA computes the expression once for each offset at which some pass reads it.
+        saved = (len(read_at) - 1) * costs[result]
+        number = len(equation.outvars) == 1 and jnp.issubdtype(result.aval.dtype, jnp.number)
+        if saved > _PASS and number and result.aval.size > smallest:
+            chosen.add(result)
+            read_at = {(result, (0,) * result.aval.ndim)}  # from now on a pass of its own
         for v in _variables(equation.invars):
-            places.setdefault(v, set()).update(_read(equation, f"into {i}", v, read))
+            reads.setdefault(v, set()).update(_operand_reads(equation, f"into {i}", v, read_at))
     return chosen
 
 
-def _read(equation: Any, name: str, variable: Any, places: set[Place]) -> set[Place]:
-    """Where `variable` is read, of an equation whose result is read at `places`."""
+def _operand_reads(
+    equation: core.JaxprEqn, name: str, operand: core.Var, reads: set[Read]
+) -> set[Read]:
+    """Where `operand` is read, if the equation's result is read at `reads`.
+
+    In `u[2:] - u[:-2]`, read at offset 0, `u` is read at offsets 2 and 0.
+    """
     if equation.primitive.name == "slice" and set(equation.params["strides"] or [1]) == {1}:
         start = equation.params["start_indices"]
-        return {(i, tuple(map(sum, zip(start, at, strict=True)))) for i, at in places}
-    if variable.aval.shape == equation.outvars[0].aval.shape:
-        return places
-    return {(name, (0,) * variable.aval.ndim)} if places else set()  # by a pass of its own
+        return {(i, tuple(map(sum, zip(start, at, strict=True)))) for i, at in reads}
+    if operand.aval.shape == equation.outvars[0].aval.shape:
+        return reads
+    # A reduction, a broadcast, a transpose: taken for one pass that reads all of the operand.
+    return {(name, (0,) * operand.aval.ndim)} if reads else set()
 
 
-def _levels(jaxpr: Any, chosen: Collection[Any]) -> list[list[Any]]:
-    """The chosen variables, those first that need no others."""
-    depth: dict[Any, int] = {}
-    levels: list[list[Any]] = []
-    for equation in jaxpr.eqns:
-        below = max((depth.get(v, 0) for v in _variables(equation.invars)), default=0)
-        for made in equation.outvars:
-            depth[made] = below + (made in chosen)
-            if made in chosen:
-                levels += [[]] * (below == len(levels))
-                levels[below] = [*levels[below], made]
-    return levels
-
-
-def _part(closed: Any, known: Sequence[Any], wanted: Sequence[Any]) -> Callable[..., list]:
-    """The function from variables that are known to those that are wanted."""
+def _part(
+    closed: core.ClosedJaxpr, known: Sequence[core.Var], wanted: Sequence[core.Var]
+) -> Callable[..., list[Tile]]:
+    """The function from the variables `known` to the variables `wanted`."""
     jaxpr, needed = closed.jaxpr, []
     missing = {*_variables(wanted)} - {*known}
     for equation in reversed(jaxpr.eqns):
@@ -156,5 +181,5 @@ def _part(closed: Any, known: Sequence[Any], wanted: Sequence[Any]) -> Callable[
     return core.jaxpr_as_fun(core.ClosedJaxpr(part, closed.consts))
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [atom for atom in atoms if not hasattr(atom, "val")]
+def _variables(atoms: Iterable[Any]) -> list[core.Var]:
+    return [atom for atom in atoms if not hasattr(atom, "val")]  # a literal has a value

@@ -1,240 +1,254 @@
-"""This file is how neighbors' cells get around a tile, all dimensions and fields of it; per PE.
+"""Get neighbors' cells around a tile, for all dimensions and fields at once; per PE.
 
-Written into the padding of a buffer that is kept, or joined to the tile as a new array.
+They are written into the padding of a buffer that is kept, or concatenated to the tile as a new
+array (`Mode`).
 """
 
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
 from wsekern.kernels.stencil import adjoint, boundary
-from wsekern.kernels.stencil.boundary import Pairs
-from wsekern.kernels.stencil.geometry import Line
-
-
-def padded(tile: jax.Array, at: Pairs) -> jax.Array:
-    """`tile` in a buffer with `at` cells of padding around it."""
-    return lax.pad(tile, jnp.zeros((), tile.dtype), [(low, high, 0) for low, high in at])
+from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_line, ends, pad_tile
+from wsekern.kernels.stencil.geometry import Lines
 
 
 def exchange(
-    buffers: Sequence[jax.Array],
-    lines: Sequence[Sequence[Line]],
-    at: Sequence[Pairs],
+    buffers: Sequence[Tile],
+    lines: Sequence[Lines],
+    padding: Sequence[Pairs],
     *,
+    mode: Mode,
     corners: bool = True,
-    fresh: bool = False,
-    backward: bool = False,
-) -> list[jax.Array]:
+) -> list[Tile]:
     """The buffers with their neighbors' cells in their padding; public to kernels, per PE.
 
     Args:
-      buffers: tiles between padding, each of its own dtype and shape.
+      buffers: padded tiles, each of its own dtype and shape.
       lines: the dimensions of each; along the same axes in all.
-      at: low and high padding of each.
-      corners: whether what earlier dimensions have brought is part of what is sent.
-      fresh: whether the tiles have just been padded. Then all is cut from them before anything is
-        written. Else each cut waits for the write before it: of a buffer that a loop carries, XLA
-        would copy the whole, not knowing that a write comes after every cut.
-      backward: whether this is only differentiated in reverse, and then shall be fast.
+      padding: low and high padding of each.
+      mode: PADDED for buffers that have just been padded: everything is cut from the tiles before
+        anything is written. CARRIED for buffers that a loop carries: each cut waits for the write
+        before it, because XLA would copy the whole buffer if it did not know that a write comes
+        after every cut. REVERSE as CARRIED, with the rules of `adjoint`.
+      corners: whether a message holds what earlier dimensions have brought.
     """
     slabs = [
-        _Slabs(b, own, a, corners, fresh) for b, own, a in zip(buffers, lines, at, strict=True)
+        _FieldSlabs(buffer, field, pairs, corners, mode)
+        for buffer, field, pairs in zip(buffers, lines, padding, strict=True)
     ]
     for dim in range(buffers[0].ndim):
         for high in (False, True):
             moving = [field for field in slabs if field.moves(dim, high)]
             if not moving:
                 continue
-            wraps = any(field.lines[dim].periodic for field in moving)
-            along = moving[0].lines[dim].names
 
-            def arriving(*buffers, moving=moving, dim=dim, high=high, along=along, wraps=wraps):
+            # Defaults bind this turn's values: `write_slabs` may call the function later.
+            def arriving(
+                *buffers: Tile,
+                moving: list[_FieldSlabs] = moving,
+                dim: int = dim,
+                high: bool = high,
+            ) -> list[Tile]:
                 sent = [f.cut(b, dim, high) for f, b in zip(moving, buffers, strict=True)]
-                return shift_together(sent, along, -1 if high else 1, periodic=wraps)
+                wraps = any(field.lines[dim].periodic for field in moving)
+                axes = moving[0].lines[dim].axes
+                return shift_together(sent, axes, -1 if high else 1, periodic=wraps)
 
-            if fresh:
-                got = arriving(*(field.buffer for field in moving))
-                for field, slab in zip(moving, got, strict=True):
+            if mode is Mode.PADDED:
+                arrived = arriving(*(field.buffer for field in moving))
+                for field, slab in zip(moving, arrived, strict=True):
                     field.received[dim, high] = slab
                 continue
-            new = adjoint.writing(
+            written = adjoint.write_slabs(
                 [field.buffer for field in moving],
                 arriving,
                 [field.starts(dim, high) for field in moving],
-                backward=backward,
+                mode=mode,
             )
-            for field, buffer in zip(moving, new, strict=True):
+            for field, buffer in zip(moving, written, strict=True):
                 field.buffer = buffer
     return [field.written() for field in slabs]
 
 
-def joined(
-    tiles: Sequence[jax.Array],
-    lines: Sequence[Sequence[Line]],
+def concatenate_halo(
+    tiles: Sequence[Tile],
+    lines: Sequence[Lines],
     widths: Pairs,
     *,
     corners: bool = True,
-) -> list[jax.Array]:
-    """The tiles with their halos, put together as new arrays; public to kernels, per PE.
+) -> list[Tile]:
+    """The tiles with their halos, concatenated to new arrays; public to kernels, per PE.
 
     Where a tile is hardly wider than its halo, as on a virtual wafer, a padded buffer is many times
-    the tile; of what is joined here, XLA holds no more than the update cuts from it.
+    the tile. Of an array that is concatenated here, XLA holds only what the update cuts from it.
     """
     blocks = list(tiles)
     for dim, (low, high) in enumerate(widths):
         sides = [
-            _arrivals(blocks if corners else tiles, lines, dim, bool(side), width)
+            _beyond_side(blocks if corners else tiles, lines, dim, bool(side), width)
             for side, width in enumerate((low, high))
         ]
-        for i, own in enumerate(lines):
-            around = [blocks[i]]
+        for i, field in enumerate(lines):
+            parts = [blocks[i]]
             for side, slabs in enumerate(sides):
                 if slabs is not None:
-                    slab = _widened(slabs[i], blocks[i], dim, widths)
-                    around.insert(len(around) * side, slab)
-            blocks[i] = jnp.concatenate(around, dim) if around[1:] else blocks[i]
-            if high and own[dim].size != own[dim].tile * own[dim].parts:
-                at = tuple(pair if d <= dim else (0, 0) for d, pair in enumerate(widths))
+                    slab = _widen(slabs[i], blocks[i], dim, widths)
+                    parts.insert(len(parts) * side, slab)  # before the tile, or after it
+            blocks[i] = jnp.concatenate(parts, dim) if len(parts) > 1 else blocks[i]
+            if high and field[dim].size != field[dim].tile * field[dim].pes:
+                # The last tile is not full: its ghost cells lie inside the block, after its cells.
+                padding = tuple(pair if d <= dim else (0, 0) for d, pair in enumerate(widths))
                 [blocks[i]] = boundary.fill_side(
-                    [blocks[i]], dim, True, [own], at=at, margins=widths, radius=widths
-                )
+                    [blocks[i]], dim, True, [field], padding=padding, margins=widths,
+                    radius=widths, mode=Mode.JOINED,
+                )  # fmt: skip
     return blocks
 
 
-def _arrivals(blocks, lines, dim, high, width):
+def _beyond_side(
+    blocks: Sequence[Tile], lines: Sequence[Lines], dim: int, high: bool, width: int
+) -> list[Tile] | None:
     """What lies beyond one side of each block: the neighbor's cells, or at an end ghost cells."""
     if width == 0:
         return None
     ghosts = [
-        None if own[dim].periodic and own[dim].parts > 1
-        else boundary.ghost_cells(b, dim, own[dim], high, 0, width, width)
-        for b, own in zip(blocks, lines, strict=True)
-    ]  # fmt: skip
+        None
+        if field[dim].periodic and field[dim].split
+        else boundary.ghost_cells(block, dim, field[dim], high, 0, width, width)
+        for block, field in zip(blocks, lines, strict=True)
+    ]
     line = lines[0][dim]
-    if line.parts == 1:
-        return ghosts
+    if not line.split:
+        return [ghost for ghost in ghosts if ghost is not None]
     begin = 0 if high else line.tile - width
-    sent = [lax.slice_in_dim(b, begin, begin + width, axis=dim) for b in blocks]
-    wraps = any(own[dim].periodic for own in lines)
-    got = shift_together(sent, line.names, -1 if high else 1, periodic=wraps)
-    ends_here = fabric.axis_index(line.names) == (line.last if high else 0)
+    sent = [cut_line(block, dim, begin, width) for block in blocks]
+    wraps = any(field[dim].periodic for field in lines)
+    arrived = shift_together(sent, line.axes, -1 if high else 1, periodic=wraps)
+    at_end = fabric.axis_index(line.axes) == (line.last_pe if high else 0)
     return [
-        g if ghost is None else jnp.where(ends_here, ghost, g)
-        for g, ghost in zip(got, ghosts, strict=True)
+        slab if ghost is None else jnp.where(at_end, ghost, slab)
+        for slab, ghost in zip(arrived, ghosts, strict=True)
     ]
 
 
-def _widened(slab, block, dim, widths):
-    """`slab` with zeros for the corners that it lacks, to be joined to `block`."""
+def _widen(slab: Tile, block: Tile, dim: int, widths: Pairs) -> Tile:
+    """`slab` with zeros for the corners that it lacks, to be concatenated to `block`."""
     missing = [
         pair if d < dim and slab.shape[d] != block.shape[d] else (0, 0)
         for d, pair in enumerate(widths)
     ]
-    return padded(slab, tuple(missing)) if any(map(any, missing)) else slab
+    return pad_tile(slab, tuple(missing)) if any(map(any, missing)) else slab
 
 
-class _Slabs:
-    """What one field sends and receives."""
+class _FieldSlabs:
+    """What one field sends and receives in an exchange."""
 
-    def __init__(self, buffer, lines, at, corners, fresh):
-        self.buffer, self.lines, self.at = buffer, lines, at
-        self.corners, self.fresh = corners, fresh
-        self.received: dict[tuple[int, bool], jax.Array] = {}
+    def __init__(
+        self, buffer: Tile, lines: Lines, padding: Pairs, corners: bool, mode: Mode
+    ) -> None:
+        self.buffer = buffer
+        self.lines = lines
+        self.padding = padding
+        self.corners = corners
+        self.mode = mode
+        self.received: dict[tuple[int, bool], Tile] = {}  # by dimension and side; PADDED only
 
     def moves(self, dim: int, high: bool) -> bool:
-        return self.lines[dim].parts > 1 and self.at[dim][high] > 0
+        return self.lines[dim].split and self.padding[dim][high] > 0
 
-    def cut(self, buffer: jax.Array, dim: int, high: bool) -> jax.Array:
+    def cut(self, buffer: Tile, dim: int, high: bool) -> Tile:
         """The cells that lie beyond a side of the neighbor's tile."""
-        width = self.at[dim][high]
-        begin = 0 if high else self.lines[dim].tile - width  # in the tile
+        width = self.padding[dim][high]
+        begin = 0 if high else self.lines[dim].tile - width  # counted in the tile
         starts, shape = self._span(dim)
-        starts[dim], shape[dim] = self.at[dim][0] + begin, width
-        if not (self.fresh and self.corners):
-            return lax.slice(buffer, starts, _sum(starts, shape))
-        low = [pair[0] for pair in self.at]
-        end = _sum(low, [line.tile for line in self.lines])
+        starts[dim], shape[dim] = self.padding[dim][0] + begin, width
+        if self.mode is not Mode.PADDED or not self.corners:
+            return lax.slice(buffer, starts, ends(starts, shape))
+        # Nothing is written yet. So what earlier dimensions brought is concatenated to the slab.
+        low = [pair[0] for pair in self.padding]
+        end = ends(low, [line.tile for line in self.lines])
         low[dim], end[dim] = starts[dim], starts[dim] + width
         slab = lax.slice(buffer, low, end)
         for earlier in range(dim):
-            around = [self.received.get((earlier, side)) for side in (False, True)]
             before, after = (
-                [] if s is None else [lax.slice_in_dim(s, begin, begin + width, axis=dim)]
-                for s in around
+                [] if side is None else [cut_line(side, dim, begin, width)]
+                for side in (self.received.get((earlier, high)) for high in (False, True))
             )
             slab = jnp.concatenate([*before, slab, *after], earlier) if before or after else slab
         return slab
 
-    def written(self) -> jax.Array:
+    def written(self) -> Tile:
+        """The buffer with all that was received."""
         # The last to arrive is written first: what it waited for has been cut by then.
         for (dim, high), slab in reversed(self.received.items()):
             self.buffer = lax.dynamic_update_slice(self.buffer, slab, self.starts(dim, high))
         return self.buffer
 
     def starts(self, dim: int, high: bool) -> list[int]:
-        """Where what comes from beyond a side is written."""
+        """Where the cells from beyond a side are written."""
         starts, _ = self._span(dim)
-        starts[dim] = self.at[dim][0] + self.lines[dim].tile if high else 0
+        starts[dim] = self.padding[dim][0] + self.lines[dim].tile if high else 0
         return starts
 
     def _span(self, dim: int) -> tuple[list[int], list[int]]:
-        """Where a slab begins and how far it reaches in the dimensions other than `dim`."""
+        """Where a slab begins and how far it reaches in the dimensions other than `dim`.
+
+        With corners it includes the halo that earlier dimensions have brought. So corners arrive in
+        two phases, for two dimensions, and no PE sends to one diagonally across.
+        """
         starts, shape = [], []
-        for other, (line, (low, high)) in enumerate(zip(self.lines, self.at, strict=True)):
-            brought = self.corners and other < dim and line.parts > 1
+        for other, (line, (low, high)) in enumerate(zip(self.lines, self.padding, strict=True)):
+            brought = self.corners and other < dim and line.split
             starts.append(0 if brought else low)
             shape.append(low + line.tile + high if brought else line.tile)
         return starts, shape
 
 
-def _sum(a: Sequence[int], b: Sequence[int]) -> list[int]:
-    return [one + other for one, other in zip(a, b, strict=True)]
-
-
 def shift_together(
-    tiles: Sequence[jax.Array], along: tuple[str, ...], by: int, *, periodic: bool
-) -> list[jax.Array]:
+    tiles: Sequence[Tile], along: tuple[str, ...], by: int, *, periodic: bool
+) -> list[Tile]:
     """The tiles of the PE `by` (1 or -1) places before, in one message; a per-PE function.
 
-    Floating dtypes travel as the widest of them, in which the others have their values exactly, so
-    that gradients pass; whole numbers travel as its bits.
+    Floating dtypes travel as the widest of them, which holds the others' values exactly, so that
+    gradients pass. Integers travel as bits of that dtype.
 
     Args:
-      tiles: to be sent.
+      tiles: what this PE sends.
       along: the axes along which the PEs stand in line, outermost first.
       by: 1 toward higher places, -1 toward lower ones.
       periodic: whether the ends of the line meet; else what a PE at an open end gets is undefined.
     """
     if len(tiles) == 1:
         return [_shift(tiles[0], along, by, periodic)]
-    carrier = _carrier(tiles)
-    packed = jnp.concatenate([_packed(t, carrier).ravel() for t in tiles])
-    moved = _shift(packed, along, by, periodic)
-    begins, got = 0, []
+    carrier = _message_dtype(tiles)
+    packed = jnp.concatenate([_to_message(t, carrier).ravel() for t in tiles])
+    message = _shift(packed, along, by, periodic)
+    begin, arrived = 0, []
     for tile in tiles:
-        part = lax.slice_in_dim(moved, begins, begins + math.prod(tile.shape))
-        begins += math.prod(tile.shape)
-        got.append(_unpacked(part.reshape(tile.shape), tile.dtype))
-    return got
+        size = math.prod(tile.shape)
+        part = cut_line(message, 0, begin, size).reshape(tile.shape)
+        arrived.append(_from_message(part, tile.dtype))
+        begin += size
+    return arrived
 
 
-def _shift(tile: jax.Array, along: tuple[str, ...], by: int, periodic: bool) -> jax.Array:
+def _shift(tile: Tile, along: tuple[str, ...], by: int, periodic: bool) -> Tile:
     *outer, inner = along
     if not outer:
         return fabric.shift(tile, inner, by, periodic=periodic)
-    # The innermost axis wraps, and what wrapped goes one place further along the others.
+    # The innermost axis wraps, and what wrapped moves one place further along the others. On a
+    # line of 2 x 3 PEs, numbered 0 to 5, a shift by 1 takes the tile of PE 2 to PE 0, then to 3.
     moved = fabric.shift(tile, inner, by)
     further = _shift(moved, tuple(outer), by, periodic)
     entered = fabric.axis_index(inner) == (0 if by > 0 else fabric.axis_size(inner) - 1)
     return jnp.where(entered, further, moved)
 
 
-def _carrier(tiles: Sequence[jax.Array]) -> jnp.dtype:
+def _message_dtype(tiles: Sequence[Tile]) -> jnp.dtype:
     widest = max(tile.dtype.itemsize for tile in tiles)
     floats = [tile.dtype for tile in tiles if jnp.issubdtype(tile.dtype, jnp.floating)]
     if len(set(floats)) == 1 and floats[0].itemsize == widest:
@@ -242,14 +256,14 @@ def _carrier(tiles: Sequence[jax.Array]) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if widest > 4 else jnp.float32)
 
 
-def _packed(tile: jax.Array, carrier: jnp.dtype) -> jax.Array:
+def _to_message(tile: Tile, carrier: jnp.dtype) -> Tile:
     if jnp.issubdtype(tile.dtype, jnp.floating):
         return tile.astype(carrier)
     word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[carrier.itemsize]
     return lax.bitcast_convert_type(tile.astype(word), carrier)
 
 
-def _unpacked(part: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _from_message(part: Tile, dtype: jnp.dtype) -> Tile:
     if jnp.issubdtype(dtype, jnp.floating):
         return part.astype(dtype)
     word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[part.dtype.itemsize]

@@ -1,7 +1,7 @@
-"""This file is how the dimensions of a field lie on PEs: split over which axes, ended by what.
+"""A field's dimensions as PEs hold them, and what the user says of them: boundaries and widths.
 
-A dimension is a line of cells. It is cut into tiles of one size, of which the last that holds any
-cell may hold fewer; beyond the line's two ends lies what its boundaries say.
+Each dimension is cut into tiles of one size. The last tile that holds any cell may hold fewer.
+Beyond the two ends of a dimension lies what its boundaries say.
 """
 
 import dataclasses
@@ -10,102 +10,115 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from wsekern import fabric
-from wsekern.wafer import context, on_devices
-from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
-from wsekern.wafer.wafer import Wafer, wafer_of_sharding
+from wsekern.wafer.axes import axes_of
 
 # What lies beyond an end: a rule by name, a number, or a function of the cells nearest to the end.
-Boundary = str | float | Callable[[jax.Array], jax.Array]
+Boundary = str | float | Callable[[Shaped[Array, "..."]], Shaped[Array, "..."]]
 RULES = ("periodic", "zero", "edge", "reflect", "symmetric", "fixed")
 Width = int | tuple[int, int]
+Axes = None | str | tuple[str, ...]  # over which axes of the grid one dimension is split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
     """One dimension of a field."""
 
-    names: tuple[str, ...]  # the axes that it is split over, outermost first
-    parts: int  # PEs along them
+    axes: tuple[str, ...]  # the axes that it is split over, outermost first
+    pes: int  # PEs along them
     tile: int  # cells that a PE has room for
     size: int  # cells of the whole
     low: Boundary
     high: Boundary
 
     @property
-    def last(self) -> int:
+    def last_pe(self) -> int:
         """The place of the PE that holds the last cell."""
         return (self.size - 1) // self.tile
 
     @property
-    def rest(self) -> int:
+    def last_cells(self) -> int:
         """How many cells that PE holds."""
-        return self.size - self.last * self.tile
+        return self.size - self.last_pe * self.tile
+
+    @property
+    def split(self) -> bool:
+        return self.pes > 1
 
     @property
     def periodic(self) -> bool:
         return self.low == "periodic"
 
-    def beside(self) -> "Line":
-        """The line of what is known at the same cells and does not change."""
+    def ends(self) -> tuple[Boundary, Boundary]:
+        return self.low, self.high
+
+    def for_coefficient(self) -> "Line":
+        """This dimension of a coefficient: periodic as the field, else its last cell repeats."""
         rule = "periodic" if self.periodic else "edge"
         return dataclasses.replace(self, low=rule, high=rule)
 
 
-def of_field(
+Lines = tuple[Line, ...]  # the dimensions of one field
+
+
+def field_lines(
     shape: Sequence[int],
-    along: Sequence[None | str | tuple[str, ...]],
+    along: Sequence[Axes],
     boundary: Any,
-    parts: Sequence[int],
-    what: str,
-) -> tuple[Line, ...]:
-    """The lines of a whole field of `shape`, split over the axes `along` into `parts`."""
-    sides = boundaries(boundary, len(shape), what)
+    pes: Sequence[int],
+    operation: str,
+) -> Lines:
+    """The dimensions of a field of `shape`, each split over its entry of `along` into `pes`."""
+    sides = boundary_pairs(boundary, len(shape), operation)
     return tuple(
         Line(
-            names=axes_of(entry),
-            parts=count,
+            axes=axes_of(entry),
+            pes=count,
             tile=-(-size // count),
             size=size,
             low=low,
             high=high,
         )
-        for size, entry, count, (low, high) in zip(shape, along, parts, sides, strict=True)
+        for size, entry, count, (low, high) in zip(shape, along, pes, sides, strict=True)
     )
 
 
-def parts_along(along: Sequence[None | str | tuple[str, ...]]) -> tuple[int, ...]:
+def pes_along(along: Sequence[Axes]) -> tuple[int, ...]:
     """How many PEs each dimension is split over; inside a kernel or a `shard_map`."""
     return tuple(fabric.axis_size(entry) if entry else 1 for entry in along)
 
 
-def boundaries(boundary: Any, ndim: int, what: str) -> tuple[tuple[Boundary, Boundary], ...]:
+def boundary_pairs(
+    boundary: Any, ndim: int, operation: str
+) -> tuple[tuple[Boundary, Boundary], ...]:
     """The boundaries of each dimension's two ends, from one for all or one for each dimension."""
     if not isinstance(boundary, list | tuple):
         boundary = (boundary,) * ndim
     if len(boundary) != ndim:
         raise ValueError(
-            f"{what}: boundary has {len(boundary)} entries, the field {ndim} dimensions; give one "
-            "for all, or one for each, which may be a pair (low, high)"
+            f"{operation}: boundary has {len(boundary)} entries, the field {ndim} dimensions; give "
+            "one for all, or one for each, which may be a pair (low, high)"
         )
     sides = []
     for dim, entry in enumerate(boundary):
         pair = tuple(entry) if isinstance(entry, list | tuple) else (entry, entry)
         if len(pair) != 2:
-            raise ValueError(f"{what}: boundary of dimension {dim} is {entry}, not (low, high)")
-        low, high = (_rule(side, what) for side in pair)
+            raise ValueError(
+                f"{operation}: boundary of dimension {dim} is {entry}, not (low, high)"
+            )
+        low, high = (_boundary_rule(side, operation) for side in pair)
         if (low == "periodic") != (high == "periodic"):
             raise ValueError(
-                f"{what}: boundary of dimension {dim} is {pair}: a line is periodic at both ends "
-                "or at none"
+                f"{operation}: boundary of dimension {dim} is {pair}: a line is periodic at both "
+                "ends or at none"
             )
         sides.append((low, high))
     return tuple(sides)
 
 
-def by_field(option: Any, fields: Any) -> list[Any]:
+def option_by_field(option: Any, fields: Any) -> list[Any]:
     """`option` for each leaf of `fields`: a dict by the leaf's name or place, or one for all."""
     names = field_names(fields)
     if not isinstance(option, dict):
@@ -117,88 +130,50 @@ def by_field(option: Any, fields: Any) -> list[Any]:
 
 
 def field_names(fields: Any) -> list[Any]:
-    """What each leaf of `fields` is called."""
-    return [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(fields)[0]]
+    """The name, or the place, of each leaf of `fields`."""
+    return [_top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(fields)[0]]
 
 
-def widths(width: Any, along: Sequence, what: str, name: str) -> tuple[tuple[int, int], ...]:
+def width_pairs(
+    width: Any, along: Sequence[Axes], operation: str, name: str
+) -> tuple[tuple[int, int], ...]:
     """Low and high width for each dimension, from one for all that are split, or one for each."""
     if not isinstance(width, list | tuple):
         split = [entry is not None for entry in along]
-        # A whole field on one PE has no axes to tell by: then one width is for all dimensions.
-        width = [width if own or not any(split) else 0 for own in split]
+        # On one PE no dimension is split, so nothing says which have a halo: all of them do.
+        width = [width if has_axes or not any(split) else 0 for has_axes in split]
     if len(width) != len(along):
         raise ValueError(
-            f"{what}: {name} has {len(width)} entries, the field {len(along)} dimensions"
+            f"{operation}: {name} has {len(width)} entries, the field {len(along)} dimensions"
         )
     pairs = [tuple(w) if isinstance(w, list | tuple) else (w, w) for w in width]
     for dim, pair in enumerate(pairs):
         whole = all(isinstance(w, int | np.integer) and w >= 0 for w in pair)
         if len(pair) != 2 or not whole:
             raise ValueError(
-                f"{what}: {name} of dimension {dim} is {pair}; it must be cells, 0 or more, or a "
-                "pair (low, high) of them"
+                f"{operation}: {name} of dimension {dim} is {pair}; it must be cells, 0 or more, "
+                "or a pair (low, high) of them"
             )
     return tuple((int(low), int(high)) for low, high in pairs)
 
 
-def home(
-    fields: Any, spec: P | None, wafer: Wafer | None
-) -> tuple[Wafer | None, tuple[None | str | tuple[str, ...], ...]]:
-    """On which wafer `fields` are computed, if on any, and over which axes each dimension lies.
-
-    Without a wafer given or entered, the mesh that the first field is split over is one.
-    """
-    first = jax.tree.leaves(fields)[0]
-    laid = on_devices.named_sharding(first)
-    wafer = context.current() if wafer is None else wafer
-    if wafer is None and laid is not None and laid.mesh.size > 1:
-        wafer = wafer_of_sharding(laid)
-    given = spec
-    if spec is None and wafer is not None and laid is not None and laid.mesh == wafer.mesh:
-        spec = on_devices.spec_in_wafer_axes(laid.spec, wafer)
-    wafer = context.resolve(wafer)
-    if spec is None or not any(spec):
-        spec = _default(first.ndim, wafer) if given is None else P()
-    entries = (*spec, *[None] * (first.ndim - len(spec)))
-    return wafer, tuple(_plain(entry) for entry in entries)
-
-
-def _rule(side: Any, what: str) -> Boundary:
-    if isinstance(side, str):
-        if side not in RULES:
-            raise ValueError(
-                f"{what}: boundary {side!r} is not one of {RULES}, a number, or a function"
-            )
+def _boundary_rule(side: Any, operation: str) -> Boundary:
+    if isinstance(side, str) and side in RULES:
         return 0.0 if side == "zero" else side
     if callable(side):
         return side
-    if isinstance(side, bool) or not isinstance(side, int | float | np.number):
-        raise ValueError(
-            f"{what}: boundary {side!r} is not one of {RULES}, a number, or a function"
-        )
-    return float(side)
+    if isinstance(side, int | float | np.number) and not isinstance(side, bool):
+        return float(side)
+    raise ValueError(
+        f"{operation}: boundary {side!r} is not one of {RULES}, a number, or a function"
+    )
 
 
-def _name(path: tuple) -> Any:
-    """What a leaf is called at the top of its pytree."""
+def _top_key(path: tuple[Any, ...]) -> Any:
     if not path:
         return 0
-    key = path[0]
+    # Dicts have keys, named tuples and dataclasses names, lists indices.
     for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return key
-
-
-def _plain(entry: Any) -> None | str | tuple[str, ...]:
-    names = axes_of(entry)
-    return None if not names else names[0] if len(names) == 1 else names
-
-
-def _default(ndim: int, wafer: Wafer | None) -> P:
-    """The first dimension along y and over the wafers, the second along x."""
-    several = wafer is not None and wafer.wafers > 1
-    if ndim == 1:
-        return P((WAFERS, ROWS, COLS)) if several else P((ROWS, COLS))
-    return P((WAFERS, ROWS), COLS) if several else P(ROWS, COLS)
+        if hasattr(path[0], attribute):
+            return getattr(path[0], attribute)
+    return path[0]

@@ -1,8 +1,8 @@
-"""This file is halo exchange: each tile with the nearest cells of its neighbors around it.
+"""Halo exchange: each tile with the nearest cells of its neighbors around it.
 
-Corners go in two phases, as in D. Kjolstad and M. Snir, "Ghost Cell Pattern", 2010: a dimension's
-message holds what the dimensions before it have brought, so that no PE writes to one diagonally
-across. All fields go in one message to each neighbor. What comes is written into padding.
+Corners arrive in two phases, as in D. Kjolstad and M. Snir, "Ghost Cell Pattern", 2010: the message
+of a dimension holds what the dimensions before it have brought, so no PE sends to one diagonally
+across. All fields go in one message to each neighbor, which is written into padding.
 """
 
 import functools
@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from wsekern.kernels.stencil import boundary, geometry
-from wsekern.kernels.stencil.exchange import exchange, padded
-from wsekern.kernels.stencil.geometry import Boundary, Line, Width
+from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_box, pad_tile
+from wsekern.kernels.stencil.exchange import exchange
+from wsekern.kernels.stencil.geometry import Axes, Boundary, Line, Lines, Width
 from wsekern.wafer import layout
 from wsekern.wafer.program import local_program
 from wsekern.wafer.wafer import Wafer
 
-Along = P | Sequence[None | str | tuple[str, ...]]
+Along = P | Sequence[Axes]
 
 
 def halo_exchange(
@@ -62,27 +62,18 @@ def halo_exchange(
       ValueError: the halo is wider than a tile, a boundary is unknown, or the fields differ in
         shape.
     """
-    what = "halo_exchange"
+    operation = "halo_exchange"
     fields, tree = jax.tree.flatten(u)
-    check_fields(what, fields)
-    wafer, along = geometry.home(u, spec, wafer)
-    widths = geometry.widths(width, along, what, "width")
-    shape = fields[0].shape
-    parts = (1,) * len(shape)
-    if wafer is not None:
-        parts = tuple(layout.parts(P(entry), wafer) for entry in along)
-    lines = tuple(
-        geometry.of_field(shape, along, side, parts, what)
-        for side in geometry.by_field(boundary, u)
-    )
-    check_room(what, lines, widths)
+    wafer, along, lines = whole_field_lines(operation, u, boundary, spec, wafer)
+    widths = geometry.width_pairs(width, along, operation, "width")
+    check_room(operation, lines, widths)
     kernel = functools.partial(_per_pe, lines=lines, widths=widths, corners=corners)
     if wafer is None:
         out = local_program(kernel)(*fields)
     else:
-        laid = P(*along)
-        padded = [layout.pad(f, laid, wafer, None) for f in fields]
-        out = wafer.map(kernel, in_specs=laid, out_specs=laid)(*padded)
+        spec = P(*along)
+        padded = [layout.pad(f, spec, wafer, None) for f in fields]
+        out = wafer.map(kernel, in_specs=spec, out_specs=spec)(*padded)
     return jax.tree.unflatten(tree, out)
 
 
@@ -109,12 +100,11 @@ def halo_tile(
     Raises:
       ValueError: as `halo_exchange`.
     """
-    what = "halo_tile"
+    operation = "halo_tile"
     fields, tree = jax.tree.flatten(tile)
-    check_fields(what, fields)
-    lines = tile_lines(what, tile, along, boundary, size)
-    widths = geometry.widths(width, (*along,), what, "width")
-    check_room(what, lines, widths)
+    lines = tile_lines(operation, tile, along, boundary, size)
+    widths = geometry.width_pairs(width, (*along,), operation, "width")
+    check_room(operation, lines, widths)
     return jax.tree.unflatten(tree, _per_pe(*fields, lines=lines, widths=widths, corners=corners))
 
 
@@ -131,7 +121,7 @@ def crop(
     Nothing is sent.
 
     Args:
-      tiles: what `halo_exchange` gave, or a pytree of such.
+      tiles: the result of `halo_exchange`, an array or a pytree of arrays.
       width: of the halo, as given there.
       shape: of the field, where its sizes do not divide.
       spec: as given there.
@@ -141,72 +131,108 @@ def crop(
       ValueError: the tiles are smaller than their halos.
     """
     fields, tree = jax.tree.flatten(tiles)
-    wafer, along = geometry.home(tiles, spec, wafer)
-    widths = geometry.widths(width, along, "crop", "width")
-    kernel = functools.partial(_inside, widths=widths)
+    wafer, along = layout.field_layout(fields[0], spec, wafer)
+    widths = geometry.width_pairs(width, along, "crop", "width")
+    kernel = functools.partial(_crop_per_pe, widths=widths)
     if wafer is None:
         out = local_program(kernel)(*fields)
     else:
-        laid = P(*along)
-        out = wafer.map(kernel, in_specs=laid, out_specs=laid)(*fields)
+        spec = P(*along)
+        out = wafer.map(kernel, in_specs=spec, out_specs=spec)(*fields)
         if shape is not None:
-            out = [layout.crop(f, tuple(shape), laid, wafer) for f in out]
+            out = [layout.crop(f, tuple(shape), spec, wafer) for f in out]
     return jax.tree.unflatten(tree, out)
 
 
+def whole_field_lines(
+    operation: str, fields: Any, boundary: Any, spec: P | None, wafer: Wafer | None
+) -> tuple[Wafer | None, tuple[Axes, ...], tuple[Lines, ...]]:
+    """The wafer of whole fields, the axes of each dimension, and for each field its lines.
+
+    Raises:
+      ValueError: there is no field, fields differ in shape, or a boundary is unknown.
+    """
+    leaves = jax.tree.leaves(fields)
+    _check_fields(operation, leaves)
+    wafer, along = layout.field_layout(leaves[0], spec, wafer)
+    shape = jnp.shape(leaves[0])
+    pes = (1,) * len(shape)
+    if wafer is not None:
+        pes = tuple(layout.parts(P(entry), wafer) for entry in along)
+    lines = tuple(
+        geometry.field_lines(shape, along, sides, pes, operation)
+        for sides in geometry.option_by_field(boundary, fields)
+    )
+    return wafer, along, lines
+
+
 def tile_lines(
-    what: str, tile: Any, along: Along, boundary: Any, size: Sequence[int] | None
-) -> tuple[tuple[Line, ...], ...]:
-    """For each field of `tile` its lines, as the mesh at hand says."""
-    first = jax.tree.leaves(tile)[0]
-    along = (*along,)
+    operation: str, tile: Any, along: Along, boundary: Any, size: Sequence[int] | None
+) -> tuple[Lines, ...]:
+    """For each field of `tile` its lines, by the mesh in whose kernel this is traced.
+
+    Raises:
+      ValueError: there is no field, fields differ in shape, a boundary is unknown, or `along` or
+        `size` does not fit the tile.
+    """
+    leaves = jax.tree.leaves(tile)
+    _check_fields(operation, leaves)
+    first, along = leaves[0], (*along,)
     if len(along) != first.ndim:
         raise ValueError(
-            f"{what}: along has {len(along)} entries, the tile {first.ndim} dimensions"
+            f"{operation}: along has {len(along)} entries, the tile {first.ndim} dimensions"
         )
-    parts = geometry.parts_along(along)
-    full = tuple(n * p for n, p in zip(first.shape, parts, strict=True))
+    pes = geometry.pes_along(along)
+    full = tuple(n * p for n, p in zip(first.shape, pes, strict=True))
     size = full if size is None else tuple(size)
     lines = tuple(
-        geometry.of_field(size, along, side, parts, what)
-        for side in geometry.by_field(boundary, tile)
+        geometry.field_lines(size, along, sides, pes, operation)
+        for sides in geometry.option_by_field(boundary, tile)
     )
     if tuple(line.tile for line in lines[0]) != first.shape:
         raise ValueError(
-            f"{what}: a tile is {first.shape}, a field of {size} over {parts} PEs has tiles of "
+            f"{operation}: a tile is {first.shape}, a field of {size} over {pes} PEs has tiles of "
             f"{tuple(line.tile for line in lines[0])}"
         )
     return lines
 
 
 def check_room(
-    what: str, lines: Sequence[Sequence[Line]], widths: Sequence[tuple[int, int]], name="width"
+    operation: str, lines: Sequence[Lines], widths: Sequence[tuple[int, int]], name: str = "width"
 ) -> None:
     """Raises ValueError where a halo does not fit into the tiles that it comes from."""
-    for line_of in lines:
-        for dim, (line, pair) in enumerate(zip(line_of, widths, strict=True)):
-            _check_line(what, dim, line, pair, name)
+    for field in lines:
+        for dim, (line, pair) in enumerate(zip(field, widths, strict=True)):
+            _check_line(operation, dim, line, pair, name)
 
 
-def _per_pe(*fields, lines, widths, corners):
-    at = [widths] * len(fields)
-    buffers = [padded(f, widths) for f in fields]
-    buffers = exchange(buffers, lines, at, corners=corners, fresh=True)
-    return boundary.fill(buffers, lines, at=widths, margins=widths, radius=widths, corners=corners)
+def _per_pe(*fields: Tile, lines: tuple[Lines, ...], widths: Pairs, corners: bool) -> list[Tile]:
+    buffers = [pad_tile(f, widths) for f in fields]
+    paddings = [widths] * len(fields)
+    buffers = exchange(buffers, lines, paddings, mode=Mode.PADDED, corners=corners)
+    return boundary.fill(
+        buffers,
+        lines,
+        padding=widths,
+        margins=widths,
+        radius=widths,
+        mode=Mode.PADDED,
+        corners=corners,
+    )
 
 
-def _inside(*tiles, widths):
-    return [lax.slice(t, [low for low, _ in widths], _ends(t.shape, widths)) for t in tiles]
+def _crop_per_pe(*tiles: Tile, widths: Pairs) -> list[Tile]:
+    inside = [
+        tuple((0, n - low - high) for n, (low, high) in zip(tile.shape, widths, strict=True))
+        for tile in tiles
+    ]
+    none = ((0, 0),) * len(widths)
+    return [cut_box(tile, widths, box, none) for tile, box in zip(tiles, inside, strict=True)]
 
 
-def _ends(shape, widths):
-    return [size - high for size, (_, high) in zip(shape, widths, strict=True)]
-
-
-def check_fields(what: str, fields: Sequence[Any]) -> None:
-    """Raises ValueError where there is no field, or one that differs in shape."""
+def _check_fields(operation: str, fields: Sequence[Any]) -> None:
     if not fields:
-        raise ValueError(f"{what}: there is no field")
+        raise ValueError(f"{operation}: there is no field")
     shapes = [jnp.shape(field) for field in fields]
     if len(set(shapes)) == 1:
         return
@@ -220,24 +246,24 @@ def check_fields(what: str, fields: Sequence[Any]) -> None:
                 "are cells: keep each cell with the face behind it, leave the first face out, and "
                 "give what it is as that field's boundary (docs/stencils.md, staggered grids)"
             )
-    raise ValueError(f"{what}: the fields have shapes {shapes}; they must be alike: {mend}")
+    raise ValueError(f"{operation}: the fields have shapes {shapes}; they must be alike: {mend}")
 
 
-def _check_line(what: str, dim: int, line: Line, pair: tuple[int, int], name: str) -> None:
-    for rule, width in zip((line.low, line.high), pair, strict=True):
-        # A cell of one's own at the mirror is needed besides those that are reflected.
-        most = line.rest - (rule == "reflect")
-        needed = line.parts > 1 or not isinstance(rule, float)
-        if rule in ("edge", "fixed") and line.parts == 1:
-            needed = False
+def _check_line(operation: str, dim: int, line: Line, pair: tuple[int, int], name: str) -> None:
+    for rule, width in zip(line.ends(), pair, strict=True):
+        # "reflect" mirrors about the last cell, which is not reflected itself but has to be there.
+        most = line.last_cells - (rule == "reflect")
+        needed = line.split or not isinstance(rule, float)
+        if rule in ("edge", "fixed") and not line.split:
+            needed = False  # one cell, repeated
         if needed and width > most:
             raise ValueError(
-                f"{what}: {name} of dimension {dim} is {pair}, and the smallest of its "
-                f"{line.parts} tiles has {line.rest} cells: {most} is the largest with boundary "
-                f"{rule!r}; use fewer PEs along {line.names or 'it'}"
+                f"{operation}: {name} of dimension {dim} is {pair}, and the smallest of its "
+                f"{line.pes} tiles has {line.last_cells} cells: {most} is the largest with "
+                f"boundary {rule!r}; use fewer PEs along {line.axes or 'it'}"
             )
-    if line.periodic and line.size != line.parts * line.tile and line.parts > 1:
+    if line.periodic and line.size != line.pes * line.tile and line.split:
         raise ValueError(
-            f"{what}: dimension {dim} is periodic, and its {line.size} cells do not divide by the "
-            f"{line.parts} PEs along {line.names}; use a size that does"
+            f"{operation}: dimension {dim} is periodic, and its {line.size} cells do not divide by "
+            f"the {line.pes} PEs along {line.axes}; use a size that does"
         )

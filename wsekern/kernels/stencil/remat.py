@@ -1,190 +1,237 @@
-"""This file is many steps of which a gradient keeps few states, and takes steps again; per PE.
+"""Gradient checkpointing for long runs, per PE: keep O(sqrt(steps)) states, recompute the rest.
 
-Steps go in units, of which a gradient keeps what each step needs, and units in segments of about
-the square root of their number, each kept by its start. So each step is taken three times, as in A.
-Griewank and A. Walther, "Algorithm 799: Revolve", 2000, with about as many states.
+Steps go in units of a few, and units in segments of about the square root of their number. The
+forward pass keeps the first state of each segment. The backward pass takes a segment's steps again,
+keeps the first state of each unit, and takes each unit's steps a third time to differentiate them:
+A. Griewank and A. Walther, "Algorithm 799: Revolve", 2000, with about as many states.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int, Shaped
 
+from wsekern.kernels.stencil.buffers import Tile
 from wsekern.wafer import context
 
 if TYPE_CHECKING:
     from wsekern.kernels.stencil.plan import StencilPlan
     from wsekern.kernels.stencil.steps import Run
 
-# Unrolled in the program. More are fewer states and fewer copies, and a unit that leaves the cache.
+# Steps of a unit, unrolled in the program. With more there are fewer states and fewer copies, but a
+# unit no longer fits the cache.
 _UNIT = 4
 
+Tiles = tuple[Tile, ...]
+Step = Int[Array, ""] | int
+Readings = Shaped[Array, "steps points"] | None
+# Cotangents of the run's floating arrays and of the buffers.
+Cotangents = tuple[list[Any], list[Any]]
 
-def advance(run: Run, tiles, begin, steps: int):
-    """`run.advance`, of which a gradient in reverse keeps few states."""
+
+def advance(run: Run, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+    """`run.advance`, of which a reverse-mode gradient keeps few states."""
     if run.plan.on_wafer:
-        return _nested(run, tiles, begin, steps)
-    return _kept(run.varying(), tiles, begin, steps)
+        return _nested_checkpoints(run, tiles, begin, steps)
+    return _checkpointed(run, tiles, begin, steps)
 
 
-class _Parts(NamedTuple):
-    """How steps are divided: segments of `length` units of `unit` steps, then units, then steps."""
+class _Division(NamedTuple):
+    """How steps are divided: `segments` of `length` units, then `units`, then single steps.
 
-    unit: int
-    length: int
+    21 steps in units of 4: two segments of two units each, one unit more, one step more.
+    """
+
+    unit: int  # steps of a unit
+    length: int  # units of a segment
     segments: int
-    units: int
-    rest: int
+    units: int  # after the segments
+    steps: int  # after the units
 
     @classmethod
-    def of(cls, plan: StencilPlan, steps: int) -> _Parts:
-        unit = plan.unit * max(1, _UNIT // plan.unit)
+    def of(cls, plan: StencilPlan, steps: int) -> _Division:
+        unit = _steps_of_a_unit(plan)
         units = steps // unit
         length = max(1, math.isqrt(units))
         return cls(unit, length, units // length, units % length, steps % unit)
 
     @property
-    def done(self) -> int:
+    def in_segments(self) -> int:
         """Steps of all segments."""
         return self.segments * self.length * self.unit
 
-    @staticmethod
-    def begins(begin, times: int, size: int) -> jax.Array:
-        return begin + size * jnp.arange(times, dtype=jnp.int32)
+
+def _steps_of_a_unit(plan: StencilPlan) -> int:
+    return plan.unit * max(1, _UNIT // plan.unit)
 
 
-# Under `jax.vmap` a loop's custom adjoint is traced where the names of axes are unknown.
-def _nested(run, tiles, begin, steps):
-    parts = _Parts.of(run.plan, steps)
-
-    @jax.checkpoint
-    def unit(tiles, begin):
-        return run.advance(tiles, begin, parts.unit)
+# Under `jax.vmap` a loop's custom_vjp rule is traced where the names of axes are unknown, so on
+# virtual PEs `jax.checkpoint` does it.
+def _nested_checkpoints(run: Run, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+    division = _Division.of(run.plan, steps)
 
     @jax.checkpoint
-    def segment(tiles, begin):
-        return run.loop(lambda t, b, _: unit(t, b), tiles, begin, parts.length, parts.unit)
+    def unit(tiles: Tiles, begin: Step) -> tuple[Tiles, Readings]:
+        return run.advance(tiles, begin, division.unit)
 
-    size = parts.length * parts.unit
-    tiles, first = run.loop(lambda t, b, _: segment(t, b), tiles, begin, parts.segments, size)
-    begin = begin + parts.done
-    tiles, second = run.loop(lambda t, b, _: unit(t, b), tiles, begin, parts.units, parts.unit)
-    tiles, last = run.advance(tiles, begin + parts.units * parts.unit, parts.rest)
+    @jax.checkpoint
+    def segment(tiles: Tiles, begin: Step) -> tuple[Tiles, Readings]:
+        return run.loop(lambda t, b, _: unit(t, b), tiles, begin, division.length, division.unit)
+
+    size = division.length * division.unit
+    tiles, first = run.loop(lambda t, b, _: segment(t, b), tiles, begin, division.segments, size)
+    begin = begin + division.in_segments
+    tiles, second = run.loop(
+        lambda t, b, _: unit(t, b), tiles, begin, division.units, division.unit
+    )
+    tiles, last = run.advance(tiles, begin + division.units * division.unit, division.steps)
     if run.readers is None:
         return tiles, None
     return tiles, jnp.concatenate([first, second, last])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _kept(run, tiles, begin, steps):
-    return _kept_fwd(run, tiles, begin, steps)[0]
+def _checkpointed(run: Run, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+    return _checkpointed_fwd(run, tiles, begin, steps)[0]
 
 
-# The steps back are a program of their own, in which cells gather their cotangents.
-def _kept_fwd(run, tiles, begin, steps):
-    parts = _Parts.of(run.plan, steps)
+# The backward pass is a program of its own, in which cells gather their cotangents (`adjoint`).
+def _checkpointed_fwd(
+    run: Run, tiles: Tiles, begin: Step, steps: int
+) -> tuple[tuple[Tiles, Readings], tuple[Any, ...]]:
+    division = _Division.of(run.plan, steps)
 
-    def segment(buffers, begin):
-        end, record = run.loop(run.blocks, buffers, begin, parts.length, parts.unit)
+    def segment(buffers: tuple[Tiles, Tiles], begin: Step) -> tuple[Any, Any]:
+        end, record = run.loop(run.take_steps, buffers, begin, division.length, division.unit)
         return end, (record, buffers[0])
 
-    begins = parts.begins(begin, parts.segments, parts.length * parts.unit)
-    buffers, (first, starts) = lax.scan(segment, run.buffers(tiles), begins)
-    begin_of_last = begin + parts.done
-    end, second = run.loop(run.blocks, buffers, begin_of_last, parts.units, parts.unit)
-    end, last = run.blocks(end, begin + steps - parts.rest, parts.rest)
+    begins = _begins(begin, division.segments, division.length * division.unit)
+    buffers, (first, starts) = lax.scan(segment, run.two_buffers(tiles), begins)
+    begin_of_last = begin + division.in_segments
+    end, second = run.loop(run.take_steps, buffers, begin_of_last, division.units, division.unit)
+    end, last = run.take_steps(end, begin + steps - division.steps, division.steps)
     record = None
     if run.readers is not None:
-        record = jnp.concatenate([first.reshape(parts.done, run.readers.count), second, last])
+        first = first.reshape(division.in_segments, run.readers.count)
+        record = jnp.concatenate([first, second, last])
     return (run.tiles(end[0]), record), (run, begin, starts, buffers[0])
 
 
-def _kept_bwd(steps, residuals, cotangents):
+def _checkpointed_bwd(
+    steps: int, residuals: tuple[Any, ...], cotangents: tuple[Any, Any]
+) -> tuple[Any, Any, None]:
     run, begin, starts, last = residuals
-    dtiles, heard = cotangents
-    parts = _Parts.of(run.plan, steps)
-    done = parts.done
-    if heard is not None and heard.dtype == jax.dtypes.float0:
-        heard = None
-    owed = (
+    dtiles, dreadings = cotangents
+    division = _Division.of(run.plan, steps)
+    done = division.in_segments
+    if dreadings is not None and dreadings.dtype == jax.dtypes.float0:
+        dreadings = None
+    current = (
         [jnp.zeros_like(x) for x in _floating(run)[0]],
-        list(run.buffers(_floating(dtiles)[0])[0]),
+        list(run.two_buffers(_floating(dtiles)[0])[0]),
     )
-    owed = _back(run, owed, last, begin + done, parts, parts.units, parts.rest, _part(heard, done))
+    # What the forward pass did last comes first.
+    current = _back_through_units(
+        run, current, last, begin + done, division.units, division.steps, _tail(dreadings, done)
+    )
 
-    def segment(owed, of_it):
-        start, begin, heard = of_it
-        return _back(run, owed, start, begin, parts, parts.length, 0, heard), None
+    def segment(current: Cotangents, saved: tuple[Any, Any, Any]) -> tuple[Cotangents, None]:
+        start, begin, dreadings = saved
+        return _back_through_units(run, current, start, begin, division.length, 0, dreadings), None
 
-    size = parts.length * parts.unit
-    heard = _by(heard, run, parts.segments, size)
-    begins = parts.begins(begin, parts.segments, size)
-    (drun, dnow), _ = lax.scan(segment, owed, (starts, begins, heard), reverse=True)
+    size = division.length * division.unit
+    dreadings = _in_groups(dreadings, division.segments, size)
+    begins = _begins(begin, division.segments, size)
+    (drun, dnow), _ = lax.scan(segment, current, (starts, begins, dreadings), reverse=True)
     return _floating(run)[1](drun, None), _floating(last)[1](run.tiles(dnow), None), None
 
 
-_kept.defvjp(_kept_fwd, _kept_bwd)
+_checkpointed.defvjp(_checkpointed_fwd, _checkpointed_bwd)
 
 
-def _back(run, owed, start, begin, parts, units, rest, heard):
-    """What is owed to `run` and to `start`, from which units and single steps are taken."""
+def _back_through_units(
+    run: Run,
+    current: Cotangents,
+    start: Tiles,
+    begin: Step,
+    units: int,
+    steps: int,
+    dreadings: Any,
+) -> Cotangents:
+    """The cotangents before some units and single steps, taken once more from `start`."""
+    unit = _steps_of_a_unit(run.plan)
 
-    def ahead(buffers, begin):
-        return run.blocks(buffers, begin, parts.unit)[0], buffers[0]
+    def ahead(buffers: tuple[Tiles, Tiles], begin: Step) -> tuple[tuple[Tiles, Tiles], Tiles]:
+        return run.take_steps(buffers, begin, unit)[0], buffers[0]
 
-    begins, done = parts.begins(begin, units, parts.unit), units * parts.unit
+    begins, done = _begins(begin, units, unit), units * unit
     now = start
-    if units:  # a loop of no turns would be compiled too
+    if units:  # XLA would compile a loop of no turns too
         (now, _), starts = lax.scan(ahead, (start, start), begins)
-    if rest:
-        owed = _unit_back(run, owed, now, begin + done, rest, _part(heard, done))
+    if steps:
+        rest = _tail(dreadings, done)
+        current = _back_through_steps(run, current, now, begin + done, steps, rest)
     if not units:
-        return owed
+        return current
 
-    def unit(owed, of_it):
-        now, begin, heard = of_it
-        return _unit_back(run, owed, now, begin, parts.unit, heard), None
+    def back(current: Cotangents, saved: tuple[Any, Any, Any]) -> tuple[Cotangents, None]:
+        now, begin, dreadings = saved
+        return _back_through_steps(run, current, now, begin, unit, dreadings), None
 
-    heard = _by(heard, run, units, parts.unit)
-    return lax.scan(unit, owed, (starts, begins, heard), reverse=True)[0]
+    dreadings = _in_groups(dreadings, units, unit)
+    return lax.scan(back, current, (starts, begins, dreadings), reverse=True)[0]
 
 
-def _unit_back(run, owed, now, begin, steps, heard):
-    run_of, now_of = _floating(run)[1], _floating(now)[1]
+def _back_through_steps(
+    run: Run, current: Cotangents, now: Tiles, begin: Step, steps: int, dreadings: Any
+) -> Cotangents:
+    rebuild_run, rebuild_now = _floating(run)[1], _floating(now)[1]
 
-    def ahead(of_run, of_now):
-        after, end, record = run_of(of_run, run).backward(now_of(of_now, now), begin, steps)
-        return (_floating(after)[0], _floating(end)[0]), None if heard is None else record
+    def ahead(run_arrays: list[Any], buffers: list[Any]) -> tuple[Any, Any]:
+        here = rebuild_run(run_arrays, run)
+        after, end, record = here.take_steps_reverse(rebuild_now(buffers, now), begin, steps)
+        results = _floating(after)[0], _floating(end)[0]
+        return results, None if dreadings is None else record
 
     with context.differentiating():
         _, pull = jax.vjp(ahead, _floating(run)[0], _floating(now)[0])
-    return pull((owed, heard))
+    return pull((current, dreadings))
 
 
-def _part(heard, done):
-    return None if heard is None else heard[done:]
+def _begins(begin: Step, times: int, size: int) -> Int[Array, " times"]:
+    return begin + size * jnp.arange(times, dtype=jnp.int32)
 
 
-def _by(heard, run, times, size):
-    """What is owed to the readings of the first `times * size` steps, by `size` of them."""
-    return None if heard is None else heard[: times * size].reshape(times, size, run.readers.count)
+def _tail(dreadings: Any, done: int) -> Any:
+    return None if dreadings is None else dreadings[done:]
 
 
-def _floating(tree: Any) -> tuple[list[jax.Array], Callable[[Any, Any], Any]]:
-    """The leaves that have a gradient, and the tree of such leaves and of others' values."""
+def _in_groups(dreadings: Any, times: int, size: int) -> Any:
+    """The cotangents of the first `times * size` readings, in groups of `size` steps."""
+    if dreadings is None:
+        return None
+    return dreadings[: times * size].reshape(times, size, dreadings.shape[-1])
+
+
+def _floating(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any], Any], Any]]:
+    """The leaves that have a gradient, and a function that puts new ones into the tree.
+
+    It takes the other leaves from its second argument, or puts None there.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    own = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
-    def together(floating, others):
-        held = [None] * len(leaves) if others is None else jax.tree.leaves(others)
-        for i, leaf in zip(own, floating, strict=True):
-            held[i] = leaf
-        return jax.tree.unflatten(structure, held)
+    def rebuild(floating: Iterable[Any], others: Any) -> Any:
+        values = [None] * len(leaves) if others is None else jax.tree.leaves(others)
+        for i, leaf in zip(places, floating, strict=True):
+            values[i] = leaf
+        return jax.tree.unflatten(structure, values)
 
-    return [leaves[i] for i in own], together
+    return [leaves[i] for i in places], rebuild

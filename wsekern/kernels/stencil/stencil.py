@@ -1,35 +1,41 @@
-"""This file is stencils: a user's update of a tile with its halo, taken many steps.
+"""Stencils: a user's update of a tile with its halo, taken many steps.
 
-Deep halos, exchanged once for several steps, are from C. Ding and Y. He, "A Ghost Cell Expansion
+Halos that are exchanged once for several steps are from C. Ding and Y. He, "A Ghost Cell Expansion
 Method for Reducing Communications in Solving PDE Problems", 2001.
 
-`update(u)` maps tiles with their halo, of any size, to new tiles without it. It is called as
-`update(u, coefficients)` where there are some, and with `step=`, counted from 0, if it has a
-parameter of that name. Coefficients with as many dimensions as the field are split as it is and
-have the same halo, but for dimensions of size 1; beyond the field lie their own last cells, or the
-other end where it is periodic. Other ones are whole on every PE. For a star, which reads no cell
-diagonally across, less is sent where there is one step to an exchange; deeper halos need corners.
-
-Fields of a staggered grid have one shape: a cell is kept with its faces to the east and south. The
-face before the first cell is then a ghost, and the one after the last cell is kept with it: between
-walls, with the boundary ("zero", "fixed"), it stays as it is given.
+How a call runs: `stencil` makes a plan (`plan`), `Wafer.map` runs `_per_pe` on every PE, `prepare`
+traces the update once (`traced_update`), and `run_steps` takes the steps (`steps`).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
 from wsekern.kernels.stencil import geometry, halo, nan_check
-from wsekern.kernels.stencil.geometry import Boundary, Width
+from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.geometry import Axes, Boundary, Width
 from wsekern.kernels.stencil.halo import Along
-from wsekern.kernels.stencil.plan import StencilOptions, make_plan
-from wsekern.kernels.stencil.sources import Receivers, Sources, make_emitters, make_readers
-from wsekern.kernels.stencil.steps import prepare, run_steps
+from wsekern.kernels.stencil.plan import (
+    WAFER,
+    StencilOptions,
+    StencilPlan,
+    coefficient_arrays,
+    make_plan,
+)
+from wsekern.kernels.stencil.sources import (
+    Emitters,
+    Readers,
+    Receivers,
+    Sources,
+    make_emitters,
+    make_readers,
+)
+from wsekern.kernels.stencil.steps import Readings, Tiles, prepare, run_steps
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import axes_of
 from wsekern.wafer.program import local_program
@@ -58,27 +64,34 @@ def stencil(
 ) -> Any:
     """`u` after `steps` steps of `update`, the same field on every mesh.
 
-    A PE sends a message to each neighbor once in `depth` steps, of `depth * radius` cells in depth,
-    and between computes its neighbors' nearest cells itself. It holds two padded copies of its
-    tiles. Differentiable, forward and reverse.
+    `update(u)` maps tiles with `radius` cells around them, of any size, to tiles without; it is
+    called as `update(u, coefficients)` if there are some, and with `step=` if it has such a
+    parameter. A PE sends `depth * radius` cells to each neighbor once in `depth` steps, and between
+    computes its neighbors' nearest cells itself; it holds two padded copies of its tiles.
+    Differentiable, forward and reverse.
 
     Args:
-      u: a field, or a pytree of fields of one shape.
-      update: from tiles with `radius` cells around to new tiles; how it is called stands above.
+      u: a field, or a pytree of fields of one shape. On a staggered grid each cell is kept with the
+        faces behind it, to the east and the south. The face before the first cell is a ghost cell;
+        the one after the last cell stays as it is with the boundary ("zero", "fixed").
+      update: is traced once for each size of tile that it is called on.
       radius: cells that `update` takes off, as the `width` of `halo_exchange`.
       boundary: as in `halo_exchange`, in each step; "fixed" holds `radius` cells still.
-      steps: how many.
-      coefficients: a pytree that `update` reads.
-      corners: whether `update` reads cells diagonally across; by default as its slices say.
+      steps: how many; `step` counts them from 0.
+      coefficients: a pytree that `update` reads. An array with as many dimensions as the field is
+        split as the field is and has the same halo, except along dimensions of size 1. Beyond the
+        field its last cells repeat, or it is periodic as the field is. Others are whole everywhere.
+      corners: whether `update` reads cells diagonally across; by default as its slices say. A star
+        reads none, so less is sent where each step has an exchange. Deeper halos need them.
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
-      save_every: after how many steps each a snapshot is kept.
-      checkpoint: "sqrt" keeps for a gradient, in reverse mode alone, sqrt(steps) states and what
-        `update` needs of a few steps, and takes each three times; None keeps what it needs of all.
+      save_every: steps from one snapshot to the next.
+      checkpoint: "sqrt" keeps sqrt(steps) states and what `update` needs of a few steps for a
+        gradient, in reverse mode only, and takes each step three times; None keeps everything.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       overlap: whether a tile's inside is computed apart from its rim, while the halo travels; by
-        default where devices are no CPUs.
-      check_finite: outside jit, whether to find out where a result that is not finite began.
+        default on devices that are not CPUs.
+      check_finite: outside jit, whether to find where a result that is not finite began.
       donate: outside jit, whether the result may take the memory of `u`, which is gone then.
       spec: as in `halo_exchange`.
       wafer: as in `halo_exchange`.
@@ -88,13 +101,16 @@ def stencil(
       last, what they read, `[steps, points]`.
 
     Raises:
-      ValueError: `update` does not take `radius` cells off or changes dtype, a halo is wider than
-        a tile, or an option does not fit.
-      FloatingPointError: with `check_finite`; says field, step and cell.
+      ValueError: `update` does not take `radius` cells off or changes dtype, a halo is wider than a
+        tile, or an option does not fit.
+      FloatingPointError: with `check_finite`; it says field, step and cell.
     """
-    kept = (save_every, checkpoint, depth, overlap)
-    options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *kept)
-    return _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer)
+    run_options = (save_every, checkpoint, depth, overlap)
+    options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *run_options)
+    call = _check_call(u, options, sources, receivers, check_finite, donate, spec, wafer)
+    kernel = functools.partial(_per_pe, plan=call.plan, axes=call.split_axes)
+    results = _run(call, kernel, (P(*call.along), P(None, *call.along), P()), call.donate)
+    return _finish(u, call, results, check_finite)
 
 
 def stencil_tile(
@@ -131,126 +147,158 @@ def stencil_tile(
     Raises:
       ValueError: as `stencil`.
     """
-    what = "stencil_tile"
+    operation = "stencil_tile"
     fields, tree = jax.tree.flatten(tile)
-    halo.check_fields(what, fields)
-    along = (*along,)
-    lines = halo.tile_lines(what, tile, along, boundary, size)
-    widths = geometry.widths(radius, along, what, "radius")
-    kept = (None, checkpoint, depth, overlap)
-    options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *kept)
-    plan = make_plan(what, tile, options, lines, widths, _on_wafer_here(), jax.default_backend())
-    held = plan.coefficients_of(coefficients)
-    out, _, _ = _per_pe(tuple(fields), held, None, None, plan=plan, along=along)
+    lines = halo.tile_lines(operation, tile, along, boundary, size)
+    widths = geometry.width_pairs(radius, (*along,), operation, "radius")
+    run_options = (None, checkpoint, depth, overlap)
+    options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *run_options)
+    platform = _platform(context.inside())
+    plan = make_plan(operation, tile, options, lines, widths, platform)
+    arrays = coefficient_arrays(coefficients)
+    out, _, _ = _per_pe(tuple(fields), arrays, None, None, plan=plan, axes=())
     return jax.tree.unflatten(tree, out)
 
 
-def _stencil(u, options, sources, receivers, check_finite, donate, spec, wafer):
-    what = "stencil"
-    fields, tree = jax.tree.flatten(u)
-    halo.check_fields(what, fields)
-    wafer, along = geometry.home(u, spec, wafer)
-    shape = fields[0].shape
-    radius = geometry.widths(options.radius, along, what, "radius")
-    parts = (1,) * len(shape)
-    if wafer is not None:
-        parts = tuple(layout.parts(P(entry), wafer) for entry in along)
-    lines = tuple(
-        geometry.of_field(shape, along, side, parts, what)
-        for side in geometry.by_field(options.boundary, u)
-    )
-    on_wafer = wafer is not None and wafer.backend != "devices"
-    plan = make_plan(what, u, options, lines, radius, on_wafer, _platform(wafer))
+class _Call(NamedTuple):
+    """One checked call of `stencil`."""
+
+    plan: StencilPlan
+    wafer: Wafer | None
+    along: tuple[Axes, ...]
+    operands: tuple[Tiles, Tiles, Emitters | None, Readers | None]
+    donate: bool
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        """The axes over which the fields are split, and the readings have to be summed."""
+        if self.wafer is None:
+            return ()
+        return tuple(axis for entry in self.along for axis in axes_of(entry))
+
+
+def _check_call(
+    u: Any,
+    options: StencilOptions,
+    sources: Sources | None,
+    receivers: Receivers | None,
+    check_finite: bool,
+    donate: bool,
+    spec: P | None,
+    wafer: Wafer | None,
+) -> _Call:
+    operation = "stencil"
+    fields = tuple(jax.tree.leaves(u))
+    wafer, along, lines = halo.whole_field_lines(operation, u, options.boundary, spec, wafer)
+    radius = geometry.width_pairs(options.radius, along, operation, "radius")
+    plan = make_plan(operation, u, options, lines, radius, _platform(wafer))
     emitters = make_emitters(sources, u, lines[0], options.steps)
     readers = make_readers(receivers, u, lines[0])
     traced = any(isinstance(field, jax.core.Tracer) for field in fields)
-    _check_finite(what, check_finite, donate, traced)
-    coefficients = plan.coefficients_of(options.coefficients)
-    operands = (tuple(fields), coefficients, emitters, readers)
-    split = along if wafer is not None else ()
-    laid = (P(*along), P(None, *along), P())
-    kernel = functools.partial(_per_pe, plan=plan, along=split)
-    out, saved, record = _run(kernel, operands, along, plan, wafer, laid, donate and not traced)
-    out = _cropped(out, along, plan, wafer)
-    if saved is not None:
-        saved = _cropped(saved, (None, *along), plan, wafer)
-    if check_finite and not nan_check.is_finite((out, saved, record)):
-        alone = dataclasses.replace(plan, depth=1, corners=True, checkpoint=None)
-        look = functools.partial(_began_per_pe, plan=alone)
-        found = _run(look, operands, along, alone, wafer, P(*along, None))
-        nan_check.report(what, found, geometry.field_names(u), options.steps)
-    return _results(tree, out, saved, record, options.save_every, receivers)
+    _check_finite(operation, check_finite, donate, traced)
+    operands = fields, coefficient_arrays(options.coefficients), emitters, readers
+    return _Call(plan, wafer, along, operands, donate and not traced)
 
 
-def _per_pe(fields, coefficients, emitters, readers, *, plan, along):
-    out, saved, record = run_steps(plan, fields, coefficients, emitters, readers)
-    if record is not None:
-        names = tuple(n for entry in along if entry for n in axes_of(entry))
-        record = fabric.all_reduce(record, names) if names else record
-    return out, saved, record
-
-
-def _began_per_pe(fields, coefficients, emitters, readers, *, plan):
-    return nan_check.began(prepare(plan, coefficients, emitters, None), fields, plan.steps)
-
-
-def _run(kernel, operands, along, plan, wafer, out_specs, donate=False):
-    donated = (0,) if donate else ()
+def _run(call: _Call, kernel: Callable[..., Any], out_specs: Any, donate: bool = False) -> Any:
+    donate_argnums = (0,) if donate else ()
+    wafer = call.wafer
     if wafer is None:
-        return local_program(kernel, donated)(*operands)
-    fields, coefficients, emitters, readers = operands
-    laid = P(*along)
+        return local_program(kernel, donate_argnums)(*call.operands)
+    fields, coefficients, emitters, readers = call.operands
+    spec = P(*call.along)
     specs = tuple(
-        P() if own is None else P(*(e if l.parts > 1 else None for e, l in zip(along, own)))  # noqa: B905
-        for own in plan.coefficient_lines
+        P()
+        if lines is None
+        else P(*(e if line.split else None for e, line in zip(call.along, lines, strict=True)))
+        for lines in call.plan.coefficient_lines
     )
-    fields = tuple(layout.pad(layout.as_array(f), laid, wafer, None) for f in fields)
+    fields = tuple(layout.pad(layout.as_array(f), spec, wafer, None) for f in fields)
     coefficients = tuple(
         layout.pad(c, s, wafer, None) for c, s in zip(coefficients, specs, strict=True)
     )
-    run = wafer.map(
-        kernel, in_specs=(laid, specs, P(), P()), out_specs=out_specs, donate_argnums=donated
-    )
+    in_specs = (spec, specs, P(), P())
+    run = wafer.map(kernel, in_specs=in_specs, out_specs=out_specs, donate_argnums=donate_argnums)
     return run(fields, coefficients, emitters, readers)
 
 
-def _cropped(arrays, along, plan, wafer):
-    if wafer is None:
-        return arrays
-    shape = tuple(line.size for line in plan.lines[0])
+def _per_pe(
+    fields: Tiles,
+    coefficients: Tiles,
+    emitters: Emitters | None,
+    readers: Readers | None,
+    *,
+    plan: StencilPlan,
+    axes: tuple[str, ...],
+) -> tuple[Tiles, Tiles | None, Readings]:
+    run = prepare(plan, fields, coefficients, emitters, readers)
+    tiles, saved, record = run_steps(run, fields)
+    # A PE reads zero for another PE's receivers.
+    return tiles, saved, fabric.all_reduce(record, axes) if record is not None and axes else record
+
+
+def _first_not_finite_per_pe(
+    fields: Tiles,
+    coefficients: Tiles,
+    emitters: Emitters | None,
+    readers: Readers | None,
+    *,
+    plan: StencilPlan,
+) -> jax.Array:
+    run = prepare(plan, fields, coefficients, emitters, None)
+    return nan_check.first_not_finite(run, fields, plan.steps)
+
+
+def _finish(
+    u: Any,
+    call: _Call,
+    results: tuple[Tiles, Tiles | None, Readings],
+    check_finite: bool,
+) -> Any:
+    """What `stencil` returns: the results without padding, and those that were asked for."""
+    plan, tree = call.plan, jax.tree.structure(u)
+    tiles, saved, record = results
+    fields = _crop(tiles, call.along, call)
+    snapshots = None if saved is None else _crop(saved, (None, *call.along), call)
+    if check_finite and not nan_check.is_finite((fields, snapshots, record)):
+        single_steps = dataclasses.replace(plan, depth=1, corners=True, checkpoint=None)
+        kernel = functools.partial(_first_not_finite_per_pe, plan=single_steps)
+        first = _run(call._replace(plan=single_steps), kernel, P(*call.along, None))
+        nan_check.report(plan.operation, first, geometry.field_names(u), plan.steps)
+    asked_for = [jax.tree.unflatten(tree, fields)]
+    if snapshots is not None:
+        asked_for.append(jax.tree.unflatten(tree, snapshots))
+    if record is not None:
+        asked_for.append(record)
+    return asked_for[0] if len(asked_for) == 1 else tuple(asked_for)
+
+
+def _crop(arrays: Sequence[Tile], along: tuple[Axes, ...], call: _Call) -> Tiles:
+    if call.wafer is None:
+        return tuple(arrays)
+    shape = tuple(line.size for line in call.plan.lines[0])
+    spec = P(*along)
     return tuple(
-        layout.crop(a, (*a.shape[: a.ndim - len(shape)], *shape), P(*along), wafer) for a in arrays
+        layout.crop(a, (*a.shape[: a.ndim - len(shape)], *shape), spec, call.wafer) for a in arrays
     )
 
 
-def _on_wafer_here() -> bool:
-    wafer = context.inside()
-    return wafer is not None and wafer.backend != "devices"
-
-
 def _platform(wafer: Wafer | None) -> str:
-    if wafer is None or wafer.backend != "devices":
+    if wafer is None:
         return jax.default_backend()
+    if wafer.backend != "devices":
+        return WAFER
     return wafer.device_mesh.devices.flat[0].platform
 
 
-def _results(tree, out, saved, record, save_every, receivers):
-    results = [jax.tree.unflatten(tree, out)]
-    if save_every is not None:
-        results.append(jax.tree.unflatten(tree, saved))
-    if receivers is not None:
-        results.append(record)
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _check_finite(what, check_finite, donate, traced):
+def _check_finite(operation: str, check_finite: bool, donate: bool, traced: bool) -> None:
     if check_finite and traced:
         raise ValueError(
-            f"{what}: check_finite=True needs the values of u, which is traced; call stencil "
+            f"{operation}: check_finite=True needs the values of u, which is traced; call stencil "
             "outside jit and grad, it compiles its own program"
         )
     if check_finite and donate:
         raise ValueError(
-            f"{what}: check_finite=True takes steps from u once more, and donate=True gives it "
-            "away; choose one"
+            f"{operation}: check_finite=True takes steps from u once more, and donate=True gives "
+            "it away; choose one"
         )

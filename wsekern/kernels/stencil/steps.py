@@ -1,4 +1,4 @@
-"""This file is many steps in one compiled loop, on one PE's padded tiles; per PE.
+"""Many steps of a stencil in one compiled loop, on one PE's padded tiles; per PE.
 
 Two padded buffers take turns: a step reads one and writes the other in place. So no step copies a
 field, and the compiler, which cannot fuse through a write in place, evaluates no step twice.
@@ -6,37 +6,267 @@ field, and the compiler, which cannot fuse through a write in place, evaluates n
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.stencil import adjoint, boundary, cpu_fusion, remat, sources
-from wsekern.kernels.stencil.boundary import Pairs
-from wsekern.kernels.stencil.exchange import exchange, joined, padded
-from wsekern.kernels.stencil.geometry import Line
+from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_box, pad_tile
+from wsekern.kernels.stencil.exchange import concatenate_halo, exchange
+from wsekern.kernels.stencil.geometry import Lines
 from wsekern.kernels.stencil.plan import StencilPlan
+from wsekern.kernels.stencil.sources import Emitters, Readers
+from wsekern.kernels.stencil.traced_update import TracedUpdate
+
+Tiles = tuple[Tile, ...]  # one for each field
+Readings = Shaped[Array, "steps points"] | None  # None without receivers
+Step = Int[Array, ""] | int
 
 
-def run_steps(
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("coefficients", "emitters", "readers"),
+    meta_fields=("plan", "update"),
+)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A plan, its traced update, and the arrays that its steps read."""
+
+    plan: StencilPlan
+    update: TracedUpdate
+    coefficients: tuple[Any, ...]  # arrays, or what stands for them while a pytree is taken apart
+    emitters: Emitters | None
+    readers: Readers | None
+
+    def advance(self, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+        """The tiles `steps` steps later, and what the receivers on this PE read."""
+        unit = self.plan.unit
+        done = steps // unit * unit
+        buffers = self.two_buffers(tiles)
+        buffers, first = self.loop(self.take_steps, buffers, begin, steps // unit, unit)
+        mode = Mode.PADDED if done == 0 else None  # else a loop has had the buffers
+        buffers, last = self.take_steps(buffers, begin + done, steps - done, first_mode=mode)
+        if self.readers is None:
+            return self.tiles(buffers[0]), None
+        return self.tiles(buffers[0]), jnp.concatenate([first, last])
+
+    def loop(
+        self,
+        body: Callable[[Any, Step, int], tuple[Any, Readings]],
+        carry: Any,
+        begin: Step,
+        times: int,
+        unit: int,
+    ) -> tuple[Any, Readings]:
+        """`body`, of `unit` steps, repeated; and all its readings in order."""
+        if times == 0:  # XLA would compile the body all the same
+            return carry, None if self.readers is None else jnp.zeros((0, self.readers.count))
+        begins = begin + unit * jnp.arange(times, dtype=jnp.int32)
+        carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
+        return carry, None if records is None else records.reshape(times * unit, self.readers.count)
+
+    def take_steps(
+        self,
+        buffers: tuple[Tiles, Tiles],
+        begin: Step,
+        steps: int,
+        first_mode: Mode | None = None,
+    ) -> tuple[tuple[Tiles, Tiles], Readings]:
+        """`steps` steps unrolled, with an exchange before each `depth` of them.
+
+        Args:
+          buffers: what is read first, and what is written first.
+          begin: the number of the first step.
+          steps: how many.
+          first_mode: of the first exchange, if it differs from the plan's mode.
+        """
+        plan, records = self.plan, []
+        now, other = buffers
+        for j in range(steps):
+            left, step = plan.steps_left(j, steps), begin + j
+            mode = plan.mode
+            if j == 0 and first_mode is not None and mode is Mode.CARRIED:
+                mode = first_mode
+            before = now
+            if plan.exchanges_before(j):
+                now = self._exchanged(now, mode)
+            now = self._with_ghosts(now, left, step, mode)
+            boxes = [(now, plan.region(left))]
+            if plan.exchanges_before(j) and plan.overlap:
+                # The inside is computed from what was there before the exchange: it waits for none.
+                inside, *rims = plan.boxes(left)
+                early = self._with_ghosts(before, left, step, mode)
+                boxes = [(early, inside), *((now, rim) for rim in rims)]
+            new = [(self._updated(fields, box, step), box) for fields, box in boxes]
+            now, other = self._written(now, other, new, step, mode), now
+            records += self._readings(now)
+        if self.readers is None:
+            return (now, other), None
+        return (now, other), jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
+
+    def take_steps_reverse(
+        self, now: Tiles, begin: Step, steps: int
+    ) -> tuple["Run", Tiles, Readings]:
+        """As `take_steps`, to be differentiated in reverse; the buffers are in new memory.
+
+        The run comes back too: `adjoint.apply_gathering` passes its coefficients on.
+        """
+        run, plan, mode, records = self, self.plan, Mode.REVERSE, []
+        for j in range(steps):
+            left, step = plan.steps_left(j, steps), begin + j
+            region = plan.region(left)
+            if plan.exchanges_before(j):
+                now = run._exchanged(now, mode)
+            now = run._with_ghosts(now, left, step, mode)
+            other = tuple(jnp.zeros_like(b) for b in now)
+            update = functools.partial(run._new_cells, box=region, step=step)
+            # Kept are the fields before a step; what the update needs of them is computed again.
+            gather = jax.checkpoint(functools.partial(adjoint.apply_gathering, update))
+            new, coefficients = gather(list(now), list(run.coefficients))
+            run = dataclasses.replace(run, coefficients=tuple(coefficients))
+            now = run._written(now, other, [(new, region)], step, mode)
+            records += run._readings(now)
+        return run, now, jnp.stack(records) if records else None
+
+    def varying(self) -> "Run":
+        """This run with its arrays typed as each PE's own, whose gradient is summed once."""
+        axes = tuple(axis for line in self.plan.lines[0] if line.split for axis in line.axes)
+        return fabric.varying(self, axes)
+
+    def two_buffers(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
+        buffers = tuple(pad_tile(t, self.plan.padding) for t in tiles)
+        return buffers, buffers
+
+    def tiles(self, buffers: Tiles) -> Tiles:
+        """The tiles without their padding."""
+        none = ((0, 0),) * len(self.plan.radius)
+        whole = tuple((0, line.tile) for line in self.plan.lines[0])
+        return tuple(cut_box(b, self.plan.padding, whole, none) for b in buffers)
+
+    def _exchanged(self, now: Tiles, mode: Mode) -> Tiles:
+        """The buffers with their neighbors' cells."""
+        plan = self.plan
+        if mode is Mode.JOINED:  # the halo comes with the update's windows
+            return now
+        paddings = [plan.padding] * len(now)
+        corners = bool(plan.corners)
+        return tuple(exchange(now, plan.lines, paddings, mode=mode, corners=corners))
+
+    def _with_ghosts(self, now: Tiles, left: int, step: Step, mode: Mode) -> Tiles:
+        """The buffers with the ghost cells that the next `left` steps read."""
+        plan = self.plan
+        if mode is Mode.JOINED:
+            return now
+        # In reverse `adjoint` looks for slices, which a branch would hide from it.
+        counter = step if plan.platform == "cpu" and mode is not Mode.REVERSE else None
+        filled = boundary.fill(
+            now,
+            plan.lines,
+            padding=plan.padding,
+            margins=plan.margins(left),
+            radius=plan.radius,
+            mode=mode,
+            cpu_counter=counter,
+        )
+        return tuple(filled)
+
+    def _updated(self, now: Tiles, box: Pairs, step: Step) -> list[Tile]:
+        """The cells `box` of the new fields, on CPUs with every shared array computed once."""
+        new_cells = functools.partial(self._new_cells, box=box, step=step)
+        counter = step if self.plan.platform == "cpu" else None
+        return cpu_fusion.compute_once(new_cells, counter, *now, *self.coefficients)
+
+    def _new_cells(self, *operands: Tile, box: Pairs, step: Step) -> list[Tile]:
+        """The cells `box` of the new fields, from buffers and coefficients."""
+        plan = self.plan
+        fields, coefficients = operands[: len(plan.lines)], operands[len(plan.lines) :]
+        if plan.mode is Mode.JOINED:
+            corners = bool(plan.corners)
+            windows = concatenate_halo(fields, plan.lines, plan.radius, corners=corners)
+        else:
+            windows = [cut_box(b, plan.padding, box, plan.radius) for b in fields]
+        return self.update(windows, _coefficient_windows(plan, coefficients, box), step)
+
+    def _written(
+        self,
+        now: Tiles,
+        other: Tiles,
+        parts: Iterable[tuple[Sequence[Tile], Pairs]],
+        step: Step,
+        mode: Mode,
+    ) -> Tiles:
+        """The new cells of some boxes in `other`'s memory, sources added, `now`'s rim if fixed."""
+        plan, buffers = self.plan, list(other)
+        for new, box in parts:
+            if mode is Mode.JOINED:
+                buffers = list(new)
+                continue
+            starts = [low + begin for (low, _), (begin, _) in zip(plan.padding, box, strict=True)]
+            buffers = [
+                lax.dynamic_update_slice(b, n, starts) for b, n in zip(buffers, new, strict=True)
+            ]
+        buffers = [
+            boundary.hold_rim(
+                buffer, old, field, padding=plan.padding, radius=plan.radius, mode=mode
+            )
+            for buffer, old, field in zip(buffers, now, plan.lines, strict=True)
+        ]
+        if self.emitters is not None:
+            buffers = sources.emit(self.emitters, buffers, plan.lines[0], plan.padding, step)
+        return tuple(buffers)
+
+    def _readings(self, now: Tiles) -> list[Shaped[Array, " points"]]:
+        """This step's readings in a list, which is empty without receivers."""
+        if self.readers is None:
+            return []
+        return [sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)]
+
+
+def prepare(
     plan: StencilPlan,
-    fields: Sequence[jax.Array],
-    coefficients: Sequence[jax.Array],
-    emitters: Any,
-    readers: Any,
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None, jax.Array | None]:
+    fields: Sequence[Tile],
+    coefficients: Sequence[Tile],
+    emitters: Emitters | None,
+    readers: Readers | None,
+) -> Run:
+    """The run of a plan: coefficients with their halos, and the update traced and checked.
+
+    Raises:
+      ValueError: as `TracedUpdate.jaxpr`.
+    """
+    update = TracedUpdate(plan)
+    run = Run(plan, update, _with_halos(plan, coefficients), emitters, readers)
+    if plan.checkpoint is not None and not plan.on_wafer:
+        run = run.varying()
+    step = jax.eval_shape(lambda: jnp.int32(0))
+    jaxprs = []
+    for left in range(plan.depth, 0, -1):
+        split = plan.overlap and left == plan.depth
+        for box in plan.boxes(left) if split else [plan.region(left)]:
+            cut = functools.partial(_coefficient_windows, plan, box=box)
+            types = jax.eval_shape(cut, run.coefficients)
+            jaxprs.append(update.jaxpr(_window_types(plan, fields, box), types, step))
+    if plan.corners is None:
+        corners = any(map(update.reads_corners, jaxprs))
+        run = dataclasses.replace(run, plan=dataclasses.replace(plan, corners=corners))
+    return run
+
+
+def run_steps(run: Run, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | None, Readings]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
-    state = prepare(plan, coefficients, emitters, readers)
-    advance = state.advance if plan.checkpoint is None else functools.partial(remat.advance, state)
+    plan, readers = run.plan, run.readers
+    advance = run.advance if plan.checkpoint is None else functools.partial(remat.advance, run)
     every = plan.save_every
     if every is None:
-        out, record = advance(tuple(fields), 0, plan.steps)
-        return out, None, record
+        tiles, record = advance(tuple(fields), 0, plan.steps)
+        return tiles, None, record
 
-    def save(tiles, begin):
+    def save(tiles: Tiles, begin: Step) -> tuple[Tiles, tuple[Tiles, Readings]]:
         tiles, record = advance(tiles, begin, every)
         return tiles, (tiles, record)
 
@@ -44,224 +274,55 @@ def run_steps(
     begins = jnp.arange(times, dtype=jnp.int32) * every
     tiles, (saved, records) = lax.scan(save, tuple(fields), begins)
     done = times * every
-    out, rest = advance(tiles, done, plan.steps - done)
-    if rest is None:
-        return out, saved, None
-    return out, saved, jnp.concatenate([records.reshape(done, readers.count), rest])
+    tiles, last = advance(tiles, done, plan.steps - done)
+    if readers is None:
+        return tiles, saved, None
+    return tiles, saved, jnp.concatenate([records.reshape(done, readers.count), last])
 
 
-def prepare(
-    plan: StencilPlan, coefficients: Sequence[jax.Array], emitters: Any, readers: Any
-) -> "Run":
-    """What runs the plan, its coefficients with their halos."""
-    return Run(plan, _around(plan, coefficients), emitters, readers)
-
-
-def _around(plan: StencilPlan, coefficients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The coefficients that are split, with as deep a halo as the fields."""
-    held = list(coefficients)
-    split = [i for i, own in enumerate(plan.coefficient_lines) if own is not None]
-    own_lines = [own for own in plan.coefficient_lines if own is not None]
-    at = [_widths(own, plan.margins(plan.depth)) for own in own_lines]
-    buffers = [padded(held[i], width) for i, width in zip(split, at, strict=True)]
+def _with_halos(plan: StencilPlan, coefficients: Sequence[Tile]) -> Tiles:
+    """The coefficients, those that are split with as deep a halo as the fields."""
+    result = list(coefficients)
+    split = [(i, lines) for i, lines in enumerate(plan.coefficient_lines) if lines is not None]
+    lines = [lines for _, lines in split]
+    margins = [_coefficient_widths(l, plan.margins(plan.depth)) for l in lines]
+    buffers = [pad_tile(result[i], m) for (i, _), m in zip(split, margins, strict=True)]
     if buffers:
-        buffers = exchange(buffers, own_lines, at, fresh=True)
-    for i, buffer, own, width in zip(split, buffers, own_lines, at, strict=True):
-        [held[i]] = boundary.fill([buffer], [own], at=width, margins=width, radius=width)
-    return tuple(held)
-
-
-def _widths(own: Sequence[Line], widths: Pairs) -> Pairs:
-    return tuple((0, 0) if l.size == 1 else pair for l, pair in zip(own, widths, strict=True))
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("coefficients", "emitters", "readers"),
-    meta_fields=("plan",),
-)
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A plan and what its steps read."""
-
-    plan: StencilPlan
-    coefficients: tuple[Any, ...]  # arrays, or what stands for them while a pytree is taken apart
-    emitters: Any
-    readers: Any
-
-    def advance(self, tiles, begin, steps: int):
-        """The tiles `steps` steps later, and the readings `[steps, points]` of this PE."""
-        unit = self.plan.unit
-        done = steps // unit * unit
-        buffers = self.buffers(tiles)
-        buffers, first = self.loop(self.blocks, buffers, begin, steps // unit, unit)
-        buffers, last = self.blocks(buffers, begin + done, steps - done, fresh=done == 0)
-        if self.readers is None:
-            return self.tiles(buffers[0]), None
-        return self.tiles(buffers[0]), jnp.concatenate([first, last])
-
-    def loop(self, body, carry, begin, times: int, unit: int):
-        """`body` as often as `times`, and all its readings in order."""
-        if times == 0:  # it would be compiled all the same
-            return carry, None if self.readers is None else jnp.zeros((0, self.readers.count))
-        begins = begin + unit * jnp.arange(times, dtype=jnp.int32)
-        carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
-        return carry, None if records is None else records.reshape(times * unit, self.readers.count)
-
-    def backward(self, now, begin, steps: int):
-        """This run, the buffers after steps in memory of their own, and the readings.
-
-        To be differentiated in reverse: as `adjoint` says, the run comes back with what is held.
-        """
-        run, records = self, []
-        for j in range(steps):
-            left = self.plan.left(j, steps)
-            exchanges = j % self.plan.depth == 0
-            now = run._surrounded(now, left, begin + j, exchanges, backward=True)
-            other = tuple(jnp.zeros_like(b) for b in now)
-            new, run = run._gathered(now, left, begin + j)
-            now = run._written(
-                now, other, [(new, self.plan.region(left))], begin + j, backward=True
-            )
-            if self.readers is not None:
-                records.append(
-                    sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)
-                )
-        return run, now, jnp.stack(records) if records else None
-
-    def varying(self) -> "Run":
-        """This run with what it holds typed as each PE's own, whose gradient is summed once."""
-        names = tuple(name for line in self.plan.lines[0] if line.parts > 1 for name in line.names)
-        return fabric.varying(self, names)
-
-    def buffers(self, tiles):
-        buffers = tuple(padded(t, self.plan.padding) for t in tiles)
-        return buffers, buffers
-
-    def tiles(self, buffers):
-        low = [pair[0] for pair in self.plan.padding]
-        end = [pair[0] + line.tile for pair, line in zip(self.plan.padding, self.plan.lines[0])]  # noqa: B905
-        return tuple(lax.slice(b, low, end) for b in buffers)
-
-    def blocks(self, buffers, begin, steps: int, fresh: bool = False):
-        """`steps` steps unrolled, with an exchange before each `depth` of them."""
-        records = []
-        now, other = buffers
-        for j in range(steps):
-            left, exchanges = self.plan.left(j, steps), j % self.plan.depth == 0
-            early, step = now, begin + j
-            now = self._surrounded(now, left, step, exchanges, fresh=fresh and j == 0)
-            if exchanges and self.plan.overlaps:
-                new = self._in_parts(self._surrounded(early, left, step, False), now, left, step)
-            else:
-                region = self.plan.region(left)
-                new = [(self._new(now, region, step), region)]
-            now, other = self._written(now, other, new, step), now
-            if self.readers is not None:
-                records.append(
-                    sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)
-                )
-        if self.readers is None:
-            return (now, other), None
-        return (now, other), jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
-
-    def _surrounded(
-        self, now, left: int, step, exchanges: bool, *, fresh: bool = False, backward: bool = False
-    ):
-        """The buffers as a step reads them from which `left` steps are to be taken."""
-        plan = self.plan
-        if plan.joins:
-            return now
-        at, margins = plan.padding, plan.margins(left)
-        if exchanges:
-            now = exchange(
-                now,
-                plan.lines,
-                [at] * len(now),
-                corners=plan.corners,
-                fresh=not backward and (plan.on_wafer or fresh),
-                backward=backward,
-            )
-        filled = boundary.fill(
-            now,
-            plan.lines,
-            at=at,
-            margins=margins,
-            radius=plan.radius,
-            step=step if plan.on_cpus and not backward else None,
-            backward=backward,
+        buffers = exchange(buffers, lines, margins, mode=Mode.PADDED)
+    for (i, own), buffer, m in zip(split, buffers, margins, strict=True):
+        [result[i]] = boundary.fill(
+            [buffer], [own], padding=m, margins=m, radius=m, mode=Mode.PADDED
         )
-        return tuple(filled)
+    return tuple(result)
 
-    def _new(self, now, box: Pairs, step) -> list[jax.Array]:
-        """The cells `box` of the new fields, each of the update's arrays computed once."""
-        update = functools.partial(self._updated, box=box, step=step)
-        operands = (*now, *self.coefficients)
-        return (
-            cpu_fusion.sparing(update, step, *operands) if self.plan.on_cpus else update(*operands)
+
+def _coefficient_windows(plan: StencilPlan, coefficients: Sequence[Tile], box: Pairs) -> list[Tile]:
+    """What the update reads of the coefficients to make the cells `box`."""
+    margins = plan.margins(plan.depth)
+    windows = []
+    for coefficient, lines in zip(coefficients, plan.coefficient_lines, strict=True):
+        if lines is None:
+            windows.append(coefficient)
+            continue
+        cells = tuple(
+            (0, 1) if line.size == 1 else pair for line, pair in zip(lines, box, strict=True)
         )
-
-    def _updated(self, *operands, box: Pairs, step) -> list[jax.Array]:
-        """The cells `box` of the new fields, from fields and coefficients as they are kept."""
-        plan = self.plan
-        now, held = operands[: len(plan.lines)], operands[len(plan.lines) :]
-        if plan.joins:
-            windows = joined(now, plan.lines, plan.radius, corners=plan.corners)
-        else:
-            windows = [_around_box(b, plan.padding, box, plan.radius) for b in now]
-        margins = plan.margins(plan.depth)
-        around = [
-            c
-            if own is None
-            else _around_box(c, _widths(own, margins), *_along(own, box, plan.radius))
-            for c, own in zip(held, plan.coefficient_lines, strict=True)
-        ]
-        new = plan.call(
-            jax.tree.unflatten(plan.tree, windows),
-            jax.tree.unflatten(plan.coefficients, around),
-            step,
-        )
-        return jax.tree.leaves(new)
-
-    def _gathered(self, now, left: int, step):
-        """The new fields, and this run again, as `adjoint.gathering` passes on what is held."""
-        update = functools.partial(self._updated, box=self.plan.region(left), step=step)
-        gather = jax.checkpoint(functools.partial(adjoint.gathering, update))
-        new, held = gather(list(now), list(self.coefficients))
-        return new, dataclasses.replace(self, coefficients=tuple(held))
-
-    def _in_parts(self, early, now, left: int, step):
-        """The new fields in boxes, the one inside of what was there before the exchange."""
-        inside, *rims = self.plan.boxes(left)
-        parts = [(early, inside), *((now, rim) for rim in rims)]
-        return [(self._new(fields, box, step), box) for fields, box in parts]
-
-    def _written(self, now, other, parts, step, *, backward: bool = False):
-        """The new fields in `other`'s memory, with their sources, and `now`'s rim where fixed."""
-        plan, out = self.plan, list(other)
-        for new, box in parts:
-            starts = [pair[0] + begin for pair, (begin, _) in zip(plan.padding, box, strict=True)]
-            out = new if plan.joins else [
-                lax.dynamic_update_slice(b, n, starts) for b, n in zip(out, new, strict=True)
-            ]  # fmt: skip
-        out = [
-            boundary.hold_rim(n, o, own, at=plan.padding, radius=plan.radius, backward=backward)
-            for n, o, own in zip(out, now, plan.lines, strict=True)
-        ]
-        if self.emitters is not None:
-            out = sources.emit(self.emitters, out, plan.lines[0], plan.padding, step)
-        return tuple(out)
+        padding, radius = (_coefficient_widths(lines, w) for w in (margins, plan.radius))
+        windows.append(cut_box(coefficient, padding, cells, radius))
+    return windows
 
 
-def _along(own: Sequence[Line], box: Pairs, radius: Pairs) -> tuple[Pairs, Pairs]:
-    """`box` and `radius` of a coefficient, which may have one cell for a whole line."""
-    alone = [line.size == 1 for line in own]
-    cells = tuple((0, 1) if one else pair for one, pair in zip(alone, box, strict=True))
-    return cells, _widths(own, radius)
+def _coefficient_widths(lines: Lines, widths: Pairs) -> Pairs:
+    """`widths`, but 0 along dimensions where one cell stands for all."""
+    return tuple((0, 0) if l.size == 1 else pair for l, pair in zip(lines, widths, strict=True))
 
 
-def _around_box(buffer: jax.Array, at: Pairs, box: Pairs, radius: Pairs) -> jax.Array:
-    """The cells `box` and as many around them as `radius`, of a tile between `at` of padding."""
-    low = [pair[0] + cells[0] - r[0] for pair, cells, r in zip(at, box, radius, strict=True)]
-    end = [pair[0] + cells[1] + r[1] for pair, cells, r in zip(at, box, radius, strict=True)]
-    return lax.slice(buffer, low, end)
+def _window_types(plan: StencilPlan, tiles: Sequence[Tile], box: Pairs) -> list[Any]:
+    """The types of the windows from which the update makes the cells `box`; nothing is computed."""
+    grown = [
+        (low - begin, end + high - line.tile, 0)
+        for (begin, end), (low, high), line in zip(box, plan.radius, plan.lines[0], strict=True)
+    ]
+    return jax.eval_shape(
+        lambda *tiles: [lax.pad(t, jnp.zeros((), t.dtype), grown) for t in tiles], *tiles
+    )

@@ -30,10 +30,7 @@ def field(shape=(16, 24)):
 
 def chosen(function, *operands):
     jaxpr = jax.make_jaxpr(function)(*operands).jaxpr
-    return [
-        [v.aval.shape for v in level]
-        for level in cpu_fusion._levels(jaxpr, cpu_fusion._chosen(jaxpr))
-    ]
+    return [[v.aval.shape for v in level] for level in cpu_fusion.shared_levels(jaxpr)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +58,7 @@ def test_it_is_the_function(step):
         return [smoothed(jnp.exp(u)), jnp.where(n > 0, u, -u), n[1:] + n[:-1]]
 
     u, n = field(), jnp.arange(16 * 24).reshape(16, 24) - 100
-    got = jax.jit(functools.partial(cpu_fusion.sparing, function))(step, u, n)
+    got = jax.jit(functools.partial(cpu_fusion.compute_once, function))(step, u, n)
     for one, other in zip(got, jax.jit(function)(u, n), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -73,7 +70,7 @@ def test_a_mask_is_no_number():
         hot = jnp.exp(u) > 1
         return [u[1:-1] * hot[1:-1] + u[2:] * hot[2:] - u[:-2] * hot[:-2]]
 
-    got = jax.jit(functools.partial(cpu_fusion.sparing, masked))(jnp.int32(1), field())
+    got = jax.jit(functools.partial(cpu_fusion.compute_once, masked))(jnp.int32(1), field())
     np.testing.assert_allclose(got[0], masked(field())[0], rtol=1e-6)
 
 

@@ -3,6 +3,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import wsekern as wk
 SHAPE = (16, 16)
 WEIGHTS = np.array([[1, -2, 3], [5, 100, -7], [11, 13, -17]]) / 128
 INSIDE = (slice(1, -1),) * 2
+LIBRARY = pathlib.Path(wk.__file__).parent
 
 
 def field(shape=SHAPE, seed=0):
@@ -67,6 +69,27 @@ def check_boundaries(modes, shape, steps, wafer):
     for name, mode in modes.items():
         want = plain(every[name], weighted, steps, mode, name == "fixed")
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=3e-6, err_msg=name)
+
+
+# Along a split dimension each step that one halo serves has tiles of its own size.
+@pytest.mark.parametrize(
+    ("name", "depth", "traces"),
+    [("1x1", None, 1), ("2x4", 1, 1), ("2x4", 4, 4), ("virtual-4x4", None, 1)],
+)
+def test_the_update_is_traced_once_for_each_size_of_tile(name, depth, traces, wafer_called):
+    """Within few calls of ours: what stands between a user and the traceback of an update."""
+    stacks = []
+
+    def update(v, k, step):
+        files = [frame.filename for frame in traceback.extract_stack()]
+        stacks.append([file for file in files if str(LIBRARY) in file])
+        return star(v) + k[INSIDE] * step
+
+    go = functools.partial(wk.stencil, radius=1, steps=12, depth=depth, wafer=wafer_called(name))
+    jax.block_until_ready(jax.jit(lambda u: go(u, update, coefficients=u))(field()))
+    assert len(stacks) == traces
+    assert max(len(stack) for stack in stacks) <= 10
+    assert max(len(set(stack)) for stack in stacks) <= 6
 
 
 def test_equals_the_plain_steps(wafer):

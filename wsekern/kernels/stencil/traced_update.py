@@ -1,0 +1,97 @@
+"""The user's update as a jaxpr: its Python code runs once for each size of window.
+
+The check of what it returns, the test whether it reads corners, the fusion on CPUs and every step
+use that one jaxpr. A run whose halo is exchanged in every step has one size of window. A halo that
+serves several steps has one size for each of them, along dimensions that are split: the cells that
+a step computes for its neighbors grow fewer, and a jaxpr holds for one shape only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from wsekern.kernels.stencil import adjoint
+from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.plan import StencilPlan
+
+
+class TracedUpdate:
+    """The update of a plan, traced when it meets operands of new types.
+
+    Equal to itself alone, so that it can be static data of a pytree.
+    """
+
+    def __init__(self, plan: StencilPlan) -> None:
+        self.plan = plan
+        self._jaxprs: dict[tuple[Any, ...], core.ClosedJaxpr] = {}
+
+    def __call__(
+        self, windows: Sequence[Tile], coefficients: Sequence[Tile], step: jax.Array | int
+    ) -> list[Tile]:
+        """The new cells of each field, by the kept jaxpr."""
+        step = jnp.asarray(step, jnp.int32)
+        operands = [*windows, *coefficients, *([step] if self.plan.takes_step else [])]
+        return core.jaxpr_as_fun(self.jaxpr(windows, coefficients, step))(*operands)
+
+    def jaxpr(
+        self, windows: Sequence[Any], coefficients: Sequence[Any], step: Any
+    ) -> core.ClosedJaxpr:
+        """The update for operands of these types: arrays, or what stands for them.
+
+        Raises:
+          ValueError: the update changes the structure or a dtype of the fields, or does not take
+            `radius` cells off.
+        """
+        plan = self.plan
+        types = tuple(jax.typeof(operand) for operand in (*windows, *coefficients))
+        if types not in self._jaxprs:
+            arguments = [jax.tree.unflatten(plan.tree, windows)]
+            if plan.coefficient_tree.num_leaves:
+                arguments.append(jax.tree.unflatten(plan.coefficient_tree, coefficients))
+            named = {"step": step} if plan.takes_step else {}
+            trace = jax.make_jaxpr(plan.update, return_shape=True)
+            closed, new = trace(*arguments, **named)
+            self._check(windows, new)
+            self._jaxprs[types] = closed
+        return self._jaxprs[types]
+
+    def reads_corners(self, closed: core.ClosedJaxpr) -> bool:
+        """Whether the update reads cells diagonally across, as far as its slices say."""
+        fields = closed.in_avals[: len(self.plan.lines)]
+        if not all(jnp.issubdtype(field.dtype, jnp.floating) for field in fields):
+            return True  # slices of integers are not followed
+        for windows in adjoint.windows_read(closed)[: len(fields)]:
+            for low, high in windows:
+                beyond = [
+                    begin < before or end > size - after
+                    for begin, end, size, (before, after) in zip(
+                        low, high, fields[0].shape, self.plan.radius, strict=True
+                    )
+                ]
+                if sum(beyond) > 1:
+                    return True
+        return False
+
+    def _check(self, windows: Sequence[Any], new: Any) -> None:
+        operation, tree, radius = self.plan.operation, self.plan.tree, self.plan.radius
+        if jax.tree.structure(new) != tree:
+            raise ValueError(
+                f"{operation}: update makes {jax.tree.structure(new)} of fields {tree}; it must "
+                "give the fields that it takes"
+            )
+        for window, result in zip(windows, jax.tree.leaves(new), strict=True):
+            inside = tuple(n - sum(pair) for n, pair in zip(window.shape, radius, strict=True))
+            if result.shape != inside:
+                off = [a - b for a, b in zip(window.shape, result.shape, strict=False)]
+                raise ValueError(
+                    f"{operation}: radius is {radius}, so update must make {inside} of "
+                    f"{tuple(window.shape)}, and it makes {result.shape}: it takes {off} cells off"
+                )
+            if result.dtype != window.dtype:
+                raise ValueError(
+                    f"{operation}: update makes {result.dtype} of {window.dtype}; cast what it "
+                    "returns, or its constants"
+                )

@@ -1,4 +1,4 @@
-"""This file is the stabilized biconjugate gradient method, for operators of any symmetry.
+"""The stabilized biconjugate gradient method, for operators of any symmetry.
 
 H. A. van der Vorst, "Bi-CGSTAB: A Fast and Smoothly Converging Variant of Bi-CG for the Solution of
 Nonsymmetric Linear Systems", 1992.
@@ -7,15 +7,28 @@ Nonsymmetric Linear Systems", 1992.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator
-from wsekern.solvers.solution import BREAKDOWN, INCONSISTENT, Solution, solve
+from wsekern.solvers.fields import Fields, Operator, Scalar
+from wsekern.solvers.solution import (
+    ABSOLUTE,
+    BREAKDOWN,
+    GOES_ON,
+    INCONSISTENT,
+    TOLERANCE,
+    Reason,
+    Solution,
+    check_limits,
+    solve,
+)
+from wsekern.wafer.keywords import either_name
 
-# Of the steepest slope: a direction that is mapped to so little is in the operator's null space.
+_MOST = 1000
+# A direction whose slope is below this share of the steepest one lies in the null space.
 _FLAT = 1e-4
 
 
@@ -25,64 +38,68 @@ def bicgstab(
     x0: Fields | None = None,
     *,
     preconditioner: Operator | None = None,
-    tolerance: float = 1e-5,
-    absolute: float = 0.0,
-    max_iterations: int = 1000,
+    tolerance: float = TOLERANCE,
+    absolute: float = ABSOLUTE,
+    max_iterations: int = _MOST,
+    tol: float | None = None,
+    atol: float | None = None,
+    maxiter: int | None = None,
+    M: Operator | None = None,
 ) -> Solution:
     """`x` with `operator(x) = b`: two applications and six inner products an iteration.
 
-    Holds seven fields beside `b`. Where the residual has become orthogonal to the first one, the
-    method begins anew from where it is. Differentiable as `cg` is; a derivative in reverse solves
-    with the operator's transpose.
+    Holds seven fields besides `b`. When the residual has become orthogonal to the first one, the
+    method begins anew from where it is. Differentiable with respect to `b` and to what `operator`
+    reads, by another solve; a reverse-mode derivative solves with the operator's transpose.
 
     Args:
       operator: linear.
       b: the right side: a field, or a pytree of fields, of floats.
       x0: where to begin; by default at zero.
-      preconditioner: near the operator's inverse, linear.
-      tolerance: of the residual's norm, as a share of b's.
-      absolute: of the residual's norm, if larger.
+      preconditioner: close to the operator's inverse, linear.
+      tolerance: on the residual's norm, relative to b's.
+      absolute: on the residual's norm, if larger.
       max_iterations: at most.
+      tol: `tolerance`, by the name that `jax.scipy.sparse.linalg.bicgstab` has for it.
+      atol: `absolute`, likewise.
+      maxiter: `max_iterations`, likewise.
+      M: `preconditioner`, likewise.
 
     Raises:
-      ValueError: `operator` changes shapes or dtypes, or an option does not fit.
+      ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
+        both names with different values.
     """
-    precondition = preconditioner or (lambda r: r)
-    return solve(
-        "bicgstab",
-        operator,
-        b,
-        x0,
-        _first,
-        functools.partial(_step, precondition),
-        tolerance=tolerance,
-        absolute=absolute,
-        max_iterations=max_iterations,
-        symmetric=False,
-    )
+    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("bicgstab", ours, theirs, _MOST)
+    named = ("preconditioner", preconditioner)
+    precondition = either_name("bicgstab", named, None, ("M", M)) or (lambda r: r)
+    step = functools.partial(_step, precondition)
+    return solve("bicgstab", operator, b, x0, _begin, step, limits, symmetric=False)
 
 
-def _first(r):
-    return _begin(r), jnp.zeros_like(fields.dot(r, r))
+def _begin(r: Fields) -> tuple[Any, Scalar]:
+    return _restart(r), jnp.zeros_like(fields.dot(r, r))
 
 
-def _begin(r):
+def _restart(r: Fields) -> tuple[Any, ...]:
     square = fields.dot(r, r)
     # The shadow residual, the direction, their product; squares of the shadow and of the residual.
     return r, r, square, square, square
 
 
-def _step(precondition, matvec, x, r, rest):
-    (shadow, p, rho, far, left), steepest = rest
+def _step(
+    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: tuple[Any, Scalar]
+) -> tuple[Fields, Fields, tuple[Any, Scalar], Reason]:
+    (shadow, p, rho, shadow_square, r_square), steepest = carry
     y = precondition(p)
     v = matvec(y)
     slope = fields.norm(v) / fields.norm(y)
     steepest = jnp.maximum(steepest, slope)
-    across = fields.dot(shadow, v)
-    # Of products of what is orthogonal to the first residual only rounding is left.
-    orthogonal = jnp.finfo(rho.dtype).eps * jnp.sqrt(far)
-    stuck = jnp.abs(across) <= orthogonal * fields.norm(v)
-    alpha = jnp.where(stuck, 0, _ratio(rho, across))
+    shadow_v = fields.dot(shadow, v)
+    # A product below this is rounding: the two are orthogonal to each other.
+    orthogonal = jnp.finfo(rho.dtype).eps * jnp.sqrt(shadow_square)
+    stuck = jnp.abs(shadow_v) <= orthogonal * fields.norm(v)
+    alpha = jnp.where(stuck, 0, _ratio(rho, shadow_v))
     s = fields.plus(r, -alpha, v)
     z = precondition(s)
     t = matvec(z)
@@ -90,19 +107,18 @@ def _step(precondition, matvec, x, r, rest):
     omega = _ratio(fields.dot(t, s), tt)
     x = fields.plus(fields.plus(x, alpha, y), omega, z)
     r = fields.plus(s, -omega, t)
-    new = fields.dot(shadow, r)
-    beta = _ratio(new, rho) * _ratio(alpha, omega)
+    rho_new = fields.dot(shadow, r)
+    beta = _ratio(rho_new, rho) * _ratio(alpha, omega)
     p = fields.plus(r, beta, fields.plus(p, -omega, v))
-    lost = stuck | (jnp.abs(new) <= orthogonal * fields.norm(r))
-    # Where it has just begun anew, there is no better direction.
-    broke = stuck & (rho == left)
-    fresh = _begin(r)
-    carried = (shadow, p, new, far, fields.dot(r, r))
-    rest = jax.tree.map(lambda a, b: jnp.where(lost, a, b), fresh, carried)
-    why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, -1)
+    lost = stuck | (jnp.abs(rho_new) <= orthogonal * fields.norm(r))
+    # Where rho is the residual's square the method has just begun anew: no direction is better.
+    broke = stuck & (rho == r_square)
+    continued = (shadow, p, rho_new, shadow_square, fields.dot(r, r))
+    carried = jax.tree.map(lambda a, b: jnp.where(lost, a, b), _restart(r), continued)
+    why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, GOES_ON)
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, why)
-    return x, r, (rest, steepest), why
+    return x, r, (carried, steepest), why
 
 
-def _ratio(a, b):
+def _ratio(a: Scalar, b: Scalar) -> Scalar:
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

@@ -1,4 +1,4 @@
-"""This file is conjugate gradients, plain and preconditioned, for symmetric definite operators.
+"""Conjugate gradients, plain and preconditioned, for symmetric definite operators.
 
 M. R. Hestenes and E. Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", 1952.
 """
@@ -6,14 +6,29 @@ M. R. Hestenes and E. Stiefel, "Methods of Conjugate Gradients for Solving Linea
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 
 from wsekern.solvers import fields
 from wsekern.solvers.fields import Fields, Operator
-from wsekern.solvers.solution import BREAKDOWN, INCONSISTENT, Solution, solve
+from wsekern.solvers.solution import (
+    ABSOLUTE,
+    BREAKDOWN,
+    GOES_ON,
+    INCONSISTENT,
+    TOLERANCE,
+    Reason,
+    Solution,
+    check_limits,
+    solve,
+)
+from wsekern.wafer.keywords import either_name
 
-_FLAT = 1e-3  # of the steepest slope: where a sign that changes does so by rounding
+_MOST = 1000
+# A direction whose slope is below this share of the steepest one is flat: the operator maps it to
+# next to nothing, and the sign of its curvature may be rounding.
+_FLAT = 1e-3
 
 
 def cg(
@@ -22,63 +37,70 @@ def cg(
     x0: Fields | None = None,
     *,
     preconditioner: Operator | None = None,
-    tolerance: float = 1e-5,
-    absolute: float = 0.0,
-    max_iterations: int = 1000,
+    tolerance: float = TOLERANCE,
+    absolute: float = ABSOLUTE,
+    max_iterations: int = _MOST,
+    tol: float | None = None,
+    atol: float | None = None,
+    maxiter: int | None = None,
+    M: Operator | None = None,
 ) -> Solution:
-    """`x` with `operator(x) = b`: one application, three inner products an iteration.
+    """`x` with `operator(x) = b`: one application and three inner products an iteration.
 
-    A negative definite operator, such as a Laplacian, does as well as a positive one. Holds four
-    fields beside `b`. Differentiable with respect to `b` and to what `operator` reads, by another
-    solve; a singular system that has a solution is solved, from `x0` = 0 for the smallest one.
+    A negative definite operator, such as a Laplacian, works as well as a positive one. Holds four
+    fields besides `b`. Differentiable with respect to `b` and to what `operator` reads, by another
+    solve. A singular system that has a solution is solved, from `x0` = 0 for the smallest one.
 
     Args:
       operator: linear and symmetric.
       b: the right side: a field, or a pytree of fields, of floats.
       x0: where to begin; by default at zero.
-      preconditioner: near the operator's inverse, linear, symmetric and definite.
-      tolerance: of the residual's norm, as a share of b's.
-      absolute: of the residual's norm, if larger.
+      preconditioner: close to the operator's inverse, linear, symmetric and definite.
+      tolerance: on the residual's norm, relative to b's.
+      absolute: on the residual's norm, if larger.
       max_iterations: at most.
+      tol: `tolerance`, by the name that `jax.scipy.sparse.linalg.cg` has for it.
+      atol: `absolute`, likewise.
+      maxiter: `max_iterations`, likewise.
+      M: `preconditioner`, likewise.
 
     Raises:
-      ValueError: `operator` changes shapes or dtypes, or an option does not fit.
+      ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
+        both names with different values.
     """
-    precondition = preconditioner or (lambda r: r)
-    return solve(
-        "cg",
-        operator,
-        b,
-        x0,
-        functools.partial(_begin, precondition),
-        functools.partial(_step, precondition),
-        tolerance=tolerance,
-        absolute=absolute,
-        max_iterations=max_iterations,
-        symmetric=True,
-    )
+    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("cg", ours, theirs, _MOST)
+    named = ("preconditioner", preconditioner)
+    precondition = either_name("cg", named, None, ("M", M)) or (lambda r: r)
+    begin = functools.partial(_begin, precondition)
+    step = functools.partial(_step, precondition)
+    return solve("cg", operator, b, x0, begin, step, limits, symmetric=True)
 
 
-def _begin(precondition, r):
+def _begin(precondition: Operator, r: Fields) -> tuple[Any, ...]:
     z = precondition(r)
     rz = fields.dot(r, z)
     return z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz)
 
 
-def _step(precondition, matvec, x, r, rest):
-    p, rz, sign, steepest = rest
+def _step(
+    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: tuple[Any, ...]
+) -> tuple[Fields, Fields, tuple[Any, ...], Reason]:
+    p, rz, sign, steepest = carry
     ap = matvec(p)
     curvature = fields.dot(p, ap) * jnp.sign(rz)
-    # Definite operators keep the sign of the first; one that changes it is indefinite.
+    # Definite operators keep the sign of the first curvature; one that changes it is indefinite.
     sign = jnp.where(sign == 0, jnp.sign(curvature), sign)
     slope = jnp.abs(curvature) / fields.dot(p, p)
     steepest = jnp.maximum(steepest, slope)
-    broke = (curvature * sign <= 0) | (rz == 0) | (slope <= jnp.finfo(slope.dtype).eps * steepest)
-    # A direction along which it is as good as flat lies in the null space of a singular one.
+    rounding = slope <= jnp.finfo(slope.dtype).eps * steepest
+    broke = (curvature * sign <= 0) | (rz == 0) | rounding
+    # A flat direction lies in the null space of a singular operator.
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, BREAKDOWN)
-    along = jnp.where(broke, 0, jnp.abs(rz) / jnp.where(broke, 1, curvature))
-    x, r = fields.plus(x, along, p), fields.plus(r, -along, ap)
+    alpha = jnp.where(broke, 0, jnp.abs(rz) / jnp.where(broke, 1, curvature))
+    x, r = fields.plus(x, alpha, p), fields.plus(r, -alpha, ap)
     z = precondition(r)
-    new = fields.dot(r, z)
-    p = fields.plus(z, jnp.where(broke, 0, new / jnp.where(broke, 1, rz)), p)
-    return x, r, (p, new, sign, steepest), jnp.where(broke, why, -1)
+    rz_new = fields.dot(r, z)
+    beta = jnp.where(broke, 0, rz_new / jnp.where(broke, 1, rz))
+    p = fields.plus(z, beta, p)
+    return x, r, (p, rz_new, sign, steepest), jnp.where(broke, why, GOES_ON)

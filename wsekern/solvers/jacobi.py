@@ -1,4 +1,4 @@
-"""This file is Jacobi's iteration, damped: a step along what the diagonal makes of the residual.
+"""Damped Jacobi iteration: each step adds the residual divided by the operator's diagonal.
 
 Y. Saad, "Iterative Methods for Sparse Linear Systems", 2003, section 4.1.
 """
@@ -12,7 +12,17 @@ import jax.numpy as jnp
 
 from wsekern.solvers import fields
 from wsekern.solvers.fields import Fields, Operator
-from wsekern.solvers.solution import Solution, solve
+from wsekern.solvers.solution import (
+    ABSOLUTE,
+    GOES_ON,
+    TOLERANCE,
+    Reason,
+    Solution,
+    check_limits,
+    solve,
+)
+
+_MOST = 1000
 
 
 def jacobi(
@@ -22,45 +32,46 @@ def jacobi(
     *,
     diagonal: Any,
     damping: float = 1.0,
-    tolerance: float = 1e-5,
-    absolute: float = 0.0,
-    max_iterations: int = 1000,
+    tolerance: float = TOLERANCE,
+    absolute: float = ABSOLUTE,
+    max_iterations: int = _MOST,
+    tol: float | None = None,
+    atol: float | None = None,
+    maxiter: int | None = None,
 ) -> Solution:
     """`x` with `operator(x) = b`: one application and one norm an iteration.
 
-    Converges for diagonally dominant operators; as many iterations as a grid has cells along its
-    side squared, for a Laplacian. Differentiable as `cg` is.
+    Converges for diagonally dominant operators. A Laplacian takes about as many iterations as the
+    square of the cells along a side of its grid. Differentiable with respect to `b` and to what
+    `operator` reads, by another solve.
 
     Args:
       operator: linear; its transpose has the same diagonal.
       b: the right side: a field, or a pytree of fields, of floats.
       x0: where to begin; by default at zero.
-      diagonal: the operator's own: a number, or what broadcasts to each field of `b`.
+      diagonal: the operator's own: a number, or an array that broadcasts to each field of `b`.
       damping: of each step, above 0.
-      tolerance: of the residual's norm, as a share of b's.
-      absolute: of the residual's norm, if larger.
+      tolerance: on the residual's norm, relative to b's.
+      absolute: on the residual's norm, if larger.
       max_iterations: at most.
+      tol: `tolerance`, by the name that `jax.scipy.sparse.linalg` has for it.
+      atol: `absolute`, likewise.
+      maxiter: `max_iterations`, likewise.
 
     Raises:
-      ValueError: `operator` changes shapes or dtypes, or an option does not fit.
+      ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
+        both names with different values.
     """
     if not damping > 0:
         raise ValueError(f"jacobi: damping={damping} must be above 0")
+    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("jacobi", ours, theirs, _MOST)
 
-    def step(matvec, x, r, rest):
+    def step(
+        matvec: Operator, x: Fields, r: Fields, carry: tuple[()]
+    ) -> tuple[Fields, Fields, tuple[()], Reason]:
         move = jax.tree.map(lambda f: f * jnp.asarray(damping / diagonal, f.dtype), r)
         x, r = fields.plus(x, 1, move), fields.minus(r, matvec(move))
-        return x, r, rest, jnp.int32(-1)
+        return x, r, carry, jnp.int32(GOES_ON)
 
-    return solve(
-        "jacobi",
-        operator,
-        b,
-        x0,
-        lambda r: (),
-        step,
-        tolerance=tolerance,
-        absolute=absolute,
-        max_iterations=max_iterations,
-        symmetric=False,
-    )
+    return solve("jacobi", operator, b, x0, lambda r: (), step, limits, symmetric=False)

@@ -1,4 +1,4 @@
-"""This file is multigrid on structured grids: V-cycles over grids of half the cells a side.
+"""Multigrid on structured grids: V-cycles over grids of half the cells a side.
 
 A. Brandt, "Multi-Level Adaptive Solutions to Boundary-Value Problems", 1977; cells, not points, are
 coarsened, as in U. Trottenberg, C. Oosterlee and A. Schueller, "Multigrid", 2001, section 2.8.
@@ -7,80 +7,95 @@ coarsened, as in U. Trottenberg, C. Oosterlee and A. Schueller, "Multigrid", 200
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from wsekern.kernels.stencil.stencil import stencil
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Operator
-from wsekern.solvers.solution import DIVERGED, Solution, solve
+from wsekern.solvers.fields import Fields, Operator, Scalar
+from wsekern.solvers.solution import (
+    ABSOLUTE,
+    DIVERGED,
+    GOES_ON,
+    TOLERANCE,
+    Reason,
+    Solution,
+    check_limits,
+    solve,
+)
 
-_COARSEST = 4  # cells along the shortest side at which no coarser grid is made
+Field = Float[Array, "..."]
+
+_MOST = 50
+_COARSEST = 4  # cells along the shortest side of the coarsest grid, or fewer
 _SWEEPS = 40  # on the coarsest grid
-_GROWN = 10.0  # of the first residual: it will not come down again
+_GROWN = 10.0  # relative to the first residual: one so large does not come down again
 
 
 def multigrid(
     operator_at: Callable[[int], Operator],
-    b: jax.Array,
+    b: Field,
     *,
     diagonal_at: Callable[[int], Any],
     sweeps: tuple[int, int] = (2, 2),
     damping: float = 0.8,
-    tolerance: float = 1e-5,
-    absolute: float = 0.0,
-    max_iterations: int = 50,
+    tolerance: float = TOLERANCE,
+    absolute: float = ABSOLUTE,
+    max_iterations: int = _MOST,
+    tol: float | None = None,
+    atol: float | None = None,
+    maxiter: int | None = None,
 ) -> Solution:
     """`x` with `operator_at(1)(x) = b`, by V-cycles; an iteration is one cycle.
 
     A cycle of (2, 2) takes about six applications of the operator at full size, in two dimensions,
     and reduces the residual of a Laplacian by a factor of 5.2 to 5.6 in the long run, and by
-    more at first, on grids of any size. Differentiable as `cg` is. As a preconditioner:
-    `cg(A, b, preconditioner=v_cycle(...))`.
+    more at first, on grids of any size. Differentiable with respect to `b` and to what the operator
+    reads, by another solve. As a preconditioner: `cg(A, b, preconditioner=v_cycle(...))`.
 
     Args:
-      operator_at: from how many times the cells' side is that of `b`'s, a power of two, to the
-        operator on such a grid: 1, 2, 4, ... Values lie in the middle of cells, walls on the faces
-        of the outermost: of a stencil with `boundary="edge"`, or `lambda near: -near` for zero on
-        the wall. "zero" has its wall half a cell farther, on every grid elsewhere, and cycles
-        would diverge. To have it where the finest grid has it, let coarser ones say
-        `lambda near: -(level - 1) / (level + 1) * near`; a cycle then reduces by 2.8.
-      b: the right side, one field; its sides halve as often as they are even.
+      operator_at: the operator on each grid. Its argument says how many times as wide as `b`'s the
+        cells of a grid are: 1, 2, 4, ... Values lie in the middle of cells, walls on the faces of
+        the outermost cells: that is a stencil with `boundary="edge"`, or `lambda near: -near` for
+        zero on the wall. "zero" has its wall half a cell farther out, at another place on each
+        grid, and cycles would diverge. To have it where the finest grid has it, let coarser ones
+        say `lambda near: -(level - 1) / (level + 1) * near`; a cycle then reduces by 2.8.
+      b: the right side, one field; its sides are halved as often as they are even.
       diagonal_at: likewise, that operator's diagonal: a number, or a field.
       sweeps: of damped Jacobi before a coarser grid is visited, and after.
-      damping: of these.
-      tolerance: of the residual's norm, as a share of b's.
-      absolute: of the residual's norm, if larger.
+      damping: of the sweeps.
+      tolerance: on the residual's norm, relative to b's.
+      absolute: on the residual's norm, if larger.
       max_iterations: cycles at most.
+      tol: `tolerance`, by the name that `jax.scipy.sparse.linalg` has for it.
+      atol: `absolute`, likewise.
+      maxiter: `max_iterations`, likewise.
 
     Raises:
-      ValueError: b is not one field, has a side that is too short to halve, an option does not
-        fit, or a coarser operator is a stencil, or a `functools.partial` of one, whose boundary is
-        "zero". Where that does not show, the solution's reason is that it diverged.
+      ValueError: b is not one field or has a side that is too short to halve; an option is out of
+        range, or given by both names with different values; or a coarser operator is a stencil, or
+        a `functools.partial` of one, whose boundary is "zero". Where that cannot be seen, the
+        solution's reason is that it diverged.
     """
     _check(b, sweeps, damping)
+    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("multigrid", ours, theirs, _MOST)
     cycle = v_cycle(operator_at, b.shape, diagonal_at=diagonal_at, sweeps=sweeps, damping=damping)
 
-    def step(matvec, x, r, rest):
+    def step(
+        matvec: Operator, x: Fields, r: Fields, first_norm: Scalar
+    ) -> tuple[Fields, Fields, Scalar, Reason]:
         move = cycle(r)
         x, r = fields.plus(x, 1, move), fields.minus(r, matvec(move))
-        return x, r, rest, jnp.where(fields.norm(r) > _GROWN * rest, DIVERGED, -1)
+        grown = fields.norm(r) > _GROWN * first_norm
+        return x, r, first_norm, jnp.where(grown, DIVERGED, GOES_ON)
 
-    return solve(
-        "multigrid",
-        operator_at(1),
-        b,
-        None,
-        fields.norm,
-        step,
-        tolerance=tolerance,
-        absolute=absolute,
-        max_iterations=max_iterations,
-        symmetric=True,
-    )
+    operator = operator_at(1)
+    return solve("multigrid", operator, b, None, fields.norm, step, limits, symmetric=True)
 
 
 def v_cycle(
@@ -91,14 +106,15 @@ def v_cycle(
     sweeps: tuple[int, int] = (2, 2),
     damping: float = 0.8,
 ) -> Operator:
-    """One V-cycle from zero, as a linear function of a right side: nearly the operator's inverse.
+    """One V-cycle from zero, a linear function of a right side: close to the operator's inverse.
 
     Args:
-      operator_at: as in `multigrid`.
+      operator_at: the operator on each grid, as in `multigrid`.
       shape: of the field.
-      diagonal_at: as in `multigrid`.
-      sweeps: as in `multigrid`; as many before as after make the cycle symmetric.
-      damping: as in `multigrid`.
+      diagonal_at: that operator's diagonal, a number or a field.
+      sweeps: of damped Jacobi before a coarser grid is visited, and after; as many before as after
+        make the cycle symmetric, as a preconditioner of `cg` has to be.
+      damping: of the sweeps.
 
     Raises:
       ValueError: a coarser operator is a stencil whose boundary is "zero".
@@ -106,25 +122,26 @@ def v_cycle(
     levels = _levels(shape)
     _check_walls(operator_at, levels)
 
-    def smoothed(level, x, b, times):
+    def smooth(level: int, x: Field, b: Field, times: int) -> Field:
         operator, step = operator_at(level), damping / jnp.asarray(diagonal_at(level), b.dtype)
         for _ in range(times):
             x = x + step * (b - operator(x))
         return x
 
-    def cycle(level, b):
+    def cycle(level: int, b: Field) -> Field:
         step = damping / jnp.asarray(diagonal_at(level), b.dtype)
         if level == levels[-1]:
             sweep = lambda _, x: x + step * (b - operator_at(level)(x))  # noqa: E731
             return jax.lax.fori_loop(0, _SWEEPS, sweep, step * b)
-        x = smoothed(level, step * b, b, sweeps[0] - 1)
-        coarse = cycle(2 * level, restricted(b - operator_at(level)(x)))
-        return smoothed(level, x + prolonged(coarse), b, sweeps[1])
+        # From zero, the first sweep is just `step * b`.
+        x = smooth(level, step * b, b, sweeps[0] - 1)
+        correction = cycle(2 * level, restrict(b - operator_at(level)(x)))
+        return smooth(level, x + prolong(correction), b, sweeps[1])
 
     return lambda b: cycle(1, b)
 
 
-def restricted(u: jax.Array) -> jax.Array:
+def restrict(u: Field) -> Field:
     """Means of two cells along each dimension."""
     for axis in range(u.ndim):
         pairs = u.reshape(*u.shape[:axis], -1, 2, *u.shape[axis + 1 :])
@@ -132,8 +149,11 @@ def restricted(u: jax.Array) -> jax.Array:
     return u
 
 
-def prolonged(u: jax.Array) -> jax.Array:
-    """Each cell as two along each dimension, linear between the middles, flat at the ends."""
+def prolong(u: Field) -> Field:
+    """Each cell as two along each dimension, linear between the middles, flat at the ends.
+
+    Two cells a, b become a, 3/4 a + 1/4 b, 1/4 a + 3/4 b, b.
+    """
     for axis in range(u.ndim):
         before = jnp.concatenate([_part(u, axis, 0, 1), _part(u, axis, 0, -1)], axis)
         behind = jnp.concatenate([_part(u, axis, 1, None), _part(u, axis, -1, None)], axis)
@@ -142,7 +162,7 @@ def prolonged(u: jax.Array) -> jax.Array:
     return u
 
 
-def _part(u, axis, start, stop):
+def _part(u: Field, axis: int, start: int, stop: int | None) -> Field:
     return u[(slice(None),) * axis + (slice(start, stop),)]
 
 
@@ -153,7 +173,7 @@ def _levels(shape: Sequence[int]) -> list[int]:
     return levels
 
 
-def _check(b, sweeps, damping):
+def _check(b: Any, sweeps: tuple[int, int], damping: float) -> None:
     if not hasattr(b, "shape"):
         raise ValueError(f"multigrid: b is a {type(b).__name__}; it must be one field")
     if _levels(b.shape) == [1]:
@@ -165,14 +185,14 @@ def _check(b, sweeps, damping):
         raise ValueError(f"multigrid: sweeps={sweeps} must be 1 or more, damping={damping} above 0")
 
 
-def _check_walls(operator_at, levels):
+def _check_walls(operator_at: Callable[[int], Operator], levels: Sequence[int]) -> None:
     for level in levels[1:]:
         operator = operator_at(level)
         if not isinstance(operator, functools.partial) or operator.func is not stencil:
             continue
         boundary = operator.keywords.get("boundary", "zero")
         sides = boundary if isinstance(boundary, list | tuple) else [boundary]
-        if any(isinstance(side, float | int) or side == "zero" for side in _flat(sides)):
+        if any(isinstance(side, float | int) or side == "zero" for side in _flatten(sides)):
             raise ValueError(
                 f"multigrid: operator_at({level}) is a stencil with boundary={boundary!r}, whose "
                 "wall lies half a cell beyond the faces, and so elsewhere on every grid; put it on "
@@ -181,5 +201,6 @@ def _check_walls(operator_at, levels):
             )
 
 
-def _flat(sides):
-    return [e for s in sides for e in (s if isinstance(s, list | tuple) else [s])]
+def _flatten(sides: Sequence[Any]) -> Iterator[Any]:
+    for side in sides:
+        yield from side if isinstance(side, list | tuple) else [side]

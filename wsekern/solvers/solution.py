@@ -1,4 +1,4 @@
-"""This file is what a solver gives back, and how it decides that it is done."""
+"""The loop that every solver runs, its result, and how it decides that it is done."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator
+from wsekern.solvers.fields import Fields, Operator, Scalar
+from wsekern.wafer.keywords import either_name
 
-# Why a solver stopped, by number, as an array inside jit can hold it.
+# Why a solver stopped. Inside jit it can be told only as a number, a place in this list.
 REASONS = (
     "converged",
     "the most iterations were taken",
@@ -25,6 +27,12 @@ REASONS = (
 CONVERGED, OUT_OF_ITERATIONS, STAGNATED, BREAKDOWN, INCONSISTENT, NOT_FINITE, DIVERGED = range(
     len(REASONS)
 )
+TOLERANCE, ABSOLUTE = 1e-5, 0.0  # defaults of every method
+GOES_ON = -1  # instead of a reason
+
+Reason = Int[Array, ""]
+Begin = Callable[[Fields], Any]
+Step = Callable[[Operator, Fields, Fields, Any], tuple[Fields, Fields, Any, Reason]]
 
 
 class Solution(NamedTuple):
@@ -43,107 +51,146 @@ class Solution(NamedTuple):
         return REASONS[int(self.reason)]
 
 
-class State(NamedTuple):
-    """A solver under way; `rest` is what its method carries beside."""
+class Limits(NamedTuple):
+    """When a solver stops."""
 
-    x: Fields
-    r: Fields
-    rest: Any
-    k: jax.Array
-    residuals: jax.Array
-    checked: jax.Array  # the true residual's norm when it was last computed
-    reason: jax.Array  # -1 while it goes on
+    tolerance: float
+    absolute: float
+    max_iterations: int
+
+
+def check_limits(
+    method: str,
+    ours: tuple[float, float, int],
+    theirs: tuple[float | None, float | None, int | None],
+    most: int,
+) -> Limits:
+    """The limits by our names, or by those of `jax.scipy.sparse.linalg`.
+
+    Args:
+      method: the solver's name, for messages.
+      ours: tolerance, absolute, max_iterations.
+      theirs: tol, atol, maxiter, each None if it is not given.
+      most: the default of max_iterations.
+
+    Raises:
+      ValueError: one limit is given by both names with two values, or a limit is out of range.
+    """
+    names = (("tolerance", "tol"), ("absolute", "atol"), ("max_iterations", "maxiter"))
+    values = [
+        either_name(method, (name, value), default, (alias, aliased))
+        for (name, alias), value, default, aliased in zip(
+            names, ours, (TOLERANCE, ABSOLUTE, most), theirs, strict=True
+        )
+    ]
+    tolerance, absolute, max_iterations = values
+    if max_iterations < 1 or tolerance < 0 or absolute < 0:
+        raise ValueError(
+            f"{method}: max_iterations={max_iterations} must be 1 or more, tolerance={tolerance} "
+            f"and absolute={absolute} 0 or more"
+        )
+    return Limits(tolerance, absolute, int(max_iterations))
 
 
 def solve(
-    what: str,
+    method: str,
     operator: Operator,
     b: Fields,
     x0: Fields | None,
-    begin: Callable[[Fields], Any],
-    step: Callable[[Operator, Fields, Fields, Any], tuple[Fields, Fields, Any, jax.Array]],
+    begin: Begin,
+    step: Step,
+    limits: Limits,
     *,
-    tolerance: float,
-    absolute: float,
-    max_iterations: int,
     symmetric: bool,
 ) -> Solution:
-    """`x` with `operator(x) = b`, by a method's `begin` and `step`, differentiable in all it reads.
+    """`x` with `operator(x) = b`, differentiable with respect to `b` and what `operator` reads.
 
-    The derivative solves with the operator again, or with its transpose: no iteration is kept.
+    The derivative is another solve, with the operator or its transpose: no iteration is kept.
 
     Args:
-      what: the method's name.
+      method: its name, for messages.
       operator: linear.
       b: the right side.
       x0: where to begin; None is at zero.
-      begin: what the method carries, of a residual.
-      step: one iteration, of the operator or its transpose: new x, residual and rest, and why it
-        cannot go on, a place in `REASONS`, or -1.
-      tolerance: of the residual's norm, beside b's.
-      absolute: of the residual's norm.
-      max_iterations: at most.
+      begin: what the method carries at first, from a residual.
+      step: one iteration, from the operator or its transpose, x, the residual and what the method
+        carries: the new ones, and why it cannot go on, a place in `REASONS`, or -1.
+      limits: when it stops.
       symmetric: whether the transpose is the operator itself.
     """
-    fields.check(what, operator, b, x0)
-    if max_iterations < 1 or tolerance < 0 or absolute < 0:
-        raise ValueError(
-            f"{what}: max_iterations={max_iterations} must be 1 or more, tolerance={tolerance} and "
-            f"absolute={absolute} 0 or more"
-        )
-
-    r0, share = b, jnp.float32(tolerance)
+    fields.check(method, operator, b, x0)
+    r0, relative = b, jnp.float32(limits.tolerance)
     if x0 is not None:
         r0 = fields.minus(b, operator(x0))
-        # Told beside `b`, of which `x0` may have left little or nothing.
+        # The tolerance is relative to b, but what is solved for is the correction of x0, from a
+        # residual that may be far smaller than b, or zero.
         left = lax.stop_gradient(fields.norm(r0))
-        share = tolerance * lax.stop_gradient(fields.norm(b)) / jnp.where(left == 0, 1, left)
+        norm_of_b = lax.stop_gradient(fields.norm(b))
+        relative = limits.tolerance * norm_of_b / jnp.where(left == 0, 1, left)
 
-    def run(matvec, b):
-        target = jnp.maximum(share * fields.norm(b), absolute)
-        state = _iterate(matvec, b, begin, step, target, max_iterations)
-        return state.x, _told(state, matvec, b, target)
+    def run(matvec: Operator, b: Fields) -> tuple[Fields, tuple[Any, ...]]:
+        target = jnp.maximum(relative * fields.norm(b), limits.absolute)
+        state = _iterate(matvec, b, begin, step, target, limits.max_iterations)
+        return state.x, _judge(state, matvec, b, target)
 
-    x, told = lax.custom_linear_solve(operator, r0, run, run, symmetric=symmetric, has_aux=True)
-    return Solution(x if x0 is None else fields.plus(x0, 1, x), *told)
+    x, results = lax.custom_linear_solve(operator, r0, run, run, symmetric=symmetric, has_aux=True)
+    return Solution(x if x0 is None else fields.plus(x0, 1, x), *results)
 
 
-def _iterate(matvec, b, begin, step, target, most) -> State:
+class _LoopState(NamedTuple):
+    x: Fields
+    r: Fields
+    carry: Any  # what the method carries besides
+    k: Int[Array, ""]
+    residuals: Float[Array, " iterations"]
+    true_residual: Scalar  # when it was last computed
+    reason: Reason
+
+
+def _iterate(
+    matvec: Operator, b: Fields, begin: Begin, step: Step, target: Scalar, most: int
+) -> _LoopState:
     x, r, size = jax.tree.map(jnp.zeros_like, b), b, fields.norm(b)
     residuals = jnp.full(most + 1, jnp.nan, size.dtype).at[0].set(size)
-    done = jnp.where(size <= target, CONVERGED, jnp.where(jnp.isfinite(size), -1, NOT_FINITE))
-    first = State(x, r, begin(r), jnp.int32(0), residuals, size, done.astype(jnp.int32))
+    finite = jnp.where(jnp.isfinite(size), GOES_ON, NOT_FINITE)
+    reason = jnp.where(size <= target, CONVERGED, finite).astype(jnp.int32)
+    first = _LoopState(x, r, begin(r), jnp.int32(0), residuals, size, reason)
 
-    def body(s: State) -> State:
-        x, r, rest, why = step(matvec, s.x, s.r, s.rest)
+    def body(s: _LoopState) -> _LoopState:
+        x, r, carry, why = step(matvec, s.x, s.r, s.carry)
         k, size = s.k + 1, fields.norm(r)
         near = size <= target
 
-        def looked_at():
-            """The residual as it is, for what the method carries on may have drifted away."""
+        # The residual that a method carries drifts away from b - A x. So before it counts as small
+        # enough, the true one is computed, and the method begins anew from it.
+        def begin_anew() -> tuple[Fields, Any, Scalar]:
             true = fields.minus(b, matvec(x))
             return true, begin(true), fields.norm(true)
 
-        r, rest, true = lax.cond(near, looked_at, lambda: (r, rest, s.checked))
-        reason = jnp.where(k >= most, OUT_OF_ITERATIONS, -1)
-        reason = jnp.where(near & (true > target) & (2 * true > s.checked), STAGNATED, reason)
+        r, carry, true = lax.cond(near, begin_anew, lambda: (r, carry, s.true_residual))
+        # The last one that applies wins.
+        reason = jnp.where(k >= most, OUT_OF_ITERATIONS, GOES_ON)
+        not_halved = 2 * true > s.true_residual
+        reason = jnp.where(near & (true > target) & not_halved, STAGNATED, reason)
         reason = jnp.where(why >= 0, why, reason)
         reason = jnp.where(jnp.isfinite(size), reason, NOT_FINITE)
         reason = jnp.where(near & (true <= target), CONVERGED, reason)
         residuals = s.residuals.at[k].set(jnp.where(near, true, size))
-        return State(x, r, rest, k, residuals, true, reason.astype(jnp.int32))
+        return _LoopState(x, r, carry, k, residuals, true, reason.astype(jnp.int32))
 
     return lax.while_loop(lambda s: s.reason < 0, body, first)
 
 
-def _told(s: State, matvec: Operator, b: Fields, target: jax.Array) -> tuple:
-    """What is said of a solution, by its true residual."""
+def _judge(
+    s: _LoopState, matvec: Operator, b: Fields, target: Scalar
+) -> tuple[Int[Array, ""], Float[Array, " iterations"], Scalar, Bool[Array, ""], Reason]:
+    """The fields of a solution other than x, by the true residual of x."""
     r = fields.minus(b, matvec(s.x))
     size = fields.norm(r)
     converged = size <= target
-    # What is left of a system that has a solution is rounding.
-    rounded = size <= jnp.sqrt(jnp.finfo(size.dtype).eps) * fields.norm(b)
-    failed = jnp.where((s.reason == INCONSISTENT) & rounded, STAGNATED, s.reason)
-    failed = jnp.where(failed == CONVERGED, STAGNATED, failed)
-    reason = jnp.where(converged, CONVERGED, failed).astype(jnp.int32)
+    # A singular system with a solution: what is left of the residual is rounding.
+    rounding = size <= jnp.sqrt(jnp.finfo(size.dtype).eps) * fields.norm(b)
+    reason = jnp.where((s.reason == INCONSISTENT) & rounding, STAGNATED, s.reason)
+    reason = jnp.where(reason == CONVERGED, STAGNATED, reason)
+    reason = jnp.where(converged, CONVERGED, reason).astype(jnp.int32)
     return s.k, s.residuals, size, converged, reason

@@ -101,6 +101,30 @@ def test_preconditioned_as_scipy_is():
     assert bool(got.converged) and abs(int(got.iterations) - theirs) <= 2
 
 
+def test_takes_the_names_of_jax_scipy():
+    """`tol`, `atol`, `maxiter` and `M`: the same results as by our names, and not two values."""
+    diagonal = lambda r: r / 4  # noqa: E731
+    for solver in (wk.cg, wk.bicgstab):
+        ours = {"tolerance": 1e-3, "absolute": 1e-4, "max_iterations": 60}
+        theirs = {"tol": 1e-3, "atol": 1e-4, "maxiter": 60, "M": diagonal}
+        a, b = (
+            jax.jit(lambda b, s=solver, o=options: s(poisson(), b, **o))(B)
+            for options in ({**ours, "preconditioner": diagonal}, theirs)
+        )
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+        with pytest.raises(ValueError, match="tolerance=0.01 and tol=0.1 name one keyword twice"):
+            solver(poisson(), B, tolerance=0.01, tol=0.1)
+    short = wk.jacobi(lambda u: 2 * u, B, diagonal=3.0, maxiter=3)
+    assert int(short.iterations) == 3
+    short = wk.multigrid(
+        functools.partial(laplacian_at, boundary=odd),
+        B,
+        diagonal_at=lambda level: 4 / level**2,
+        maxiter=1,
+    )
+    assert int(short.iterations) == 1
+
+
 def test_jacobi_converges_where_the_diagonal_dominates():
     operator = lambda u: poisson()(u) + 4 * u  # noqa: E731
     got = jax.jit(lambda b: wk.jacobi(operator, b, diagonal=8.0))(B)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from wsekern import fabric
 from wsekern.kernels.stencil.buffers import Tile
 from wsekern.kernels.stencil.geometry import Lines
-from wsekern.kernels.stencil.steps import Run, Tiles
+from wsekern.kernels.stencil.steps import StencilRun, Tiles
 
 
 def is_finite(arrays: Any) -> bool:
@@ -24,7 +24,7 @@ def is_finite(arrays: Any) -> bool:
     return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(arrays))
 
 
-def first_not_finite(run: Run, tiles: Sequence[Tile], steps: int) -> Int[Array, "..."]:
+def first_not_finite(run: StencilRun, tiles: Sequence[Tile], steps: int) -> Int[Array, "..."]:
     """`[1, ..., 2 + dimensions]`: this PE's first step, field and cell that is not finite; per PE.
 
     Steps count from 1; 0 means that the operands were not finite, and `steps + 1` that all is.

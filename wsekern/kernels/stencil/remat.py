@@ -23,7 +23,7 @@ from wsekern.wafer import context
 
 if TYPE_CHECKING:
     from wsekern.kernels.stencil.plan import StencilPlan
-    from wsekern.kernels.stencil.steps import Run
+    from wsekern.kernels.stencil.steps import StencilRun
 
 # Steps of a unit, unrolled in the program. With more there are fewer states and fewer copies, but a
 # unit no longer fits the cache.
@@ -36,7 +36,7 @@ Readings = Shaped[Array, "steps points"] | None
 Cotangents = tuple[list[Any], list[Any]]
 
 
-def advance(run: Run, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+def advance(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
     """`run.advance`, of which a reverse-mode gradient keeps few states."""
     if run.plan.on_wafer:
         return _nested_checkpoints(run, tiles, begin, steps)
@@ -74,7 +74,9 @@ def _steps_of_a_unit(plan: StencilPlan) -> int:
 
 # Under `jax.vmap` a loop's custom_vjp rule is traced where the names of axes are unknown, so on
 # virtual PEs `jax.checkpoint` does it.
-def _nested_checkpoints(run: Run, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+def _nested_checkpoints(
+    run: StencilRun, tiles: Tiles, begin: Step, steps: int
+) -> tuple[Tiles, Readings]:
     division = _Division.of(run.plan, steps)
 
     @jax.checkpoint
@@ -98,13 +100,13 @@ def _nested_checkpoints(run: Run, tiles: Tiles, begin: Step, steps: int) -> tupl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _checkpointed(run: Run, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+def _checkpointed(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
     return _checkpointed_fwd(run, tiles, begin, steps)[0]
 
 
 # The backward pass is a program of its own, in which cells gather their cotangents (`adjoint`).
 def _checkpointed_fwd(
-    run: Run, tiles: Tiles, begin: Step, steps: int
+    run: StencilRun, tiles: Tiles, begin: Step, steps: int
 ) -> tuple[tuple[Tiles, Readings], tuple[Any, ...]]:
     division = _Division.of(run.plan, steps)
 
@@ -157,7 +159,7 @@ _checkpointed.defvjp(_checkpointed_fwd, _checkpointed_bwd)
 
 
 def _back_through_units(
-    run: Run,
+    run: StencilRun,
     current: Cotangents,
     start: Tiles,
     begin: Step,
@@ -190,7 +192,7 @@ def _back_through_units(
 
 
 def _back_through_steps(
-    run: Run, current: Cotangents, now: Tiles, begin: Step, steps: int, dreadings: Any
+    run: StencilRun, current: Cotangents, now: Tiles, begin: Step, steps: int, dreadings: Any
 ) -> Cotangents:
     rebuild_run, rebuild_now = _floating(run)[1], _floating(now)[1]
 

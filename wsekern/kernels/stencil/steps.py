@@ -34,7 +34,7 @@ Step = Int[Array, ""] | int
     meta_fields=("plan", "update"),
 )
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StencilRun:
     """A plan, its traced update, and the arrays that its steps read."""
 
     plan: StencilPlan
@@ -111,7 +111,7 @@ class Run:
 
     def take_steps_reverse(
         self, now: Tiles, begin: Step, steps: int
-    ) -> tuple["Run", Tiles, Readings]:
+    ) -> tuple["StencilRun", Tiles, Readings]:
         """As `take_steps`, to be differentiated in reverse; the buffers are in new memory.
 
         The run comes back too: `adjoint.apply_gathering` passes its coefficients on.
@@ -133,7 +133,7 @@ class Run:
             records += run._readings(now)
         return run, now, jnp.stack(records) if records else None
 
-    def varying(self) -> "Run":
+    def varying(self) -> "StencilRun":
         """This run with its arrays typed as each PE's own, whose gradient is summed once."""
         axes = tuple(axis for line in self.plan.lines[0] if line.split for axis in line.axes)
         return fabric.varying(self, axes)
@@ -233,14 +233,14 @@ def prepare(
     coefficients: Sequence[Tile],
     emitters: Emitters | None,
     readers: Readers | None,
-) -> Run:
+) -> StencilRun:
     """The run of a plan: coefficients with their halos, and the update traced and checked.
 
     Raises:
       ValueError: as `TracedUpdate.jaxpr`.
     """
     update = TracedUpdate(plan)
-    run = Run(plan, update, _with_halos(plan, coefficients), emitters, readers)
+    run = StencilRun(plan, update, _with_halos(plan, coefficients), emitters, readers)
     if plan.checkpoint is not None and not plan.on_wafer:
         run = run.varying()
     step = jax.eval_shape(lambda: jnp.int32(0))
@@ -257,7 +257,7 @@ def prepare(
     return run
 
 
-def run_steps(run: Run, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | None, Readings]:
+def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | None, Readings]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
     plan, readers = run.plan, run.readers
     advance = run.advance if plan.checkpoint is None else functools.partial(remat.advance, run)

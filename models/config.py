@@ -1,4 +1,4 @@
-"""This file is the sizes and choices of a decoder; it imports no jax, so that `--help` is quick."""
+"""The sizes and choices of a decoder; imports no jax, so that `--help` is quick."""
 
 import dataclasses
 import itertools
@@ -16,15 +16,15 @@ class RopeScaling:
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: float
-    original_context: int = 0  # what the model was first trained on, tokens; not used by "linear"
+    original_context: int = 0  # tokens the model was first trained on; not used by "linear"
     low_frequency_factor: float = 1.0  # llama3
     high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn, turns within the original context
-    beta_slow: float = 1.0  # yarn
+    beta_fast: float = 32.0  # yarn: frequencies with more turns in the original context are kept
+    beta_slow: float = 1.0  # yarn: those with fewer are divided by `factor`
     truncate: bool = True  # yarn: whether the ramp begins and ends at whole dimensions
-    attention_factor: float = 1.0  # yarn: what cosines and sines are multiplied by
+    attention_factor: float = 1.0  # yarn: factor on cosines and sines
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("factor", "attention_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"rope scaling: {name}={getattr(self, name)} must be above 0")
@@ -40,14 +40,14 @@ class ExpertsConfig:
     """The sparse feed-forward layers of a mixture of experts."""
 
     count: int
-    chosen: int  # for each token
+    chosen: int  # experts of each token
     d_ff: int  # of one expert
     router: Literal["softmax_top", "top_softmax"] = "softmax_top"
-    normalized: bool = True  # whether the chosen shares are made to add up to one (softmax_top)
+    normalized: bool = True  # softmax_top: whether the chosen shares are scaled to sum to 1
     biases: bool = False  # of the router and of the experts
-    balance: float = 0.001  # what the load-balance loss is weighed by in training
+    balance: float = 0.001  # factor on the load-balance loss in training
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("count", "chosen", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"experts: {name}={getattr(self, name)} must be 1 or more")
@@ -59,11 +59,11 @@ class ExpertsConfig:
 
 
 class LayerKind(NamedTuple):
-    """What may differ from layer to layer; layers of one kind are the same program."""
+    """What may differ from layer to layer; layers of one kind run the same program."""
 
-    window: int | None  # how many keys a token sees, its own with them
-    sparse: bool  # experts, or one feed-forward
-    scale: float  # what attention's scores are multiplied by
+    window: int | None  # how many keys a token sees, its own included; None: all before it
+    sparse: bool  # whether its feed-forward is a mixture of experts
+    scale: float  # factor on attention's scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,25 +85,25 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     activation: Literal["swiglu", "clamped_swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
     swiglu_alpha: float = 1.702  # clamped_swiglu: gain of the sigmoid
-    swiglu_limit: float = 7.0  # clamped_swiglu: what gate and up are cut to
-    biases: tuple[Biased, ...] = ()  # what adds one: products, the norms of norm="layer"
+    swiglu_limit: float = 7.0  # clamped_swiglu: gate and up are clamped to this
+    biases: tuple[Biased, ...] = ()  # which products add one, and whether norm="layer" does
     qk_norm: bool = False  # RMSNorm of each head of queries and keys, before the rotation
-    sinks: bool = False  # a learned score for each head that takes part in the softmax alone
+    sinks: bool = False  # a learned score a head that only adds to the softmax's denominator
     scaled_attention: bool = True  # scores are divided by the square root of the head size
     scaled_by_layer: bool = False  # and by the layer's number, counted from 1
-    windows: tuple[int | None, ...] = ()  # of each layer, tokens; none: every layer sees all
+    windows: tuple[int | None, ...] = ()  # window of each layer, in tokens; empty: none has one
     experts: ExpertsConfig | None = None
-    sparse_layers: tuple[bool, ...] = ()  # which layers have experts; none: all, if any
+    sparse_layers: tuple[bool, ...] = ()  # which layers have experts; empty: all, if `experts`
     tied: bool = False  # the head is the embedding, transposed
     init_std: float = 0.02
-    # Checkpoints mostly hold weights [out, in]; kept so, loading one transposes nothing.
+    # Most checkpoints store weights as [out, in]; in the same order, loading transposes nothing.
     weights: Literal["in_out", "out_in"] = "in_out"
-    # Layers of one kind as one array, for scans; or each by itself, as generation wants them.
+    # True: layers of one kind share one array, for scans. False: one array a layer, for generation.
     stacked: bool = True
-    family: Family = "llama"  # whose names and config.json a checkpoint of it has
-    source: str = ""  # the config.json that it was read from, as text: what it had beside these
+    family: Family = "llama"  # decides the names and the config.json of a saved checkpoint
+    source: str = ""  # text of the config.json it was read from, to write unknown fields back
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
@@ -125,8 +125,8 @@ class DecoderConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         for name in ("windows", "sparse_layers"):
-            if (given := len(getattr(self, name))) not in (0, self.layers):
-                raise ValueError(f"{name} names {given} layers, there are {self.layers}")
+            if (count := len(getattr(self, name))) not in (0, self.layers):
+                raise ValueError(f"{name} names {count} layers, there are {self.layers}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows={self.windows} must be 1 token or more, or None")
         if any(self.sparse_layers) and self.experts is None:
@@ -151,14 +151,14 @@ class DecoderConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether a feed-forward multiplies its activation by a second product."""
+        """Whether the feed-forward multiplies its activation by a second product."""
         return self.activation in ("swiglu", "clamped_swiglu")
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         scale = self.d_head**-0.5 if self.scaled_attention else 1.0
-        if self.rope_scaling is not None:  # of queries and keys: once for each of them
+        if self.rope_scaling is not None:  # squared: queries and keys are both scaled by it
             scale *= self.rope_scaling.attention_factor**2
         sparse = self.sparse_layers or (self.experts is not None,) * self.layers
         windows = self.windows or (None,) * self.layers
@@ -169,31 +169,33 @@ class DecoderConfig:
 
     @property
     def stages(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-        """The layers as (kinds in turn, how often they come round), in order.
+        """The layers in order, as stages: (the kinds of one period, how many periods).
 
-        A model that alternates is one stage of two kinds; layers of one kind in a row are one of
-        one kind.
+        With layers of kinds A and B:
+          A A A A A A -> one stage ((A,), 6)
+          A B A B A B -> one stage ((A, B), 3)
+          A A A A B B -> two stages ((A,), 4), ((B,), 2)
         """
         kinds = self.kinds
         if not self.stacked:
             return tuple(((kind,), 1) for kind in kinds)
         for period in range(1, 5):
-            turns, left = divmod(len(kinds), period)
-            if not left and kinds == kinds[:period] * turns:
+            turns, remainder = divmod(len(kinds), period)
+            if not remainder and kinds == kinds[:period] * turns:
                 return ((kinds[:period], turns),)
         return tuple(((kind,), len(list(run))) for kind, run in itertools.groupby(kinds))
 
     def places(self) -> Iterator[tuple[int, int, int]]:
-        """Of each layer: its stage, which kind of the stage it is, and which turn."""
+        """For each layer in order: its stage, its place in the period, the number of the period."""
         for stage, (kinds, turns) in enumerate(self.stages):
             for turn in range(turns):
                 yield from ((stage, position, turn) for position in range(len(kinds)))
 
     def flops_per_token(self, context: int) -> int:
-        """FLOPs of one training step for each token: three times those of the forward pass.
+        """FLOPs of one training step per token: three times those of the forward pass.
 
-        Counts the products, two FLOPs a multiply-add, and the causal half of attention's scores;
-        not norms, activations, the softmax or recomputation.
+        A multiply-add is two FLOPs. Counted: the products, and the causal half of attention's
+        scores. Not counted: norms, activations, the softmax, recomputation.
 
         Args:
           context: length of the sequence, in tokens.
@@ -207,5 +209,5 @@ class DecoderConfig:
                 products += each * self.experts.d_ff * self.experts.chosen
                 products += self.d_model * self.experts.count
             seen = context if kind.window is None else min(context, 2 * kind.window)
-            scores += self.d_attention * seen  # 2 products, half of the square
+            scores += self.d_attention * seen  # two products (q k, p v), half of the square each
         return 3 * 2 * (products + scores)

@@ -1,4 +1,4 @@
-"""This file is every family, and every preset by its name; it imports no jax."""
+"""All families of models, and all presets by name; imports no jax."""
 
 import difflib
 from types import ModuleType
@@ -7,7 +7,8 @@ from typing import Any
 from models.config import DecoderConfig
 from models.families import gpt2, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 
-# By the name that configs have; each has PRESETS, NAMES, ARCHITECTURE, from_fields and to_fields.
+# By `DecoderConfig.family`. Each module has PRESETS, NAMES, ARCHITECTURE, MODEL_TYPE, from_fields
+# and to_fields.
 FAMILIES: dict[str, ModuleType] = {
     "gpt2": gpt2,
     "llama": llama,

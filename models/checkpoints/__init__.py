@@ -1,1 +1,1 @@
-"""Checkpoints of the Hugging Face kind, read onto a wafer and written back."""
+"""Read Hugging Face checkpoints and GGUF files onto a wafer, and write them back."""

@@ -1,7 +1,7 @@
-"""This file is what the families' config.json have in common, in the styles of both generations.
+"""Read and write the fields of config.json that the families share.
 
 transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`; 5 writes `rope_parameters` and
-`dtype`. Both are read; what is written is the later style, which 4.56 and later read as well.
+`dtype`. Both styles are read. The later one is written, which 4.56 and later read too.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from models.config import DecoderConfig, ExpertsConfig, RopeScaling
 from models.rope import yarn_attention_factor
 
-# name in config.json -> ours
+# name in config.json -> name in DecoderConfig
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -26,7 +26,7 @@ def need(fields: dict[str, Any], *names: str) -> Any:
     """The value of the first of `names` that config.json has.
 
     Raises:
-      ValueError: it has none of them.
+      ValueError: config.json has none of them.
     """
     for name in names:
         if fields.get(name) is not None:
@@ -35,35 +35,41 @@ def need(fields: dict[str, Any], *names: str) -> Any:
 
 
 def activation(fields: dict[str, Any], name: str, known: tuple[str, ...], default: str) -> Any:
-    """Our name of the activation that config.json calls `name`.
+    """`DecoderConfig.activation` for a config.json.
+
+    Args:
+      fields: config.json.
+      name: the field that names the activation.
+      known: the activations that the family has.
+      default: the value of a field that is missing.
 
     Raises:
-      ValueError: the family has no such activation here.
+      ValueError: the activation is not one of `known`.
     """
-    given = fields.get(name, default)
-    ours = _ACTIVATIONS.get(given)
+    value = fields.get(name, default)
+    ours = _ACTIVATIONS.get(value)
     if ours not in known:
         names = sorted(theirs for theirs, o in _ACTIVATIONS.items() if o in known)
-        raise ValueError(f"config.json: {name}={given!r} is not one of {names}")
+        raise ValueError(f"config.json: {name}={value!r} is not one of {names}")
     return ours
 
 
 def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a config, from either style.
+    """`rope_theta` and `rope_scaling` of a `DecoderConfig`, from either style.
 
     Args:
       fields: config.json.
-      theta: the base where config.json has none.
+      theta: the base, if config.json has none.
 
     Raises:
-      ValueError: the kind of scaling is unknown, or only a part of the features turns.
+      ValueError: the kind of scaling is unknown, or only part of a head is rotated.
     """
-    given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    theta = float(given.get("rope_theta") or fields.get("rope_theta") or theta)
-    partial = given.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    values = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    theta = float(values.get("rope_theta") or fields.get("rope_theta") or theta)
+    partial = values.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(f"config.json: partial_rotary_factor={partial} is not supported, only 1")
-    kind: Any = given.get("rope_type") or given.get("type") or "default"
+    kind: Any = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in ("linear", "llama3", "yarn"):
@@ -72,25 +78,25 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
         )
     original = (
         fields.get("original_max_position_embeddings")
-        or given.get("original_max_position_embeddings")
+        or values.get("original_max_position_embeddings")
         or need(fields, "max_position_embeddings")
     )
-    factor = given.get("factor")
+    factor = values.get("factor")
     if factor is None and kind == "yarn":
         factor = need(fields, "max_position_embeddings") / original
     factor = float(need({"rope factor": factor}, "rope factor"))
     options: dict[str, Any] = {}
     if kind == "llama3":
-        options["low_frequency_factor"] = float(need(given, "low_freq_factor"))
-        options["high_frequency_factor"] = float(need(given, "high_freq_factor"))
+        options["low_frequency_factor"] = float(need(values, "low_freq_factor"))
+        options["high_frequency_factor"] = float(need(values, "high_freq_factor"))
     if kind == "yarn":
         options = {
-            "beta_fast": float(given.get("beta_fast") or 32),
-            "beta_slow": float(given.get("beta_slow") or 1),
-            "truncate": bool(given.get("truncate", True)),
+            "beta_fast": float(values.get("beta_fast") or 32),
+            "beta_slow": float(values.get("beta_slow") or 1),
+            "truncate": bool(values.get("truncate", True)),
             "attention_factor": float(
-                given.get("attention_factor")
-                or yarn_attention_factor(factor, given.get("mscale"), given.get("mscale_all_dim"))
+                values.get("attention_factor")
+                or yarn_attention_factor(factor, values.get("mscale"), values.get("mscale_all_dim"))
             ),
         }
     scaling = RopeScaling(kind=kind, factor=factor, original_context=int(original), **options)
@@ -98,35 +104,35 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
 
 
 def rope_fields(config: DecoderConfig) -> dict[str, Any]:
-    """`rope_parameters` as config.json has it."""
+    """`rope_parameters` of config.json."""
     scaling = config.rope_scaling
     if scaling is None:
         return {"rope_theta": config.rope_theta, "rope_type": "default"}
-    found: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "rope_theta": config.rope_theta,
         "rope_type": scaling.kind,
         "factor": scaling.factor,
     }
     if scaling.kind != "linear":
-        found["original_max_position_embeddings"] = scaling.original_context
+        parameters["original_max_position_embeddings"] = scaling.original_context
     if scaling.kind == "llama3":
-        found["low_freq_factor"] = scaling.low_frequency_factor
-        found["high_freq_factor"] = scaling.high_frequency_factor
+        parameters["low_freq_factor"] = scaling.low_frequency_factor
+        parameters["high_freq_factor"] = scaling.high_frequency_factor
     if scaling.kind == "yarn":
         for name in ("beta_fast", "beta_slow", "truncate", "attention_factor"):
-            found[name] = getattr(scaling, name)
-    return found
+            parameters[name] = getattr(scaling, name)
+    return parameters
 
 
 def windows(fields: dict[str, Any], default: tuple[bool, ...]) -> tuple[int | None, ...]:
-    """The window of each layer: `layer_types` where config.json has it, else `default`.
+    """The window of each layer, in tokens; empty if none has one.
 
     Args:
-      fields: config.json.
-      default: which layers have the window.
+      fields: config.json; its `layer_types` says which layers have the window.
+      default: which layers have it, if config.json has no `layer_types`.
 
     Raises:
-      ValueError: a layer is of another type, or of a window that is not given.
+      ValueError: a layer is of an unknown type, or the size of the window is missing.
     """
     types, window = fields.get("layer_types"), fields.get("sliding_window")
     if types is not None:
@@ -144,7 +150,7 @@ def windows(fields: dict[str, Any], default: tuple[bool, ...]) -> tuple[int | No
 
 
 def decoder(fields: dict[str, Any], **family: Any) -> DecoderConfig:
-    """The config of a Llama-like decoder; `family` has what the family sets or does otherwise."""
+    """The config of a Llama-like decoder; `family` overrides or adds fields of the config."""
     heads = int(need(fields, "num_attention_heads"))
     d_model = int(need(fields, "hidden_size"))
     kv_heads = fields.get("num_key_value_heads")
@@ -169,7 +175,7 @@ def decoder(fields: dict[str, Any], **family: Any) -> DecoderConfig:
 
 
 def decoder_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a Llama-like decoder, but for what a family has beside."""
+    """The fields of config.json that all Llama-like families share."""
     return {
         "vocab_size": config.vocab,
         "hidden_size": config.d_model,
@@ -188,20 +194,24 @@ def decoder_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def window_fields(config: DecoderConfig) -> dict[str, Any]:
-    """`layer_types` and the window, where a family writes them."""
+    """`layer_types` and `sliding_window` of config.json.
+
+    Raises:
+      ValueError: layers have windows of different sizes, which config.json cannot express.
+    """
     windows = config.windows or (None,) * config.layers
     names = {True: "full_attention", False: "sliding_attention"}
-    found = [window for window in windows if window is not None]
-    if len(set(found)) > 1:
+    sizes = [window for window in windows if window is not None]
+    if len(set(sizes)) > 1:
         raise ValueError(f"windows={windows}: config.json has one sliding window for all layers")
     return {
         "layer_types": [names[window is None] for window in windows],
-        "sliding_window": found[0] if found else None,
+        "sliding_window": sizes[0] if sizes else None,
     }
 
 
 def expert_fields(experts: ExpertsConfig) -> dict[str, Any]:
-    """The mixture of experts, under the names of both styles."""
+    """The fields of a mixture of experts, under the names of both styles."""
     return {
         "num_experts": experts.count,
         "num_local_experts": experts.count,

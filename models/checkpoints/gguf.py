@@ -1,11 +1,12 @@
-"""This file is GGUF read as if it were a Hugging Face checkpoint: config.json's fields and tensors.
+"""Read a GGUF file as a Hugging Face checkpoint: the fields of config.json, and tensors by name.
 
-The `gguf` package (extra `hf`) reads the file and undoes its quantization, a few rows at a time.
+The `gguf` package (extra `hf`) reads the file and dequantizes it, a few rows at a time.
 """
 
 import functools
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from models.config import RopeScaling
 from models.rope import stretch
 
-# architecture -> family
+# GGUF's architecture -> DecoderConfig.family
 _ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -22,7 +23,8 @@ _ARCHITECTURES = {
     "gpt-oss": "gpt_oss",
     "gpt2": "gpt2",
 }
-LLAMA = {  # what GGUF calls a module, and what Hugging Face does
+# GGUF's name of a module -> Hugging Face's
+LLAMA = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -53,10 +55,11 @@ _GPT2 = {
     "ffn_down": "mlp.c_proj",
 }
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-_TURNED = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}  # of GPT-2, whose Conv1D is [in, out]
+# GPT-2's Conv1D stores [in, out], GGUF always [out, in].
+_TRANSPOSED = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
 
 
-@functools.lru_cache(maxsize=1)  # the tokenizer and the tensors are asked for one after the other
+@functools.lru_cache(maxsize=1)  # tokenizer and tensors are read one after the other
 def _reader(file: pathlib.Path) -> Any:
     try:
         import gguf
@@ -64,28 +67,31 @@ def _reader(file: pathlib.Path) -> Any:
         raise ValueError(f'{file}: GGUF needs its package: pip install "wsekern[hf]"') from None
     try:
         return gguf.GGUFReader(file)
-    except Exception as error:  # whatever numpy makes of bytes that are not there
+    except Exception as error:  # numpy's errors for missing bytes are of many kinds
         raise ValueError(f"{file} is not GGUF, or is truncated: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)
 def metadata(file: pathlib.Path) -> dict[str, Any]:
-    """The fields of a GGUF file by name.
+    """The metadata of a GGUF file, by name.
 
     Raises:
-      ValueError: it is not GGUF, or the `gguf` package is missing.
+      ValueError: the file is not GGUF, or the `gguf` package is missing.
     """
     return {name: field.contents() for name, field in _reader(file).fields.items()}
 
 
-class GGUF:
-    """The tensors of a GGUF file under the names and in the order of a Hugging Face checkpoint."""
+_Source = tuple[Any, int | None, str]
 
-    def __init__(self, file: pathlib.Path):
+
+class GGUF:
+    """The tensors of a GGUF file, with the names and layouts of a Hugging Face checkpoint."""
+
+    def __init__(self, file: pathlib.Path) -> None:
         """The tensors of `file`; none is read yet.
 
         Raises:
-          ValueError: the file is not GGUF, or not of a known architecture.
+          ValueError: the file is not GGUF, or its architecture is unknown.
         """
         self._file = file
         self.fields = fields_of(file)
@@ -94,7 +100,8 @@ class GGUF:
             "attn_q": self.fields.get("num_attention_heads"),
             "attn_k": self.fields.get("num_key_value_heads"),
         }
-        self._sources: dict[str, tuple[Any, int | None, str]] = {}
+        # name -> (tensor of the reader, number of an expert in it, GGUF's name of the module)
+        self._sources: dict[str, _Source] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
         for name, tensor in tensors.items():
@@ -104,8 +111,8 @@ class GGUF:
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor, in float32: only its rows are decoded."""
-        if name not in self._sources:  # gpt-oss: gate and up in turns, [E, in, 2 x out]
+        """A part of a tensor, in float32; only the rows of the part are dequantized."""
+        if name not in self._sources:  # gpt-oss: columns of gate and up in turn, [E, in, 2 x out]
             first, last, step = index[-1].indices(self.shapes[name][-1])
             if step != 2:
                 raise ValueError(f"{name!r} is read by gate or by up, not {index}")
@@ -115,18 +122,18 @@ class GGUF:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if expert is not None:
             return self._rows(tensor, tensor.data[expert], index[0])[:, index[1]]
-        if role in _EXPERTS and len(shape) == 3:  # gpt-oss: [E, out, in], asked for as [E, in, out]
+        if role in _EXPERTS and len(shape) == 3:  # gpt-oss: stored [E, out, in], read [E, in, out]
             experts, columns, outputs = index
             parts = [
                 self._rows(tensor, tensor.data[e], outputs)
                 for e in range(*experts.indices(shape[0]))
             ]
             return np.stack(parts)[:, :, columns].swapaxes(1, 2)
-        if self._family == "gpt2" and role in _TURNED and len(shape) == 2:
+        if self._family == "gpt2" and role in _TRANSPOSED and len(shape) == 2:
             return self._rows(tensor, tensor.data, index[1])[:, index[0]].T
         rows: Any = index[0]
         if self._family == "llama" and role in self._heads:
-            rows = _unturned(shape[0], int(self._heads[role]))[rows]
+            rows = _rotary_rows(shape[0], int(self._heads[role]))[rows]
         out = self._rows(tensor, tensor.data, rows)
         return out[:, index[1]] if len(shape) == 2 else out
 
@@ -135,14 +142,15 @@ class GGUF:
         del name
         return str(self._file)
 
-    def _rows(self, tensor, data, rows) -> np.ndarray:
+    def _rows(self, tensor: Any, data: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
         import gguf
 
         if len(tensor.shape) == 1:
             return gguf.dequantize(data, tensor.tensor_type)[rows]
         return gguf.dequantize(np.ascontiguousarray(data[rows]), tensor.tensor_type)
 
-    def _name(self, name: str, tensor) -> None:
+    def _name(self, name: str, tensor: Any) -> None:
+        """Enters a tensor under its name in a Hugging Face checkpoint."""
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z_]+?)\.?(weight|bias)?", name)
         table = _GPT2 if self._family == "gpt2" else LLAMA
         layer, role, end = match.groups() if match else (None, name, None)
@@ -174,15 +182,15 @@ class GGUF:
             theirs = "mlp.router"
         if theirs is None:
             raise ValueError(f"{self._file}: the tensor {name!r} is not one of {self._family}'s")
-        if self._family == "gpt2" and role in _TURNED and len(shape) == 2:
+        if self._family == "gpt2" and role in _TRANSPOSED and len(shape) == 2:
             shape = shape[::-1]
         self._put(f"{root}{theirs}.{end}", shape, (tensor, None, role))
 
-    def _put(self, name, shape, source) -> None:
+    def _put(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
         self.shapes[name], self._sources[name] = shape, source
 
     def _fuse_gate_up(self) -> None:
-        """Shows gpt-oss's gate and up as the one tensor that its checkpoints have."""
+        """Presents gpt-oss's gate and up as the one tensor of its Hugging Face checkpoints."""
         if self._family != "gpt_oss":
             return
         for name in [n for n in self.shapes if "experts.gate_proj" in n]:
@@ -192,26 +200,26 @@ class GGUF:
 
 
 def fields_of(file: pathlib.Path) -> dict[str, Any]:
-    """config.json's fields, from a GGUF file's metadata.
+    """The fields of config.json, from the metadata of a GGUF file.
 
     Raises:
-      ValueError: the architecture is unknown, or the frequencies of its rotation are.
+      ValueError: the architecture is unknown, or so is the scaling of its rotary positions.
     """
-    given = metadata(file)
-    kind = given.get("general.architecture")
+    values = metadata(file)
+    kind = values.get("general.architecture")
     if kind not in _ARCHITECTURES:
         raise ValueError(f"{file}: architecture {kind!r} is not one of {', '.join(_ARCHITECTURES)}")
 
     def get(name: str, default: Any = None) -> Any:
-        return given.get(f"{kind}.{name}", default)
+        return values.get(f"{kind}.{name}", default)
 
     tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
     common = {
         "model_type": _ARCHITECTURES[kind],
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": given.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": given.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
     }
     if kind == "gpt2":
         return common | {
@@ -223,7 +231,7 @@ def fields_of(file: pathlib.Path) -> dict[str, Any]:
             "layer_norm_epsilon": get("attention.layer_norm_epsilon", 1e-5),
         }
     biased = "blk.0.attn_q.bias" in tensors
-    found = common | {
+    fields = common | {
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length") or get("expert_feed_forward_length"),
         "num_hidden_layers": get("block_count"),
@@ -239,7 +247,7 @@ def fields_of(file: pathlib.Path) -> dict[str, Any]:
         "sliding_window": get("attention.sliding_window"),
     }
     if get("expert_count"):
-        found |= {
+        fields |= {
             "num_experts": get("expert_count"),
             "num_local_experts": get("expert_count"),
             "num_experts_per_tok": get("expert_used_count"),
@@ -247,11 +255,13 @@ def fields_of(file: pathlib.Path) -> dict[str, Any]:
             "norm_topk_prob": True,
         }
         if kind == "gpt-oss":
-            found["intermediate_size"] = get("expert_feed_forward_length")
-    return found
+            fields["intermediate_size"] = get("expert_feed_forward_length")
+    return fields
 
 
-def _scaling(file, get, tensors) -> dict[str, Any] | None:
+def _scaling(
+    file: pathlib.Path, get: Callable[..., Any], tensors: dict[str, Any]
+) -> dict[str, Any] | None:
     kind, sinks = get("rope.scaling.type"), "blk.0.attn_sinks.weight" in tensors
     if kind in ("linear", "yarn"):
         return {
@@ -262,7 +272,8 @@ def _scaling(file, get, tensors) -> dict[str, Any] | None:
         }
     if "rope_freqs.weight" not in tensors:
         return None
-    # Llama 3's: what each frequency is divided by, from which its rule's factor is known again.
+    # Llama 3: the file has only each frequency's divisor. The largest is the rule's factor; the
+    # others must follow from it.
     divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
     factor = float(divisors.max())
     rule = RopeScaling(kind="llama3", factor=factor, original_context=8192)
@@ -279,6 +290,10 @@ def _scaling(file, get, tensors) -> dict[str, Any] | None:
     }
 
 
-def _unturned(rows: int, heads: int) -> np.ndarray:
-    """Where each row of queries or keys stands: GGUF has a head's two halves in turns."""
+def _rotary_rows(rows: int, heads: int) -> np.ndarray:
+    """The row in a GGUF file of each row of Hugging Face's query or key weight.
+
+    GGUF interleaves the two halves of a head. With one head of 6 rows, rows 0 to 5 are
+    GGUF's rows 0, 2, 4, 1, 3, 5.
+    """
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

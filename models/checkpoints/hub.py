@@ -1,4 +1,4 @@
-"""This file is where a checkpoint is: a folder, a file, or in the Hugging Face cache or hub."""
+"""Find a checkpoint: a folder, a file, or a model in the Hugging Face cache or on its hub."""
 
 import os
 import pathlib
@@ -8,14 +8,14 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.*"]
 
 
-def find(checkpoint: str | os.PathLike) -> pathlib.Path:
-    """The folder or file of a checkpoint; one that is only on the hub is downloaded.
+def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder or file of a checkpoint; downloads a model that is only on the hub.
 
     Args:
-      checkpoint: a folder, a GGUF file, or the id of a model: the local cache is asked first.
+      checkpoint: a folder, a GGUF file, or the id of a model; the local cache is tried first.
 
     Raises:
-      FileNotFoundError: there is no such folder or file, and no such model.
+      FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
     path = pathlib.Path(checkpoint)
     if path.exists():
@@ -37,7 +37,7 @@ def find(checkpoint: str | os.PathLike) -> pathlib.Path:
                     name, allow_patterns=_WANTED, local_files_only=local
                 )
             )
-        except Exception as error:  # the hub's own errors share no class that says "not there"
+        except Exception as error:  # the hub's errors for "not there" share no class
             last = error
     raise FileNotFoundError(
         f"{name}: no such folder, and not to be had from the Hugging Face hub: {last}"

@@ -1,7 +1,7 @@
-"""This file is MXFP4, four-bit floats that share a scale by 32: gpt-oss's experts, decoded exactly.
+"""Decode MXFP4, four-bit floats with one scale for every 32: the experts of gpt-oss.
 
-"OCP Microscaling Formats (MX) Specification", version 1.0, 2023: a value is one of sixteen times a
-power of two, which bfloat16 holds without loss.
+"OCP Microscaling Formats (MX) Specification", version 1.0, 2023. A value is one of sixteen numbers
+times a power of two, which bfloat16 holds exactly.
 """
 
 import ml_dtypes
@@ -15,13 +15,13 @@ _BIAS = 127
 
 
 class Mxfp4:
-    """The arrays of a checkpoint with `X_blocks` and `X_scales` as one array `X`, decoded.
+    """The arrays of a checkpoint, each pair `X_blocks` and `X_scales` decoded to an array `X`.
 
-    Blocks are `[E, out, in/32, 16]`, two values a byte, the even one in its low half; scales are
-    `[E, out, in/32]`; what they decode to is `[E, in, out]`, as undecoded checkpoints hold it.
+    Blocks are `[E, out, in/32, 16]`, two values a byte, the even one in the low half. Scales are
+    `[E, out, in/32]`. The decoded array is `[E, in, out]`, as in checkpoints without MXFP4.
     """
 
-    def __init__(self, tensors: Tensors):
+    def __init__(self, tensors: Tensors) -> None:
         """The arrays of `tensors`.
 
         Raises:
@@ -45,7 +45,7 @@ class Mxfp4:
             self.dtypes[whole] = np.dtype(ml_dtypes.bfloat16)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of an array; of a decoded one, no more is decoded than whole groups of 32."""
+        """A part of an array; decodes only the groups of 32 that the part touches."""
         if name in self._inner.shapes:
             return self._inner.read(name, index)
         experts, rows, columns = index

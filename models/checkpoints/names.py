@@ -1,29 +1,30 @@
-"""This file is what checkpoints call a decoder's parameters, and how they hold them."""
+"""What checkpoints call a decoder's parameters, and how they store them."""
 
 import dataclasses
 from typing import Literal, NamedTuple
 
 
 class Slot(NamedTuple):
-    """Where a checkpoint holds a parameter of a layer, or one outside the layers."""
+    """The tensor of a checkpoint that stores a parameter."""
 
-    name: str  # "{expert}" stands for the number of an expert, each a tensor of its own
+    name: str  # "{expert}" stands for an expert's number; each expert is then a tensor of its own
     order: Literal["in_out", "out_in", "same"] = "same"  # of the last two dimensions
-    # Of a tensor that holds several parameters along its outputs: the one, and of which.
+    # For a tensor that stores several parameters along its outputs: which one this is, and the
+    # paths of all. GPT-2's c_attn is query, key and value: the key is (1, (query, key, value)).
     part: tuple[int, tuple[str, ...]] | None = None
-    interleaved: bool = False  # in turns, and not one after the other
+    interleaved: bool = False  # whether their columns take turns instead of following in blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
-    """The names of a family: of the parameters of a layer, and of those outside."""
+    """Where a family's checkpoints store each parameter."""
 
-    prefix: str  # of all but the head; a checkpoint of the bare model leaves it out
-    layers: str  # what layers stand under
-    block: dict[str, Slot]  # by the parameter's path in a layer
-    top: dict[str, Slot]
+    prefix: str  # of all names but the head's; a checkpoint of the bare model leaves it out
+    layers: str  # layer 3 is f"{prefix}{layers}.3."
+    block: dict[str, Slot]  # parameters of a layer, by their path in it
+    top: dict[str, Slot]  # parameters outside the layers, by their path
     head: Slot
-    ignored: tuple[str, ...] = ()  # ends of names that hold no parameter
+    ignored: tuple[str, ...] = ()  # endings of tensors that are not parameters
 
 
 _QKV = ("attention/query", "attention/key", "attention/value")
@@ -80,22 +81,22 @@ GPT_OSS = dataclasses.replace(
         "feed_forward/down_bias": Slot("mlp.experts.down_proj_bias"),
     }
     | {
-        ours: Slot("mlp.experts.gate_up_proj", "in_out", (which, _GATE_UP), interleaved=True)
-        for which, ours in enumerate(_GATE_UP)
+        ours: Slot("mlp.experts.gate_up_proj", "in_out", (i, _GATE_UP), interleaved=True)
+        for i, ours in enumerate(_GATE_UP)
     }
     | {
         f"{ours}_bias": Slot(
             "mlp.experts.gate_up_proj_bias",
-            part=(which, tuple(f"{name}_bias" for name in _GATE_UP)),
+            part=(i, tuple(f"{name}_bias" for name in _GATE_UP)),
             interleaved=True,
         )
-        for which, ours in enumerate(_GATE_UP)
+        for i, ours in enumerate(_GATE_UP)
     },
 )
 
 
 def _conv1d(ours: str, theirs: str) -> dict[str, Slot]:
-    # GPT-2's Conv1D keeps its weight [in, out], other than every later Linear.
+    # GPT-2's Conv1D stores its weight as [in, out]; every later family's Linear as [out, in].
     return {
         f"{ours}/weight": Slot(f"{theirs}.weight", "in_out"),
         f"{ours}/bias": Slot(f"{theirs}.bias"),
@@ -118,9 +119,9 @@ GPT2 = Names(
         f"{ours}/{end}": Slot(
             f"attn.c_attn.{end}",
             "in_out" if end == "weight" else "same",
-            (which, tuple(f"{name}/{end}" for name in _QKV)),
+            (i, tuple(f"{name}/{end}" for name in _QKV)),
         )
-        for which, ours in enumerate(_QKV)
+        for i, ours in enumerate(_QKV)
         for end in ("weight", "bias")
     },
     top={

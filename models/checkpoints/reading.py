@@ -1,13 +1,15 @@
-"""This file is checkpoints read onto a wafer: `load`, and what it refuses.
+"""Load a checkpoint onto a wafer, and refuse what is not exactly the model of its config.
 
-Each device's part of a parameter is read straight from the mapped file into the array that stays:
-nothing is held twice, nothing whole where only a part is wanted.
+Each device's part of a parameter is read straight from the memory-mapped file into the array that
+stays: no part is in memory twice, and no parameter is whole where a device needs only a part.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,11 +30,11 @@ from sharding.state import layout_of, named_leaves
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
-_ALIGNED = 64  # bytes: what XLA's CPU backend takes over without a copy
+_ALIGNED = 64  # bytes: XLA's CPU backend takes over a NumPy array so aligned without a copy
 
 
 def load(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     dtype: jax.typing.DTypeLike | None = None,
     wafer: Wafer | None = None,
     *,
@@ -42,33 +44,32 @@ def load(
 ) -> Decoder:
     """The model of a checkpoint, its parameters laid out on a wafer.
 
-    Dimensions that the wafer's grid does not divide stay whole on each of its rows or columns. A
-    device reads its own parts only. On a CPU they are filled in place; elsewhere the host holds one
-    parameter of one layer beside what is on the devices.
+    A device reads its own parts only. A dimension that the grid does not divide is not split. On a
+    CPU the parameters are filled in place; elsewhere the host holds one parameter at a time.
 
     Args:
       checkpoint: a folder with config.json and safetensors; a GGUF file; or the id of a model on
-        the Hugging Face hub, which is looked for in the local cache first.
-      dtype: of parameters and of compute; by default the checkpoint's, and float32 on a CPU.
-      wafer: where it shall lie; by default the current wafer, and one device without one.
-      stacked: whether layers of one kind are one array, to be scanned, as for training; else each
-        has its own, as `generate` wants them.
-      remat: whether the model's backward pass recomputes each layer.
+        the Hugging Face hub, for which the local cache is tried first.
+      dtype: of parameters and arithmetic; by default the checkpoint's, and float32 on a CPU.
+      wafer: where the model goes; by default the current wafer, or one device if there is none.
+      stacked: True stacks layers of one kind in one array, which training scans; False gives each
+        layer arrays of its own, which saves `generate` a copy.
+      remat: whether the backward pass recomputes each layer instead of storing its values.
       progress: whether to show a progress bar on standard error.
 
     Raises:
-      ValueError: the checkpoint is not one, is of no known family, is quantized otherwise than in
-        MXFP4, or its tensors are not those of its config; nothing is left at random values.
+      ValueError: it is not a checkpoint, not of a known family, quantized otherwise than in MXFP4,
+        or its tensors are not exactly those of its config.
       FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
     """
     config, tensors = open_checkpoint(find(checkpoint))
     config = dataclasses.replace(config, stacked=stacked)
     if dtype is None:
-        dtype = _own_dtype(config, tensors)
+        dtype = _default_dtype(config, tensors)
     return read(config, tensors, dtype, context.resolve(wafer), remat=remat, progress=progress)
 
 
-def read_config(checkpoint: str | os.PathLike) -> DecoderConfig:
+def read_config(checkpoint: str | os.PathLike[str]) -> DecoderConfig:
     """The sizes and choices of a checkpoint's model; reads no weights.
 
     Args:
@@ -114,7 +115,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-      ValueError: it is not there, or not a JSON object.
+      ValueError: it is missing, or not a JSON object.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -137,26 +138,38 @@ def read(
     remat: bool = False,
     progress: bool = False,
 ) -> Decoder:
-    """The decoder of `config` with parameters from `tensors`; arguments as of `load`."""
+    """The decoder of `config` with parameters from `tensors`.
+
+    Args:
+      config: from `open_checkpoint`, perhaps with another `stacked`.
+      tensors: from `open_checkpoint`.
+      dtype: of parameters and arithmetic.
+      wafer: where the model goes; None for one device.
+      remat: whether the backward pass recomputes each layer instead of storing its values.
+      progress: whether to show a progress bar on standard error.
+
+    Raises:
+      ValueError: the tensors are not exactly those of the config.
+    """
     graph, state = nnx.split(Decoder.shapes(config, dtype=dtype, remat=remat))
     pieces = slots.pieces(config, state, _prefix(FAMILIES[config.family].NAMES, tensors))
     _check(config, pieces, tensors)
     leaves = named_leaves(state)
-    with _bar(progress, sum(len(found) for found in pieces.values())) as advance:
+    with _progress_bar(progress, sum(map(len, pieces.values()))) as advance:
         values = {
-            path: _filled(leaves[path], found, tensors, np.dtype(dtype), wafer, advance)
-            for path, found in pieces.items()
+            path: _read_parameter(leaves[path], of_leaf, tensors, np.dtype(dtype), wafer, advance)
+            for path, of_leaf in pieces.items()
         }
     paths = iter(leaves)
 
-    def filled(leaf: nnx.Variable) -> nnx.Variable:
+    def with_value(leaf: nnx.Variable) -> nnx.Variable:
         return leaf.replace(values[next(paths)])
 
-    full = jax.tree.map(filled, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    full = jax.tree.map(with_value, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.merge(graph, full)
 
 
-def _own_dtype(config: DecoderConfig, tensors: Tensors) -> Any:
+def _default_dtype(config: DecoderConfig, tensors: Tensors) -> jax.typing.DTypeLike:
     if jax.default_backend() == "cpu":
         return jnp.float32
     names: Names = FAMILIES[config.family].NAMES
@@ -165,12 +178,19 @@ def _own_dtype(config: DecoderConfig, tensors: Tensors) -> Any:
 
 
 def _prefix(names: Names, tensors: Tensors) -> str:
-    # Saved from the bare model, without its head, and in GPT-2's first release, it is left out.
+    # Checkpoints of a bare model, without its head, have no prefix; nor has GPT-2's first release.
     return names.prefix if any(name.startswith(names.prefix) for name in tensors.shapes) else ""
 
 
-def _filled(leaf, pieces, tensors, dtype, wafer, advance) -> jax.Array:
-    """One parameter, each device's part of it read from the file into its place."""
+def _read_parameter(
+    leaf: nnx.Variable,
+    pieces: list[Piece],
+    tensors: Tensors,
+    dtype: np.dtype,
+    wafer: Wafer | None,
+    advance: Callable[[], None],
+) -> jax.Array:
+    """One parameter; each device's part is read from the file into its place."""
     shape = leaf.shape
     stacked = pieces[0].turn is not None
     sharding = _sharding(leaf, wafer)
@@ -181,13 +201,20 @@ def _filled(leaf, pieces, tensors, dtype, wafer, advance) -> jax.Array:
         index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
         key = tuple((i.start, i.stop) for i in index)
         if key not in parts:
-            parts[key] = _part(pieces, tensors, dtype, index, stacked, advance)
-            advance = _ignore  # what is read again for another device is not counted twice
+            parts[key] = _read_part(pieces, tensors, dtype, index, stacked, advance)
+            advance = _ignore  # progress counts each piece once, not once a device
         arrays.append(jax.device_put(parts[key], device))
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _part(pieces, tensors, dtype, index, stacked, advance) -> np.ndarray:
+def _read_part(
+    pieces: list[Piece],
+    tensors: Tensors,
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+    stacked: bool,
+    advance: Callable[[], None],
+) -> np.ndarray:
     out = _empty(tuple(i.stop - i.start for i in index), dtype)
     if not stacked:
         pieces[0].read_into(out, tensors, index)
@@ -199,15 +226,16 @@ def _part(pieces, tensors, dtype, index, stacked, advance) -> np.ndarray:
     return out
 
 
-def _empty(shape, dtype) -> np.ndarray:
-    """An array without values, at an address that XLA takes over as it is."""
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array without values, aligned so that XLA's CPU backend takes it over without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + _ALIGNED, np.uint8)
     start = -raw.ctypes.data % _ALIGNED
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _sharding(leaf, wafer) -> jax.sharding.Sharding:
+def _sharding(leaf: nnx.Variable, wafer: Wafer | None) -> jax.sharding.Sharding:
+    """The layout of a parameter; a dimension that the grid does not divide is not split."""
     if wafer is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     spec = layout_of(leaf)
@@ -219,11 +247,11 @@ def _sharding(leaf, wafer) -> jax.sharding.Sharding:
 
 
 def _check(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors: Tensors) -> None:
-    """Raises ValueError unless the tensors are those of the config, before any is read."""
+    """Raises ValueError unless the tensors are exactly those of the config; reads none."""
     wanted = {
         name: piece.tensor_shape()
-        for found in pieces.values()
-        for piece in found
+        for of_leaf in pieces.values()
+        for piece in of_leaf
         for name in piece.names()
     }
     missing = [name for name in wanted if name not in tensors.shapes]
@@ -272,24 +300,16 @@ def _ignore() -> None:
     pass
 
 
-class _bar:  # noqa: N801
-    """A progress bar on standard error, or nothing; as a context it gives what advances it."""
+@contextlib.contextmanager
+def _progress_bar(shown: bool, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, if `shown`; the context gives a function to advance it."""
+    if not shown:
+        yield _ignore
+        return
+    import rich.console
+    import rich.progress
 
-    def __init__(self, shown: bool, total: int):
-        self._shown, self._total = shown, total
-
-    def __enter__(self):
-        if not self._shown:
-            return _ignore
-        import rich.console
-        import rich.progress
-
-        console = rich.console.Console(stderr=True)
-        self._progress = rich.progress.Progress(console=console, transient=True)
-        self._progress.start()
-        task = self._progress.add_task("reading", total=self._total)
-        return lambda: self._progress.advance(task)
-
-    def __exit__(self, *error: Any) -> None:
-        if self._shown:
-            self._progress.stop()
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True) as progress:
+        task = progress.add_task("reading", total=total)
+        yield lambda: progress.advance(task)

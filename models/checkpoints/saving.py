@@ -1,9 +1,10 @@
-"""This file is models written as Hugging Face checkpoints: `save`."""
+"""Save a model as a Hugging Face checkpoint: config.json and safetensors."""
 
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,39 +17,41 @@ from models.presets import FAMILIES
 from sharding.state import named_leaves
 from wsekern.atomic_write import atomic_write
 
-_MOST = 5_000_000_000  # bytes of one file, as transformers divides them
-# What older and later releases call otherwise, and what is not true of what is written.
+_MOST = 5_000_000_000  # bytes of one file, as transformers splits them
+# Fields that must not be copied from the checkpoint that was loaded: `to_fields` writes the later
+# style of the first three, and the weights written are not quantized.
 _REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "quantization_config")
 
 
-def save(model: Decoder, folder: str | os.PathLike, *, most: int = _MOST) -> None:
+def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -> None:
     """Writes `model` as a folder that `transformers` and `load` read: config.json, safetensors.
 
-    Parameters keep their dtype. Each file is written beside its place and moved there when it is
-    whole, config.json last; at most one tensor is in the host's memory.
+    Parameters keep their dtype; at most one tensor is in the host's memory. Each file is written
+    whole or not at all, config.json last.
 
     Args:
       model: a decoder.
-      folder: where to; it is made if need be. A checkpoint that is there is replaced.
-      most: bytes of a file beyond which the tensors are divided over several, with an index.
+      folder: the folder to write, made if need be; a checkpoint in it is replaced.
+      most: bytes of a file; a larger model is split over several files, with an index.
 
     Raises:
-      ValueError: the model's choices cannot be said in its family's config.json.
+      ValueError: the family's config.json cannot express a choice of the model.
+      OSError: the disk is full, or the folder is not writable.
     """
     config = model.config
     family = FAMILIES[config.family]
     fields = _fields(model)
     state = nnx.state(model)
-    found = slots.pieces(config, state, family.NAMES.prefix)
+    # Of each tensor, the pieces that it stores, and which expert of a piece it is.
     by_name: dict[str, list[tuple[Piece, int | None]]] = {}
-    for pieces in found.values():
+    for pieces in slots.pieces(config, state, family.NAMES.prefix).values():
         for piece in pieces:
             for expert, name in enumerate(piece.names()):
                 by_name.setdefault(name, []).append((piece, expert if piece.experts else None))
     leaves = named_leaves(state)
     arrays = {
-        name: (of[0][0].tensor_shape(), np.dtype(leaves[of[0][0].leaf].dtype))
-        for name, of in by_name.items()
+        name: (pieces[0][0].tensor_shape(), np.dtype(leaves[pieces[0][0].leaf].dtype))
+        for name, pieces in by_name.items()
     }
 
     def make(name: str) -> np.ndarray:
@@ -60,10 +63,10 @@ def save(model: Decoder, folder: str | os.PathLike, *, most: int = _MOST) -> Non
 
     out = pathlib.Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    before = {*out.glob("*.safetensors"), out / tensors.INDEX}
+    old = {*out.glob("*.safetensors"), out / tensors.INDEX}
     written = _write(out, arrays, make, most)
     _write_json(out / "config.json", fields)
-    for file in before - written:
+    for file in old - written:
         file.unlink(missing_ok=True)
 
 
@@ -74,11 +77,16 @@ def _value(leaf: nnx.Variable, piece: Piece, expert: int | None) -> np.ndarray:
     if expert is not None:
         value = value[expert]
     shape = piece.shape if expert is None else piece.shape[1:]
-    return np.asarray(value)[tuple(slice(0, n) for n in shape)]  # a padded state is cropped
+    return np.asarray(value)[tuple(slice(0, n) for n in shape)]  # without the state's padding
 
 
-def _write(out, arrays, make, most) -> set[pathlib.Path]:
-    """Writes the tensors in one file, or in several and an index; gives what was written."""
+def _write(
+    out: pathlib.Path,
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]],
+    make: Callable[[str], np.ndarray],
+    most: int,
+) -> set[pathlib.Path]:
+    """Writes the tensors to one file, or to several with an index; returns the files."""
     files: list[dict[str, Any]] = [{}]
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in arrays.items()}
     total = 0
@@ -91,33 +99,33 @@ def _write(out, arrays, make, most) -> set[pathlib.Path]:
     if len(files) == 1:
         tensors.write(out / "model.safetensors", arrays, make)
         return {out / "model.safetensors"}
-    placed: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     written: set[pathlib.Path] = set()
     for i, part in enumerate(files, 1):
         file = out / f"model-{i:05}-of-{len(files):05}.safetensors"
         tensors.write(file, part, make)
-        placed |= dict.fromkeys(part, file.name)
+        file_of |= dict.fromkeys(part, file.name)
         written.add(file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
     _write_json(out / tensors.INDEX, index)
     return written | {out / tensors.INDEX}
 
 
 def _fields(model: Decoder) -> dict[str, Any]:
-    """config.json: what the model's own had, changed where the config now says otherwise."""
+    """config.json: the fields of the one that was loaded, then those of the config."""
     config = model.config
     family = FAMILIES[config.family]
     ours = family.to_fields(config)
-    # What of the config the file does not say must be what the family does by itself.
-    back = family.from_fields(ours)
+    # Whatever config.json cannot express must equal the family's default.
+    reread = family.from_fields(ours)
     for name in ("norm", "positions", "activation", "biases", "qk_norm", "sinks", "kinds"):
-        if getattr(back, name) != getattr(config, name):
+        if getattr(reread, name) != getattr(config, name):
             raise ValueError(
                 f"a {config.family} checkpoint cannot say {name}={getattr(config, name)}; it means "
-                f"{getattr(back, name)}"
+                f"{getattr(reread, name)}"
             )
-    before = json.loads(config.source) if config.source else {}
-    kept = {name: value for name, value in before.items() if name not in _REPLACED}
+    loaded = json.loads(config.source) if config.source else {}
+    kept = {name: value for name, value in loaded.items() if name not in _REPLACED}
     dtype = np.dtype(model.embedding.dtype).name
     return (
         {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}

@@ -1,7 +1,8 @@
-"""This file is where each piece of a decoder's state stands in a checkpoint, both ways.
+"""Map each parameter of a decoder's state to its place in a checkpoint, to read and to write.
 
-A piece is one parameter of one layer. The state holds the layers of a stage stacked; a checkpoint
-holds a tensor for each, or for several parameters that share an input, or for each expert.
+A piece is one parameter of one layer. The state stacks the layers of a stage in one array. A
+checkpoint has a tensor for each piece, or one for several parameters that share an input (GPT-2's
+query, key and value), or one for each expert.
 """
 
 import dataclasses
@@ -16,22 +17,22 @@ from models.checkpoints.names import Names, Slot
 from models.checkpoints.tensors import Tensors
 from models.config import DecoderConfig
 from models.presets import FAMILIES
-from sharding.state import named_leaves
+from sharding.state import logical_shape, named_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
     """One parameter of one layer, or one outside the layers."""
 
-    leaf: str  # the path in the state
-    turn: int | None  # which of the stacked layers; None outside the layers
-    name: str  # of the tensor in the checkpoint; "{expert}" still stands for a number
+    leaf: str  # its path in the state
+    turn: int | None  # its index in the stacked array; None outside the layers
+    name: str  # of the tensor in the checkpoint; may contain "{expert}"
     slot: Slot
-    turned: bool  # whether the checkpoint has the last two dimensions the other way round
-    shape: tuple[int, ...]  # of the piece, as the state holds it
-    parts: int = 1  # how many parameters the tensor holds along its last dimension
-    begin: int = 0  # where this one begins there, if they stand one after another
-    width: int = 0  # the size of that dimension
+    transposed: bool  # whether the checkpoint swaps the last two dimensions
+    shape: tuple[int, ...]  # of the piece in the state, without padding
+    parts: int = 1  # how many parameters the tensor stores along its last dimension
+    begin: int = 0  # the first column of this one
+    width: int = 0  # columns of the tensor
 
     @property
     def experts(self) -> bool:
@@ -39,72 +40,77 @@ class Piece:
         return "{expert}" in self.name
 
     def names(self) -> Iterator[str]:
-        """The tensors that the piece is made of."""
+        """The tensors that store the piece."""
         for expert in range(self.shape[0] if self.experts else 1):
             yield self.name.replace("{expert}", str(expert))
 
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of each of these tensors."""
         shape = self.shape[1:] if self.experts else self.shape
-        if self.turned:
+        if self.transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
         return (*shape[:-1], self.width) if self.parts > 1 else shape
 
     def tensor_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Where the part `index` of the piece (of one expert) stands in its tensor."""
+        """Where `index` of the piece (of one expert) is in its tensor.
+
+        For columns 2:4 of a parameter that is number 1 of 3, each 10 wide:
+          in blocks     begin=10: columns 12:14
+          interleaved   begin=1: columns 7:13:3 (7 and 10)
+        """
         if self.parts > 1:
             step = self.parts if self.slot.interleaved else 1
             columns = index[-1]
             first, last = columns.start * step + self.begin, columns.stop * step + self.begin
             index = (*index[:-1], slice(first, min(last, self.width), step))
-        return (*index[:-2], index[-1], index[-2]) if self.turned else index
+        return (*index[:-2], index[-1], index[-2]) if self.transposed else index
 
     def read_into(self, out: np.ndarray, tensors: Tensors, index: tuple[slice, ...]) -> None:
-        """Fills `out` with the part `index` of the piece."""
+        """Fills `out` with `index` of the piece, cast to its dtype."""
         if not self.experts:
-            _copy(out, self._turned(tensors.read(self.name, self.tensor_index(index))))
+            _copy(out, self._transpose(tensors.read(self.name, self.tensor_index(index))))
             return
         for i, expert in enumerate(range(index[0].start, index[0].stop)):
             name = self.name.replace("{expert}", str(expert))
-            _copy(out[i], self._turned(tensors.read(name, self.tensor_index(index[1:]))))
+            _copy(out[i], self._transpose(tensors.read(name, self.tensor_index(index[1:]))))
 
-    def _turned(self, array: np.ndarray) -> np.ndarray:
-        return array.swapaxes(-1, -2) if self.turned else array
+    def _transpose(self, array: np.ndarray) -> np.ndarray:
+        return array.swapaxes(-1, -2) if self.transposed else array
 
     def place(self, tensor: np.ndarray, value: np.ndarray) -> None:
-        """Puts the piece (of one expert) where it stands in its tensor."""
+        """Writes the piece (of one expert) to its place in `tensor`."""
         whole = tuple(slice(0, n) for n in value.shape)
-        tensor[self.tensor_index(whole)] = self._turned(value)
+        tensor[self.tensor_index(whole)] = self._transpose(value)
 
 
 def pieces(config: DecoderConfig, state: Any, prefix: str) -> dict[str, list[Piece]]:
     """The pieces of each leaf of a decoder's state, in the order in which they are stacked.
 
     Args:
-      config: of the decoder.
+      config: the decoder's.
       state: its parameters, or their shapes.
-      prefix: what the names of all but the head begin with.
+      prefix: begins the name of every tensor but the head's.
     """
     names: Names = FAMILIES[config.family].NAMES
     leaves = named_leaves(state)
     numbers = {place: layer for layer, place in enumerate(config.places())}
-    found = {}
+    result = {}
     for path, leaf in leaves.items():
         axes = leaf.get_metadata()["axes"]
-        shape = tuple(leaf.get_metadata().get("logical_shape", leaf.shape))
+        shape = logical_shape(leaf)
         if not path.startswith("stages/"):
             slot = names.head if path == "head" else names.top[path]
             name = slot.name if path == "head" else prefix + slot.name
-            found[path] = [_piece(path, None, name, slot, axes, shape, {})]
+            result[path] = [_piece(path, None, name, slot, axes, shape, {})]
             continue
         _, stage, _, position, inner = path.split("/", 4)
         slot = names.block[inner]
         root = path.removesuffix(inner)
         widths = {
-            other: logical_width(leaves[root + other])
+            other: logical_shape(leaves[root + other])[-1]
             for other in (slot.part[1] if slot.part else ())
         }
-        found[path] = [
+        result[path] = [
             _piece(
                 path,
                 turn,
@@ -116,31 +122,38 @@ def pieces(config: DecoderConfig, state: Any, prefix: str) -> dict[str, list[Pie
             )
             for turn in range(shape[0])
         ]
-    return found
+    return result
 
 
-def logical_width(leaf: Any) -> int:
-    """The last dimension of a leaf, without padding."""
-    return tuple(leaf.get_metadata().get("logical_shape", leaf.shape))[-1]
-
-
-def _piece(path, turn, name, slot, axes, shape, widths) -> Piece:
+def _piece(
+    path: str,
+    turn: int | None,
+    name: str,
+    slot: Slot,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    widths: dict[str, int],
+) -> Piece:
+    # The order of the state's own weight, by the name of its last dimension but one.
     order = {"in": "in_out", "feature": "in_out", "vocab": "out_in", "out": "out_in"}
-    turned = slot.order != "same" and order[axes[-2]] != slot.order
-    more: dict[str, Any] = {}
+    transposed = slot.order != "same" and order[axes[-2]] != slot.order
+    fused: dict[str, Any] = {}
     if slot.part is not None:
-        which, others = slot.part
-        sizes = [widths[other] for other in others]
-        more = {
+        index, paths = slot.part
+        sizes = [widths[path] for path in paths]
+        fused = {
             "parts": len(sizes),
-            "begin": which if slot.interleaved else sum(sizes[:which]),
+            "begin": index if slot.interleaved else sum(sizes[:index]),
             "width": sum(sizes),
         }
-    return Piece(leaf=path, turn=turn, name=name, slot=slot, turned=turned, shape=shape, **more)
+    return Piece(
+        leaf=path, turn=turn, name=name, slot=slot, transposed=transposed, shape=shape, **fused
+    )
 
 
 def _copy(out: np.ndarray, array: np.ndarray) -> None:
-    """`out[...] = array`, cast; bfloat16 is widened by its bits: numpy's own cast is slow."""
+    """`out[...] = array`, cast to the dtype of `out`."""
+    # bfloat16 is the upper half of a float32's bits. numpy's own cast goes element by element.
     if array.dtype.name == "bfloat16" and out.dtype == np.float32:
         bits = out.view(np.uint32)
         bits[...] = array.view(np.uint16)
@@ -150,5 +163,5 @@ def _copy(out: np.ndarray, array: np.ndarray) -> None:
 
 
 def bytes_of(state: Any) -> int:
-    """How many bytes the arrays of a state have in all."""
+    """Bytes of all arrays of a state."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))

@@ -1,7 +1,7 @@
-"""This file is safetensors: a JSON header and the bytes of many arrays, read in place and written.
+"""Read and write safetensors: a JSON header, then the bytes of many arrays, mapped into memory.
 
-The format is that of https://github.com/huggingface/safetensors. A header is believed only after it
-is checked against the size of the file: nothing is allocated by what it claims.
+The format is described at https://github.com/huggingface/safetensors. Every number of a header is
+checked against the size of the file before it is used: a forged header allocates nothing.
 """
 
 import json
@@ -33,21 +33,21 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes, what the format's own reader takes
+_MOST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 INDEX = "model.safetensors.index.json"
 
 
 class Tensors(Protocol):
-    """Arrays by name, somewhere on disk."""
+    """Arrays on disk, by name."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of an array, as it stands on disk."""
+        """A part of an array, in the dtype of the file."""
 
     def where(self, name: str) -> str:
-        """The file that holds an array, for messages."""
+        """The file that stores an array, for messages."""
 
 
 class _Entry(NamedTuple):
@@ -60,11 +60,11 @@ class _Entry(NamedTuple):
 class SafeTensors:
     """The arrays of safetensors files, mapped into memory: reading copies nothing."""
 
-    def __init__(self, files: Iterable[pathlib.Path]):
+    def __init__(self, files: Iterable[pathlib.Path]) -> None:
         """The arrays of `files`.
 
         Raises:
-          ValueError: a file is not what its header says, or two hold an array of one name.
+          ValueError: a file is not what its header says, or two files store the same name.
         """
         self._entries: dict[str, _Entry] = {}
         self._maps: dict[pathlib.Path, np.ndarray] = {}
@@ -78,22 +78,22 @@ class SafeTensors:
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of an array, as it stands on disk: a view of the file."""
+        """A part of an array, in the dtype of the file: a view of the file."""
         entry = self._entries[name]
         size = math.prod(entry.shape) * entry.dtype.itemsize
         data = self._maps[entry.file][entry.offset : entry.offset + size]
         return data.view(entry.dtype).reshape(entry.shape)[index]
 
     def where(self, name: str) -> str:
-        """The file that holds an array."""
+        """The file that stores an array, for messages."""
         return str(self._entries[name].file)
 
 
 def open_folder(folder: pathlib.Path) -> SafeTensors:
-    """The safetensors of a checkpoint: those that its index names, or its only file.
+    """The arrays of a checkpoint's folder: of the files that its index names, or of its only file.
 
     Raises:
-      ValueError: there are none, or a file of the index is missing or lacks what the index says.
+      ValueError: there are no safetensors, or a file or an array that the index names is missing.
     """
     index = folder / INDEX
     if not index.exists():
@@ -103,17 +103,17 @@ def open_folder(folder: pathlib.Path) -> SafeTensors:
         if len(files) > 1 and (folder / "model.safetensors") in files:
             files = [folder / "model.safetensors"]
         return SafeTensors(files)
-    placed = _json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+    file_of = _json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
         raise ValueError(f"{index} has no weight_map from names to files")
-    names = sorted(set(placed.values()))
+    names = sorted(set(file_of.values()))
     for name in names:
-        if pathlib.PurePath(name).name != name:
+        if pathlib.PurePath(name).name != name:  # a path could lead out of the folder
             raise ValueError(f"{index}: {name!r} is not a file beside it")
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing; {index.name} names it")
     tensors = SafeTensors(folder / name for name in names)
-    for name, file in placed.items():
+    for name, file in file_of.items():
         if name not in tensors.shapes:
             raise ValueError(f"{folder / file} has no {name!r}, which {index.name} says it has")
     return tensors
@@ -124,14 +124,12 @@ def write(
     arrays: dict[str, tuple[tuple[int, ...], np.dtype]],
     make: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes a safetensors file; one array is in memory at a time, and none before the file exists.
-
-    What is at `file` stays as it was until all is on disk.
+    """Writes a safetensors file whole or not at all; one array is in memory at a time.
 
     Args:
-      file: where to.
-      arrays: shape and dtype of each array by its name.
-      make: gives the array of a name.
+      file: the file to write.
+      arrays: shape and dtype of each array, by name.
+      make: returns the array of a name; called once for each, in order.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -144,7 +142,7 @@ def write(
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the arrays to 8 bytes
     with atomic_write(file) as out:
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
@@ -167,16 +165,16 @@ def _what_instead(folder: pathlib.Path) -> str:
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        fields = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise ValueError(f"{file} is not a JSON object")
-    return found
+    return fields
 
 
 def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
-    """The arrays that a file's header names, each checked against the file."""
+    """The arrays in a file's header, each checked against the size of the file."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -192,15 +190,15 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
         raise ValueError(f"{file}: its header is not valid: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: its header is not a JSON object")
-    start, taken = 8 + length, []
+    start, spans = 8 + length, []
     for name, field in fields.items():
         if name == "__metadata__":
             continue
         entry, begin, end = _entry(file, name, field, start, size)
-        taken.append((begin, end, name))
+        spans.append((begin, end, name))
         yield name, entry
-    taken.sort()
-    for (_, end, name), (begin, _, after) in zip(taken, taken[1:], strict=False):
+    spans.sort()
+    for (_, end, name), (begin, _, after) in zip(spans, spans[1:], strict=False):
         if begin < end:
             raise ValueError(f"{file}: {name!r} and {after!r} overlap")
 
@@ -208,7 +206,7 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
 def _entry(
     file: pathlib.Path, name: str, field: Any, start: int, size: int
 ) -> tuple[_Entry, int, int]:
-    def whole(values: Any) -> TypeGuard[list[int]]:
+    def are_sizes(values: Any) -> TypeGuard[list[int]]:
         return isinstance(values, list) and all(
             isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
         )
@@ -218,7 +216,7 @@ def _entry(
     kind, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise ValueError(f"{file}: {name!r} is of dtype {kind!r}, not one of {list(_DTYPES)}")
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{file}: {name!r} has shape {shape!r} and data_offsets {offsets!r}")
     dtype, (begin, end) = np.dtype(_DTYPES[kind]), offsets
     if math.prod(shape) * dtype.itemsize != end - begin:
@@ -234,9 +232,9 @@ def _entry(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} stands in it twice")
-    return found
+    return fields

@@ -1,1 +1,1 @@
-"""One file for each family of models: its presets, and its `config.json` both ways."""
+"""One file for each family of models: its presets, and its config.json, read and written."""

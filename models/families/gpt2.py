@@ -1,8 +1,8 @@
-"""This file is the GPT-2 decoders: LayerNorm, learned positions, GELU, biases, a tied head.
+"""GPT-2 and Cerebras-GPT: LayerNorm, learned positions, GELU, biases, a tied head.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; N. Dey et al.,
 "Cerebras-GPT: Open Compute-Optimal Language Models Trained on the Cerebras Wafer-Scale Cluster",
-2023, table 1. `gpt2-nano` has the sizes of nanoGPT's setting for a CPU, which trains without
+2023, table 1. `gpt2-nano` has the sizes of nanoGPT's configuration for a CPU, which trains without
 biases.
 """
 
@@ -76,7 +76,7 @@ NAMES = names.GPT2
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The config of a checkpoint's config.json."""
+    """The config of a model, from config.json."""
     d_model, heads = (
         int(config_json.need(fields, "n_embd")),
         int(config_json.need(fields, "n_head")),
@@ -107,8 +107,8 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a config."""
-    called = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+    """config.json, from the config of a model."""
+    names_of = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
     return {
         "vocab_size": config.vocab,
         "n_embd": config.d_model,
@@ -117,7 +117,7 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
         "n_head": config.heads,
         "n_positions": config.context,
         "layer_norm_epsilon": config.norm_eps,
-        "activation_function": called[config.activation],
+        "activation_function": names_of[config.activation],
         "scale_attn_weights": config.scaled_attention,
         "scale_attn_by_inverse_layer_idx": config.scaled_by_layer,
         "tie_word_embeddings": config.tied,

@@ -1,4 +1,4 @@
-"""This file is the gpt-oss decoders: sinks, every other layer sliding, biases, experts.
+"""gpt-oss: attention sinks, a window in every other layer, biases, experts.
 
 OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
 """
@@ -50,11 +50,11 @@ NAMES = names.GPT_OSS
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The config of a checkpoint's config.json."""
+    """The config of a model, from config.json."""
     layers = int(config_json.need(fields, "num_hidden_layers"))
-    stretched = config_json.rope(fields, 150_000.0)
+    rope = config_json.rope(fields, 150_000.0)
     if not fields.get("rope_scaling") and not fields.get("rope_parameters"):
-        stretched["rope_scaling"] = _YARN
+        rope["rope_scaling"] = _YARN
     return config_json.decoder(
         {"head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128} | fields,
         family="gpt_oss",
@@ -74,13 +74,13 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
             biases=True,
             balance=float(fields.get("router_aux_loss_coef", 0.001)),
         ),
-        **stretched,
+        **rope,
     )
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a config."""
-    found = (
+    """config.json, from the config of a model."""
+    result = (
         config_json.decoder_fields(config)
         | config_json.window_fields(config)
         | {
@@ -90,9 +90,9 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
         }
     )
     if config.experts is None:
-        return found
+        return result
     return (
-        found
+        result
         | config_json.expert_fields(config.experts)
         | {"intermediate_size": config.experts.d_ff}
     )

@@ -1,8 +1,8 @@
-"""This file is the Llama decoders: RMSNorm, rotary positions, SwiGLU, no biases.
+"""Llama: RMSNorm, rotary positions, SwiGLU, no biases.
 
 Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, and "The Llama 3 Herd
-of Models", 2024. The sizes below 1b are ours (`nano` and `20m` for bytes,
-`125m` for GPT-2's vocabulary) but for `smollm2-135m`: L. Ben Allal et al., "SmolLM2", 2025.
+of Models", 2024. `smollm2-135m`: L. Ben Allal et al., "SmolLM2", 2025. The other sizes below 1b
+are ours: `nano` and `20m` read bytes, `125m` has GPT-2's vocabulary.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ NAMES = names.LLAMA
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The config of a checkpoint's config.json."""
+    """The config of a model, from config.json."""
     biased = {"attention_bias": ("qkv", "out"), "mlp_bias": ("mlp",)}
     return config_json.decoder(
         fields,
@@ -125,7 +125,7 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a config."""
+    """config.json, from the config of a model."""
     return config_json.decoder_fields(config) | {
         "attention_bias": "qkv" in config.biases,
         "mlp_bias": "mlp" in config.biases,

@@ -1,4 +1,4 @@
-"""This file is the Qwen2 decoders: Llama's, with biases on queries, keys and values.
+"""Qwen2: Llama with biases on queries, keys and values.
 
 A. Yang et al., "Qwen2 Technical Report", 2024, table 1.
 """
@@ -44,9 +44,9 @@ NAMES = names.LLAMA
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The config of a checkpoint's config.json."""
+    """The config of a model, from config.json."""
     return config_json.decoder(
-        # Its attention has no size of its own for heads.
+        # Qwen2 ignores a head_dim.
         {name: value for name, value in fields.items() if name != "head_dim"},
         family="qwen2",
         activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
@@ -56,7 +56,7 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 
 
 def later_layers(fields: dict[str, Any]) -> tuple[bool, ...]:
-    """Which layers slide where config.json does not name them: those from max_window_layers on."""
+    """Which layers have a window if config.json has no `layer_types`: max_window_layers and on."""
     slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
     first = fields.get("max_window_layers", 28)
     return tuple(
@@ -65,13 +65,13 @@ def later_layers(fields: dict[str, Any]) -> tuple[bool, ...]:
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a config."""
+    """config.json, from the config of a model."""
     return config_json.decoder_fields(config) | sliding_fields(config)
 
 
 def sliding_fields(config: DecoderConfig) -> dict[str, Any]:
-    """The window and which layers have it, as Qwen's config.json says it."""
-    found = config_json.window_fields(config)
-    slides = [kind == "sliding_attention" for kind in found["layer_types"]]
+    """The fields of Qwen's config.json for the window and the layers that have it."""
+    window = config_json.window_fields(config)
+    slides = [kind == "sliding_attention" for kind in window["layer_types"]]
     first = slides.index(True) if any(slides) else config.layers
-    return found | {"use_sliding_window": any(slides), "max_window_layers": first}
+    return window | {"use_sliding_window": any(slides), "max_window_layers": first}

@@ -1,4 +1,4 @@
-"""This file is the dense Qwen3 decoders: heads of queries and keys are normed, nothing has biases.
+"""Dense Qwen3: Llama with a norm on each head of queries and keys.
 
 A. Yang et al., "Qwen3 Technical Report", 2025, table 1.
 """
@@ -40,7 +40,7 @@ NAMES = names.LLAMA
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The config of a checkpoint's config.json."""
+    """The config of a model, from config.json."""
     return config_json.decoder(
         {"head_dim": 128} | fields,
         family="qwen3",
@@ -52,6 +52,6 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a config."""
+    """config.json, from the config of a model."""
     biased = {"attention_bias": "qkv" in config.biases}
     return config_json.decoder_fields(config) | sliding_fields(config) | biased

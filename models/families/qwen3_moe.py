@@ -1,4 +1,4 @@
-"""This file is the Qwen3 decoders whose feed-forwards are mixtures of experts.
+"""Qwen3 with mixtures of experts.
 
 A. Yang et al., "Qwen3 Technical Report", 2025, table 2.
 """
@@ -41,7 +41,7 @@ NAMES = names.QWEN3_MOE
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The config of a checkpoint's config.json."""
+    """The config of a model, from config.json."""
     layers = int(config_json.need(fields, "num_hidden_layers"))
     dense, every = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
@@ -66,9 +66,9 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
-    """config.json of a config."""
+    """config.json, from the config of a model."""
     window = config.windows[0] if config.windows else None
-    found = config_json.decoder_fields(config) | {
+    result = config_json.decoder_fields(config) | {
         "attention_bias": "qkv" in config.biases,
         "use_sliding_window": window is not None,
         "sliding_window": window,
@@ -76,9 +76,9 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
         "mlp_only_layers": [i for i, kind in enumerate(config.kinds) if not kind.sparse],
     }
     if config.experts is None:
-        return found
+        return result
     return (
-        found
+        result
         | config_json.expert_fields(config.experts)
         | {
             "moe_intermediate_size": config.experts.d_ff,

@@ -1,4 +1,1 @@
-"""What a model takes of wafers that nobody has at hand: `python -m models plan`.
-
-May import `wsekern` and the rest of `models`.
-"""
+"""Plan a model on wafers that you need not own: `python -m models plan`."""

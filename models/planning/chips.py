@@ -1,8 +1,8 @@
-"""This file is what GPUs and TPUs make of the same work at their roofline.
+"""The time of the same work on GPUs and TPUs at their roofline, for comparison.
 
-Weights, of experts those that are chosen, are read once for a batch, and each sequence's cache
-once; nothing is lost between chips, in launches, or for want of parallel work. Real systems reach a
-part of it: 8 A100 decode LLaMA3-8B at 128 tokens/s (WaferLLM, OSDI 2025, table 2), an eighth.
+Weights (of the chosen experts alone) are read once for a batch, each sequence's cache once. Nothing
+is lost to links between chips, to launches, or to too little parallel work. Real systems reach a
+fraction: 8 A100 decode LLaMA3-8B at 128 tokens/s (WaferLLM, OSDI 2025, table 2), an eighth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from wsekern.hardware import Accelerator
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chips:
-    """As many chips as hold a model, and the seconds of a token, of prompts, or of a step."""
+    """A number of chips, and their seconds for a token, for the prompts, or for a training step."""
 
     chip: Accelerator
     count: int
@@ -33,29 +33,40 @@ def chips_of(
     batch: int,
     count: int | None = None,
 ) -> Chips:
-    """The roofline of `count` chips; by default of the least power of two that has the memory.
+    """The roofline of `count` chips; by default the smallest power of two that has the memory.
 
-    Training holds parameters, gradients and the optimizer's two moments: 16 bytes a parameter.
+    Training stores parameters, gradients and the optimizer's two moments: 16 bytes a parameter.
+
+    Args:
+      config: the model's.
+      parameters: how many it has.
+      mode: "decode", "prefill" or "train".
+      chip: the kind of chip.
+      context: tokens of a sequence.
+      batch: sequences.
+      count: how many chips.
     """
     cache = batch * sum(
         2 * BYTES * config.d_kv * min(kind.window or context, context) for kind in config.kinds
     )
-    held = parameters * 16 if mode == "train" else parameters * BYTES + cache
+    stored = parameters * 16 if mode == "train" else parameters * BYTES + cache
     if count is None:
-        count = 2 ** max(0, math.ceil(math.log2(held / chip.memory_bytes)))
+        count = 2 ** max(0, math.ceil(math.log2(stored / chip.memory_bytes)))
     forward = config.flops_per_token(context) / 3
     flops = {"decode": forward, "prefill": forward * context, "train": 3 * forward * context}
-    moved: float = {"decode": cache, "prefill": 0, "train": 2 * held}[mode]
-    moved += _met(config, parameters, batch * (1 if mode == "decode" else context)) * BYTES
+    moved: float = {"decode": cache, "prefill": 0, "train": 2 * stored}[mode]
+    moved += (
+        _parameters_used(config, parameters, batch * (1 if mode == "decode" else context)) * BYTES
+    )
     seconds = max(batch * flops[mode] / chip.bfloat16_flops, moved / chip.memory_bytes_per_second)
     return Chips(chip=chip, count=count, seconds=seconds / count)
 
 
-def _met(config: DecoderConfig, parameters: int, tokens: int) -> float:
-    """Parameters that so many tokens meet: of experts, as many as are likely to be chosen."""
+def _parameters_used(config: DecoderConfig, parameters: int, tokens: int) -> float:
+    """Parameters that `tokens` tokens use: of the experts, the expected number that is chosen."""
     if config.experts is None:
         return parameters
-    of = config.experts
-    one = (3 if config.gated else 2) * config.d_model * of.d_ff
-    unused = of.count * (1 - of.chosen / of.count) ** tokens
-    return parameters - sum(kind.sparse for kind in config.kinds) * one * unused
+    experts = config.experts
+    size = (3 if config.gated else 2) * config.d_model * experts.d_ff
+    unused = experts.count * (1 - experts.chosen / experts.count) ** tokens
+    return parameters - sum(kind.sparse for kind in config.kinds) * size * unused

@@ -1,6 +1,6 @@
-"""This file is what a PE of a region has to hold, by what it is for: bytes, of one PE.
+"""Memory of one PE of a region, in bytes, by what it is used for.
 
-Weights that do not stay come one after another, each while the one before is used.
+Weights that are streamed arrive one matrix after another, each while the one before is in use.
 """
 
 from __future__ import annotations
@@ -13,43 +13,44 @@ from wsekern.hardware import Machine
 
 
 def capacity(machine: Machine) -> int:
-    """What data may take."""
+    """Bytes of a PE for data: its SRAM without the code."""
     return machine.sram_bytes - machine.code_bytes
 
 
 def needed(parts: Sequence[Part], machine: Machine) -> int | None:
-    """How many regions hold all weights and caches at once; None where not even one layer fits.
+    """How many regions store all weights and caches; None if not even one layer fits in a region.
 
-    Parts are taken in the order in which a token meets them, and a region is filled before the
-    next. Layers of different kinds count as their mean: they take turns.
+    A region is filled with layers, in the order in which a token passes them, before the next one.
+    Layers of different kinds alternate, so each counts as their mean.
     """
     free = capacity(machine) - _working(parts)
     if any(part.weights + part.cache > free for part in parts):
         return None
-    each = _mean(parts, "weights") + _mean(parts, "cache")
-    regions, left = 1, free
-    for item in (*[each] * _layers(parts), parts[-1].weights):
-        if item > left + 1e-6:
-            regions, left = regions + 1, free
-        left -= item
+    layer = _mean(parts, "weights") + _mean(parts, "cache")
+    regions, unused = 1, free
+    for item in (*[layer] * _layers(parts), parts[-1].weights):
+        if item > unused + 1e-6:
+            regions, unused = regions + 1, free
+        unused -= item
     return regions
 
 
 def resident(parts: Sequence[Part], regions: int) -> dict[str, float]:
-    """Where `regions` hold the model, and nothing is streamed."""
+    """Bytes of a PE if `regions` regions store the whole model and nothing is streamed."""
     layers = math.ceil(_layers(parts) / regions)
     weights, cache = (layers * _mean(parts, name) for name in ("weights", "cache"))
     return {"weights": weights, "cache": cache, "working": _working(parts)}
 
 
 def streaming(parts: Sequence[Part], regions: int) -> dict[str, float]:
-    """What `regions` need beside weights that stay; caches always do."""
-    held = resident(parts, regions)
-    return {"weights on their way": 2 * _piece(parts)} | {k: held[k] for k in ("cache", "working")}
+    """Bytes of a PE besides resident weights, if weights are streamed; caches always stay."""
+    # Twice the largest weight: one arrives while the other is in use.
+    whole = resident(parts, regions)
+    return {"weights on their way": 2 * _piece(parts)} | {k: whole[k] for k in ("cache", "working")}
 
 
 def training(parts: Sequence[Part]) -> dict[str, float]:
-    """What a region needs that runs all layers, of which it keeps the inputs."""
+    """Bytes of a PE in training: a region runs all layers and keeps the input of each."""
     return {
         "weights": 2 * _piece(parts),
         "gradients": _piece(parts),
@@ -59,7 +60,7 @@ def training(parts: Sequence[Part]) -> dict[str, float]:
 
 
 def lacking(parts: Sequence[Part], mode: Mode, machine: Machine, regions: int) -> float:
-    """What a PE lacks, however much is streamed; 0 or less where it fits."""
+    """Bytes that a PE lacks even if all weights are streamed; 0 or less if the model fits."""
     if mode == "train":
         return sum(training(parts).values()) - capacity(machine)
     count = needed(parts, machine)

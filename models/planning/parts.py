@@ -1,10 +1,10 @@
-"""This file is a decoder as parts that a square region of a wafer runs, each with its estimate.
+"""Split a decoder into parts that a square region of a wafer runs, and price each part.
 
 A layer is laid out as in WaferLLM (`wsekern.estimator.validation.waferllm`), at the model's
-own sizes, padded to the region: its features are spread over all PEs, whatever its heads. Layers
-that are alike are one part, traced once. Experts count as a feed-forward part as wide as those that
-a token chooses, in time, and as all of them in memory. The host keeps the embedding, and sends the
-rows of tokens.
+own sizes, padded to the region: features are spread over all PEs, whatever the heads. Equal layers
+are one part, traced once. In time, experts count as one feed-forward layer as wide as the experts
+of a token together; in memory, all of them count. The host keeps the embedding, and sends the
+tokens' rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
@@ -25,56 +26,57 @@ from wsekern.hardware import Machine
 
 Mode = Literal["decode", "prefill", "train"]
 BYTES = 2  # of a parameter, an activation, an entry of the cache
-_BLOCKS = 8  # in which the head's weight is streamed, and training takes the vocabulary
+_BLOCKS = 8  # the head's weight is streamed, and trained, in this many blocks of the vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """Layers that are alike, or the head; bytes are of one of them, of one PE."""
+    """Equal layers, or the head. Figures are for one layer; bytes are of one PE."""
 
     name: str
-    count: int  # of layers; 1 of the others
+    count: int  # of equal layers; 1 for the head
     cycles: float
     flops: float
-    weights: float  # bytes of a PE that the weights take
-    cache: float  # bytes of a PE that keys and values take
-    working: float  # bytes of a PE beside these, while it runs
-    piece: float  # bytes of a PE of its largest weight
-    kept: float = 0.0  # bytes of a PE that training keeps of a layer until its backward pass
-    met: float = 1.0  # the share of the weights that the tokens of one time meet
+    weights: float  # bytes: the weights
+    cache: float  # bytes: keys and values
+    working: float  # bytes: all else that the PE needs while the layer runs
+    piece: float  # bytes: the largest weight
+    kept: float = 0.0  # bytes: the layer's input, which training keeps for the backward pass
+    met: float = 1.0  # share of the weights that the tokens of one run use (experts: the chosen)
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is not the head."""
+        """False for the head."""
         return self.name != "head"
 
 
 def parts_of(
     config: DecoderConfig, mode: Mode, machine: Machine, side: int, context: int, batch: int
 ) -> list[Part]:
-    """The parts of a model: its layers by kind, and the head.
+    """The parts of a model: its layers by kind, then the head.
 
     Args:
-      config: of the model.
-      mode: one new token of each sequence, all tokens of one, or forward and backward through them.
-      machine: of which the PEs are.
+      config: the model's.
+      mode: "decode" is one new token of each sequence, "prefill" all tokens of one sequence, and
+        "train" their forward and backward passes.
+      machine: the kind of wafer.
       side: the region is `side x side` PEs.
       context: tokens of a sequence.
-      batch: sequences that are decoded together; else a region takes one at a time.
+      batch: sequences that are decoded together; prefill and training run one at a time.
     """
     wafer = wk.Wafer.abstract(machine, side, side)
     pes = side * side
-    make = {"decode": _decoded, "prefill": _prefilled, "train": _trained}[mode]
-    found = []
-    alike = Counter(_signature(kind, context) for kind in config.kinds)
-    for (sparse, seen), count in alike.items():
+    price = {"decode": _price_decode, "prefill": _price_prefill, "train": _price_train}[mode]
+    parts = []
+    counts = Counter(_signature(kind, context) for kind in config.kinds)
+    for (sparse, seen), count in counts.items():
         sizes = _sizes(config, sparse, side)
-        e = make(wafer, sizes, _up(seen, side), _up(context, side), batch)
+        e = price(wafer, sizes, _up(seen, side), _up(context, side), batch)
         weights = _layer_bytes(config, sparse, sizes) / pes
         cache = 2 * seen * sizes.d_kv * BYTES * batch / pes if mode != "train" else 0.0
         kept = context * sizes.d_model * BYTES / pes if mode == "train" else 0.0
-        name = "layer" if len(alike) == 1 else f"layer that sees {seen:,} tokens"
-        found.append(
+        name = "layer" if len(counts) == 1 else f"layer that sees {seen:,} tokens"
+        parts.append(
             Part(
                 name=name + (", sparse" if sparse else ""),
                 count=count,
@@ -85,15 +87,15 @@ def parts_of(
                 working=max(0.0, e.sram_per_pe - _operands(sizes, mode, seen, side, batch)),
                 piece=_piece(config, sparse, sizes, side),
                 kept=kept,
-                met=_met(config, sparse, batch if mode == "decode" else context),
+                met=_share_used(config, sparse, batch if mode == "decode" else context),
             )
         )
-    return [*found, _head(wafer, config, mode, context, batch)]
+    return [*parts, _head(wafer, config, mode, context, batch)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Of a layer, each a multiple of the region's side; queries are `groups` times the keys."""
+    """Sizes of a layer, padded to multiples of the region's side; `groups` queries for each key."""
 
     d_model: int
     d_ff: int
@@ -102,7 +104,8 @@ class _Sizes:
     gated: bool
 
     @property
-    def shapes(self) -> dict[str, Any]:
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The weights of a layer."""
         d_query = self.groups * self.d_kv
         return waferllm.shapes(
             self.d_model, self.d_ff, jnp.float16, d_query=d_query, d_kv=self.d_kv, gated=self.gated
@@ -110,17 +113,16 @@ class _Sizes:
 
     @property
     def grouped(self) -> dict[str, Any]:
-        """The same, the weights of each group of queries by themselves."""
+        """The weights of a layer, with an array of its own for each group of queries."""
         if self.groups == 1:
             return self.shapes
-        of = jax.ShapeDtypeStruct
-        query = (of((self.d_model, self.d_kv), jnp.float16),) * self.groups
-        out = (of((self.d_kv, self.d_model), jnp.float16),) * self.groups
+        query = (_array(self.d_model, self.d_kv),) * self.groups
+        out = (_array(self.d_kv, self.d_model),) * self.groups
         return self.shapes | {"query": query, "out": out}
 
     @property
     def bytes(self) -> int:
-        """Of the weights that a token meets."""
+        """Bytes of the weights that a token uses, on all PEs."""
         return sum(s.size for s in self.shapes.values()) * BYTES
 
 
@@ -142,6 +144,7 @@ def _sizes(config: DecoderConfig, sparse: bool, side: int) -> _Sizes:
 
 
 def _layer_bytes(config: DecoderConfig, sparse: bool, sizes: _Sizes) -> float:
+    """Bytes of a layer's weights on all PEs: all experts, and the router."""
     if not sparse or config.experts is None:
         return sizes.bytes
     products = 3 if sizes.gated else 2
@@ -152,20 +155,21 @@ def _layer_bytes(config: DecoderConfig, sparse: bool, sizes: _Sizes) -> float:
 
 
 def _piece(config: DecoderConfig, sparse: bool, sizes: _Sizes, side: int) -> float:
+    """Bytes of a PE of the largest weight; of one expert, as experts are streamed one by one."""
     if sparse and config.experts is not None:
         sizes = dataclasses.replace(sizes, d_ff=_up(config.experts.d_ff, side))
     return max(weight.size for weight in sizes.shapes.values()) * BYTES / side**2
 
 
-def _met(config: DecoderConfig, sparse: bool, tokens: int) -> float:
-    """The share of a layer's weights that so many tokens are likely to meet."""
+def _share_used(config: DecoderConfig, sparse: bool, tokens: int) -> float:
+    """The expected share of a layer's weights that `tokens` tokens use."""
     if not sparse or config.experts is None:
         return 1.0
     return 1 - (1 - config.experts.chosen / config.experts.count) ** tokens
 
 
 def _operands(sizes: _Sizes, mode: Mode, seen: int, side: int, batch: int) -> float:
-    """Bytes of a PE that an estimate counts as weights and cache, which are counted here."""
+    """Bytes of a PE that an estimate counts as weights and cache; parts count them apart."""
     cache = 2 * _up(seen, side) * sizes.d_kv * batch * BYTES if mode == "decode" else 0
     return (sizes.bytes + cache) / side**2
 
@@ -175,7 +179,7 @@ def _array(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _decoded(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
+def _price_decode(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
     del context
     caches = [_array(batch, seen, sizes.d_kv)] * 2
     run = functools.partial(waferllm.decode_layer, wafer=wafer)
@@ -183,38 +187,38 @@ def _decoded(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int
 
 
 @functools.cache
-def _prefilled(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
+def _price_prefill(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
     del seen, batch
     run = functools.partial(waferllm.prefill_layer, wafer=wafer)
     return wk.estimate(run, _array(context, sizes.d_model), sizes.grouped, wafer=wafer)
 
 
 @functools.cache
-def _trained(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
-    """Forward once to be kept, then forward and backward: only a layer's input is kept."""
+def _price_train(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
+    """Forward, then forward again and backward: of a layer only the input is kept in between."""
     del seen, batch
     layer = functools.partial(waferllm.prefill_layer, wafer=wafer)
 
-    def run(h, weights, slope):
+    def run(h: jax.Array, weights: dict[str, Any], cotangent: jax.Array) -> tuple[jax.Array, Any]:
         out = layer(h, weights)
-        # The second pass is another time, not the same result: nothing may be shared with it.
-        h, weights, slope = jax.lax.optimization_barrier((h, weights, slope))
-        return out, jax.vjp(layer, h, weights)[1](slope)
+        # The second forward pass runs later: the barrier keeps it from being merged with the first.
+        h, weights, cotangent = jax.lax.optimization_barrier((h, weights, cotangent))
+        return out, jax.vjp(layer, h, weights)[1](cotangent)
 
     h = _array(context, sizes.d_model)
     return wk.estimate(run, h, sizes.grouped, h, wafer=wafer)
 
 
 def _head(wafer: wk.Wafer, config: DecoderConfig, mode: Mode, context: int, batch: int) -> Part:
-    """Training takes the vocabulary in blocks, twice: for the sum over all, for the gradients."""
+    """The head. Training takes the vocabulary in blocks, twice: for its sum, then for gradients."""
     side = wafer.height
     D, V = _up(config.d_model, side), _up(config.vocab, side)
     weights = D * V * BYTES / side**2
     if mode == "train":
         rows, block = _up(context, side), _up(-(-V // _BLOCKS), side)
-        given = _array(rows, D), _array(D, block), jax.ShapeDtypeStruct((rows,), jnp.int32)
+        operands = _array(rows, D), _array(D, block), jax.ShapeDtypeStruct((rows,), jnp.int32)
         passes = [
-            wk.estimate(run, *given, wafer=wafer)
+            wk.estimate(run, *operands, wafer=wafer)
             for run in (_loss, jax.value_and_grad(_loss, (0, 1)))
         ]
         blocks, working = V / block, passes[-1].sram_per_pe
@@ -235,7 +239,9 @@ def _head(wafer: wk.Wafer, config: DecoderConfig, mode: Mode, context: int, batc
     )
 
 
-def _loss(h, weight, labels):
+def _loss(
+    h: Float[Array, "T D"], weight: Float[Array, "D V"], labels: Int[Array, " T"]
+) -> Float[Array, ""]:
     logits = wk.matmul(h, weight, algorithm="mesh")
     return wk.cross_entropy(logits[None], labels[None]).mean()
 

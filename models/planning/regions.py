@@ -1,7 +1,7 @@
-"""This file is square regions of a wafer, each of which holds some of a model's layers.
+"""Cut a wafer into square regions; each stores some of a model's layers.
 
-A token goes from region to region, as through a pipeline; over several wafers, on to the next. So a
-model takes regions enough to hold it, and the fewer PEs a region has, the more of them there are.
+A token passes from region to region as through a pipeline, and on to the next wafer. A model takes
+as many regions as store it; the fewer PEs a region has, the more regions it takes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from wsekern.hardware import Machine
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
-    """`down x across` squares of `side x side` PEs, side by side on one wafer."""
+    """`down x across` squares of `side x side` PEs on one wafer."""
 
     side: int
     down: int
@@ -21,7 +21,7 @@ class Regions:
 
     @property
     def count(self) -> int:
-        """Of one wafer."""
+        """Regions of one wafer."""
         return self.down * self.across
 
     def __str__(self) -> str:
@@ -29,23 +29,23 @@ class Regions:
 
 
 def candidates(machine: Machine, most: int = 6) -> list[Regions]:
-    """The ways to cut a wafer into squares that leave little of it, up to `most` in a row."""
+    """Ways to cut a wafer into squares that leave few PEs unused, with at most `most` in a row."""
     height, width = machine.usable_height, machine.usable_width
     sides = {width // n for n in range(1, most + 1)} | {height // n for n in range(1, most + 1)}
     sides = {side for side in sides if side <= min(height, width)}
-    found: dict[tuple[int, int], Regions] = {}
-    for side in sorted(sides):  # of equally many regions, the largest
+    by_grid: dict[tuple[int, int], Regions] = {}
+    for side in sorted(sides):  # of several sides that give the same grid, the largest stays
         grid = height // side, width // side
         if grid[1] <= most:
-            found[grid] = Regions(side, *grid)
-    return sorted(found.values(), key=lambda r: r.count)
+            by_grid[grid] = Regions(side, *grid)
+    return sorted(by_grid.values(), key=lambda r: r.count)
 
 
 def of_side(machine: Machine, side: int) -> Regions:
-    """As many squares of one size as a wafer has room for.
+    """As many squares of `side x side` PEs as a wafer has room for.
 
     Raises:
-      ValueError: it has room for none.
+      ValueError: the wafer has room for none.
     """
     most = min(machine.usable_height, machine.usable_width)
     if not 1 <= side <= most:

@@ -1,4 +1,4 @@
-"""This file is a plan as tables, as JSON and as a web page: `python -m models plan`."""
+"""Report a plan as tables, as JSON and as a web page: `python -m models plan`."""
 
 from __future__ import annotations
 
@@ -30,56 +30,56 @@ from wsekern.hardware import ACCELERATORS, CLUSTERS, GB, Accelerator, Machine
 Rows = list[tuple[str, ...]]
 
 
-def run(asked: PlanCommand) -> int:
-    """Prints a plan; an exit status."""
-    machine, wafers = _machine(asked.machine)
-    if asked.html is not None:
-        output.check_writable(asked.html)
+def run(command: PlanCommand) -> int:
+    """Prints the plan that `command` asks for; returns the exit status."""
+    machine, wafers = _machine(command.machine)
+    if command.html is not None:
+        output.check_writable(command.html)
         figure.check_installed()
-    config = _config(asked.model)
+    config = _config(command.model)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Decoder.shapes(config))))
     if isinstance(machine, Accelerator):
-        return _of_chips(asked, config, parameters, machine)
-    found = plan(
+        return _report_chips(command, config, parameters, machine)
+    chosen = plan(
         config,
-        name=asked.model,
+        name=command.model,
         parameters=parameters,
-        mode=asked.mode,
+        mode=command.mode,
         machine=machine,
-        wafers=wafers if asked.wafers is None else asked.wafers,
-        context=asked.context,
-        batch=asked.batch,
-        side=asked.side,
-        clock_hz=asked.clock and asked.clock * 1e9,
+        wafers=wafers if command.wafers is None else command.wafers,
+        context=command.context,
+        batch=command.batch,
+        side=command.side,
+        clock_hz=command.clock and command.clock * 1e9,
     )
-    if asked.json:
-        print(json.dumps(as_json(found), indent=2))
+    if command.json:
+        print(json.dumps(as_json(chosen), indent=2))
     else:
-        show(tables(found))
-    if asked.html is not None:
-        output.write(asked.html, page_of(found))
-        print(f"written to {asked.html}", file=sys.stderr)
+        show(tables(chosen))
+    if command.html is not None:
+        output.write(command.html, page_of(chosen))
+        print(f"written to {command.html}", file=sys.stderr)
     return 0
 
 
 def tables(p: DeploymentPlan) -> dict[str, Rows]:
-    """What there is to say, by the heading; the first row of all but the first is its columns'."""
-    found: dict[str, Rows] = {"": _figures(p), "parts": _parts(p), "memory of a PE": _memory(p)}
+    """The tables of a report, by heading. Each begins with a row of column names, but the first."""
+    result: dict[str, Rows] = {"": _figures(p), "parts": _parts(p), "memory of a PE": _memory(p)}
     if len(p.layouts) > 1:
-        found["layouts"] = _layouts(p)
+        result["layouts"] = _layouts(p)
     if p.mode == "train" and p.wafers > 1:
         rows = [(f"{n:,}", with_unit(s, "s"), f"{share:.0%}") for n, s, share in scale_out(p)]
-        found["the same step on fewer wafers"] = [("wafers", "time", "of ideal"), *rows]
-    found["chips at their roofline"] = _chips(p)
-    found["assumptions"] = [("of", "what is assumed"), *_ASSUMPTIONS[p.mode]]
-    return found
+        result["the same step on fewer wafers"] = [("wafers", "time", "of ideal"), *rows]
+    result["chips at their roofline"] = _chips(p)
+    result["assumptions"] = [("of", "what is assumed"), *_ASSUMPTIONS[p.mode]]
+    return result
 
 
 def as_json(p: DeploymentPlan) -> dict[str, Any]:
     """The figures of a plan, in SI units."""
     fields = {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name != "layouts"}
-    names = "seconds stream_seconds tokens wafers_needed fewest_wafers resident sram".split()
-    fields |= {name: getattr(p, name) for name in names}
+    derived = "seconds stream_seconds tokens wafers_needed fewest_wafers resident sram".split()
+    fields |= {name: getattr(p, name) for name in derived}
     return fields | {
         "machine": p.machine.name,
         "regions": dataclasses.asdict(p.regions),
@@ -103,10 +103,10 @@ def as_json(p: DeploymentPlan) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Rows]) -> None:
+def show(tables: dict[str, Rows]) -> None:
     """Prints tables to standard output."""
     console = Console()
-    for heading, rows in found.items():
+    for heading, rows in tables.items():
         table = Table(box=None, show_header=bool(heading), title=heading or None,
                       title_justify="left", title_style="bold", pad_edge=False)  # fmt: skip
         if heading:
@@ -122,7 +122,7 @@ def show(found: dict[str, Rows]) -> None:
 
 def page_of(p: DeploymentPlan) -> str:
     """A plan as a web page that loads nothing else."""
-    found = tables(p)
+    sections = tables(p)
     energy = p.energy_per_token
     cards = [
         ("", _rate(p.tokens / p.seconds), "tokens/s"),
@@ -132,17 +132,17 @@ def page_of(p: DeploymentPlan) -> str:
         ("", "not known" if energy is None else with_unit(energy, "J"), "a token"),
         ("", f"{sum(p.sram.values()) / capacity(p.machine):.0%}", "of a PE's memory"),
     ]  # fmt: skip
-    parts = [page.render_cards(cards), page.render_table(("", ""), found.pop(""), numbers=())]
+    parts = [page.render_cards(cards), page.render_table(("", ""), sections.pop(""), numbers=())]
     parts.append(page.render_pictures(_pictures(p)))
-    for heading, (head, *rows) in found.items():
+    for heading, (head, *rows) in sections.items():
         numbers = range(1, len(head)) if heading != "assumptions" else ()
         parts += [
             f"<h2>{heading[0].upper() + heading[1:]}</h2>",
             page.render_table(head, rows, numbers=list(numbers)),
         ]
-    of = f"{p.model} on {p.wafers:,} x {p.machine.system}"
-    told = "Planned by wsekern off traces of its parts; nothing was run."
-    return page.render_document(f"{of}: {p.mode}", told, parts)
+    subject = f"{p.model} on {p.wafers:,} x {p.machine.system}"
+    note = "Planned by wsekern from traces of the model's parts; nothing was run."
+    return page.render_document(f"{subject}: {p.mode}", note, parts)
 
 
 def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
@@ -153,7 +153,7 @@ def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
         }
         drawn.append(
             (lambda: scaling.draw_scaling(line, {}, "PEs a side of a region", "tokens/s"),
-             "What regions of other sizes would give.")
+             "The same with regions of other sizes.")
         )  # fmt: skip
     if p.mode == "train" and p.wafers > 1:
         steps = {"predicted": [(n, p.tokens / s) for n, s, _ in scale_out(p)]}
@@ -177,19 +177,19 @@ def _layouts(p: DeploymentPlan) -> Rows:
 
 
 def _figures(p: DeploymentPlan) -> Rows:
-    of = f"{p.machine.system} ({p.machine.name})"
+    machine = f"{p.machine.system} ({p.machine.name})"
     energy = p.energy_per_token
-    what = {
+    task = {
         "decode": f"a token of {_many(p.batch, 'sequence')} with {p.context:,} in the cache",
         "prefill": f"{_many(p.batch, 'prompt')} of {p.context:,} tokens",
         "train": f"a step of {_many(p.batch, 'sequence')} of {p.context:,} tokens",
     }[p.mode]
     rows: Rows = [
         ("model", f"{p.model}, {p.parameters:,} parameters of 16 bits"),
-        ("machine", f"{p.wafers:,} x {of} at {p.clock_hz / 1e9:.3g} GHz"),
-        ("layout", f"{p.regions} on a wafer, {_used(p):.0%} of its PEs"),
+        ("machine", f"{p.wafers:,} x {machine} at {p.clock_hz / 1e9:.3g} GHz"),
+        ("layout", f"{p.regions} on a wafer, {_share_used(p):.0%} of its PEs"),
         ("weights", _weights(p)),
-        ("what", what),
+        ("task", task),
         ("time", f"{with_unit(p.seconds, 's')} ({_bound(p)})"),
         ("throughput", f"{_rate(p.tokens / p.seconds)} tokens/s"),
         ("energy", "not known" if energy is None else f"{with_unit(energy, 'J')} a token"),
@@ -213,12 +213,12 @@ def _bound(p: DeploymentPlan) -> str:
     compute, stream = with_unit(p.compute_seconds, "s"), with_unit(p.stream_seconds, "s")
     if p.resident:
         return "nothing is streamed"
-    return f"computing {compute}, streaming {stream}, one while the other"
+    return f"computing {compute}, streaming {stream}, overlapped"
 
 
 def _in_flight(p: DeploymentPlan) -> str:
-    """What the other regions can do while one has the token."""
-    assert p.regions_needed is not None
+    """How many batches the regions can work on at once, while one has the first batch's token."""
+    assert p.regions_needed is not None  # for type checkers: `resident` implies it
     cache = p.sram["cache"] * p.regions_needed
     free = capacity(p.machine) - p.sram["weights"] - p.sram["working"]
     many = max(1, min(p.regions_needed, int(p.regions_needed * free / cache) if cache else 1))
@@ -247,7 +247,7 @@ def _memory(p: DeploymentPlan) -> Rows:
 
 
 def _chips(p: DeploymentPlan) -> Rows:
-    rows: Rows = [("chip", "number", "time", "tokens/s", "beside the wafers")]
+    rows: Rows = [("chip", "number", "time", "tokens/s", "speed of the wafers")]
     for c in p.accelerators:
         rows.append(
             (c.chip.name, f"{c.count:,}", with_unit(c.seconds, "s"),
@@ -256,26 +256,29 @@ def _chips(p: DeploymentPlan) -> Rows:
     return rows
 
 
-def _used(p: DeploymentPlan) -> float:
+def _share_used(p: DeploymentPlan) -> float:
     return p.regions.count * p.regions.side**2 / p.machine.usable_pes
 
 
-def _of_chips(asked: PlanCommand, config: DecoderConfig, parameters: int, chip: Accelerator) -> int:
+def _report_chips(
+    command: PlanCommand, config: DecoderConfig, parameters: int, chip: Accelerator
+) -> int:
+    """Prints the roofline of chips, which have no regions to choose."""
     for name in ("side", "clock", "html"):
-        if getattr(asked, name) is not None:
+        if getattr(command, name) is not None:
             raise ValueError(f"{name} is for wafers, and {chip.name} is none; leave it out")
-    context = min(config.context, 4096) if asked.context is None else asked.context
-    batch, wafers = (1 if n is None else n for n in (asked.batch, asked.wafers))
+    context = min(config.context, 4096) if command.context is None else command.context
+    batch, wafers = (1 if n is None else n for n in (command.batch, command.wafers))
     check(wafers=wafers, context=context, batch=batch, most=config.context)
-    c = chips_of(config, parameters, asked.mode, chip, context, batch, asked.wafers)
-    tokens = batch * (1 if asked.mode == "decode" else context)
+    c = chips_of(config, parameters, command.mode, chip, context, batch, command.wafers)
+    tokens = batch * (1 if command.mode == "decode" else context)
     rows: Rows = [
-        ("model", f"{asked.model}, {parameters:,} parameters of 16 bits"),
+        ("model", f"{command.model}, {parameters:,} parameters of 16 bits"),
         ("machine", f"{c.count:,} x {chip.name}, {c.count * chip.memory_bytes / GB:,.0f} GB"),
         ("time", f"{with_unit(c.seconds, 's')} at their roofline"),
         ("throughput", f"{_rate(tokens / c.seconds)} tokens/s at most"),
     ]
-    if asked.json:
+    if command.json:
         named = {"machine": chip.name, "count": c.count, "seconds": c.seconds}
         print(json.dumps(named | {"tokens_per_second": tokens / c.seconds}, indent=2))
     else:
@@ -284,7 +287,7 @@ def _of_chips(asked: PlanCommand, config: DecoderConfig, parameters: int, chip: 
 
 
 def _machine(name: str) -> tuple[Machine | Accelerator, int]:
-    """The machine of a name, and of how many wafers it is."""
+    """The machine called `name`, and how many wafers it has."""
     plain = name.lower().replace("-", "").replace("_", "")
     for cluster, (machine, wafers) in CLUSTERS.items():
         if plain == cluster.lower():
@@ -292,8 +295,8 @@ def _machine(name: str) -> tuple[Machine | Accelerator, int]:
     for chip in ACCELERATORS:
         if plain in (chip.kind.replace(" ", ""), chip.name.split()[0].lower()):
             return chip, 1
-    others = [*(c.lower() for c in CLUSTERS), *(chip.kind for chip in ACCELERATORS)]
-    near = difflib.get_close_matches(name.lower(), others, n=1, cutoff=0.6)
+    known = [*(c.lower() for c in CLUSTERS), *(chip.kind for chip in ACCELERATORS)]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     if near:
         raise ValueError(f"machine {name!r} is not known; did you mean {near[0]!r}?")
     return machine_called(name), 1
@@ -312,29 +315,44 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-_LAYER = ("layers", "As WaferLLM lays them out: features over all PEs of a region, heads summed as "
-          "one; each is priced off its trace by the estimator of wsekern.")  # fmt: skip
-_HELD = ("weights", "16 bits. What the wafers have no room for is streamed to them for every token "
-         "or prompt. The host keeps the embedding.")  # fmt: skip
-_ALL = ("attention", "Each token attends to all: neither windows nor the causal half save any.")
-_LATENCY = ("between wafers", "Words at the I/O's rate; its latency is not published, nor counted.")
-_POWER = ("energy", "Whole systems under load, whatever their PEs do.")
-_EXPERTS = ("experts", "As wide as those that a token chooses, in time; all of them in memory.")
-_ROOFLINE = ("chips", "Weights are read once for a batch, nothing is lost between chips: at best. "
-             "8 A100 reach an eighth of it, decoding LLaMA3-8B (WaferLLM).")  # fmt: skip
+_LAYER = (
+    "layers",
+    "Laid out as in WaferLLM: features over all PEs of a region, heads summed as one. Each is "
+    "traced, and priced by wsekern's estimator.",
+)
+_WEIGHTS = (
+    "weights",
+    "16 bits. Weights that the wafers have no room for are streamed to them for every token or "
+    "prompt. The host keeps the embedding.",
+)
+_ATTENTION = ("attention", "Each token attends to all: windows and causality save nothing.")
+_LINKS = (
+    "between wafers",
+    "Words move at the I/O's rate. Its latency is not published, and not counted.",
+)
+_POWER = ("energy", "Power of whole systems under load, however busy the PEs are.")
+_EXPERTS = ("experts", "In time, the experts that a token chooses; in memory, all of them.")
+_ROOFLINE = (
+    "chips",
+    "The best case: weights are read once for a batch, links between chips cost nothing. 8 A100 "
+    "reach an eighth of it, decoding LLaMA3-8B (WaferLLM).",
+)
+_STEP = (
+    "step",
+    "Of a layer only its input is kept; the rest is recomputed. The optimizer runs meanwhile, "
+    "where the weights are stored.",
+)
+_STREAMING = (
+    "weights",
+    "Streamed to every wafer for the forward and the backward pass, the same to all. Gradients, "
+    "summed on the way, go back: three times 16 bits a parameter.",
+)
 _ASSUMPTIONS: dict[str, Rows] = {
-    "decode": [_LAYER, _HELD, _EXPERTS, _LATENCY, _POWER, _ROOFLINE],
-    "prefill": [_LAYER, _ALL, _HELD, _EXPERTS, _LATENCY, _POWER, _ROOFLINE],
-    "train": [
-        _LAYER, _ALL,
-        ("step", "Of a layer only its input is kept, the rest computed again. The optimizer runs "
-         "where the weights are kept, meanwhile."),
-        ("weights", "Streamed to every wafer forward and backward, the same to all; gradients, "
-         "added up on their way, back: three times 16 bits a parameter."),
-        _EXPERTS, _POWER, _ROOFLINE,
-    ],
-}  # fmt: skip
+    "decode": [_LAYER, _WEIGHTS, _EXPERTS, _LINKS, _POWER, _ROOFLINE],
+    "prefill": [_LAYER, _ATTENTION, _WEIGHTS, _EXPERTS, _LINKS, _POWER, _ROOFLINE],
+    "train": [_LAYER, _ATTENTION, _STEP, _STREAMING, _EXPERTS, _POWER, _ROOFLINE],
+}

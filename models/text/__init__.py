@@ -1,1 +1,1 @@
-"""Text and tokens: tokenizers as checkpoints bring them, chat templates, streams of text."""
+"""Text to tokens and back: the tokenizers and chat templates of checkpoints."""

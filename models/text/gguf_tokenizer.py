@@ -1,4 +1,4 @@
-"""This file is the tokenizer that a GGUF file carries in its metadata."""
+"""Build the tokenizer that a GGUF file describes in its metadata."""
 
 import pathlib
 from typing import Any
@@ -7,15 +7,15 @@ from models.checkpoints.gguf import metadata
 from models.text import bpe
 from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 
-_CONTROL = 3  # the type of tokens that are not text
+_CONTROL = 3  # GGUF's type of tokens that are not text
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def of_file(file: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a GGUF file; bytes, where it has none.
+    """The tokenizer of a GGUF file; one token a byte if the file describes none.
 
     Raises:
-      ValueError: it is of a kind that is not known here.
+      ValueError: the kind of tokenizer is unknown.
     """
     fields = metadata(file)
 

@@ -1,15 +1,18 @@
-"""This file is tokenizers read from checkpoints, whichever way they keep them."""
+"""Load the tokenizer of a checkpoint, in whichever of four formats it comes."""
 
 import base64
 import json
+import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
+from models.checkpoints.hub import find
 from models.text import bpe
 from models.text.tokenizer import Codec, FastCodec, Tokenizer, bytes_tokenizer
 
-# What goes with a checkpoint's weights.
+# Files that `copy_tokenizer` copies.
 _FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -25,15 +28,20 @@ _FILES = (
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(path: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder or GGUF file; bytes, where it has none.
+def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint; one token a byte if the checkpoint has none.
 
-    Looked for in this order: tokenizer.json, vocab.json and merges.txt (or encoder.json and
-    vocab.bpe), tokenizer.model of SentencePiece or of tiktoken.
+    These files are tried in order: tokenizer.json; vocab.json and merges.txt (or encoder.json and
+    vocab.bpe); tokenizer.model, of SentencePiece or of tiktoken.
+
+    Args:
+      checkpoint: a folder, a GGUF file, or the id of a model on the Hugging Face hub.
 
     Raises:
-      ValueError: a package is missing, or a file is not what its name says.
+      ValueError: a package is missing (the extra `hf` has it), or a file is not what its name says.
+      FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
+    path = find(checkpoint)
     if path.is_file():
         from models.text.gguf_tokenizer import of_file
 
@@ -53,7 +61,7 @@ def load_tokenizer(path: pathlib.Path) -> Tokenizer:
 
 
 def copy_tokenizer(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the tokenizer of a checkpoint's folder or GGUF file into another folder."""
+    """Writes the tokenizer of a checkpoint (a folder or a GGUF file) to another folder."""
     if checkpoint.is_file():
         load_tokenizer(checkpoint).save(folder)
         return
@@ -62,11 +70,14 @@ def copy_tokenizer(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
             shutil.copyfile(checkpoint / name, folder / name)
 
 
-def _codec(folder, settings, names) -> tuple[Codec | None, pathlib.Path]:
-    whole = folder / "tokenizer.json"
-    if whole.exists():
-        tokenizers = _tokenizers(whole)
-        return FastCodec(_read(whole, lambda: tokenizers.Tokenizer.from_file(str(whole)))), whole
+def _codec(
+    folder: pathlib.Path, settings: dict[str, Any], names: dict[str, Any]
+) -> tuple[Codec | None, pathlib.Path]:
+    """The codec of a checkpoint's folder and the file it is from; None if there is no file."""
+    file = folder / "tokenizer.json"
+    if file.exists():
+        tokenizers = _tokenizers(file)
+        return FastCodec(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file)))), file
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).exists() and (folder / merges).exists():
             _tokenizers(folder / vocab)
@@ -80,7 +91,7 @@ def _codec(folder, settings, names) -> tuple[Codec | None, pathlib.Path]:
     return None, folder
 
 
-def _gpt2(folder, vocab, merges) -> Codec:
+def _gpt2(folder: pathlib.Path, vocab: str, merges: str) -> Codec:
     tokens = json.loads((folder / vocab).read_text(encoding="utf-8"))
     lines = (folder / merges).read_text(encoding="utf-8").split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
@@ -88,10 +99,11 @@ def _gpt2(folder, vocab, merges) -> Codec:
     return FastCodec(bpe.byte_level(tokens, pairs, special=special))
 
 
-def _model(file, settings, names) -> Codec:
+def _model(file: pathlib.Path, settings: dict[str, Any], names: dict[str, Any]) -> Codec:
+    """The codec of a tokenizer.model; fills in the names of its special tokens."""
     with file.open("rb") as stream:
         first = stream.readline().split()
-    if len(first) == 2 and first[1].isdigit():
+    if len(first) == 2 and first[1].isdigit():  # lines of "token rank": tiktoken
         return _tiktoken(file)
     try:
         import sentencepiece
@@ -117,16 +129,26 @@ def _model(file, settings, names) -> Codec:
     )
 
 
-def _tiktoken(file) -> Codec:
-    """Llama 3's: ranks of tokens, and 256 special ones behind them."""
+def _tiktoken(file: pathlib.Path) -> Codec:
+    """Llama 3's: the ranks of tokens, and 256 special tokens after them."""
     lines = (line.split() for line in file.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     vocab, merges = bpe.merges_of_ranks(ranks)
-    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id"}
-    named |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    special_names = {
+        0: "begin_of_text",
+        1: "end_of_text",
+        4: "finetune_right_pad_id",
+        6: "start_header_id",
+        7: "end_header_id",
+        8: "eom_id",
+        9: "eot_id",
+        10: "python_tag",
+    }
     count = iter(range(256))
     special = [
-        f"<|{named[i]}|>" if i in named else f"<|reserved_special_token_{next(count)}|>"
+        f"<|{special_names[i]}|>"
+        if i in special_names
+        else f"<|reserved_special_token_{next(count)}|>"
         for i in range(256)
     ]
     tokens = [(name, len(ranks) + i) for i, name in enumerate(special)]
@@ -135,42 +157,43 @@ def _tiktoken(file) -> Codec:
     )
 
 
-def _ends(folder, codec, names) -> tuple[int, ...]:
-    """The tokens that end a text: what generation_config.json says, else config.json."""
+def _ends(folder: pathlib.Path, codec: Codec, names: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text, from generation_config.json or else config.json."""
     for file in ("generation_config.json", "config.json"):
-        found = _json(folder / file).get("eos_token_id")
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+        ends = _json(folder / file).get("eos_token_id")
+        if ends is not None:
+            return tuple(ends) if isinstance(ends, list) else (int(ends),)
     end = names.get("eos_token")
     return tuple(codec.encode(end, False)[:1]) if end else ()
 
 
-def _template(folder, settings) -> str | None:
+def _template(folder: pathlib.Path, settings: dict[str, Any]) -> str | None:
+    """The chat template of a checkpoint."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {one.get("name"): one.get("template") for one in found}
-        return named.get("default")
-    return found
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        by_name = {one.get("name"): one.get("template") for one in template}
+        return by_name.get("default")
+    return template
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    found = _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
-    return found if isinstance(found, dict) else {}
+    fields = _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
+    return fields if isinstance(fields, dict) else {}
 
 
 def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _read(file: pathlib.Path, read: Any) -> Any:
+def _read(file: pathlib.Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except Exception as error:  # `tokenizers` raises bare Exception for what it cannot read
+    except Exception as error:  # `tokenizers` raises bare Exceptions
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""This file is chat templates: Jinja that a checkpoint brings, run in a sandbox."""
+"""Render a checkpoint's chat template: Jinja, run in a sandbox."""
 
 import datetime
 import json
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def render(template: str, names: dict[str, Any], source: str = "") -> str:
-    """The text that a chat template makes of `names`, as `transformers` renders it.
+    """The text of a chat, rendered as `transformers` does.
 
     Args:
-      template: in Jinja; it can neither change what it is given nor reach beyond it.
-      names: what it may ask for: messages, tools, add_generation_prompt, bos_token and the like.
-      source: where it comes from, for messages.
+      template: Jinja; the sandbox lets it read `names`, but change nothing and reach nothing else.
+      names: the template's variables: messages, tools, add_generation_prompt, bos_token, ...
+      source: where the template is from, for error messages.
 
     Raises:
-      ValueError: jinja2 is not installed, or the template is not valid or fails.
+      ValueError: jinja2 is not installed, or the template is invalid or fails.
     """
     try:
         import jinja2
@@ -40,5 +40,5 @@ def render(template: str, names: dict[str, Any], source: str = "") -> str:
 
 
 def _json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own escapes what HTML would not take, which no model was trained on.
+    # Jinja's own filter escapes HTML, which no model was trained on.
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)

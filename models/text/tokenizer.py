@@ -1,4 +1,4 @@
-"""This file is a tokenizer: text to tokens and back, and the turns of a chat as one text."""
+"""A tokenizer: text to tokens and back, and a chat's messages to tokens."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Codec(Protocol):
-    """What turns text into tokens and back; `tokenizers.Tokenizer` does, behind `FastCodec`."""
+    """Text to tokens and back; `FastCodec` wraps a `tokenizers.Tokenizer`."""
 
     @property
     def size(self) -> int:
@@ -21,24 +21,24 @@ class Codec(Protocol):
 
     @property
     def definition(self) -> str:
-        """All that decides its tokens."""
+        """A text that is equal for two codecs only if they make the same tokens."""
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """The tokens of a text; `special` adds those that begin and end one."""
+        """The tokens of a text; `special` adds the tokens that begin and end a text."""
 
     def decode(self, tokens: Sequence[int], special: bool) -> str:
-        """The text of tokens, with or without those that are no text."""
+        """The text of tokens; `special` writes special tokens by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A checkpoint's tokenizer; `models.text.reading.load_tokenizer` makes one."""
+    """A checkpoint's tokenizer; `models.load_tokenizer` loads one."""
 
     codec: Codec
     ends: tuple[int, ...] = ()  # tokens that end a text
-    template: str | None = None  # of chats, in Jinja
-    names: dict[str, Any] = dataclasses.field(default_factory=dict)  # for it: bos_token, ...
-    source: str = ""  # where it was read from, for messages
+    template: str | None = None  # chat template, in Jinja
+    names: dict[str, Any] = dataclasses.field(default_factory=dict)  # its bos_token, eos_token, ...
+    source: str = ""  # the file it was read from, for error messages
 
     @property
     def vocab(self) -> int:
@@ -47,24 +47,24 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """The same for tokenizers that make the same tokens of every text."""
+        """A hash, equal for tokenizers that make the same tokens of every text."""
         return hashlib.sha256(f"{self.codec.definition} {self.ends}".encode()).hexdigest()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of `text`.
 
         Args:
-          text: any; the names of special tokens in it are those tokens.
-          special: whether to add what the tokenizer begins and ends a text with.
+          text: any; the name of a special token in it becomes that token.
+          special: whether to add the tokens that begin and end a text.
         """
         return self.codec.encode(text, special)
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """The text of `tokens`; bytes that are no character become U+FFFD.
+        """The text of `tokens`; invalid UTF-8 becomes U+FFFD.
 
         Args:
-          tokens: any.
-          special: whether special tokens are written out by name.
+          tokens: numbers of tokens.
+          special: whether special tokens are written by name.
         """
         return self.codec.decode([int(token) for token in tokens], special)
 
@@ -75,12 +75,12 @@ class Tokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """The tokens of a chat, as the checkpoint's template writes it.
+        """The tokens of a chat, rendered with the checkpoint's template.
 
         Args:
-          messages: `{"role": .., "content": ..}` each.
-          tools: what the model may call, as JSON schemas.
-          add_generation_prompt: whether to begin the assistant's turn.
+          messages: a dict `{"role": .., "content": ..}` each.
+          tools: functions that the model may call, as JSON schemas.
+          add_generation_prompt: whether to begin the assistant's answer.
 
         Raises:
           ValueError: there is no template, or it fails.
@@ -100,7 +100,7 @@ class Tokenizer:
         return self.encode(text, special=False)
 
     def check(self, vocab: int) -> None:
-        """Raises ValueError where a model of `vocab` words does not know every token."""
+        """Raises ValueError if the tokenizer has more tokens than the model's `vocab`."""
         if self.vocab > vocab:
             raise ValueError(
                 f"{self.source or 'the tokenizer'} has {self.vocab} tokens, the model knows "
@@ -108,7 +108,7 @@ class Tokenizer:
             )
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; nothing where tokens are bytes."""
+        """Writes tokenizer.json and tokenizer_config.json; nothing if tokens are bytes."""
         if not isinstance(self.codec, FastCodec):
             return
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names}
@@ -122,12 +122,12 @@ class Tokenizer:
             (folder / "generation_config.json").write_text(ends, encoding="utf-8")
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of `tokens` as they come, a piece for each; a character is never split.
+        """The text of `tokens` in pieces, one for each token, and one last piece at the end.
 
-        A piece is empty while a character is not complete; what is left at the end comes last.
+        A character is never split: the piece of a token that leaves one incomplete is empty.
         """
         seen: list[int] = []
-        begin = done = 0  # decoded from `begin`, written up to `done`
+        begin = done = 0  # decode from token `begin`; the text up to token `done` is written
         for token in tokens:
             seen.append(int(token))
             before, now = self.decode(seen[begin:done]), self.decode(seen[begin:])
@@ -135,8 +135,8 @@ class Tokenizer:
                 yield ""
                 continue
             yield now[len(before) :]
-            # The last piece is decoded again with the next: some put a space before a word only
-            # where another word stands before it.
+            # The last piece is decoded again with the next: some tokenizers put a space before a
+            # word only if another word precedes it.
             begin, done = done, len(seen)
         yield self.decode(seen[begin:])[len(self.decode(seen[begin:done])) :]
 
@@ -154,7 +154,7 @@ class FastCodec:
 
     @property
     def definition(self) -> str:
-        """All that decides its tokens."""
+        """A text that is equal for two codecs only if they make the same tokens."""
         return self.inner.to_str()
 
     def encode(self, text: str, special: bool) -> list[int]:
@@ -168,7 +168,7 @@ class FastCodec:
 
 @dataclasses.dataclass(frozen=True)
 class ByteCodec:
-    """A token for each byte of UTF-8: what models without a tokenizer read."""
+    """One token for each byte of UTF-8, for models without a tokenizer."""
 
     size: int = 256
     definition: str = "bytes"
@@ -179,11 +179,11 @@ class ByteCodec:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int], special: bool) -> str:
-        """The text of bytes; what is none is left out."""
+        """The text of bytes; tokens above 255 are left out."""
         del special
         return bytes(token for token in tokens if 0 <= token < 256).decode(errors="replace")
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """The tokenizer of models that read bytes."""
+    """The tokenizer of models without one: one token a byte."""
     return Tokenizer(codec=ByteCodec(), source="bytes")

@@ -1,4 +1,4 @@
-"""This file is the command `python -m models`; it imports jax only once the devices are made."""
+"""The command `python -m models`; imports jax only after the number of devices is set."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from wsekern.wafer.launch import emulate_devices, parse_grid
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Does what `argv` says; an exit status: 0, 2 where it was refused, 130 where interrupted."""
+    """Runs the command in `argv`; returns 0, 2 if it is refused, or 130 if it is interrupted."""
     try:
         command = parse(argv)
         return _run(command)
@@ -30,7 +30,7 @@ def _run(command: Command) -> int:
     ):
         wafers, height, width = parse_grid(command.wafer)
         emulate_devices(wafers * height * width)
-    # XLA tells at length, for each layer, of reshapes that it could have done better.
+    # XLA warns at length, for each layer, about reshapes that it could have done better.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if isinstance(command, PlanCommand):
         from models.planning import report

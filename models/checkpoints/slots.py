@@ -136,7 +136,7 @@ def _piece(
 ) -> Piece:
     # The order of the state's own weight, by the name of its last dimension but one.
     order = {"in": "in_out", "feature": "in_out", "vocab": "out_in", "out": "out_in"}
-    transposed = slot.order != "same" and order[axes[-2]] != slot.order
+    transposed = slot.order != "same" and order[str(axes[-2])] != slot.order
     fused: dict[str, Any] = {}
     if slot.part is not None:
         index, paths = slot.part

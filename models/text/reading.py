@@ -1,6 +1,7 @@
 """Load the tokenizer of a checkpoint, in whichever of four formats it comes."""
 
 import base64
+import functools
 import json
 import os
 import pathlib
@@ -81,7 +82,7 @@ def _codec(
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).exists() and (folder / merges).exists():
             _tokenizers(folder / vocab)
-            return _read(folder / vocab, lambda v=vocab, m=merges: _gpt2(folder, v, m)), (
+            return _read(folder / vocab, functools.partial(_gpt2, folder, vocab, merges)), (
                 folder / vocab
             )
     model = folder / "tokenizer.model"
@@ -94,7 +95,8 @@ def _codec(
 def _gpt2(folder: pathlib.Path, vocab: str, merges: str) -> Codec:
     tokens = json.loads((folder / vocab).read_text(encoding="utf-8"))
     lines = (folder / merges).read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    halves = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    pairs = [(left, right) for left, right in halves]
     special = [(name, tokens[name]) for name in ("<|endoftext|>",) if name in tokens]
     return FastCodec(bpe.byte_level(tokens, pairs, special=special))
 

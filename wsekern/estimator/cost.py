@@ -1,12 +1,12 @@
-"""This file is what one equation of a trace costs the PE that computes it, in cycles.
+"""The cycles that one equation of a trace costs the PE that computes it.
 
 A PE issues vector instructions, whose operands are described, not copied: a slice, a transpose or a
 reshape of a tile is another description of it, and free. An instruction takes cycles to start, then
-so many for each element. A tile product of Mt x Kt and Kt x Nt is Mt Kt multiply-accumulates of a
-vector of Nt elements (or Nt Kt of Mt, if that is longer). What depends on nothing but where a PE
-stands is known when the program is placed, and costs nothing.
+a number for each element. A tile product of Mt x Kt and Kt x Nt is Mt Kt multiply-accumulates of a
+vector of Nt elements (or Nt Kt of Mt elements, if those are longer). What depends only on where a
+PE stands is known when the program is put on the wafer, and costs nothing.
 
-`Constants` are all that is fitted, on the published points that `validation.FITTED` names.
+Only `Constants` are fitted, on the published points that `validation.points.FITTED` names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from jax.extend.core import Jaxpr, JaxprEqn
+
 from wsekern.estimator import trace
 from wsekern.hardware import Machine
 
@@ -24,19 +26,23 @@ from wsekern.hardware import Machine
 class Constants:
     """The fitted constants, in cycles; the same for every machine and every program."""
 
-    vector_start: float = 14.8  # of a vector instruction, one that sends or receives included
-    product_start: float = 9.44  # of a multiply-accumulate within a tile product's loops
-    # Of what PEs begin together: a trip of a loop that moves anything, a phase of a collective.
+    # To start a vector instruction, also one that sends or receives.
+    vector_start: float = 14.8
+    # To start a multiply-accumulate within a tile product's loops.
+    product_start: float = 9.44
+    # To start what PEs begin together: a trip of a loop that moves anything, or a phase of a
+    # collective.
     phase_start: float = 178.1
-    # Of one element in float32, where more than one vector is read, and they meet in the memory's
-    # banks: of any such instruction, and of a multiply-accumulate, which writes one of them back.
+    # For a float32 element of an instruction that reads two vectors. One cycle would do, but the
+    # vectors meet in the memory's banks.
     paired_float32: float = 1.566
+    # For a float32 element of a multiply-accumulate, which also writes one vector back.
     accumulate_float32: float = 2.142
 
 
 DEFAULT = Constants()
 
-# Which only describe a tile in another way, or name it.
+# Operations that only describe a tile in another way, or name it.
 VIEWS = frozenset(
     "reshape transpose broadcast_in_dim squeeze slice dynamic_slice rev expand_dims pvary pcast "
     "copy copy_p stop_gradient optimization_barrier convert_element_type reduce_precision iota "
@@ -48,18 +54,19 @@ ELEMENTWISE = frozenset(
     "clamp add_any integer_pow square is_finite rem shift_left shift_right_logical "
     "shift_right_arithmetic population_count nextafter real imag conj".split()
 )
-# Which write what they take elsewhere.
+# Operations that write their operands elsewhere.
 _COPIES = frozenset(
     "concatenate stack pad tile gather scatter dynamic_update_slice scatter-add".split()
 )
-# The operand of a copy that an instruction may as well write where the copy would.
+# Copies, and which operand they copy. The instruction that computes this operand can write its
+# result where the copy would put it.
 _WRITES = {"pad": 0, "dynamic_update_slice": 1}
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum cummax "
     "cummin cumprod cumlogsumexp".split()
 )
-# Functions without an instruction, by the passes of a range reduction and a polynomial, or of a
-# first guess and Newton's steps, that float32 takes.
+# Functions that have no instruction, by the number of passes over the vector that they take in
+# float32: a range reduction and a polynomial, or a first guess and Newton's steps.
 _PASSES = {
     "exp": 8, "exp2": 7, "expm1": 9, "log": 9, "log1p": 10, "tanh": 12, "logistic": 12, "erf": 12,
     "erf_inv": 14, "sin": 10, "cos": 10, "tan": 14, "pow": 18, "div": 4, "rsqrt": 4, "sqrt": 5,
@@ -69,30 +76,30 @@ KNOWN = VIEWS | ELEMENTWISE | _COPIES | _REDUCTIONS | _PASSES.keys() | {"dot_gen
 
 
 class Work(NamedTuple):
-    """What one PE does for an equation."""
+    """The work of one PE for an equation."""
 
     cycles: float = 0.0
-    flops: float = 0.0
-    port_bytes: float = 0.0  # read from and written to its memory
-    narrow: bool = False  # whether it is of 16 bits
+    flops: float = 0.0  # a multiply-accumulate is two
+    port_bytes: float = 0.0  # read from the PE's memory and written to it
+    narrow: bool = False  # whether its elements have 16 bits
 
     def scaled(self, share: float) -> Work:
-        """What is left of it where only a share of its instructions is issued."""
+        """The work if only a share of its instructions is issued, as when zeros are skipped."""
         return self._replace(
             cycles=share * self.cycles, flops=share * self.flops, port_bytes=share * self.port_bytes
         )
 
 
 def equation_work(
-    equation: Any, machine: Machine, constants: Constants, accumulates: bool = False
+    equation: JaxprEqn, machine: Machine, constants: Constants, accumulates: bool = False
 ) -> Work:
-    """What a PE does for `equation`, whose operands are its tiles.
+    """The work of a PE for `equation`, whose operands are the PE's tiles.
 
     Args:
-      equation: of a jaxpr; one that is not in `KNOWN` counts as elementwise.
-      machine: whose lanes to count.
-      constants: what starts cost.
-      accumulates: whether it is the addition to which a product belongs: one multiply-accumulate.
+      equation: of a jaxpr; an operation that is not in `KNOWN` counts as elementwise.
+      machine: says how many elements a cycle takes.
+      constants: the fitted constants.
+      accumulates: whether the equation adds a product, so that both are one multiply-accumulate.
     """
     name = equation.primitive.name
     if name in VIEWS:
@@ -102,6 +109,8 @@ def equation_work(
     out = max((v.aval for v in equation.outvars), key=_size)
     n, reads = _size(out), [v.aval for v in equation.invars if size_of(v) > 1]
     instructions = 1
+    # Elements that are written and vectors that are read, where the result's shape misleads: an
+    # update in place touches only the update, a reduction reads more than it writes.
     if name == "dynamic_update_slice":
         n, reads = size_of(equation.invars[1]), [equation.invars[1].aval]
     elif name in ("concatenate", "stack", "pad"):
@@ -111,7 +120,7 @@ def equation_work(
     if name.startswith("scatter"):
         n, reads = size_of(equation.invars[2]), [equation.invars[2].aval]
     passes = _PASSES.get(name, 1) * instructions
-    if n == 1:  # scalars are in registers, and need no descriptors
+    if n == 1:  # scalars lie in registers: one cycle each, and no instruction to start
         return Work(float(passes), float(passes))
     float32 = constants.accumulate_float32 if accumulates else 1.0
     if not accumulates and sum(_size(a) == n for a in reads) > 1:
@@ -125,15 +134,22 @@ def equation_work(
 
 
 class Fusions(NamedTuple):
-    """Equations of a jaxpr that one instruction does together with another."""
+    """Equations of a jaxpr that share one instruction. For
 
-    products: frozenset[Any]  # results that the next sum takes in: one multiply-accumulate with it
-    sums: dict[int, str]  # by place, the sums that do, with the kind of their product
-    copies: frozenset[int]  # places of copies of what is computed for them alone, and there
+      c = mul a b
+      e = add c d
+      f = dynamic_update_slice g e 0
+
+    `products` has c, `sums` has {1: "mul"}, and `copies` has 2 if nothing else reads c and e.
+    """
+
+    products: frozenset[Any]  # products that one sum takes in: a multiply-accumulate with it
+    sums: dict[int, str]  # those sums by their places, with the operation of the product
+    copies: frozenset[int]  # places of copies whose operand is computed right where it is copied to
 
 
-def find_fusions(jaxpr: Any) -> Fusions:
-    """Which equations are one instruction; only a result that is used once is ever fused."""
+def find_fusions(jaxpr: Jaxpr) -> Fusions:
+    """Which equations share an instruction; only a result that is used once can be fused."""
     uses: collections.Counter = collections.Counter()
     for atoms in [*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars]:
         uses.update(atom for atom in atoms if not trace.is_literal(atom))
@@ -156,7 +172,7 @@ def find_fusions(jaxpr: Any) -> Fusions:
     return Fusions(frozenset(products), sums, frozenset(copies))
 
 
-def _product(equation: Any, machine: Machine, constants: Constants) -> Work:
+def _product(equation: JaxprEqn, machine: Machine, constants: Constants) -> Work:
     a, b = (v.aval for v in equation.invars)
     (over_a, _), (batch_a, _) = equation.params["dimension_numbers"]
     K = math.prod(a.shape[d] for d in over_a)
@@ -164,16 +180,18 @@ def _product(equation: Any, machine: Machine, constants: Constants) -> Work:
     M, N = _size(a) // (K * batch), _size(b) // (K * batch)
     if not M * N * K * batch:
         return Work()
+    # A vector lies along the longer side; the instructions loop over the shorter one.
     few, many = sorted((M, N))
     each = _cycles_of_element(a, machine, constants.accumulate_float32)
     instructions = batch * K * few
     elements = instructions * many
     cycles = instructions * constants.product_start + elements * each
+    # Each element reads a factor and the sum, and writes the sum back.
     return Work(cycles, 2.0 * elements, 3.0 * elements * width_of(a), width_of(a) == 2)
 
 
 def width_of(aval: Any) -> int:
-    """Bytes of an element; of a random key, which numpy has no dtype for, those of a word."""
+    """Bytes of an element; 4 for a random key, for which NumPy has no dtype."""
     return getattr(aval.dtype, "itemsize", 4)
 
 

@@ -1,9 +1,10 @@
-"""This file is how much of its memory a PE needs: live ranges of tiles over a program.
+"""How much of its memory a PE needs: live ranges of tiles over a program.
 
 Views of a tile take nothing. The result of an elementwise operation takes the place of an operand
-that is not needed any more, and so does what a loop carries. What a PE receives has a place of its
-own beside the tile that it sends, which stays until the other is first used. What nothing but a
-PE's place decides is in its program, not in its memory; a program's operands stay to its end.
+that is not needed any more, and so does what a loop carries. A received tile has a place of its own
+beside the tile that was sent for it, which stays until the received one is first used. What only
+the PE's place decides is part of its program, not of its data. Operands of a program stay to its
+end.
 """
 
 from __future__ import annotations
@@ -12,97 +13,116 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from jax.extend.core import Jaxpr, JaxprEqn
+
 from wsekern.estimator import cost, relayout, trace
 from wsekern.estimator.cost import size_of, width_of
 from wsekern.wafer.wafer import Wafer
 
 _IN_PLACE = cost.ELEMENTWISE | {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
+_Specs = dict[Any, relayout.Spec | None]  # how whole arrays lie, by variable
 
 
-def high_water(jaxpr: Any, wafer: Wafer) -> float:
+def high_water(jaxpr: Jaxpr, wafer: Wafer) -> float:
     """The most bytes of a PE's memory that a program takes at a time."""
-    return _peak(jaxpr, [False] * len(jaxpr.invars), (), wafer, within=False)
+    return _peak(jaxpr, [False] * len(jaxpr.invars), (), wafer, in_kernel=False)
 
 
 def _peak(
-    jaxpr: Any, flags: Sequence[bool], owned: Collection[Any], wafer: Wafer, within: bool
+    jaxpr: Jaxpr, static_ins: Sequence[bool], owned: Collection[Any], wafer: Wafer, in_kernel: bool
 ) -> float:
-    """The most bytes at a time, operands among them; those not `owned` stay to the end."""
-    placed = dict.fromkeys(jaxpr.constvars, within)
-    placed |= dict(zip(jaxpr.invars, flags, strict=True))
-    specs: dict[Any, relayout.Spec | None] = {}
+    """The most bytes at a time, operands among them.
+
+    Args:
+      jaxpr: about a PE's tiles if `in_kernel`, else about whole arrays.
+      static_ins: whether each operand is part of the PE's program, and takes no memory.
+      owned: operands whose memory the jaxpr may reuse; the others stay to the end.
+      wafer: over which whole arrays are spread.
+      in_kernel: whether the jaxpr is a kernel's.
+    """
+    static: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, in_kernel)
+    static |= dict(zip(jaxpr.invars, static_ins, strict=True))
+    specs: _Specs = {}
     fusions = cost.find_fusions(jaxpr)
-    home = _homes(jaxpr, placed)
+    home = _homes(jaxpr)
     last = _last_uses(jaxpr, home, owned)
     size: dict[Any, float] = {
-        v: 0.0 if placed[v] else _bytes(v, specs.get(v), wafer, within)
+        v: 0.0 if static[v] else _bytes(v, specs.get(v), wafer, in_kernel)
         for v in (*jaxpr.invars, *jaxpr.constvars)
     }
     most = live = sum(size.values())
-    live_places = trace.used_equations(jaxpr)
+    used = trace.used_equations(jaxpr)
     for place, equation in enumerate(jaxpr.eqns):
-        if place not in live_places:
-            placed |= dict.fromkeys(equation.outvars, True)
+        if place not in used:
+            static |= dict.fromkeys(equation.outvars, True)
             continue
-        given = [trace.is_literal(v) or placed[v] for v in equation.invars]
-        _note(equation, given, placed, specs, within)
+        ins = [trace.is_literal(v) or static[v] for v in equation.invars]
+        _note(equation, ins, static, specs, in_kernel)
+        # A product that the next sum takes in is never stored.
         new = {
-            v: _bytes(v, specs.get(v), wafer, within)
+            v: _bytes(v, specs.get(v), wafer, in_kernel)
             for v in equation.outvars
-            if home[v] is v and not placed[v] and v not in fusions.products
+            if home[v] is v and not static[v] and v not in fusions.products
         }
         dying = {
             home[v]
             for v in equation.invars
             if not trace.is_literal(v) and last.get(home[v]) == place
         }
+        # x * 2.0, where nothing reads x afterwards, is written over x: the result is fresh memory
+        # only as far as it is larger than the operands that die.
         fresh = sum(new.values())
         if equation.primitive.name in _IN_PLACE or place in fusions.sums:
             fresh = max(0.0, fresh - sum(size.get(v, 0.0) for v in dying))
-        inner = _within(equation, given, wafer, within)
+        inner = _inner_peak(equation, ins, wafer, in_kernel)
         most = max(most, live + fresh + inner)
         live += sum(new.values()) - sum(size.pop(v, 0.0) for v in dying)
         size |= new
+        # Of several results of one equation, some may have no reader.
         unused = [v for v in new if last.get(v, -1) <= place]
         live -= sum(size.pop(v) for v in unused)
     return most
 
 
-def _within(equation: Any, given: list[bool], wafer: Wafer, within: bool) -> float:
-    """What an equation that calls others takes at most, beside its operands and results."""
+def _inner_peak(equation: JaxprEqn, ins: list[bool], wafer: Wafer, in_kernel: bool) -> float:
+    """Bytes that the jaxprs called by an equation take beside its operands and results."""
     name, params = equation.primitive.name, equation.params
     if name == "cond":
         branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
-        return max(_beside(branch, given[1:], (), wafer, within) for branch in branches)
+        return max(_peak_beside(branch, ins[1:], (), wafer, in_kernel) for branch in branches)
     if name == "while":
         body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
         skip = params["cond_nconsts"]
         carried = body.invars[params["body_nconsts"] :]
-        return _beside(body, given[skip:], carried, wafer, within)
+        return _peak_beside(body, ins[skip:], carried, wafer, in_kernel)
     inner = trace.inner_jaxpr(params)
     if inner is None:
         return 0.0
-    given = trace.inner_operands(equation, given)
+    ins = trace.inner_operands(equation, ins)
     if name == "scan":
-        loop = trace.scan_parts(equation)
-        carried = inner.invars[loop.consts : loop.consts + loop.carry]
-        return _beside(inner, given, carried, wafer, within)
-    return _beside(inner, given, (), wafer, within or name == "shard_map")
+        parts = trace.scan_parts(equation)
+        carried = inner.invars[parts.consts : parts.consts + parts.carry]
+        return _peak_beside(inner, ins, carried, wafer, in_kernel)
+    return _peak_beside(inner, ins, (), wafer, in_kernel or name == "shard_map")
 
 
-def _beside(jaxpr, given, owned, wafer, within) -> float:
+def _peak_beside(
+    jaxpr: Jaxpr, static_ins: Sequence[bool], owned: Collection[Any], wafer: Wafer, in_kernel: bool
+) -> float:
+    """`_peak`, less the operands and results, which the caller counts."""
     outs = [v for v in jaxpr.outvars if not trace.is_literal(v)]
-    flags = dict(zip(jaxpr.invars, given, strict=True))
-    whole_peak = _peak(jaxpr, given, owned, wafer, within)
-    operands = sum(_bytes(v, None, wafer, within) for v in jaxpr.invars if not flags[v])
-    # Results are counted where the call is, once; carried ones take the operands' places.
-    results = 0.0 if owned else sum(_bytes(v, None, wafer, within) for v in set(outs) - set(flags))
-    return max(0.0, whole_peak - operands - results)
+    static = dict(zip(jaxpr.invars, static_ins, strict=True))
+    whole = _peak(jaxpr, static_ins, owned, wafer, in_kernel)
+    operands = sum(_bytes(v, None, wafer, in_kernel) for v in jaxpr.invars if not static[v])
+    # What a loop carries out lies where it was carried in, and is counted there.
+    new = set(outs) - set(static)
+    results = 0.0 if owned else sum(_bytes(v, None, wafer, in_kernel) for v in new)
+    return max(0.0, whole - operands - results)
 
 
-def _homes(jaxpr: Any, placed: dict) -> dict[Any, Any]:
-    """In whose memory each variable lies: its own, or that of the tile that it is a view of."""
-    home = {v: v for v in (*jaxpr.invars, *jaxpr.constvars)}
+def _homes(jaxpr: Jaxpr) -> dict[Any, Any]:
+    """The variable in whose memory each variable lies: itself, or the tile that it is a view of."""
+    home: dict[Any, Any] = {v: v for v in (*jaxpr.invars, *jaxpr.constvars)}
     for equation in jaxpr.eqns:
         tiles = [v for v in equation.invars if not trace.is_literal(v)]
         name = equation.primitive.name
@@ -115,10 +135,20 @@ def _homes(jaxpr: Any, placed: dict) -> dict[Any, Any]:
     return home
 
 
-def _last_uses(jaxpr: Any, home: dict, owned: Collection[Any]) -> dict[Any, int]:
-    """The place of the last equation that needs each tile; the end for what is not to be freed."""
+def _last_uses(jaxpr: Jaxpr, home: dict[Any, Any], owned: Collection[Any]) -> dict[Any, int]:
+    """The place of the last equation that needs each tile; the end for tiles that must stay.
+
+    A tile that was sent is needed until the received one is first used: only then is it certain
+    that all its words have left. For
+
+      0  b = ppermute a
+      1  c = mul d 2
+      2  e = add b c
+
+    a lives until 2, although nothing reads it after 0.
+    """
     last: dict[Any, int] = {}
-    sent: dict[Any, list[Any]] = {}  # what was received -> what was sent for it
+    sent: dict[Any, list[Any]] = {}  # the tiles that were sent, by the received one
     for place, equation in enumerate(jaxpr.eqns):
         for v in equation.invars:
             if trace.is_literal(v):
@@ -135,21 +165,27 @@ def _last_uses(jaxpr: Any, home: dict, owned: Collection[Any]) -> dict[Any, int]
     return last | dict.fromkeys(kept, end)
 
 
-def _note(equation, given, placed, specs, within) -> None:
-    """Of an equation's results: whether they are placed, and how whole arrays lie."""
+def _note(
+    equation: JaxprEqn,
+    ins: Sequence[bool],
+    static: dict[Any, bool],
+    specs: _Specs,
+    in_kernel: bool,
+) -> None:
+    """Notes in `static` and `specs` what is known of the variables of an equation."""
     name = equation.primitive.name
-    fixed = within and all(given) and name not in trace.MOVES and name not in ("scan", "while")
-    placed |= dict.fromkeys(equation.outvars, fixed)
-    if not within and name == "shard_map":
-        specs |= dict(
-            zip(equation.outvars, relayout.kernel_specs(equation, "out_specs"), strict=True)
-        )
+    # A loop's results are taken as data. That its counter is not costs a word at most.
+    fixed = in_kernel and all(ins) and name not in trace.MOVES and name not in ("scan", "while")
+    static |= dict.fromkeys(equation.outvars, fixed)
+    if not in_kernel and name == "shard_map":
+        out_specs = relayout.kernel_specs(equation, "out_specs")
+        specs |= dict(zip(equation.outvars, out_specs, strict=True))
         operands = zip(equation.invars, relayout.kernel_specs(equation, "in_specs"), strict=True)
         specs |= {v: s for v, s in operands if not trace.is_literal(v) and v not in specs}
 
 
-def _bytes(v: Any, spec: Any, wafer: Wafer, within: bool) -> float:
+def _bytes(v: Any, spec: relayout.Spec | None, wafer: Wafer, in_kernel: bool) -> float:
     if not hasattr(v.aval, "shape"):
         return 0.0
     size = size_of(v) * width_of(v.aval)
-    return float(size) if within else math.ceil(size / relayout.part_count(spec, wafer))
+    return float(size) if in_kernel else math.ceil(size / relayout.part_count(spec, wafer))

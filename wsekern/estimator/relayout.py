@@ -1,7 +1,8 @@
-"""This file is what happens to whole arrays outside kernels: how they lie, and what that moves.
+"""Whole arrays outside kernels: how they lie on the wafer, and what it moves to change that.
 
-Layouts are carried on from the specs of the kernels that made them. Elementwise work is spread
-evenly over all PEs; a change of layout crosses the middle of the wafer, and is charged there.
+A layout is known from the specs of the kernel that made the array, and carried on from there.
+Elementwise work is spread evenly over all PEs. A change of layout is charged where it costs most:
+at the links across the middle of the wafer.
 """
 
 from __future__ import annotations
@@ -10,34 +11,42 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jax.extend.core import JaxprEqn
+
 from wsekern.estimator.cost import Constants, Work, size_of, width_of
 from wsekern.estimator.links import around_defects, loads, price
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
 
-Spec = tuple[tuple[str, ...], ...]  # the axes that each dimension is split over
+Spec = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that split it
 
 
-def kernel_specs(equation: Any, which: str) -> list[Spec]:
-    """The layouts of a kernel's operands (`in_specs`) or of its results (`out_specs`)."""
-    atoms = equation.invars if which == "in_specs" else equation.outvars
+def kernel_specs(equation: JaxprEqn, which: str) -> list[Spec]:
+    """The layouts of a kernel's operands (`which="in_specs"`) or results (`which="out_specs"`)."""
+    atoms: Sequence[Any] = equation.invars if which == "in_specs" else equation.outvars
     return [
-        _of_partition(spec, len(atom.aval.shape))
+        _from_partition_spec(spec, len(atom.aval.shape))
         for spec, atom in zip(equation.params[which], atoms, strict=True)
     ]
 
 
 def result_layout(
-    equation: Any, given: Sequence[Spec | None], wafer: Wafer
+    equation: JaxprEqn, operands: Sequence[Spec | None], wafer: Wafer
 ) -> tuple[Spec | None, list[price.PricedMove]]:
-    """How the result lies, and the moves that making it causes."""
+    """How the result of an equation lies (None: not known), and the moves that making it takes.
+
+    Args:
+      equation: on whole arrays.
+      operands: how each operand lies.
+      wafer: over which the arrays are spread.
+    """
     name, params = equation.primitive.name, equation.params
-    known = next((spec for spec in given if spec is not None), None)
+    known = next((spec for spec in operands if spec is not None), None)
     if not equation.outvars:
         return None, []
-    out = equation.outvars[0].aval
+    out: Any = equation.outvars[0].aval
     if name == "sharding_constraint":
-        wanted = _of_partition(params["sharding"].spec, len(out.shape))
+        wanted = _from_partition_spec(params["sharding"].spec, len(out.shape))
         if known is None or known == wanted:
             return wanted, []
         return wanted, [relayout_move(out, wafer)]
@@ -51,18 +60,20 @@ def result_layout(
             spec[to] = known[d]
         return tuple(spec), []
     if name.startswith("reduce_") and "axes" in params:
-        return _reduced(equation, known, wafer)
+        return _reduction(equation, known, wafer)
     if name == "reshape":
-        return _reshaped(equation, known, wafer)
+        return _reshape(equation, known, wafer)
+    # Elementwise, or taken to be: the result lies as the first operand whose layout is known.
     if len(known) == len(out.shape):
         return known, []
     return None, []
 
 
 def relayout_move(aval: Any, wafer: Wafer) -> price.PricedMove:
-    """An array laid out anew: half of its words cross the middle of the wafer, either way."""
+    """The move that lays an array out anew: half of its words cross the middle, either way."""
     assert wafer.machine is not None
     words = math.prod(aval.shape) * width_of(aval) / 4
+    # As many links cross the middle as the shorter side has PEs; each carries an even share.
     side = min(wafer.height, wafer.width)
     load = words / (2 * side)
     far = (wafer.height + wafer.width - 2) * wafer.machine.hop_cycles
@@ -81,51 +92,61 @@ def relayout_move(aval: Any, wafer: Wafer) -> price.PricedMove:
 
 
 def spread_evenly(work: Work, wafer: Wafer, constants: Constants) -> Work:
-    """One PE's part of work on whole arrays, evenly spread."""
+    """One PE's part of work on whole arrays."""
     pes = wafer.size
+    # Each PE starts the instruction, however few elements it has.
     start = min(work.cycles, constants.vector_start)
     cycles = start + (work.cycles - start) / pes
     return Work(cycles, work.flops / pes, work.port_bytes / pes, work.narrow)
 
 
 def part_count(spec: Spec | None, wafer: Wafer) -> int:
-    """Into how many parts an array is cut; evenly over all PEs where its layout is not known."""
+    """Into how many parts an array is cut; evenly over all PEs if its layout is not known."""
     if spec is None:
         return wafer.size
     return math.prod(wafer.axis_size(axis) for axes in spec for axis in axes)
 
 
-def _of_partition(spec: Any, ndim: int) -> Spec:
+def _from_partition_spec(spec: Any, ndim: int) -> Spec:
     entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
     return tuple(entries) + ((),) * (ndim - len(entries))
 
 
-def _reduced(equation: Any, spec: Spec, wafer: Wafer) -> tuple[Spec, list[price.PricedMove]]:
+def _reduction(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> tuple[Spec, list[price.PricedMove]]:
     axes = equation.params["axes"]
     kept = tuple(entry for d, entry in enumerate(spec) if d not in axes)
     across = tuple(axis for d in axes for axis in spec[d] if axis in (ROWS, COLS))
     if not across:
         return kept, []
+    # Each PE sums its own tile first, so that the tiles that move have the result's size.
     assert wafer.machine is not None
     words = size_of(equation.outvars[0]) / part_count(kept, wafer)
     sizes = _sizes(wafer)
     move = price.price_reduction("xla", across, max(words, 1.0), sizes, wafer.machine)
     if move is None:
         return kept, []
-    return kept, [
-        around_defects.stretch_along_lines(move, across, sizes, wafer.machine, wafer.placement)
-    ]
+    stretched = around_defects.stretch_along_lines(
+        move, across, sizes, wafer.machine, wafer.placement
+    )
+    return kept, [stretched]
 
 
 def _sizes(wafer: Wafer) -> dict[str, int]:
     return {axis: wafer.axis_size(axis) for axis in wafer.axes}
 
 
-def _reshaped(
-    equation: Any, spec: Spec, wafer: Wafer
+def _reshape(
+    equation: JaxprEqn, spec: Spec, wafer: Wafer
 ) -> tuple[Spec | None, list[price.PricedMove]]:
-    """Dimensions before and behind those that change keep their layout."""
-    old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    """The layout after a reshape; a relayout if it touches a dimension that is split.
+
+    Dimensions in front of those that change, and behind them, keep their layout:
+
+      [8, 6, 4] laid out P("y", None, "x") to [8, 2, 3, 4]   stays, as P("y", None, None, "x")
+      [8, 6, 4] laid out P("y", None, "x") to [48, 4]        is a relayout: 8 is split and changes
+    """
+    old: tuple[int, ...] = equation.invars[0].aval.shape
+    new: tuple[int, ...] = equation.outvars[0].aval.shape
     front = 0
     while front < min(len(old), len(new)) and old[front] == new[front]:
         front += 1

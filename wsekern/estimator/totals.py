@@ -10,7 +10,7 @@ from typing import Any
 from wsekern.estimator.links.loads import LinkPattern
 
 # A key that was never counted reads as zero.
-_zeros = functools.partial(collections.defaultdict, float)
+_zeros: Any = functools.partial(collections.defaultdict, float)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,50 +1,64 @@
-"""This file is the trace of a program, and how its equations are read in jax 0.10 to 0.12."""
+"""The trace of a program, and how to read its equations in jax 0.10 to 0.12."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
-_LIBRARY = str(pathlib.Path(__file__).parents[1])
+# Frames below this folder, wsekern/, are the library's; those of models/ and training/ are not.
+_LIBRARY = str(pathlib.Path(__file__).parents[1]) + os.sep
+# Frames of neither the library nor the user: installed packages, and what starts a program.
+_OTHERS = ("site-packages", "<frozen", "importlib", "/runpy.py")
 MOVES = frozenset(
     "ppermute psum psum_invariant pmax pmin all_gather all_gather_invariant all_gather_reduced "
     "reduce_scatter psum_scatter all_to_all".split()
 )
-_OTHERS = ("site-packages", "<frozen", "importlib", "/runpy.py")
 
 
 def trace_program(
-    what: str, function: Callable, operands: Sequence[Any], wafer: Wafer | None
+    caller: str, function: Callable, operands: Sequence[Any], wafer: Wafer | None
 ) -> tuple[Any, Wafer]:
     """The jaxpr of `function(*operands)` on an abstract wafer, and that wafer; nothing runs.
+
+    Args:
+      caller: the public function that errors name.
+      function: what to trace.
+      operands: arrays or `jax.ShapeDtypeStruct`s, or pytrees of them.
+      wafer: the wafer to trace on, a virtual one as the abstract one of its size; None: the one in
+        force.
 
     Raises:
       ValueError: there is no wafer.
     """
     wafer = context.current() if wafer is None else wafer
     if wafer is None:
-        raise ValueError(f"{what}: there is no wafer; give wafer= or enter one")
+        raise ValueError(f"{caller}: there is no wafer; give wafer= or enter one")
     if wafer.backend == "virtual":
         assert wafer.machine is not None
         placement, corner = wafer.placement, wafer.corner  # where its PEs lie
         wafer = Wafer.abstract(wafer.machine, wafer.height, wafer.width, wafer.wafers)
         wafer = dataclasses.replace(wafer, placement=placement, corner=corner)
     with wafer:
-        # A new function each time: a trace made before, on another wafer, is not looked up.
+        # JAX caches traces by function, and one made before may be of another wafer. A new lambda
+        # is never found in that cache.
         closed = jax.make_jaxpr(lambda *operands: function(*operands))(*operands)
     return closed.jaxpr, wafer
 
 
 def inner_jaxpr(params: dict[str, Any]) -> Any:
-    """The jaxpr that an equation calls, if it calls one."""
-    solves = params.get("jaxprs")  # those of a linear solve, of which the solution's own is run
+    """The jaxpr that an equation calls; None if it calls none."""
+    # A linear solve has four: its product, the transposed one, and both solutions. Only the
+    # solution runs.
+    solves = params.get("jaxprs")
     solve = getattr(solves, "solve", None)
     for value in (params.get("jaxpr"), params.get("call_jaxpr"), params.get("fun_jaxpr"), solve):
         if value is not None:
@@ -52,39 +66,48 @@ def inner_jaxpr(params: dict[str, Any]) -> Any:
     return None
 
 
-def inner_operands(equation: Any, given: Sequence[Any]) -> list[Any]:
-    """What an equation hands to the jaxpr that it calls, of what is `given` for its operands."""
-    taken = len(inner_jaxpr(equation.params).invars)
+def inner_operands(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Which of `operands`, one for each of the equation's, go to the jaxpr that it calls."""
+    count = len(inner_jaxpr(equation.params).invars)
     lengths = equation.params.get("const_lengths")
     if lengths is None:
-        return list(given[len(given) - taken :])
-    # Of a linear solve: what the product, the transposed one, both solutions read; the right side.
+        return list(operands[len(operands) - count :])
+    # The operands of a linear solve are the constants of its four functions and the right side:
+    #   matvec constants | vecmat constants | solve constants | transposed constants | b
+    # and its solution takes solve constants | b.
     begin = lengths.matvec + lengths.vecmat
-    return [*given[begin : begin + lengths.solve], *given[sum(lengths) :]]
+    return [*operands[begin : begin + lengths.solve], *operands[sum(lengths) :]]
 
 
 class ScanParts(NamedTuple):
-    """What a scan is made of: its operands are constants, what is carried, and what is scanned."""
+    """A scan's body, and how its operands divide: constants, then the carry, then what it scans."""
 
     body: Any
-    length: int
-    consts: int
-    carry: int
+    length: int  # trips
+    consts: int  # operands that are the same in each trip
+    carry: int  # operands that a trip hands to the next
 
 
-def scan_parts(equation: Any) -> ScanParts:
-    """The loop of a scan. Its operands are told by shapes, which jax 0.10 and 0.12 share."""
+def scan_parts(equation: JaxprEqn) -> ScanParts:
+    """The parts of a scan.
+
+    They are told by the ranks of operands, because the names of a scan's parameters differ between
+    jax 0.10 and 0.12. A scan over x [8, 4] of a body that takes c [3] and x [4] has
+
+      operands [3], [8, 4]   body [3], [4]    so that x, which loses a dimension, is scanned
+      results  [3], [8, 4]   body [3], [4]    so that c, which keeps its rank, is carried
+    """
+    invars: Sequence[Any] = equation.invars
     body = inner_jaxpr(equation.params)
-    # What is scanned has one dimension more.
-    scanned = sum(_rank(a) > _rank(b) for a, b in zip(equation.invars, body.invars, strict=True))
+    scanned = sum(_rank(a) > _rank(b) for a, b in zip(invars, body.invars, strict=True))
     carry = sum(_rank(a) == _rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True))
     consts = len(body.invars) - carry - scanned
     return ScanParts(body, equation.params["length"], consts, carry)
 
 
-def used_equations(jaxpr: Any) -> set[int]:
+def used_equations(jaxpr: Jaxpr) -> set[int]:
     """The places of the equations whose results are used, or that have an effect."""
-    wanted = {v for v in jaxpr.outvars if not is_literal(v)}
+    wanted: set[Any] = {v for v in jaxpr.outvars if not is_literal(v)}
     places = set()
     for place, equation in reversed(list(enumerate(jaxpr.eqns))):
         if wanted.intersection(equation.outvars) or equation.effects:
@@ -98,37 +121,49 @@ def is_literal(atom: Any) -> bool:
     return hasattr(atom, "val")
 
 
-def line_of(equation: Any) -> str:
-    """The line that an equation comes from, "file.py:12": the user's, or else the library's."""
+def line_of(equation: JaxprEqn) -> str:
+    """The source line of an equation, as "file.py:12": the user's, or else the library's.
+
+    The user's line is that of the innermost frame that belongs neither to wsekern nor to an
+    installed package. "" if there is no frame at all.
+    """
     traceback = equation.source_info.traceback
-    frames = [] if traceback is None else traceback.frames
-    own = ""
+    frames: list[Any] = [] if traceback is None else traceback.frames
+    library_line = ""
     for frame in frames:
         if not frame.file_name.startswith(_LIBRARY):
             if not any(part in frame.file_name for part in _OTHERS):
                 return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
-        elif not own:
-            own = f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
-    return own
+        elif not library_line:
+            library_line = f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
+    return library_line
 
 
 def _rank(atom: Any) -> int:
     return len(atom.aval.shape)
 
 
-def static_results(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
-    """Which results nothing but a PE's place decides, if of the operands these are so."""
-    here = dict.fromkeys(jaxpr.constvars, True) | dict(zip(jaxpr.invars, flags, strict=True))
+def static_results(jaxpr: Jaxpr, static: Sequence[bool]) -> list[bool]:
+    """Which results are decided by PEs' places and loop counters alone.
 
-    def of(atom: Any) -> bool:
-        return is_literal(atom) or here[atom]
+    Args:
+      jaxpr: of a kernel.
+      static: whether each operand is so decided.
+    """
+    states: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, True)
+    states |= dict(zip(jaxpr.invars, static, strict=True))
+
+    def is_static(atom: Any) -> bool:
+        return is_literal(atom) or states[atom]
 
     for equation in jaxpr.eqns:
-        given = [of(v) for v in equation.invars]
+        ins = [is_static(v) for v in equation.invars]
         inner = inner_jaxpr(equation.params)
+        # What a move brings is another PE's, so that this PE's place does not decide it. A scan is
+        # static as a whole or not at all; its carry is looked at when the scan itself is walked.
         if equation.primitive.name in MOVES or inner is None or equation.primitive.name == "scan":
-            outs = [all(given) and equation.primitive.name not in MOVES] * len(equation.outvars)
+            outs = [all(ins) and equation.primitive.name not in MOVES] * len(equation.outvars)
         else:
-            outs = static_results(inner, inner_operands(equation, given))
-        here.update(zip(equation.outvars, outs, strict=True))
-    return [of(v) for v in jaxpr.outvars]
+            outs = static_results(inner, inner_operands(equation, ins))
+        states.update(zip(equation.outvars, outs, strict=True))
+    return [is_static(v) for v in jaxpr.outvars]

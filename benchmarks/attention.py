@@ -137,12 +137,12 @@ def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> A
     from wsekern.kernels.attention.mask import Keys, Rows, Rule
 
     blocks, heads = -(-q.shape[1] // 512), k.shape[2]
-    rows = tile.blocked_queries(q * q.shape[-1] ** -0.5, heads, blocks)
-    kv = tile.blocked_keys(k, v, blocks)
-    rule = Rule(scale=1.0, causal=causal, window=window, at_once=512 * 512)
-    keys = Keys(kv, tile.starts(kv, 0))
-    softmax = tile.absorb(None, Rows(rows, tile.starts(rows, 0)), keys, rule)
-    return tile.unblocked_queries(tile.finish(softmax, None, q.dtype)[0])
+    rows = tile.block_queries(q * q.shape[-1] ** -0.5, heads, blocks)
+    kv = tile.block_keys(k, v, blocks)
+    rule = Rule(scale=1.0, causal=causal, window=window, scores_at_once=512 * 512)
+    keys = Keys(kv, tile.block_starts(kv, 0))
+    softmax = tile.absorb(None, Rows(rows, tile.block_starts(rows, 0)), keys, rule)
+    return tile.unblock_queries(tile.finish(softmax, None, q.dtype)[0])
 
 
 def _timed(attention: Callable, options: Options) -> tuple[Callable, int]:

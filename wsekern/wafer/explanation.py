@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
@@ -68,3 +68,37 @@ class Explanation:
             return title
         body = "".join(row(cells, "td") for cells in self._rows)
         return f"{title}<table>{row(_COLUMNS, 'th')}{body}</table>"
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result", covariant=True)
+Explain = TypeVar("Explain", bound=Callable[..., Explanation])
+ExplainSeen = TypeVar("ExplainSeen", bound=Callable[..., Explanation], covariant=True)
+
+
+@runtime_checkable
+class Explained(Protocol[Arguments, Result, ExplainSeen]):
+    """An operation that explains its choice of algorithm: `operation.explain(...)`."""
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result: ...
+
+    @property
+    def explain(self) -> ExplainSeen:
+        """Which algorithm a call with the same arguments takes, and what each would cost."""
+
+
+def explained_by(
+    explain: Explain,
+) -> Callable[[Callable[Arguments, Result]], Explained[Arguments, Result, Explain]]:
+    """The decorator that gives a function its `explain`, visible to editors and type checkers.
+
+    The function stays a plain function: `help` and `inspect.signature` see it as it was written.
+    """
+
+    def attach(
+        function: Callable[Arguments, Result],
+    ) -> Explained[Arguments, Result, Explain]:
+        function.explain = explain  # type: ignore[attr-defined]
+        return cast(Explained[Arguments, Result, Explain], function)
+
+    return attach

@@ -1,75 +1,82 @@
-"""This file is a tile of attention taken a few heads at a time, so that a block stays in cache.
+"""Run a tile of attention a few heads at a time, so that a block of scores stays in cache.
 
-Public per-PE functions, without communication. On a CPU one head's block of 512 x 512 scores in
-float32 is as large as the caches of two cores; the blocks of eight heads at once are not, and take
-half as long again.
+Public per-PE functions, without communication. On a CPU, one head's block of 512 x 512 scores in
+float32 fills the caches of two cores. Blocks of eight heads at once do not fit, and take half as
+long again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
 
 from wsekern.kernels.attention.mask import Keys, Rows, Rule
 
-# In which of its dimensions each field has batch and key-value heads.
+Carry = TypeVar("Carry")
+
+# The axes that count sequences and key-value heads, by the name of the field; None: it has none.
 _AXES = {"kv": (2, 3), "dkv": (2, 3), "segments": (1, None), "start": (None, None)}
-_OTHERS = (1, 2)
+_OTHER_AXES = (1, 2)
 
 
-def few_at_once(body: Callable, carry: Any, rows: Rows, keys: Keys, rule: Rule) -> Any:
-    """`body(carry, rows, keys)`, for as many heads at a time as `rule.at_once` scores allow.
+def few_heads_at_once(
+    body: Callable[[Carry, Rows, Keys], Carry], carry: Carry, rows: Rows, keys: Keys, rule: Rule
+) -> Carry:
+    """`body(carry, rows, keys)`, in a loop over as many heads as `rule.scores_at_once` allows.
 
     Args:
-      body: returns what it is handed first, changed, whatever number of heads it is handed.
-      carry: a NamedTuple of arrays that have the heads as `Rows`, `Keys` or their gradients do.
+      body: returns the updated carry; it must work for any number of sequences and heads.
+      carry: a NamedTuple of arrays whose axes lie as those of `Rows`, `Keys` or their gradients.
       rows: queries.
       keys: keys and values.
-      rule: tells how many scores of a block there may be at once; None is any number.
+      rule: `scores_at_once` limits the scores that one block has; None runs all heads at once.
     """
     _, B, K, G, c, _ = rows.q.shape
     S = keys.kv.shape[-2]
-    one = G * c * min(S, rule.band or S)
-    if rule.at_once is None or B * K * one <= rule.at_once:
+    one_head = G * c * min(S, rule.band or S)
+    limit = rule.scores_at_once
+    if limit is None or B * K * one_head <= limit:
         return body(carry, rows, keys)
-    heads = max(h for h in range(1, K + 1) if K % h == 0 and (h == 1 or h * one <= rule.at_once))
+    heads = max(h for h in range(1, K + 1) if K % h == 0 and (h == 1 or h * one_head <= limit))
 
-    def step(index, carry):
-        at = index // (K // heads), index % (K // heads) * heads
-        part = body(*(_cut(x, at, heads) for x in (carry, rows, keys)))
-        return _put(carry, part, at)
+    def step(index: jax.Array, carry: Carry) -> Carry:
+        begin = index // (K // heads), index % (K // heads) * heads
+        part = body(*(_cut(x, begin, heads) for x in (carry, rows, keys)))
+        return _put(carry, part, begin)
 
     return lax.fori_loop(0, B * K // heads, step, carry)
 
 
-def _cut(x: Any, at: tuple[jax.Array, jax.Array], heads: int) -> Any:
-    def cut(name, leaf):
-        for axis, start, size in zip(_AXES.get(name, _OTHERS), at, (1, heads), strict=True):
-            if axis is not None and leaf.shape[axis] > 1:  # what is the same for all stays whole
+def _cut(record: Any, begin: tuple[jax.Array, jax.Array], heads: int) -> Any:
+    def cut(name: str, leaf: jax.Array) -> jax.Array:
+        axes = _AXES.get(name, _OTHER_AXES)
+        for axis, start, size in zip(axes, begin, (1, heads), strict=True):
+            if axis is not None and leaf.shape[axis] > 1:  # what all heads share stays whole
                 leaf = lax.dynamic_slice_in_dim(leaf, start, size, axis)
         return leaf
 
-    return _each(cut, x)
+    return _map_fields(cut, record)
 
 
-def _put(x: Any, part: Any, at: tuple[jax.Array, jax.Array]) -> Any:
-    def put(name, leaf, new):
-        starts: list[Any] = [0] * leaf.ndim
-        for axis, start in zip(_AXES.get(name, _OTHERS), at, strict=True):
+def _put(record: Carry, part: Carry, begin: tuple[jax.Array, jax.Array]) -> Carry:
+    def put(name: str, leaf: jax.Array, new: jax.Array) -> jax.Array:
+        starts: list[jax.Array | int] = [0] * leaf.ndim
+        for axis, start in zip(_AXES.get(name, _OTHER_AXES), begin, strict=True):
             if axis is not None and leaf.shape[axis] > 1:
                 starts[axis] = start
         return lax.dynamic_update_slice(leaf, new, starts)
 
-    return _each(put, x, part)
+    return _map_fields(put, record, part)
 
 
-def _each(function: Callable, x: Any, *others: Any) -> Any:
+def _map_fields(function: Callable[..., jax.Array], record: Any, *others: Any) -> Any:
+    """`record` with `function(name, field, *fields of others)` in place of each field not None."""
     fields = {
         name: function(name, leaf, *(getattr(other, name) for other in others))
-        for name, leaf in x._asdict().items()
+        for name, leaf in record._asdict().items()
         if leaf is not None
     }
-    return x._replace(**fields)
+    return record._replace(**fields)

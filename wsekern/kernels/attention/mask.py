@@ -1,152 +1,179 @@
-"""This file is which key a query may see, and how a score comes of their product.
+"""Which keys a query may see, and how products of queries and keys become scores.
 
 Public per-PE functions, without communication. A block of scores has the axes `[B, K, G, c, s]`:
-K key-value heads serve G query heads each, c rows are queries, s columns are keys.
+K key-value heads, the G query heads that each of them serves, c queries and s keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# What is no more than this is no score at all. Finite, so that the difference of two is a number.
+Carry = TypeVar("Carry")
+
+# Below this, a score counts as -inf. It is finite, so that subtracting two of them gives no NaN.
 LOWEST = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How scores come from queries and keys, and which key a query may see."""
+    """How queries and keys are scored, and which keys a query may see."""
 
-    scale: float  # of products of queries and keys
-    causal: bool = False  # only keys at the query's own position or before
-    window: int | None = None  # only the last so many of these
-    # Keys that a block of queries meets at once, one block of which is then the whole tile; None
-    # where it meets blocks of them in turn.
+    scale: float  # multiplies the products of queries and keys
+    causal: bool = False  # a query sees only keys at its own position or before it
+    window: int | None = None  # and of these only the last `window`
+    # With a narrow window, a block of queries meets one band of so many keys, cut out of a tile
+    # that is one block; None: it meets the blocks of the tile in turn.
     band: int | None = None
-    keys: int | None = None  # positions from here on are padding; None where none need be masked
-    soft_cap: float | None = None  # scores are soft_cap * tanh(score / soft_cap)
-    # Whether a branch leaves out a block that no query sees. Virtual PEs would run all branches.
-    skips: bool = True
-    at_once: int | None = None  # scores of one block that a PE had better hold; None for any number
-    # The `implementation` of jax.nn's attention that takes whole tiles, if one is to.
+    keys: int | None = None  # keys from this position on are padding; None: none need masking
+    soft_cap: float | None = None  # a score becomes soft_cap * tanh(score / soft_cap)
+    # Leave out blocks of keys that no query sees. Off for virtual PEs: under vmap a branch on a
+    # traced value runs both sides, so it would only cost.
+    skips_blocks: bool = True
+    scores_at_once: int | None = None  # size of a block of scores that fits the cache; None: any
+    precision: lax.PrecisionLike = None  # of every product
+    # The `implementation` of jax.nn.dot_product_attention to hand whole tiles to; None: our own.
     vendor: Literal["xla", "cudnn"] | None = None
 
     @property
-    def bounded(self) -> bool:
-        """Whether positions decide at all which keys are seen."""
+    def masks_positions(self) -> bool:
+        """Whether a key's position can hide it from a query."""
         return self.causal or self.keys is not None
 
-    def everywhere(self) -> Rule:
-        """The rule in a tile of which every query may see every key."""
+    def without_positions(self) -> Rule:
+        """The rule for a tile in which every query may see every key."""
         return dataclasses.replace(self, causal=False, window=None, keys=None)
 
 
 class Rows(NamedTuple):
-    """Queries in nq blocks, and what belongs to each row of them."""
+    """Queries in nq blocks, and the arrays that have a number for each of their rows.
+
+    A loop over blocks takes off the first axis.
+    """
 
     q: Float[Array, "nq B K G c H"]
-    start: Int[Array, " nq"]  # the position of each block's first row
+    start: Int[Array, " nq"]  # position of each block's first row
     segments: Int[Array, "nq B c"] | None = None
-    bias: Float[Array, "nq _ _ _ _ _"] | None = None  # against all keys; sizes of 1 are for all
-    dout: Float[Array, "nq B K G c H"] | None = None  # the gradient of the result
-    lse: Float[Array, "nq B K G c"] | None = None  # the log of the summed exponentials
-    dot: Float[Array, "nq B K G c"] | None = None  # of the result and its gradient
+    bias: Float[Array, "nq _ _ _ _ _"] | None = None  # for all keys; axes of size 1 broadcast
+    dout: Float[Array, "nq B K G c H"] | None = None  # gradient of the result
+    lse: Float[Array, "nq B K G c"] | None = None  # log-sum-exp of the row's scores
+    delta: Float[Array, "nq B K G c"] | None = None  # dot product of the result and `dout`
 
 
 class Keys(NamedTuple):
     """Keys and values as one array, in nk blocks."""
 
     kv: Float[Array, "nk 2 B K s H"]
-    start: Int[Array, " nk"]
+    start: Int[Array, " nk"]  # position of each block's first key
     segments: Int[Array, "nk B s"] | None = None
 
 
-def near(rows: Rows, keys: Keys, rule: Rule) -> tuple[Keys, jax.Array]:
-    """The keys of a whole tile that a block `rows` meets at once, and the place of the first.
+def keys_in_band(rows: Rows, keys: Keys, rule: Rule) -> tuple[Keys, Int[Array, ""]]:
+    """The band of a tile's keys that one block of queries meets, and where in the tile it begins.
 
-    There are as many of them everywhere: at an end of the tile some lie outside of the window.
+    Every block's band has the same length, so one that meets an end of the tile is moved inward
+    and has keys outside the window; the mask hides them.
     """
-    whole = keys.kv.shape[-2]
+    tile = keys.kv.shape[-2]
     assert rule.band is not None and rule.window is not None
-    length = min(rule.band, whole)
-    at = jnp.clip(rows.start - rule.window + 1 - keys.start, 0, whole - length)
-    kv = lax.dynamic_slice_in_dim(keys.kv, at, length, -2)
+    length = min(rule.band, tile)
+    begin = jnp.clip(rows.start - rule.window + 1 - keys.start, 0, tile - length)
+    kv = lax.dynamic_slice_in_dim(keys.kv, begin, length, -2)
     segments = keys.segments
     if segments is not None:
-        segments = lax.dynamic_slice_in_dim(segments, at, length, -1)
-    return Keys(kv, keys.start + at, segments), at
+        segments = lax.dynamic_slice_in_dim(segments, begin, length, -1)
+    return Keys(kv, keys.start + begin, segments), begin
 
 
-def where_seen(step: Callable, carry: Any, rows: Rows, keys: Keys, rule: Rule) -> Any:
-    """`step(carry, masked)` where a query of a block `rows` may see a key of `keys`, else `carry`.
+def run_where_seen(
+    step: Callable[[Carry, bool], Carry], carry: Carry, rows: Rows, keys: Keys, rule: Rule
+) -> Carry:
+    """`step(carry, masked)`, or `carry` unchanged where no query of the block sees any of the keys.
 
-    `masked` says whether some query may not see some key.
+    Args:
+      step: gets `masked`, False where every query sees every key, so that no mask is needed.
+      carry: any pytree.
+      rows: one block of queries.
+      keys: one block of keys.
+      rule: which positions are seen; segments are not looked at.
     """
-    if not rule.bounded:
+    if not rule.masks_positions:
         return step(carry, False)
-    if not rule.skips:
+    if not rule.skips_blocks:
         return step(carry, True)
     last_row = rows.start + rows.q.shape[-2] - 1
     last_key = keys.start + keys.kv.shape[-2] - 1
-    unseen, whole = jnp.bool_(False), jnp.bool_(True)
+    none_seen, all_seen = jnp.bool_(False), jnp.bool_(True)
     if rule.causal:
-        unseen, whole = unseen | (keys.start > last_row), whole & (last_key <= rows.start)
+        none_seen |= keys.start > last_row
+        all_seen &= last_key <= rows.start
     if rule.window is not None:
-        unseen |= last_key <= rows.start - rule.window
-        whole &= keys.start > last_row - rule.window
+        none_seen |= last_key <= rows.start - rule.window
+        all_seen &= keys.start > last_row - rule.window
     if rule.keys is not None:
-        unseen, whole = unseen | (keys.start >= rule.keys), whole & (last_key < rule.keys)
+        none_seen |= keys.start >= rule.keys
+        all_seen &= last_key < rule.keys
     branches = [lambda c: c, lambda c: step(c, False), lambda c: step(c, True)]
-    return lax.switch(jnp.where(unseen, 0, jnp.where(whole, 1, 2)), branches, carry)
+    return lax.switch(jnp.where(none_seen, 0, jnp.where(all_seen, 1, 2)), branches, carry)
 
 
-def scored(
+def to_scores(
     products: Float[Array, "B K G c s"], rows: Rows, keys: Keys, rule: Rule, masked: bool
-) -> tuple[Float[Array, "B K G c s"], jax.Array | None]:
-    """Scores, -inf where the query may not see the key, and the slope of the soft cap."""
+) -> tuple[Float[Array, "B K G c s"], Float[Array, "B K G c s"] | None]:
+    """Scores, -inf where the query may not see the key, and the slope of the soft cap or None.
+
+    Args:
+      products: of one block of queries and one of keys.
+      rows: the queries.
+      keys: the keys.
+      rule: scale, soft cap and mask, applied in this order, the bias before the mask.
+      masked: whether positions can hide a key in this block.
+    """
     scores, slope = products, None
     if rule.scale != 1:
         scores = scores * rule.scale
     if rule.soft_cap is not None:
-        bent = jnp.tanh(scores / rule.soft_cap)
-        scores, slope = bent * rule.soft_cap, 1 - bent * bent
+        capped = jnp.tanh(scores / rule.soft_cap)
+        scores, slope = capped * rule.soft_cap, 1 - capped * capped
     if rows.bias is not None:
-        scores = scores + _columns(rows.bias, keys).astype(jnp.float32)
-    seen = _seen(rows, keys, rule, masked)
-    return scores if seen is None else jnp.where(seen, scores, -jnp.inf), slope
+        scores = scores + _bias_of_keys(rows.bias, keys).astype(jnp.float32)
+    visible = _visible(rows, keys, rule, masked)
+    return scores if visible is None else jnp.where(visible, scores, -jnp.inf), slope
 
 
-def _columns(bias: Float[Array, "_ _ _ _ _"], keys: Keys) -> jax.Array:
+def _bias_of_keys(bias: Float[Array, "_ _ _ _ _"], keys: Keys) -> Float[Array, "_ _ _ _ _"]:
     if bias.shape[-1] == 1:
         return bias
     return lax.dynamic_slice_in_dim(bias, keys.start, keys.kv.shape[-2], axis=-1)
 
 
-def _seen(rows: Rows, keys: Keys, rule: Rule, masked: bool) -> jax.Array | None:
-    """What may be seen, of a shape that broadcasts to the scores'; None where all may."""
-    parts = []
+def _visible(rows: Rows, keys: Keys, rule: Rule, masked: bool) -> Bool[Array, "_ _ _ _ _"] | None:
+    """Which keys each query may see, broadcastable to the scores; None where it may see all."""
+    conditions: list[jax.Array] = []
     if masked:
         key = keys.start + jnp.arange(keys.kv.shape[-2]).reshape(1, 1, 1, 1, -1)
         row = rows.start + jnp.arange(rows.q.shape[-2]).reshape(1, 1, 1, -1, 1)
         if rule.causal:
-            parts.append(key <= row)
+            conditions.append(key <= row)
         if rule.window is not None:
-            parts.append(key > row - rule.window)
+            conditions.append(key > row - rule.window)
         if rule.keys is not None:
-            parts.append(key < rule.keys)
+            conditions.append(key < rule.keys)
     if rows.segments is not None:
         assert keys.segments is not None
         B = rows.segments.shape[0]
-        parts.append(rows.segments.reshape(B, 1, 1, -1, 1) == keys.segments.reshape(B, 1, 1, 1, -1))
-    if not parts:
+        of_rows = rows.segments.reshape(B, 1, 1, -1, 1)
+        of_keys = keys.segments.reshape(B, 1, 1, 1, -1)
+        conditions.append(of_rows == of_keys)
+    if not conditions:
         return None
-    seen = parts[0]
-    for part in parts[1:]:
-        seen = seen & part
-    return seen
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return visible

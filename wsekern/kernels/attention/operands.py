@@ -1,102 +1,146 @@
-"""This file is what goes into attention: which arrays fit together, and how they lie on a grid."""
+"""The operands of attention: which arrays fit together, their layout on a grid, their blocks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer
 
-if TYPE_CHECKING:
-    from wsekern.kernels.attention.plan import AttentionOptions, AttentionPlan
+# How the work is ordered: on one PE, or by an algorithm; "zigzag" is the ring for causal queries.
+Order = Literal["local", "allgather", "ulysses", "ring", "zigzag"]
 
 HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 _WHOLE_HEADS = P(WAFERS, ROWS, None, None)
-_KNOWN = ("auto", "ring", "allgather", "ulysses")
 
 
 class Floats(NamedTuple):
-    """The operands that have gradients."""
+    """The operands that have gradients; arrays, or their `jax.ShapeDtypeStruct`."""
 
-    q: Any
-    k: Any
-    v: Any
-    bias: Any  # [B, N, T, S], any of them 1, or None
+    q: Any  # [B, T, N, H]
+    k: Any  # [B, S, K, H]
+    v: Any  # [B, S, K, H]
+    bias: Any  # [B, N, T, S], where each axis may have size 1, or None
     sinks: Any  # [N], or None
 
 
 class Segments(NamedTuple):
-    """The segment of each row of queries and of keys, [B, T] and [B, S], or None."""
+    """The segment of each row of queries and of keys, [B, T] and [B, S]; both None without."""
 
     q: Any
     k: Any
 
 
-def specs(floats: Floats, segments: Segments, plan: AttentionPlan) -> tuple[Floats, Segments]:
-    """How the operands lie."""
-    heads = (COLS, ROWS) if plan.order == "ulysses" else COLS
-    bias = None if floats.bias is None else _bias_spec(floats.bias, plan.order)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaddedSizes:
+    """Sizes of the whole operands that divide by the grid and by the blocks of a PE."""
+
+    queries: int  # rows of q
+    keys: int  # rows of k and v
+    q_heads: int
+    kv_heads: int  # repeated and padded
+    repeats: int  # how often each head of keys and values stands
+
+
+def pack(
+    q: Any, k: Any, v: Any, bias: Any, sinks: Any, segment_ids: Any
+) -> tuple[Floats, Segments]:
+    """The operands of one call, checked, the bias with all its four axes.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit one another.
+    """
+    _check_qkv(q, k, v)
+    B, T, N, _ = q.shape
+    S = k.shape[1]
+    if bias is not None:
+        _check_bias(bias, (B, N, T, S))
+        if len(bias.shape) < 4:
+            bias = bias.reshape((1,) * (4 - len(bias.shape)) + tuple(bias.shape))
+    if sinks is not None and sinks.shape != (N,):
+        raise ValueError(
+            f"attention: sinks is {sinks.shape}, it must be ({N},): one for each head of q"
+        )
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    _check_segments(pair, (B, T), (B, S))
+    return Floats(q, k, v, bias, sinks), Segments(*pair)
+
+
+def specs(floats: Floats, segments: Segments, order: Order) -> tuple[Floats, Segments]:
+    """The spec of each operand, None where there is no operand."""
+    heads = (COLS, ROWS) if order == "ulysses" else COLS
+    bias = None if floats.bias is None else _bias_spec(floats.bias, order)
     sinks = None if floats.sinks is None else P(heads)
     of_rows = Segments(*(None if x is None else P(WAFERS, ROWS) for x in segments))
     return Floats(HEADS, HEADS, HEADS, bias, sinks), of_rows
 
 
-def lse_spec(plan: AttentionPlan) -> P:
-    """How a row's log-sum-exps `[B, N, T]` lie; in the ring's own order of rows."""
-    return P(WAFERS, (COLS, ROWS), None) if plan.order == "ulysses" else P(WAFERS, COLS, ROWS)
+def lse_spec(order: Order) -> P:
+    """The spec of the rows' log-sum-exps `[B, N, T]`, which stay in the algorithm's own order."""
+    return P(WAFERS, (COLS, ROWS), None) if order == "ulysses" else P(WAFERS, COLS, ROWS)
 
 
-def shared_axes(bias: Any, order: str) -> tuple[str, ...]:
-    """Along which axes all PEs have the same of a whole `bias`."""
+def bias_shared_along(bias: Any, order: Order) -> tuple[str, ...]:
+    """The axes of the wafer along which all PEs hold the same part of a whole `bias`."""
     if bias is None or order == "local":
         return ()
-    named = [name for entry in _bias_spec(bias, order) for name in axes_of(entry)]
-    return tuple(axis for axis in (WAFERS, ROWS, COLS) if axis not in named)
+    split = [name for entry in _bias_spec(bias, order) for name in axes_of(entry)]
+    return tuple(axis for axis in (WAFERS, ROWS, COLS) if axis not in split)
 
 
-def padded(
-    floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer
+def pad(
+    floats: Floats, segments: Segments, sizes: PaddedSizes, order: Order, wafer: Wafer
 ) -> tuple[Floats, Segments]:
-    """The operands in sizes that divide by the grid and by the blocks of a PE."""
+    """The operands in their padded sizes, laid out on the wafer."""
     q, k, v, bias, sinks = floats
-    q = layout.resize(q, 1, plan.rows)
-    k, v = (layout.resize(x, 1, plan.columns) for x in (k, v))
-    if plan.repeats > 1:  # of whole heads: Explicit axes would not repeat what is split
+    q = layout.resize(q, 1, sizes.queries)
+    k, v = (layout.resize(x, 1, sizes.keys) for x in (k, v))
+    if sizes.repeats > 1:  # Explicit axes would not repeat a dimension that is split
         q, k, v = (layout.pad(x, _WHOLE_HEADS, wafer) for x in (q, k, v))
-        k, v = (jnp.repeat(x, plan.repeats, axis=2) for x in (k, v))
-    q = layout.resize(q, 2, plan.q_heads)
-    k, v = (layout.resize(x, 2, plan.kv_heads) for x in (k, v))
+        k, v = (jnp.repeat(x, sizes.repeats, axis=2) for x in (k, v))
+    q = layout.resize(q, 2, sizes.q_heads)
+    k, v = (layout.resize(x, 2, sizes.kv_heads) for x in (k, v))
     if bias is not None:
-        for axis, length in ((1, plan.q_heads), (2, plan.rows), (3, plan.columns)):
+        for axis, length in ((1, sizes.q_heads), (2, sizes.queries), (3, sizes.keys)):
             bias = bias if bias.shape[axis] == 1 else layout.resize(bias, axis, length)
     if sinks is not None:
-        sinks = layout.resize(sinks, 0, plan.q_heads)
-    grown = Floats(q, k, v, bias, sinks)
-    rows = Segments(
+        sinks = layout.resize(sinks, 0, sizes.q_heads)
+    floats = Floats(q, k, v, bias, sinks)
+    lengths = (sizes.queries, sizes.keys)
+    segments = Segments(
         *(
             None if x is None else layout.resize(x, 1, length)
-            for x, length in zip(segments, (plan.rows, plan.columns), strict=True)
+            for x, length in zip(segments, lengths, strict=True)
         )
     )
     return jax.tree.map(
-        lambda x, spec: layout.pad(x, spec, wafer), (grown, rows), specs(grown, rows, plan)
+        lambda x, spec: layout.pad(x, spec, wafer),
+        (floats, segments),
+        specs(floats, segments, order),
     )
 
 
-def blocked_segments(x: jax.Array | None, blocks: int) -> jax.Array | None:
-    """Segments `[B, T]` as `[n, B, c]`."""
+def block_segments(x: Int[Array, "B Tt"] | None, blocks: int) -> Int[Array, "n B c"] | None:
+    """Segments in blocks of rows."""
     if x is None:
         return None
     return x.reshape(x.shape[0], blocks, -1).transpose(1, 0, 2)
 
 
-def blocked_bias(bias: jax.Array | None, kv_heads: int, blocks: int) -> jax.Array | None:
-    """A PE's bias `[B, N, T, S]` as `[n, B, K, G, c, S]`, its sizes of 1 kept."""
+def block_bias(
+    bias: Float[Array, "_ _ _ _"] | None, kv_heads: int, blocks: int
+) -> Float[Array, "{blocks} _ _ _ _ _"] | None:
+    """A PE's bias `[B, N, T, S]` as `[n, B, K, G, c, S]`; axes of size 1 keep it.
+
+    A bias that is the same for all rows is repeated for each block.
+    """
     if bias is None:
         return None
     B, N, T, S = bias.shape
@@ -107,44 +151,23 @@ def blocked_bias(bias: jax.Array | None, kv_heads: int, blocks: int) -> jax.Arra
     return bias.transpose(3, 0, 1, 2, 4, 5)
 
 
-def unblocked_bias(dbias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `blocked_bias`, and the sum of what it repeated."""
+def unblock_bias(
+    dbias: Float[Array, "n _ _ _ _ _"], shape: tuple[int, ...]
+) -> Float[Array, "_ _ _ _"]:
+    """The gradient of a bias of this `shape` from its blocks' gradient, repeated blocks summed."""
     if shape[2] == 1:
         return dbias.sum(0).reshape(shape)
     return dbias.transpose(1, 2, 3, 0, 4, 5).reshape(shape)
 
 
-def checked(
-    q: Any, k: Any, v: Any, bias: Any, sinks: Any, segment_ids: Any, options: AttentionOptions
-) -> tuple[Floats, Segments]:
-    """The operands together.
-
-    Raises:
-      ValueError: what `attention` says.
-    """
-    _check_shapes(q, k, v)
-    _check_options(options)
-    B, T, N, _ = q.shape
-    S = k.shape[1]
-    if bias is not None:
-        whole = (B, N, T, S)
-        full = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-        if bias.ndim > 4 or any(x not in (1, n) for x, n in zip(full, whole, strict=True)):
-            raise ValueError(
-                f"attention: bias is {bias.shape}, it must broadcast to {whole}: batch, heads, "
-                "queries, keys"
-            )
-        bias = bias if bias.ndim == 4 else bias.reshape(full)
-    if sinks is not None and sinks.shape != (N,):
-        raise ValueError(
-            f"attention: sinks is {sinks.shape}, it must be ({N},): one for each head of q"
-        )
-    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    _check_segments(pair, (B, T), (B, S))
-    return Floats(q, k, v, bias, sinks), Segments(*pair)
+def _bias_spec(bias: Any, order: Order) -> P:
+    along: list[Any] = [WAFERS, COLS, ROWS, None]
+    if order == "ulysses":
+        along = [WAFERS, (COLS, ROWS), None, None]
+    return P(*(axis if n > 1 else None for axis, n in zip(along, bias.shape, strict=True)))
 
 
-def _check_shapes(q, k, v):
+def _check_qkv(q: Any, k: Any, v: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(
@@ -153,18 +176,18 @@ def _check_shapes(q, k, v):
             )
     if k.shape != v.shape:
         raise ValueError(f"attention: k is {k.shape} and v is {v.shape}: they must be alike")
-    for axis, what in ((0, "batches"), (3, "head sizes")):
+    for axis, sizes in ((0, "batches"), (3, "head sizes")):
         if q.shape[axis] != k.shape[axis]:
             raise ValueError(
-                f"attention: q is {q.shape} and k is {k.shape}: their {what} "
+                f"attention: q is {q.shape} and k is {k.shape}: their {sizes} "
                 f"({q.shape[axis]} and {k.shape[axis]}) must be equal"
             )
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"attention: q is {q.shape} and k is {k.shape}: neither may be empty")
     if q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"attention: q has {q.shape[2]} heads and k has {k.shape[2]}: those of q must be a "
-            "multiple of those of k"
+            f"attention: q has {q.shape[2]} heads and k has {k.shape[2]}: the heads of q must be a "
+            "multiple of the heads of k"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
@@ -174,41 +197,30 @@ def _check_shapes(q, k, v):
         raise ValueError(f"attention: q, k and v are {q.dtype}; cast them to a floating dtype")
 
 
-def _check_options(options):
-    if options.algorithm not in _KNOWN:
-        known = ", ".join(map(repr, _KNOWN))
-        raise ValueError(f"attention: algorithm={options.algorithm!r} is not one of {known}")
-    if options.window is not None and options.window < 1:
+def _check_bias(bias: Any, scores: tuple[int, int, int, int]) -> None:
+    full = (1,) * (4 - len(bias.shape)) + tuple(bias.shape)
+    if len(full) > 4 or any(x not in (1, n) for x, n in zip(full, scores, strict=True)):
         raise ValueError(
-            f"attention: window={options.window} must be 1 or more: it counts the query's own key"
+            f"attention: bias is {bias.shape}, it must broadcast to {scores}: batch, heads, "
+            "queries, keys"
         )
-    if options.window is not None and not options.causal:
-        raise ValueError(
-            f"attention: window={options.window} looks back from each query; it needs causal=True"
-        )
-    if options.soft_cap is not None and not options.soft_cap > 0:
-        raise ValueError(f"attention: soft_cap={options.soft_cap} must be positive")
 
 
-def _check_segments(pair, *wanted):
+def _check_segments(
+    pair: tuple[Any, ...], of_queries: tuple[int, int], of_keys: tuple[int, int]
+) -> None:
     if len(pair) != 2 or (pair[0] is None) != (pair[1] is None):
         raise ValueError(
             "attention: segment_ids is one array for queries and keys, or a tuple of one for each"
         )
-    for ids, shape, what in zip(pair, wanted, ("queries", "keys"), strict=True):
+    shapes, names = (of_queries, of_keys), ("queries", "keys")
+    for ids, shape, name in zip(pair, shapes, names, strict=True):
         if ids is None:
             continue
         if ids.shape != shape:
             raise ValueError(
-                f"attention: segment_ids is {ids.shape} for {what} of {shape}: it must have one id "
+                f"attention: segment_ids is {ids.shape} for {name} of {shape}: it must have one id "
                 "for each row; give a pair where queries and keys differ"
             )
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"attention: segment_ids are {ids.dtype}; cast them to int32")
-
-
-def _bias_spec(bias: jax.Array, order: str) -> P:
-    along: list[Any] = [WAFERS, COLS, ROWS, None]
-    if order == "ulysses":
-        along = [WAFERS, (COLS, ROWS), None, None]
-    return P(*(axis if n > 1 else None for axis, n in zip(along, bias.shape, strict=True)))

@@ -1,17 +1,23 @@
-"""This file is how attention is to be computed on a grid: the algorithm, its sizes, and why."""
+"""Plan attention on a grid: which algorithm, in which sizes and blocks, and why."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wsekern.kernels.attention import vendor
 from wsekern.kernels.attention.mask import Rule
-from wsekern.kernels.attention.operands import Floats, Segments, shared_axes
+from wsekern.kernels.attention.operands import (
+    Floats,
+    Order,
+    PaddedSizes,
+    bias_shared_along,
+)
 from wsekern.wafer.axes import COLS, WAFERS
 from wsekern.wafer.limits import fits_gathered
 from wsekern.wafer.wafer import Wafer
@@ -19,188 +25,256 @@ from wsekern.wafer.wafer import Wafer
 Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
 
 _BLOCK = 512  # rows of a block inside a PE
-_NARROW = 128  # below which a product runs at a worse rate
-_BAND = _BLOCK * _BLOCK // _NARROW  # keys at once of so few rows: as many scores as in a block
+_NARROW = 128  # a product with fewer rows than this runs at a worse rate
+_BAND = _BLOCK * _BLOCK // _NARROW  # keys that _NARROW rows meet at once: a block's worth of scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """What is asked for."""
+    """What the caller asks for, apart from the operands.
+
+    Raises:
+      ValueError: `algorithm` is unknown, `window` is below 1 or not causal, or `soft_cap` is not
+        positive.
+    """
 
     causal: bool = False
     window: int | None = None
     scale: float | None = None
     soft_cap: float | None = None
+    precision: lax.PrecisionLike = None
     algorithm: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            known = ", ".join(map(repr, get_args(Algorithm)))
+            raise ValueError(f"attention: algorithm={self.algorithm!r} is not one of {known}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"attention: window={self.window} must be 1 or more: it counts the query's own key"
+            )
+        if self.window is not None and not self.causal:
+            raise ValueError(
+                f"attention: window={self.window} looks back from each query; it needs causal=True"
+            )
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"attention: soft_cap={self.soft_cap} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """What is done, on PEs that are all alike."""
+    """What every PE does."""
 
-    order: str  # "local", "allgather", "ulysses", "ring", or "zigzag", the ring for causal queries
+    order: Order
     rule: Rule
-    folded: float  # what queries are multiplied by once, so that scores need not be
-    rows: int  # of queries, over the whole grid, padded
-    columns: int  # of keys
-    k_block: int  # rows of a block of keys at the most, where they divide
-    q_blocks: int  # of one PE, once moved
-    k_blocks: int  # of one PE, before it gathers
-    repeats: int  # of each head of keys and values
-    kv_heads: int  # over the whole grid, repeated and padded
-    q_heads: int
-    tiles: int  # that a PE of the ring meets
-    bias_shared: tuple[str, ...]  # the axes along which all PEs have the same bias
+    sizes: PaddedSizes
+    query_scale: float  # multiplies the queries once, so that scores need not be scaled
+    k_block: int  # the longest block of keys to make, where lengths divide
+    q_blocks: int  # blocks of queries of one PE, after its heads or rows are moved
+    k_blocks: int  # blocks of keys of one PE, before it gathers others
+    ring_tiles: int  # tiles of keys that a PE meets in the ring, its own included
+    bias_shared: tuple[str, ...]  # axes along which all PEs hold the same part of the bias
 
     @property
-    def offset(self) -> bool:
-        """Whether a PE's queries begin at its place in the sequence, not at its start."""
+    def starts_at_place(self) -> bool:
+        """Whether a PE's queries are a part of the sequence; if not, they begin at position 0."""
         return self.order in ("allgather", "ring")
 
 
 def plan_attention(
-    floats: Floats, segments: Segments, options: AttentionOptions, wafer: Wafer | None
+    floats: Floats, options: AttentionOptions, wafer: Wafer | None
 ) -> tuple[AttentionPlan, str]:
-    """What to do, and why so.
+    """The plan, and why it has this algorithm.
 
     Raises:
       ValueError: the algorithm asked for cannot serve the grid.
     """
     q, k = floats.q, floats.k
     T, S = q.shape[1], k.shape[1]
-    order, why = _order(floats, options, wafer)
+    order, why = _choose_order(floats, options, wafer)
     height, width = (1, 1) if wafer is None else (wafer.height, wafer.width)
     halves = 2 if order == "zigzag" else 1
     band = _band(options.window)
+    # Queries with a narrow window meet only a band of keys, so they come in short blocks, and the
+    # keys that bands are cut from stay in one.
     block = _BLOCK if band is None else _NARROW
     rows, q_blocks = _blocks(T, height * halves, block)
     columns, k_blocks = _blocks(S, height * halves, block)
-    k_blocks, of_keys = (k_blocks, _BLOCK) if band is None else (1, columns)
+    k_blocks, k_block = (k_blocks, _BLOCK) if band is None else (1, columns)
     if order in ("ulysses", "local"):
-        q_blocks = fewest(height * q_blocks, rows, block)
-        k_blocks = fewest(height * k_blocks, columns, of_keys)
+        q_blocks = fewest_blocks(height * q_blocks, rows, block)
+        k_blocks = fewest_blocks(height * k_blocks, columns, k_block)
     repeats, kv_heads = _heads(q.shape[2], k.shape[2], width)
-    # A causal query never sees what pads the keys, unless there are more queries than keys.
-    padding = columns > S and (not options.causal or T > S)
-    scale = q.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
-    platform = jax.default_backend() if wafer is None else wafer.platform
+    # A causal query never sees the padding of the keys, unless there are more queries than keys.
+    padding_seen = columns > S and (not options.causal or T > S)
     implementation = _vendor(floats, order, wafer)
-    # In 16 bits it rounds nothing only where it is a power of two.
-    folds = implementation is None and (q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5)
-    single = order not in ("ring", "zigzag") and (
+    query_scale, score_scale = _scales(floats, options.scale, implementation)
+    one_pair = order not in ("ring", "zigzag") and (
         band is not None or (q_blocks == 1 and columns <= _BLOCK)
     )
+    platform = jax.default_backend() if wafer is None else wafer.platform
     rule = Rule(
-        scale=1.0 if folds else scale,
+        scale=score_scale,
         causal=options.causal,
         window=options.window,
         band=band,
-        keys=S if padding else None,
+        keys=S if padding_seen else None,
         soft_cap=options.soft_cap,
-        skips=not single and (wafer is None or wafer.backend != "virtual"),
-        at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
+        skips_blocks=not one_pair and (wafer is None or wafer.backend != "virtual"),
+        scores_at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
+        precision=options.precision,
         vendor=implementation,
     )
     return AttentionPlan(
         order=order,
         rule=rule,
-        folded=scale if folds else 1.0,
-        rows=rows,
-        columns=columns,
-        k_block=of_keys,
+        sizes=PaddedSizes(
+            queries=rows,
+            keys=columns,
+            q_heads=kv_heads * (q.shape[2] // k.shape[2] // repeats),
+            kv_heads=kv_heads,
+            repeats=repeats,
+        ),
+        query_scale=query_scale,
+        k_block=k_block,
         q_blocks=q_blocks * halves,
         k_blocks=k_blocks * halves,
-        repeats=repeats,
-        kv_heads=kv_heads,
-        q_heads=kv_heads * (q.shape[2] // k.shape[2] // repeats),
-        tiles=_tiles(options.window, rows, columns, height),
-        bias_shared=shared_axes(floats.bias, order),
+        ring_tiles=_ring_tiles(options.window, rows, columns, height),
+        bias_shared=bias_shared_along(floats.bias, order),
     ), why
 
 
-def fewest(blocks: int, length: int, block: int) -> int:
-    """The smallest part of `blocks` that leaves none of a `length` longer than it has to be."""
-    longest = max(length // blocks, block)
+def fewest_blocks(blocks: int, length: int, longest: int) -> int:
+    """The smallest divisor of `blocks` that cuts `length` into blocks of at most `longest` rows.
+
+    Blocks that are longer already are not cut further.
+    """
+    longest = max(length // blocks, longest)
     return min(m for m in range(1, blocks + 1) if blocks % m == 0 and length // m <= longest)
 
 
-def _order(floats: Floats, options: AttentionOptions, wafer: Wafer | None) -> tuple[str, str]:
+def ulysses_refused(floats: Floats, wafer: Wafer) -> str:
+    """Why `ulysses` cannot serve; empty where it can."""
+    heads, pes = floats.k.shape[2], wafer.height * wafer.width
+    return f"{heads} heads do not divide by {pes} PEs" if heads % pes else ""
+
+
+def zigzag_refused(floats: Floats, options: AttentionOptions) -> str:
+    """Why the ring is not taken in zig-zag order; empty where it is."""
+    if not options.causal:
+        return "for causal attention only"
+    if floats.q.shape[1] != floats.k.shape[1]:
+        return "needs as many keys as queries"
+    if options.window is not None:
+        return "a window is served by the ring in order"
+    return "" if floats.bias is None else "a bias is served by the ring in order"
+
+
+def _choose_order(
+    floats: Floats, options: AttentionOptions, wafer: Wafer | None
+) -> tuple[Order, str]:
     if wafer is None:
         return "local", "there is one PE, or no wafer"
-    heads, pes = floats.k.shape[2], wafer.height * wafer.width
     algorithm, why = options.algorithm, "asked for"
     if algorithm == "auto":
-        algorithm, why = _chosen(floats, wafer)
-    if algorithm == "ulysses" and heads % pes:
-        raise ValueError(
-            f"attention: algorithm='ulysses' deals the heads of k to all {pes} PEs of a "
-            f"{wafer.height}x{wafer.width} grid, and {heads} do not divide by them; 'ring' and "
-            "'allgather' can serve it"
-        )
-    even = options.causal and floats.q.shape[1] == floats.k.shape[1]
-    if algorithm == "ring" and even and options.window is None and floats.bias is None:
-        return "zigzag", why
-    return algorithm, why
+        algorithm, why = _choose_algorithm(floats, wafer)
+    if algorithm == "ulysses":
+        if ulysses_refused(floats, wafer):
+            heads, pes = floats.k.shape[2], wafer.height * wafer.width
+            raise ValueError(
+                f"attention: algorithm='ulysses' deals the heads of k to all {pes} PEs of a "
+                f"{wafer.height}x{wafer.width} grid, and {heads} do not divide by them; 'ring' and "
+                "'allgather' can serve it"
+            )
+        return "ulysses", why
+    if algorithm == "allgather":
+        return "allgather", why
+    return "ring" if zigzag_refused(floats, options) else "zigzag", why
 
 
-def _chosen(floats: Floats, wafer: Wafer) -> tuple[str, str]:
+def _choose_algorithm(floats: Floats, wafer: Wafer) -> tuple[str, str]:
     k = floats.k
     gathered = 2 * k.size * k.dtype.itemsize
     gathered //= math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
-    size = f"{gathered / 2**20:.3g} MiB of keys and values for a PE to gather"
+    size = f"{gathered / 2**20:.3g} MiB of keys and values"
     if fits_gathered(gathered, wafer):
-        return "allgather", f"{size} are little on this machine"
-    pes = wafer.height * wafer.width
+        return "allgather", f"a PE may gather {size} on this machine"
+    size = f"{size} are too much for a PE to gather"
     if wafer.machine is not None:
-        return "ring", f"{size} are much, and on a wafer neighbors alone are near"
+        return "ring", f"{size}, and on a wafer only neighbors are near"
     if floats.bias is not None:
-        return "ring", f"{size} are much, and so a PE needs its own rows of the bias alone"
-    if k.shape[2] % pes:
-        return "ring", f"{size} are much, and {k.shape[2]} heads do not divide by {pes} PEs"
-    return "ulysses", f"{size} are much, and {k.shape[2]} heads divide by {pes} PEs"
+        return "ring", f"{size}, and in a ring it needs only its own rows of the bias"
+    refused = ulysses_refused(floats, wafer)
+    if refused:
+        return "ring", f"{size}, and {refused}"
+    pes = wafer.height * wafer.width
+    return "ulysses", f"{size}, and {k.shape[2]} heads divide by {pes} PEs"
 
 
-def _vendor(floats: Floats, order: str, wafer: Wafer | None) -> Literal["cudnn"] | None:
+def _vendor(floats: Floats, order: Order, wafer: Wafer | None) -> Literal["cudnn"] | None:
     """The `implementation` of jax.nn's attention that takes a PE's whole tiles, if one does."""
     q = floats.q
-    merging = floats.sinks is not None or order in ("ring", "zigzag")  # a sink is, like a tile
-    if merging and not vendor.merges(q.dtype):
+    # A sink is merged like one more tile.
+    merges = floats.sinks is not None or order in ("ring", "zigzag")
+    if merges and not vendor.can_merge(q.dtype):
         return None
     platform = None if wafer is None or wafer.backend == "virtual" else wafer.platform
-    served = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return "cudnn" if platform == "gpu" and served else None
+    return "cudnn" if platform == "gpu" and cudnn_serves(q.dtype, q.shape[-1]) else None
+
+
+def cudnn_serves(dtype: jnp.dtype, head_size: int) -> bool:
+    """Whether cuDNN's attention takes such queries."""
+    return dtype in (jnp.float16, jnp.bfloat16) and head_size % 8 == 0 and head_size <= 128
+
+
+def _scales(floats: Floats, scale: float | None, implementation: str | None) -> tuple[float, float]:
+    """What to multiply the queries by, and the scores; one of the two is 1.
+
+    Queries are fewer than scores, so scale those, but only where it rounds nothing: in float32, or
+    in 16 bits by a power of two. A vendor's kernel scales by itself.
+    """
+    q = floats.q
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    exact = q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5
+    return (scale, 1.0) if implementation is None and exact else (1.0, scale)
 
 
 def _band(window: int | None) -> int | None:
-    """Keys that a block of queries meets at once, if a window leaves few enough."""
+    """Keys that a block of queries meets at once, where a window leaves few enough."""
     if window is None or window + _NARROW - 1 > _BAND:
         return None
     return window + _NARROW - 1
 
 
 def _blocks(length: int, parts: int, block: int) -> tuple[int, int]:
-    """A length padded so that each of `parts` has equal blocks, and how many it has."""
+    """A length padded so that each of `parts` has blocks of equal length, and how many it has."""
     rows = -(-length // parts)
     blocks = -(-rows // block)
     return parts * blocks * -(-rows // blocks), blocks
 
 
 def _heads(N: int, K: int, width: int) -> tuple[int, int]:
-    """How often a head of keys stands, and how many there are, for each PE to have what it needs.
+    """How often to repeat each key-value head, and how many heads there are then, padded.
 
-    Heads are repeated only as often as that takes; heads of zeros fill what is left.
+    Heads are repeated only as often as gives a PE the fewest query heads; heads of zeros fill up
+    the last PEs. For N = 12 query heads and K = 3 on 4 PEs along x:
+
+        repeats   heads   of a PE   query heads that a PE serves
+        1         3       1         4
+        2         6       2         4
+        4         12      3         3   <- taken
     """
     group = N // K
 
-    def of_one_pe(repeats):
+    def query_heads_of_a_pe(repeats: int) -> int:
         return -(-K * repeats // width) * (group // repeats)
 
-    repeats = min((r for r in range(1, group + 1) if group % r == 0), key=of_one_pe)
+    repeats = min((r for r in range(1, group + 1) if group % r == 0), key=query_heads_of_a_pe)
     return repeats, -(-K * repeats // width) * width
 
 
-def _tiles(window: int | None, rows: int, columns: int, height: int) -> int:
-    """How many tiles of keys, its own with them, a PE's queries may see."""
+def _ring_tiles(window: int | None, rows: int, columns: int, height: int) -> int:
+    """How many tiles of keys, its own included, a PE's queries may see."""
     if window is None or rows != columns:
         return height
     return min(height, 1 + -(-(window - 1) // (columns // height)))

@@ -1,18 +1,18 @@
-"""This file is attention with the sequence in a ring: keys and values travel, queries stay.
+"""Ring attention: keys and values travel round a ring of PEs, queries stay.
 
 Public per-PE functions. H. Liu, M. Zaharia and P. Abbeel, "Ring Attention with Blockwise
-Transformers for Near-Infinite Context", 2023. Every step sends one tile to the next PE along y, and
-the tile that a PE computes with meanwhile has arrived the step before.
+Transformers for Near-Infinite Context", 2023. In every step a PE sends the tile of keys that it has
+to the next PE along y, and computes with it meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from wsekern import fabric
 from wsekern.kernels.attention import tile, tile_gradients, vendor
@@ -20,70 +20,97 @@ from wsekern.kernels.attention.mask import Keys, Rows, Rule
 from wsekern.kernels.attention.tile_gradients import Gradients
 from wsekern.wafer.axes import ROWS
 
+Distance = Int[Array, ""] | int  # how many PEs back along the ring a tile of keys started
+Carry = TypeVar("Carry")
 
-def ring_attention(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> tile.Running:
-    """The softmax over the keys of `tiles` PEs along y: this one's and those before it in the ring.
 
-    `tiles - 1` shifts of a tile of keys and values, each a step; two such tiles are held at once.
+def ring_attention(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> tile.RunningSoftmax:
+    """The softmax over the keys of `tiles` PEs along y: this one and those before it in the ring.
+
+    `tiles - 1` shifts of a tile of keys and values, each one step. A PE holds two of other PEs'
+    tiles at a time: one that it computes with, and one that arrives.
     """
 
-    def visit(running, keys, back):
-        keys = _placed(keys, back)
-        return vendor.absorb(running, rows, keys, rule, "any" if rule.bounded else "full")
+    def visit(running: tile.RunningSoftmax, keys: Keys, distance: Distance) -> tile.RunningSoftmax:
+        keys = _set_start(keys, distance)
+        kind: vendor.TileKind = "any" if rule.masks_positions else "full"
+        return vendor.absorb(running, rows, keys, rule, kind)
 
-    return travel(visit, visit, tile.nothing_yet(rows.q), keys, tiles)
+    return travel(visit, visit, tile.empty_softmax(rows.q), keys, tiles)
 
 
 def ring_gradients(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> Gradients:
     """Gradients of queries, and of keys and values, in float32.
 
-    `tiles - 1` shifts of keys and values, and `tiles` of their gradient, which follows them and is
-    sent home by the last.
+    `tiles - 1` shifts of keys and values, and `tiles` of their gradient: it follows its keys round
+    the ring, and the last shift sends it home.
     """
 
-    def visit(so_far, keys, back):
-        return tile_gradients.add(so_far, rows, _placed(keys, back), rule)
+    def visit(sums: Gradients, keys: Keys, distance: Distance) -> Gradients:
+        return tile_gradients.add(sums, rows, _set_start(keys, distance), rule)
 
-    return travel_back(visit, visit, tile_gradients.nothing_yet(rows, keys), keys, tiles)
+    return travel_with_gradients(
+        visit, visit, tile_gradients.zero_gradients(rows, keys), keys, tiles
+    )
 
 
-def travel(own: Callable, visit: Callable, running: Any, keys: Keys, tiles: int) -> Any:
-    """What has met the keys of `tiles` PEs: `own(running, keys, 0)`, then `visit(..., back)`.
+def travel(
+    first: Callable[[Carry, Keys, Distance], Carry],
+    visit: Callable[[Carry, Keys, Distance], Carry],
+    carry: Carry,
+    keys: Keys,
+    tiles: int,
+) -> Carry:
+    """`carry` after `first(carry, keys, 0)`, then `visit(carry, keys, distance)` for other tiles.
 
-    Each of them has come `back` places down the ring.
+    Args:
+      first: meets this PE's own tile.
+      visit: meets the tile that started `distance` PEs back along the ring.
+      carry: any pytree.
+      keys: this PE's own tile.
+      tiles: how many tiles a PE meets, its own included.
     """
-    coming = _shift(keys) if tiles > 1 else keys
-    running = own(running, keys, 0)
+    arriving = _shift(keys) if tiles > 1 else keys
+    carry = first(carry, keys, 0)
     if tiles == 1:
-        return running
+        return carry
 
-    def step(carry, back):
-        running, keys = carry
-        coming = _shift(keys)
-        return (visit(running, keys, back), coming), None
+    def step(
+        state: tuple[Carry, Keys], distance: Int[Array, ""]
+    ) -> tuple[tuple[Carry, Keys], None]:
+        carry, keys = state
+        # Sent before the visit, so that the send runs beside it.
+        arriving = _shift(keys)
+        return (visit(carry, keys, distance), arriving), None
 
-    # The last tile is met outside the loop, where it need not travel on.
-    carry, _ = lax.scan(step, (running, coming), jnp.arange(1, tiles - 1))
-    return visit(*carry, tiles - 1)
+    # The last tile is met outside the loop: it need not travel on.
+    (carry, keys), _ = lax.scan(step, (carry, arriving), jnp.arange(1, tiles - 1))
+    return visit(carry, keys, tiles - 1)
 
 
-def travel_back(
-    own: Callable, visit: Callable, so_far: Gradients, keys: Keys, tiles: int
+def travel_with_gradients(
+    first: Callable[[Gradients, Keys, Distance], Gradients],
+    visit: Callable[[Gradients, Keys, Distance], Gradients],
+    sums: Gradients,
+    keys: Keys,
+    tiles: int,
 ) -> Gradients:
-    """As `travel`, for gradients: that of a tile of keys is where the tile is, and ends at home."""
-    coming = _shift(keys) if tiles > 1 else keys
-    so_far = own(so_far, keys, 0)
+    """`travel` for gradients: the gradient of a tile of keys travels with it, and ends at home."""
+    arriving = _shift(keys) if tiles > 1 else keys
+    sums = first(sums, keys, 0)
     if tiles == 1:
-        return so_far
+        return sums
 
-    def step(carry, back):
-        so_far, keys = carry
-        coming = _shift(keys)
-        return (visit(_followed(so_far), keys, back), coming), None
+    def step(
+        state: tuple[Gradients, Keys], distance: Int[Array, ""]
+    ) -> tuple[tuple[Gradients, Keys], None]:
+        sums, keys = state
+        arriving = _shift(keys)
+        return (visit(_shift_dkv(sums), keys, distance), arriving), None
 
-    (so_far, keys), _ = lax.scan(step, (so_far, coming), jnp.arange(1, tiles - 1))
-    so_far = visit(_followed(so_far), keys, tiles - 1)
-    return so_far._replace(dkv=fabric.shift(so_far.dkv, ROWS, 1 - tiles))
+    (sums, keys), _ = lax.scan(step, (sums, arriving), jnp.arange(1, tiles - 1))
+    sums = visit(_shift_dkv(sums), keys, tiles - 1)
+    return sums._replace(dkv=fabric.shift(sums.dkv, ROWS, 1 - tiles))
 
 
 def _shift(keys: Keys) -> Keys:
@@ -91,10 +118,11 @@ def _shift(keys: Keys) -> Keys:
     return keys._replace(kv=kv, segments=segments)
 
 
-def _followed(so_far: Gradients) -> Gradients:
-    return so_far._replace(dkv=fabric.shift(so_far.dkv, ROWS))
+def _shift_dkv(sums: Gradients) -> Gradients:
+    return sums._replace(dkv=fabric.shift(sums.dkv, ROWS))
 
 
-def _placed(keys: Keys, back: jax.Array | int) -> Keys:
-    place = (fabric.axis_index(ROWS) - back) % fabric.axis_size(ROWS)
-    return keys._replace(start=tile.starts(keys.kv, place))
+def _set_start(keys: Keys, distance: Distance) -> Keys:
+    """The keys with the positions of the tile that is `distance` PEs back."""
+    place = (fabric.axis_index(ROWS) - distance) % fabric.axis_size(ROWS)
+    return keys._replace(start=tile.block_starts(keys.kv, place))

@@ -1,71 +1,95 @@
-"""This file is causal ring attention in zig-zag order, in which every PE has the same work.
+"""Causal ring attention in zig-zag order, which gives every PE the same work.
 
 Public per-PE functions. W. Brandon et al., "Striped Attention: Faster Ring Attention for Causal
-Transformers", 2023, name the imbalance of the plain ring; the order here is that of the public
-zig-zag ring kernels: the sequence is cut into 2p chunks, and PE i of p holds chunks i and 2p-1-i.
-Then of any two other PEs' four pairs of chunks exactly two are seen, and both wholly.
+Transformers", 2023, name the imbalance of the plain ring. The order here is that of the public
+zig-zag ring kernels: the sequence is cut into 2p chunks, and PE i of p holds chunks i and 2p-1-i,
+its early and its late chunk. On 4 PEs:
+
+    PE       0     1     2     3
+    tiles    0 1   2 3   4 5   6 7
+    zig-zag  0 7   1 6   2 5   3 4
+
+A PE's two chunks and a visitor's two make four pairs. Of these, whoever the visitor is, the causal
+mask hides two completely and leaves two completely visible:
+
+    visitor from before (PE 1 meets 0 7):  1 sees 0,  6 sees 0
+    visitor from behind (PE 1 meets 2 5):  6 sees 2,  6 sees 5
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.attention import ring, tile, tile_gradients, vendor
 from wsekern.kernels.attention.mask import Keys, Rows, Rule
+from wsekern.kernels.attention.ring import Distance
 from wsekern.kernels.attention.tile_gradients import Gradients
 from wsekern.wafer.axes import ROWS
 
+EARLY, LATE = 0, 1
 
-def dealt(x: Any) -> Any:
-    """Tiles `[B, Tt, ...]` of whole rows in order, as this PE's early chunk and its late one.
+Tree = TypeVar("Tree")
+Chunk = Int[Array, ""] | int  # EARLY or LATE; traced where it depends on the PE
 
-    Two routes of half a tile each, in one step: of a tile's chunks 2i and 2i+1 the PE at i is to
-    send one to an even place and one to an odd one.
+
+def to_zigzag(tiles: Tree) -> Tree:
+    """From tiles `[B, Tt, ...]` in the order of the sequence to this PE's early and late chunk.
+
+    Two routes of half a tile each, in one step. The first moves the even chunks: the early ones of
+    them belong to even places, the late ones to odd places. The second moves the odd chunks, with
+    early and late exchanged. So by each route every PE receives one chunk.
     """
-    first = fabric.route(jax.tree.map(lambda t: _half(t, 0), x), ROWS, _pairs(0))
-    second = fabric.route(jax.tree.map(lambda t: _half(t, 1), x), ROWS, _pairs(1))
+    first = fabric.route(_half(tiles, 0), ROWS, _chunk_routes(0))
+    second = fabric.route(_half(tiles, 1), ROWS, _chunk_routes(1))
     even = fabric.axis_index(ROWS) % 2 == 0
-    early = jax.tree.map(lambda a, b: jnp.where(even, a, b), first, second)
-    late = jax.tree.map(lambda a, b: jnp.where(even, b, a), first, second)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), early, late)
+    return _concatenate(_where(even, first, second), _where(even, second, first))
 
 
-def in_order(x: Any) -> Any:
-    """The inverse of `dealt`, at the same cost."""
+def from_zigzag(tiles: Tree) -> Tree:
+    """The inverse of `to_zigzag`, at the same cost."""
     even = fabric.axis_index(ROWS) % 2 == 0
-    early, late = (jax.tree.map(lambda t, h=h: _half(t, h), x) for h in (0, 1))
-    first = jax.tree.map(lambda a, b: jnp.where(even, a, b), early, late)
-    second = jax.tree.map(lambda a, b: jnp.where(even, b, a), early, late)
-    first = fabric.route(first, ROWS, [(b, a) for a, b in _pairs(0)])
-    second = fabric.route(second, ROWS, [(b, a) for a, b in _pairs(1)])
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), first, second)
+    early, late = _half(tiles, EARLY), _half(tiles, LATE)
+    first, second = _where(even, early, late), _where(even, late, early)
+    first = fabric.route(first, ROWS, [(b, a) for a, b in _chunk_routes(0)])
+    second = fabric.route(second, ROWS, [(b, a) for a, b in _chunk_routes(1)])
+    return _concatenate(first, second)
 
 
-def zigzag_attention(rows: Rows, keys: Keys, rule: Rule) -> tile.Running:
-    """The softmax over all keys along y, in p - 1 shifts; the first half of the blocks is early."""
-    rows, keys = _parts(rows), _parts(keys)
+def zigzag_attention(rows: Rows, keys: Keys, rule: Rule) -> tile.RunningSoftmax:
+    """The softmax over all keys along y, in p - 1 shifts.
 
-    def absorb(running, r, k, keys, kind):
-        mine = vendor.absorb(_at(running, r), _at(rows, r), _at(keys, k), rule, kind)
-        return _put(running, mine, r)
+    The first half of the blocks is the early chunk.
+    """
+    rows, keys = _split_chunks(rows), _split_chunks(keys)
 
-    def own(running, keys, _):
-        running = absorb(running, 0, 0, keys, "diagonal")
-        running = absorb(running, 1, 0, keys, "full")
-        return absorb(running, 1, 1, keys, "diagonal")
+    def absorb(
+        running: tile.RunningSoftmax,
+        queries: Chunk,
+        visitor: Chunk,
+        keys: Keys,
+        kind: vendor.TileKind,
+    ) -> tile.RunningSoftmax:
+        chunks = _chunk(running, queries), _chunk(rows, queries), _chunk(keys, visitor)
+        return _put(running, vendor.absorb(*chunks, rule, kind), queries)
 
-    def visit(running, keys, back):
-        running = absorb(running, 1, 0, keys, "full")
-        other = _other(back)
-        return absorb(running, other, other, keys, "full")
+    def first(running: tile.RunningSoftmax, keys: Keys, _: Distance) -> tile.RunningSoftmax:
+        running = absorb(running, EARLY, EARLY, keys, "diagonal")
+        running = absorb(running, LATE, EARLY, keys, "full")
+        return absorb(running, LATE, LATE, keys, "diagonal")
 
-    running = _parts(tile.nothing_yet(_joined(rows.q)))
-    return _joined(ring.travel(own, visit, running, keys, fabric.axis_size(ROWS)))
+    def visit(running: tile.RunningSoftmax, keys: Keys, distance: Distance) -> tile.RunningSoftmax:
+        running = absorb(running, LATE, EARLY, keys, "full")
+        chunk = _second_pair(distance)
+        return absorb(running, chunk, chunk, keys, "full")
+
+    running = _split_chunks(tile.empty_softmax(_join_chunks(rows.q)))
+    return _join_chunks(ring.travel(first, visit, running, keys, fabric.axis_size(ROWS)))
 
 
 def zigzag_gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
@@ -73,68 +97,86 @@ def zigzag_gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
 
     p - 1 shifts of keys and values, and p of their gradient.
     """
-    so_far = _parts(tile_gradients.nothing_yet(rows, keys))
-    rows, keys = _parts(rows), _parts(keys)
+    sums = _split_chunks(tile_gradients.zero_gradients(rows, keys))
+    rows, keys = _split_chunks(rows), _split_chunks(keys)
 
-    def add(so_far, r, k, keys, rule):
-        dq, dkv, _ = so_far
-        part = Gradients(_at(dq, r), _at(dkv, k), None)
-        part = tile_gradients.add(part, _at(rows, r), _at(keys, k), rule)
-        return Gradients(_put(dq, part.dq, r), _put(dkv, part.dkv, k), None)
+    def add(sums: Gradients, queries: Chunk, visitor: Chunk, keys: Keys, rule: Rule) -> Gradients:
+        dq, dkv, _ = sums
+        of_chunks = Gradients(_chunk(dq, queries), _chunk(dkv, visitor), None)
+        operands = _chunk(rows, queries), _chunk(keys, visitor)
+        of_chunks = tile_gradients.add(of_chunks, *operands, rule)
+        return Gradients(_put(dq, of_chunks.dq, queries), _put(dkv, of_chunks.dkv, visitor), None)
 
-    def own(so_far, keys, _):
-        so_far = add(so_far, 0, 0, keys, rule)
-        so_far = add(so_far, 1, 0, keys, rule.everywhere())
-        return add(so_far, 1, 1, keys, rule)
+    def first(sums: Gradients, keys: Keys, _: Distance) -> Gradients:
+        sums = add(sums, EARLY, EARLY, keys, rule)
+        sums = add(sums, LATE, EARLY, keys, rule.without_positions())
+        return add(sums, LATE, LATE, keys, rule)
 
-    def visit(so_far, keys, back):
-        so_far = add(so_far, 1, 0, keys, rule.everywhere())
-        other = _other(back)
-        return add(so_far, other, other, keys, rule.everywhere())
+    def visit(sums: Gradients, keys: Keys, distance: Distance) -> Gradients:
+        sums = add(sums, LATE, EARLY, keys, rule.without_positions())
+        chunk = _second_pair(distance)
+        return add(sums, chunk, chunk, keys, rule.without_positions())
 
-    return _joined(ring.travel_back(own, visit, so_far, keys, fabric.axis_size(ROWS)))
+    sums = ring.travel_with_gradients(first, visit, sums, keys, fabric.axis_size(ROWS))
+    return _join_chunks(sums)
 
 
-def _other(back: jax.Array | int) -> jax.Array:
-    """Of which of its own chunks, and of the visitor's, a PE computes the second pair.
+def _second_pair(distance: Distance) -> Int[Array, ""]:
+    """The chunk, of this PE and of the visitor, that makes the second visible pair.
 
-    The late queries see all early keys. A visitor from before brings its early keys to the early
-    queries too, one from behind its late keys to the late queries.
+    Late queries see any visitor's early keys: that is the first pair. The second one is early with
+    early for a visitor from before, late with late for one from behind.
     """
-    return jnp.where(fabric.axis_index(ROWS) >= back, 0, 1)
+    return jnp.where(fabric.axis_index(ROWS) >= distance, EARLY, LATE)
 
 
-def _parts(x: Any) -> Any:
-    """Blocks `[2n, ...]` as `[2, n, ...]`; positions count from the start of each chunk."""
-    parted = jax.tree.map(lambda t: t.reshape(2, t.shape[0] // 2, *t.shape[1:]), x)
-    if not isinstance(x, Rows | Keys):
-        return parted
-    blocks = x.q if isinstance(x, Rows) else x.kv
-    start = jnp.arange(blocks.shape[0] // 2) * blocks.shape[-2]
-    return parted._replace(start=jnp.stack([start, start]))
+def _split_chunks(tree: Tree) -> Tree:
+    """Blocks `[2n, ...]` as chunks `[2, n, ...]`; positions then count from each chunk's start.
+
+    Positions in the sequence are not needed: a pair of chunks is a diagonal, or is seen completely.
+    """
+    chunks: Any = jax.tree.map(lambda t: t.reshape(2, t.shape[0] // 2, *t.shape[1:]), tree)
+    if not isinstance(tree, Rows | Keys):
+        return chunks
+    blocks = chunks.q if isinstance(tree, Rows) else chunks.kv
+    start = jnp.arange(blocks.shape[1]) * blocks.shape[-2]
+    return chunks._replace(start=jnp.stack([start, start]))
 
 
-def _joined(x: Any) -> Any:
-    return jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), x)
+def _join_chunks(tree: Tree) -> Tree:
+    return jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), tree)
 
 
-def _at(x: Any, part: jax.Array | int) -> Any:
-    if isinstance(part, int):
-        return jax.tree.map(lambda t: t[part], x)
-    return jax.tree.map(lambda t: lax.dynamic_index_in_dim(t, part, keepdims=False), x)
+def _chunk(tree: Tree, chunk: Chunk) -> Tree:
+    if isinstance(chunk, int):
+        return jax.tree.map(lambda t: t[chunk], tree)
+    return jax.tree.map(lambda t: lax.dynamic_index_in_dim(t, chunk, keepdims=False), tree)
 
 
-def _put(x: Any, new: Any, part: jax.Array | int) -> Any:
-    return jax.tree.map(lambda t, n: lax.dynamic_update_index_in_dim(t, n, part, 0), x, new)
+def _put(tree: Tree, new: Tree, chunk: Chunk) -> Tree:
+    return jax.tree.map(lambda t, n: lax.dynamic_update_index_in_dim(t, n, chunk, 0), tree, new)
 
 
-def _half(t: jax.Array, which: int) -> jax.Array:
-    half = t.shape[1] // 2
-    return t[:, which * half : (which + 1) * half]
+def _half(tiles: Tree, half: int) -> Tree:
+    """The first or the second half of the rows of each tile."""
+
+    def cut(t: Shaped[Array, "B Tt ..."]) -> Shaped[Array, "B _ ..."]:
+        length = t.shape[1] // 2
+        return t[:, half * length : (half + 1) * length]
+
+    return jax.tree.map(cut, tiles)
 
 
-def _pairs(which: int) -> list[tuple[int, int]]:
-    """From where to where the first or the second chunk of every PE goes."""
+def _where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _concatenate(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), a, b)
+
+
+def _chunk_routes(half: int) -> list[tuple[int, int]]:
+    """The PE that holds the first or the second chunk of each tile, and the PE that needs it."""
     p = fabric.axis_size(ROWS)
-    chunks = [2 * i + which for i in range(p)]
+    chunks = [2 * i + half for i in range(p)]
     return [(i, c if c < p else 2 * p - 1 - c) for i, c in enumerate(chunks)]

@@ -1,6 +1,8 @@
 """Which keys a query sees and how scores are changed: every rule under every algorithm."""
 
 import functools
+import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,6 @@ from hypothesis import strategies as st
 
 import wsekern as wk
 from wsekern.kernels.attention import plan, vendor
-from wsekern.kernels.attention.attention import explain
 
 every = pytest.mark.parametrize("algorithm", ["ring", "allgather", "ulysses"])
 NAMES = ("q", "k", "v", "bias", "sinks")
@@ -189,8 +190,8 @@ def test_the_vendors_tiles_merge_into_the_same(monkeypatch, rows):
 
 
 def test_tiles_of_16_bits_are_not_merged_by_a_rounded_sum():
-    assert vendor.merges(jnp.dtype("float32"))
-    assert not vendor.merges(jnp.dtype("bfloat16"))
+    assert vendor.can_merge(jnp.dtype("float32"))
+    assert not vendor.can_merge(jnp.dtype("bfloat16"))
 
 
 def test_a_window_sends_only_what_it_sees():
@@ -221,16 +222,102 @@ def test_ulysses_sends_tiles_once():
 
 
 def test_auto_says_why():
-    def why(shape, wafer):
+    def explained(shape, wafer):
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return explain(x, x, x, causal=True, wafer=wafer)
+        return wk.attention.explain(x, x, x, causal=True, wafer=wafer)
 
     wafer = wk.Wafer.devices(4, 2)
-    assert why((1, 8, 8, 4), wafer).startswith("allgather: ")
-    assert why((1, 2**16, 8, 64), wafer).startswith("ulysses: ")
-    assert why((1, 2**16, 6, 64), wafer).endswith("6 heads do not divide by 8 PEs")
-    assert why((1, 2**16, 8, 64), wk.Wafer.abstract(wk.WSE3, 4, 2)).startswith("zigzag: ")
-    assert why((1, 8, 8, 4), None).startswith("local: ")
+    assert explained((1, 8, 8, 4), wafer).algorithm == "allgather"
+    assert explained((1, 2**16, 8, 64), wafer).algorithm == "ulysses"
+    assert explained((1, 2**16, 6, 64), wafer).why.endswith("6 heads do not divide by 8 PEs")
+    on_wse = explained((1, 2**16, 8, 64), wk.Wafer.abstract(wk.WSE3, 4, 2))
+    assert on_wse.algorithm == "zigzag"
+    assert str(on_wse).startswith(f"attention on {on_wse.wafer}: zigzag, ")
+    alone = explained((1, 8, 8, 4), None)
+    assert (alone.algorithm, alone.candidates) == ("plain", {})
+
+
+@pytest.mark.parametrize("grid", [(4, 2), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("ring", {}),
+        ("ring", {"causal": True, "window": 9}),
+        ("zigzag", {"causal": True}),
+        ("allgather", {"causal": True}),
+        ("ulysses", {}),
+    ],
+)
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
+def test_explains_the_words_and_steps_that_its_programs_take(grid, algorithm, options, segments):
+    q, k = (jax.ShapeDtypeStruct((2, 32, n, 4), jnp.float32) for n in (16, 8))
+    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32) if segments else None
+    wafer = wk.Wafer.abstract(wk.WSE3, *grid)
+
+    def run(q, k, v, ids):
+        asked = "ring" if algorithm == "zigzag" else algorithm
+        return wk.attention(q, k, v, segment_ids=ids, algorithm=asked, **options)
+
+    traffic = wk.traffic(run, q, k, k, ids, wafer=wafer)
+    explained = wk.attention.explain(q, k, k, segment_ids=ids, wafer=wafer, **options)
+    candidate = explained.candidates[algorithm]
+    assert not candidate.refused
+    assert (candidate.words, candidate.steps) == (traffic.words, traffic.steps)
+
+
+def test_explains_why_an_algorithm_cannot_serve():
+    q = jax.ShapeDtypeStruct((1, 32, 6, 4), jnp.float32)
+    bias = jax.ShapeDtypeStruct((6, 1, 1), jnp.float32)
+    wafer = wk.Wafer.devices(2, 2)
+
+    def refusals(**options):
+        candidates = wk.attention.explain(q, q, q, wafer=wafer, **options).candidates
+        return {name: c.refused for name, c in candidates.items() if c.refused}
+
+    ulysses = {"ulysses": "6 heads do not divide by 4 PEs"}
+    assert refusals() == ulysses | {"zigzag": "for causal attention only"}
+    assert refusals(causal=True, bias=bias)["zigzag"] == "a bias is served by the ring in order"
+    assert set(refusals(is_causal=True)) == {"ulysses", "ring"}
+
+
+def test_attention_is_a_function_with_an_explanation():
+    assert inspect.isfunction(wk.attention)
+    assert list(inspect.signature(wk.attention).parameters)[:4] == ["q", "k", "v", "causal"]
+    assert "zig-zag order" in str(inspect.getdoc(wk.attention))
+
+
+def test_causal_has_jaxs_name_too():
+    arrays = operands(1, 8, 8, 4, 4, 4)
+    q, k, v = (jnp.asarray(arrays[name]) for name in "qkv")
+    for wafer in (None, wk.Wafer.devices(2, 2)):
+        run = functools.partial(jax.jit, static_argnames=("causal", "is_causal"))(
+            functools.partial(wk.attention, wafer=wafer)
+        )
+        want = run(q, k, v, causal=True)
+        np.testing.assert_array_equal(run(q, k, v, is_causal=True), want)
+        np.testing.assert_array_equal(run(q, k, v, causal=True, is_causal=True), want)
+        np.testing.assert_array_equal(run(q, k, v, is_causal=False), run(q, k, v))
+    with pytest.raises(ValueError, match="causal=True and is_causal=False name one keyword twice"):
+        wk.attention(q, k, v, causal=True, is_causal=False)
+
+
+@pytest.mark.parametrize("algorithm", [None, "ring", "allgather", "ulysses"])
+def test_every_product_has_the_precision_asked_for(algorithm):
+    """Forward and backward; without a wafer too."""
+    arrays = operands(1, 8, 8, 8, 4, 4)
+    wafer = wk.Wafer.devices(2, 2) if algorithm else None
+
+    @functools.partial(jax.jit, static_argnames="precision")
+    def gradients(q, k, v, precision):
+        run = functools.partial(wk.attention, causal=True, precision=precision, wafer=wafer)
+        return jax.grad(lambda *x: run(*x, algorithm=algorithm or "auto").sum(), (0, 1, 2))(q, k, v)
+
+    operation = re.compile(r"stablehlo.dot_general.*")
+    for precision, stated in (("highest", "HIGHEST"), (None, "DEFAULT")):
+        program = gradients.lower(*(arrays[n] for n in "qkv"), precision=precision).as_text()
+        products = operation.findall(program)
+        assert len(products) >= 5
+        assert all(f"precision = [{stated}, {stated}]" in p for p in products)
 
 
 @pytest.mark.refuses

@@ -1,0 +1,128 @@
+"""Explain which algorithm `attention` takes, and what each of them costs a PE."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from wsekern.kernels.attention import operands
+from wsekern.kernels.attention.operands import Floats, Segments
+from wsekern.kernels.attention.plan import (
+    AttentionOptions,
+    AttentionPlan,
+    plan_attention,
+    ulysses_refused,
+    zigzag_refused,
+)
+from wsekern.wafer import context
+from wsekern.wafer.explanation import Candidate, Explanation
+from wsekern.wafer.keywords import either_name
+from wsekern.wafer.wafer import Wafer
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    bias: Any = None,
+    sinks: Any = None,
+    segment_ids: Any = None,
+    wafer: Wafer | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> Explanation:
+    """Which algorithm `attention` takes for the same arguments, why, and what each would cost.
+
+    Nothing is computed. `print` the result for a table of "ring", "zigzag" (the ring for causal
+    queries), "allgather" and "ulysses": the 32-bit words that a PE receives for the result (a
+    gradient costs about twice that), the steps that wait for one another, the bytes of other PEs'
+    tiles that it holds at a time, or why the algorithm cannot serve. Where there is one PE or no
+    wafer, the algorithm is "plain" and the table is empty.
+
+    Args:
+      q: queries, or their `jax.ShapeDtypeStruct`; so for all arrays.
+      k: keys.
+      v: values.
+      bias: as for `attention`.
+      sinks: as for `attention`.
+      segment_ids: as for `attention`.
+      wafer: as for `attention`.
+      is_causal: JAX's name for `causal`.
+      options: the other keywords of `attention`.
+
+    Raises:
+      ValueError: as `attention`.
+    """
+    causal = options.pop("causal", False)
+    causal = either_name("attention", ("causal", causal), False, ("is_causal", is_causal))
+    asked = AttentionOptions(causal=causal, **options)
+    if isinstance(bias, jax.ShapeDtypeStruct):  # which has no reshape
+        bias = jax.ShapeDtypeStruct((1,) * (4 - len(bias.shape)) + bias.shape, bias.dtype)
+    floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)
+    wafer = context.resolve(wafer)
+    plan, why = plan_attention(floats, asked, wafer)
+    if wafer is None:
+        return Explanation(operation="attention", algorithm="plain", why=why, wafer=None)
+    return Explanation(
+        operation="attention",
+        algorithm=plan.order,
+        why=why,
+        wafer=wafer,
+        candidates=_candidates(floats, segments, asked, wafer),
+    )
+
+
+def _candidates(
+    floats: Floats, segments: Segments, options: AttentionOptions, wafer: Wafer
+) -> dict[str, Candidate]:
+    no_zigzag = zigzag_refused(floats, options)
+    refused = {
+        "ring": "" if no_zigzag else "taken in zig-zag order, which gives all PEs the same work",
+        "zigzag": no_zigzag,
+        "allgather": "",
+        "ulysses": ulysses_refused(floats, wafer),
+    }
+    return {
+        name: Candidate(refused=reason)
+        if reason
+        else _cost(floats, segments, _plan_of(name, floats, options, wafer), wafer)
+        for name, reason in refused.items()
+    }
+
+
+def _plan_of(name: str, floats: Floats, options: AttentionOptions, wafer: Wafer) -> AttentionPlan:
+    algorithm = "ring" if name == "zigzag" else name
+    return plan_attention(floats, dataclasses.replace(options, algorithm=algorithm), wafer)[0]
+
+
+def _cost(floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer) -> Candidate:
+    p, tiles = wafer.height, plan.ring_tiles
+    B, _, _, H = floats.q.shape
+    B = -(-B // wafer.wafers)
+    rows, columns = plan.sizes.queries // p, plan.sizes.keys // p
+    item = floats.q.dtype.itemsize
+    # Bytes of a PE's tile of queries, of keys and values, and of the segment ids of both.
+    queries = B * rows * (plan.sizes.q_heads // wafer.width) * H * item
+    keys = 2 * B * columns * (plan.sizes.kv_heads // wafer.width) * H * item
+    q_ids = 0 if segments.q is None else B * rows * segments.q.dtype.itemsize
+    k_ids = 0 if segments.k is None else B * columns * segments.k.dtype.itemsize
+    visitor = keys + k_ids
+    if plan.order == "allgather":
+        return _candidate((p - 1) * visitor, min(1, p - 1), (p - 1) * visitor)
+    if plan.order == "ulysses":
+        share, ids = (p - 1) / p, (p - 1) * (q_ids + k_ids)
+        steps = 2 * (p > 1)
+        return _candidate(share * (2 * queries + keys) + ids, steps, share * (queries + keys) + ids)
+    if plan.order == "ring":
+        return _candidate((tiles - 1) * visitor, tiles - 1, min(tiles - 1, 2) * visitor)
+    # Of two PEs, each has one of its chunks already.
+    moved = {1: 0, 2: 0.5}.get(p, 1) * (2 * queries + keys + q_ids + k_ids)
+    steps = p - 1 + 2 * (p > 1)
+    return _candidate((p - 1) * visitor + moved, steps, min(p - 1, 2) * visitor)
+
+
+def _candidate(received_bytes: float, steps: int, held_bytes: float) -> Candidate:
+    return Candidate(words=received_bytes / 4, steps=steps, held_bytes=held_bytes)

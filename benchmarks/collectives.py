@@ -10,6 +10,7 @@ import tyro
 from rich.table import Table
 
 from benchmarks import harness
+from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints the predicted cycles, then a table for each grid and number of words."""
     options = tyro.cli(Options, prog="python -m benchmarks collectives", args=argv)
-    grids = [harness.parse_grid(text) for text in options.grid]
+    grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
     harness.console().print(_predicted(options))

@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from benchmarks import harness
+from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints two tables for each grid and capacity: against the peers, and over lengths."""
     options = tyro.cli(Options, prog="python -m benchmarks decode", args=argv)
-    grids = [harness.parse_grid(text) for text in options.grid]
+    grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
     tables = {}

@@ -23,6 +23,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from wsekern.wafer.launch import prepare_devices
+
 _PIPED_WIDTH = 160
 _SAMPLE_SECONDS = 0.02  # a sample is as many calls as take this long
 
@@ -62,12 +64,8 @@ def start(devices: int) -> None:
     Raises:
       RuntimeError: jax's backend has already started with fewer devices.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    if "cpu" in os.environ["JAX_PLATFORMS"].split(","):
-        from wsekern.wafer.launch import emulate_devices
-
-        emulate_devices(devices)
+    prepare_devices(devices, None if os.environ.get("JAX_PLATFORMS") else "cpu")
 
 
 def compiled(function: Callable, *operands: Any, **options: Any) -> Compiled:
@@ -197,18 +195,6 @@ def dump(
         "tables": {t: [dataclasses.asdict(r) for r in results] for t, results in tables.items()},
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def parse_grid(text: str) -> tuple[int, int]:
-    """Height and width of a grid written "2x4".
-
-    Raises:
-      ValueError: it is not written so.
-    """
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise ValueError(f"grid {text!r} is not HEIGHTxWIDTH, as in 2x4")
-    return int(height), int(width)
 
 
 def console() -> Console:

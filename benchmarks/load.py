@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import math
 import pathlib
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks import harness
+from wsekern.wafer.launch import make_wafer, parse_grid
 
 # name -> the sizes that it differs in from the preset 1b
 _SIZES: dict[str, dict[str, Any]] = {
@@ -59,14 +61,11 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints a table."""
     options = tyro.cli(Options, prog="python -m benchmarks load", args=argv)
-    from wsekern.wafer.launch import parse_grid
-
-    wafers, height, width = parse_grid(options.grid)
-    harness.start(wafers * height * width)
+    harness.start(math.prod(parse_grid(options.grid)))
     harness.show_environment()
     with tempfile.TemporaryDirectory() as folder:
         largest = _write(options, pathlib.Path(folder))
-        results = _compare(options, pathlib.Path(folder), (height, width, wafers), largest)
+        results = _compare(options, pathlib.Path(folder), largest)
     if options.json:
         harness.dump(options.json, {"load": results})
 
@@ -91,16 +90,15 @@ def _write(options: Options, folder: pathlib.Path) -> int:
     return config.vocab * config.d_model * jax.numpy.dtype(options.dtype).itemsize
 
 
-def _compare(options, folder, grid, largest):
+def _compare(options, folder, largest):
     import jax
     import numpy as np
     from flax import nnx
 
     import models
-    import wsekern as wk
     from models.checkpoints.slots import bytes_of
 
-    wafer = wk.Wafer.devices(*grid)
+    wafer = make_wafer(options.grid)
     files = sorted(folder.glob("*.safetensors"))
     peaks: dict[str, list[int]] = {"load": [], "stacked=False": [], "read and copy": []}
     weights = 0

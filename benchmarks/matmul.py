@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from benchmarks import harness
+from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each grid and size."""
     options = tyro.cli(Options, prog="python -m benchmarks matmul", args=argv)
-    grids = [harness.parse_grid(text) for text in options.grid]
+    grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
     tables = {}

@@ -15,6 +15,7 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.example import example
+from wsekern.wafer.launch import make_wafer, parse_grid
 
 _CELLS = (180, 360)  # those of their program
 _ROUND = 100  # steps that their program takes at once
@@ -67,12 +68,9 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints a table."""
     options = tyro.cli(Options, prog="python -m benchmarks shallow_water", args=argv)
-    from wsekern.wafer.launch import parse_grid
-
-    grids = {grid: parse_grid(grid) for grid in options.grids}
-    harness.start(max(wafers * height * width for wafers, height, width in grids.values()))
+    harness.start(max(math.prod(parse_grid(grid)) for grid in options.grids))
     harness.show_environment()
-    candidates = _candidates(options, grids)
+    candidates = _candidates(options)
     first = next(iter(candidates))
     results = harness.compare(candidates, first, rounds=options.rounds)
     results = [dataclasses.replace(r, seconds=r.seconds / options.steps) for r in results]
@@ -90,10 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, {"shallow water": noted})
 
 
-def _candidates(options, grids):
+def _candidates(options):
     import jax
 
-    import wsekern as wk
     from benchmarks import plain_sea
 
     sizes = example("shallow_water")
@@ -106,8 +103,8 @@ def _candidates(options, grids):
 
         return jax.lax.fori_loop(0, options.steps, body, sea)
 
-    def ours(wafers, height, width):
-        wafer = wk.Wafer.devices(height, width, wafers)
+    def ours(grid):
+        wafer = make_wafer(grid)
 
         def run():
             with wafer:
@@ -115,7 +112,7 @@ def _candidates(options, grids):
 
         return run
 
-    candidates = {f"ours, {name}": ours(*grid) for name, grid in grids.items()}
+    candidates = {f"ours, {grid}": ours(grid) for grid in options.grids}
     candidates["whole arrays, one device"] = lambda: jax.block_until_ready(plain(sea))
     return candidates
 

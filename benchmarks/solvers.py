@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from benchmarks import harness, plain_poisson
+from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each grid and kind of operator."""
     options = tyro.cli(Options, prog="python -m benchmarks solvers", args=argv)
-    grids = [harness.parse_grid(text) for text in options.grid]
+    grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(height * width for height, width in grids))
     harness.show_environment()
     tables = {}

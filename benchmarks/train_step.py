@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import harness
+from wsekern.wafer.launch import parse_height_width
 
 # name -> (changes to the nano preset, sequences in a batch); the context is the preset's
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
@@ -40,7 +41,7 @@ class Options:
 def main(argv: list[str]) -> None:
     """Runs the benchmark with the options in `argv`."""
     options = tyro.cli(Options, prog="python -m benchmarks train_step", args=argv)
-    height, width = harness.parse_grid(options.grid)
+    height, width = parse_height_width(options.grid)
     harness.start(height * width)
     harness.show_environment()
     tables = {}

@@ -3,6 +3,7 @@
 import argparse
 
 import wsekern as wk
+from wsekern.wafer.launch import make_wafer, parse_grid, prepare_devices
 
 
 def flags(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -24,15 +25,14 @@ def wafer_of(asked: argparse.Namespace) -> wk.Wafer:
     """The wafer that the flags name; call it before jax is used: it may make devices."""
     text = asked.estimate or asked.virtual or asked.wafer
     try:
-        height, width = map(int, text.lower().split("x"))
-    except ValueError:
-        raise SystemExit(f"{text!r} is no grid; write HEIGHTxWIDTH, such as 2x4") from None
-    if asked.estimate:
-        return wk.Wafer.abstract(wk.WSE3, height, width)
-    if asked.virtual:
-        return wk.Wafer.virtual(wk.WSE3, height, width)
-    wk.emulate_devices(height * width)  # real ones are taken where there are any
-    return wk.Wafer.devices(height, width)
+        wafers, height, width = parse_grid(text)
+        if asked.estimate:
+            return wk.Wafer.abstract(wk.WSE3, height, width, wafers)
+        # On TPUs and GPUs this emulates CPU devices in vain; jax prefers the real ones.
+        prepare_devices(1 if asked.virtual else wafers * height * width)
+        return make_wafer(text, virtual=bool(asked.virtual))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def number(parser: argparse.ArgumentParser, flag: str, default: int, help: str) -> None:

@@ -1,10 +1,11 @@
 """The command `python -m models`; imports jax only after the number of devices is set."""
 
+import math
 import os
 import sys
 
 from models.arguments import Command, GenerateCommand, InfoCommand, PlanCommand, parse
-from wsekern.wafer.launch import emulate_devices, parse_grid
+from wsekern.wafer.launch import parse_grid, prepare_devices
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,16 +21,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: Command) -> int:
-    platform = command.platform if isinstance(command, GenerateCommand) else "cpu"
-    if platform is not None:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
-    if (
-        isinstance(command, GenerateCommand)
-        and command.wafer is not None
-        and platform in (None, "cpu")
-    ):
-        wafers, height, width = parse_grid(command.wafer)
-        emulate_devices(wafers * height * width)
+    if isinstance(command, GenerateCommand):
+        devices = math.prod(parse_grid(command.wafer)) if command.wafer else 1
+        prepare_devices(devices, command.platform, needed_by=f"wafer={command.wafer!r}")
+    else:
+        prepare_devices(1, "cpu")
     # XLA warns at length, for each layer, about reshapes that it could have done better.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if isinstance(command, PlanCommand):

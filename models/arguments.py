@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wsekern.wafer.launch import parse_grid
-
-Platform = Literal["cpu", "gpu", "tpu"]
+from wsekern.wafer.launch import Platform, parse_grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

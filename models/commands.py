@@ -15,7 +15,6 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-import wsekern as wk
 from models.arguments import ConvertCommand, GenerateCommand, InfoCommand
 from models.checkpoints.hub import find
 from models.checkpoints.reading import load, open_checkpoint, read, read_config
@@ -27,7 +26,7 @@ from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
-from wsekern.wafer.launch import parse_grid
+from wsekern.wafer.launch import find_devices, make_wafer
 from wsekern.wafer.wafer import Wafer
 
 
@@ -107,9 +106,9 @@ def convert(command: ConvertCommand) -> int:
 
 def _wafer(command: GenerateCommand) -> Wafer | None:
     if command.wafer is None:
+        find_devices(command.platform)  # refuses a platform that is not there
         return None
-    wafers, height, width = parse_grid(command.wafer)
-    return wk.Wafer.devices(height, width, wafers)
+    return make_wafer(command.wafer, command.platform)
 
 
 def _keep_programs() -> None:

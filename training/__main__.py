@@ -10,7 +10,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 
 from training.config import parse  # noqa: E402
-from training.launch import prepare  # noqa: E402
+from wsekern.wafer.launch import prepare_devices  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all that a model writes
     config = parse(argv)
     try:
-        prepare(config)
+        prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
         from training.run import Diverged
         from training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsekern.atomic_write import atomic_write
-from wsekern.wafer.launch import parse_grid
+from wsekern.wafer.launch import Platform, parse_grid
 
 # What a resumed run may change: where and how long it runs and what it shows. All else decides the
 # losses, so the two halves would not be one run.
@@ -59,7 +59,7 @@ class TrainingConfig:
     """Grid of PEs: HEIGHTxWIDTH, or WAFERSxHEIGHTxWIDTH."""
     virtual: bool = False
     """Run the PEs virtually, all on one device, instead of one PE a device."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    platform: Platform | None = None
     """Kind of device; cpu makes as many emulated devices as PEs. None: what JAX finds."""
     data: Annotated[
         tuple[str, ...],
@@ -148,6 +148,11 @@ class TrainingConfig:
         """PEs over all wafers."""
         wafers, height, width = self.grid
         return wafers * height * width
+
+    @property
+    def devices(self) -> int:
+        """Devices that the run needs: one for each PE, or one for all virtual PEs."""
+        return 1 if self.virtual else self.pes
 
     @property
     def passes(self) -> int:

@@ -17,12 +17,12 @@ from training.config import TrainingConfig
 from training.console import Console
 from training.data import Corpus, open_corpus
 from training.header import find_peak, header
-from training.launch import make_wafer, prepare
 from training.lock import locked
 from training.programs import compile_programs, make_plan
 from training.run import Result, Run
 from training.signals import StopSignals
 from training.start import Start, find_start
+from wsekern.wafer.launch import make_wafer, prepare_devices
 
 
 class Trainer:
@@ -39,9 +39,9 @@ class Trainer:
           OSError: the data cannot be read or the run folder not written.
           RuntimeError: jax has already started with fewer CPU devices than PEs.
         """
-        prepare(config)
+        prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
         start = find_start(config)
-        wafer = make_wafer(config)
+        wafer = make_wafer(config.wafer, config.platform, virtual=config.virtual)
         self.config = config = configuration.resolved(config, start.context)
         self.corpus = open_corpus(
             config.data or None,

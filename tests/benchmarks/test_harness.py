@@ -54,16 +54,6 @@ def test_refuses():
         harness.compare({"a": int}, "a", rounds=0)
 
 
-@pytest.mark.parametrize("text", ["2", "2x", "x4", "0x4", "2x-4", "axb"])
-def test_refuses_what_is_no_grid(text):
-    with pytest.raises(ValueError, match="is not HEIGHTxWIDTH, as in 2x4"):
-        harness.parse_grid(text)
-
-
-def test_reads_a_grid():
-    assert harness.parse_grid("2x14") == (2, 14)
-
-
 def test_table_and_file_hold_the_results(tmp_path, capsys):
     results = harness.compare({"one": int, "two": str}, "one", rounds=2, notes={"two": "a remark"})
     harness.show("a title", results, {"letters": lambda r: str(len(r.name))})

@@ -19,7 +19,7 @@ def test_it_says_what_a_wafer_would_take(example_called, run, capsys):
     ("arguments", "message"),
     [
         (["--steps", "0"], "0 must be 1 or more"),
-        (["--wafer", "two"], "'two' is no grid"),
+        (["--wafer", "two"], "'two' is not a grid"),
         (["--wafer", "1x2", "--virtual", "1x2"], "not allowed with"),
     ],
 )

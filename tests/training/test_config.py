@@ -8,20 +8,8 @@ import pytest
 
 from training import config
 from training.config import TrainingConfig, parse
-from wsekern.wafer.launch import parse_grid
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize(("text", "grid"), [("2x4", (1, 2, 4)), ("3x2X1", (3, 2, 1))])
-def test_a_grid_is_read_with_wafers_first(text, grid):
-    assert parse_grid(text) == grid
-
-
-@pytest.mark.parametrize("text", ["2", "2x", "x4", "2x4x1x1", "2x-4", "2x4.0", "two", "2x²"])
-def test_a_malformed_grid_is_refused(text):
-    with pytest.raises(ValueError, match="write HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH"):
-        parse_grid(text)
 
 
 @pytest.mark.parametrize(

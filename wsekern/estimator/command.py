@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from wsekern.hardware import MACHINES, Machine
+from wsekern.wafer.launch import parse_height_width
 
 _TELL = (
     "prints what a program costs on a wafer: cycles, time, energy, memory, traffic, and the "
@@ -100,7 +101,7 @@ def _estimate(asked: argparse.Namespace) -> None:
     from wsekern.wafer.placement.defects import Defects
     from wsekern.wafer.wafer import Wafer
 
-    height, width = _grid(asked.grid) if asked.grid else (None, None)
+    height, width = parse_height_width(asked.grid) if asked.grid else (None, None)
     defects = None if asked.pe_yield is None else Defects.random(machine, asked.pe_yield)
     wafer = Wafer.abstract(machine, height, width, asked.wafers, defects=defects)
     clock = asked.clock and asked.clock * 1e9
@@ -213,13 +214,6 @@ def _shape(text: str) -> Any:
     except TypeError:
         raise ValueError(f"shape {text!r}: {found[2]!r} is no dtype") from None
     return jax.ShapeDtypeStruct(tuple(int(n) for n in found[1].split("x") if n), dtype)
-
-
-def _grid(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not found:
-        raise ValueError(f"grid {text!r} is not HEIGHTxWIDTH")
-    return int(found[1]), int(found[2])
 
 
 def _plain(name: str) -> str:

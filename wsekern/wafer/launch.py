@@ -1,10 +1,24 @@
-"""What has to happen before jax starts: emulated devices, and grids read from a command line.
+"""Start a program on a wafer: parse its grid, choose the platform, emulate devices, make the wafer.
 
-Imports no jax itself.
+Training, models, benchmarks and examples start through this module, in this order: `parse_grid`,
+`prepare_devices`, then the first import of jax, then `make_wafer`. Importing it loads no jax.
 """
+
+from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Literal
+
+from wsekern.hardware import WSE3
+
+if TYPE_CHECKING:
+    import jax
+
+    from wsekern.wafer.wafer import Wafer
+
+Platform = Literal["cpu", "gpu", "tpu"]
+MOST_EMULATED = 1024  # devices; with so many, one shift takes 0.2 s
 
 _FLAG = "--xla_force_host_platform_device_count"
 _VARIABLE = "JAX_NUM_CPU_DEVICES"  # which jax takes before the flag
@@ -57,19 +71,127 @@ def _tell_imported_jax(count: int, wanted: int) -> None:
             ) from None
 
 
+def prepare_devices(
+    count: int, platform: Platform | None = None, *, needed_by: str = "the grid"
+) -> None:
+    """Chooses jax's platform and, on a CPU, emulates the devices; call it before jax starts.
+
+    jax prefers TPUs and GPUs to the CPU by itself. So "cpu" is set in `JAX_PLATFORMS`, and for the
+    others only a "cpu" that stands there is removed.
+
+    Args:
+      count: how many devices are needed.
+      platform: the kind of device; None leaves the choice to `JAX_PLATFORMS` and to jax.
+      needed_by: what needs them, for the error message, such as "wafer='2x4'".
+
+    Raises:
+      ValueError: more than 1024 CPU devices would have to be emulated.
+      RuntimeError: jax's backend has already started with fewer CPU devices.
+    """
+    if platform == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if "jax" in sys.modules:  # which read the variable when it was imported
+            import jax
+
+            jax.config.update("jax_platforms", "cpu")
+    elif platform is not None and os.environ.get("JAX_PLATFORMS") == "cpu":
+        del os.environ["JAX_PLATFORMS"]
+    allowed = platform or os.environ.get("JAX_PLATFORMS") or "cpu"
+    # A single device needs no emulation, nor the limit on threads that comes with it.
+    if count == 1 or "cpu" not in allowed.split(","):
+        return
+    if count > MOST_EMULATED:
+        raise ValueError(
+            f"{needed_by} needs {count} devices, but no more than {MOST_EMULATED} can be emulated; "
+            "choose a smaller grid, or --virtual for PEs that share one device"
+        )
+    emulate_devices(count)
+
+
+def find_devices(platform: Platform | None = None) -> list[jax.Device]:
+    """All devices of a platform, or of the one that jax chose; starts jax's backend.
+
+    Raises:
+      ValueError: there is no device of that platform, or jax has already started on another one.
+    """
+    import jax
+
+    try:
+        devices = jax.devices(platform)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"platform={platform!r} cannot be used here ({error}); choose another --platform, or "
+            "install the jax of that kind of device"
+        ) from None
+    started = jax.devices()[0].platform
+    if devices[0].platform != started:
+        raise ValueError(
+            f"platform={platform!r}: jax has already started, on {started}; choose the platform "
+            f"before jax is used, or set JAX_PLATFORMS={platform}"
+        )
+    return devices
+
+
+def make_wafer(wafer: str, platform: Platform | None = None, *, virtual: bool = False) -> Wafer:
+    """The wafer that the flags `--wafer`, `--platform` and `--virtual` name.
+
+    Args:
+      wafer: the grid, as for `parse_grid`.
+      platform: the kind of device; None: what jax prefers.
+      virtual: all PEs on one device, as those of a WSE-3, instead of one PE a device.
+
+    Raises:
+      ValueError: the text is not a grid, there is no device of that platform, or there are fewer
+        devices than PEs.
+    """
+    from wsekern.wafer.wafer import Wafer
+
+    wafers, height, width = parse_grid(wafer)
+    devices = find_devices(platform)
+    if virtual:
+        return Wafer.virtual(WSE3, height, width, wafers)
+    count = wafers * height * width
+    if count > len(devices):
+        raise ValueError(
+            f"wafer={wafer!r} needs {count} devices, there are {len(devices)} of kind "
+            f"{devices[0].device_kind!r}; choose a smaller --wafer, or --platform cpu to emulate "
+            "them, or --virtual for PEs that share one device"
+        )
+    return Wafer.devices(height, width, wafers)
+
+
+def parse_height_width(text: str) -> tuple[int, int]:
+    """`"2x4"` as (height, width) = (2, 4), where a program runs on one wafer only.
+
+    Raises:
+      ValueError: the text is not two positive integers with an x between them.
+    """
+    sizes = _parse_sizes(text)
+    if sizes is None or len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"grid {text!r} is not HEIGHTxWIDTH, as in 2x4, both 1 or more")
+    height, width = sizes
+    return height, width
+
+
 def parse_grid(text: str) -> tuple[int, int, int]:
     """`"2x4"` as (wafers, height, width) = (1, 2, 4), and `"3x2x4"` as (3, 2, 4).
 
     Raises:
-      ValueError: it is not two or three positive integers with an x between them.
+      ValueError: the text is not two or three positive integers with an x between them.
     """
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() for part in parts):
+    sizes = _parse_sizes(text)
+    if sizes is None or len(sizes) not in (2, 3):
         raise ValueError(
             f"wafer={text!r} is not a grid; write HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH, such as 2x4"
         )
-    sizes = [int(part) for part in parts]
     if min(sizes) < 1:
         raise ValueError(f"wafer={text!r} has a side of 0; every side must be 1 or more")
     wafers, height, width = sizes if len(sizes) == 3 else (1, *sizes)
     return wafers, height, width
+
+
+def _parse_sizes(text: str) -> list[int] | None:
+    parts = [part.strip() for part in text.lower().split("x")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        return None
+    return [int(part) for part in parts]

@@ -2,9 +2,18 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from wsekern.wafer.launch import emulate_devices
+import wsekern as wk
+from wsekern.wafer.launch import (
+    emulate_devices,
+    find_devices,
+    make_wafer,
+    parse_grid,
+    parse_height_width,
+    prepare_devices,
+)
 
 FLAG = "--xla_force_host_platform_device_count"
 VARIABLES = ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
@@ -130,3 +139,72 @@ def test_hundreds_of_calls_in_flight_finish():
 def test_a_smaller_count_in_the_environment_does_not_win():
     script = "os.environ['JAX_NUM_CPU_DEVICES'] = '4'; emulate_devices(6); import jax"
     assert fresh(f"{script}; print(jax.device_count())") == "6"
+
+
+@pytest.mark.parametrize(("text", "grid"), [("2x4", (1, 2, 4)), ("3x2X1", (3, 2, 1))])
+def test_a_grid_is_read_with_wafers_first(text, grid):
+    assert parse_grid(text) == grid
+
+
+@pytest.mark.parametrize("text", ["2", "2x", "x4", "2x4x1x1", "2x-4", "2x4.0", "two", "2x²"])
+def test_a_malformed_grid_is_refused(text):
+    with pytest.raises(ValueError, match="write HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH"):
+        parse_grid(text)
+
+
+def test_a_grid_of_one_wafer_is_read_as_height_and_width():
+    assert parse_height_width("2x14") == (2, 14)
+
+
+@pytest.mark.parametrize("text", ["2", "2x", "x4", "0x4", "2x-4", "axb", "2x2x4"])
+def test_what_is_not_height_and_width_is_refused(text):
+    with pytest.raises(ValueError, match="is not HEIGHTxWIDTH, as in 2x4"):
+        parse_height_width(text)
+
+
+def test_devices_are_emulated_where_the_cpu_may_be_used(before_jax):
+    before_jax.setenv("JAX_PLATFORMS", "cuda")
+    prepare_devices(8)
+    assert "XLA_FLAGS" not in os.environ
+    prepare_devices(8, "cpu")
+    assert os.environ["JAX_PLATFORMS"] == "cpu" and settings() == (f"{FLAG}=8", "16")
+
+
+def test_an_accelerator_asked_for_is_not_hidden_by_the_environment(before_jax):
+    before_jax.setenv("JAX_PLATFORMS", "cpu")
+    prepare_devices(8, "gpu")
+    assert "JAX_PLATFORMS" not in os.environ and "XLA_FLAGS" not in os.environ
+
+
+def test_more_devices_than_can_be_emulated_are_refused_by_name(before_jax):
+    message = "wafer='64x64' needs 4096 devices, but no more than 1024 .* or --virtual"
+    with pytest.raises(ValueError, match=message):
+        prepare_devices(4096, "cpu", needed_by="wafer='64x64'")
+
+
+def test_preparing_for_fewer_devices_leaves_those_that_there_are():
+    before = jax.devices()
+    prepare_devices(2)
+    assert jax.devices() == before
+
+
+def test_the_wafer_is_the_one_that_the_flags_name():
+    assert make_wafer("2x2x4") == wk.Wafer.devices(height=2, width=4, wafers=2)
+
+
+def test_a_virtual_wafer_needs_one_device():
+    wafer = make_wafer("40x50", virtual=True)
+    assert (wafer.backend, wafer.height, wafer.width) == ("virtual", 40, 50)
+
+
+def test_too_few_devices_are_refused_with_the_mend():
+    with pytest.raises(ValueError, match="'4x8' needs 32 devices, there are 16.*smaller --wafer"):
+        make_wafer("4x8")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_platform_that_is_not_there_is_refused_by_name(platform):
+    for start in (find_devices, lambda platform: make_wafer("1x1", platform)):
+        with pytest.raises(ValueError, match=f"platform='{platform}' cannot be used here"):
+            start(platform)

@@ -20,6 +20,7 @@ from wsekern.estimator.trace import trace_program
 from wsekern.estimator.validation import gemm, waferllm, wave25
 from wsekern.fabric.flood import cost as flood_cost
 from wsekern.hardware import MACHINES, Machine
+from wsekern.wafer.launch import parse_height_width
 from wsekern.wafer.wafer import Wafer
 
 # Layers, width and width between, of the models as published; one head in all of these programs.
@@ -135,7 +136,7 @@ def _prefill(machine: Machine, side: int, sizes: tuple[int, int, int], tokens: i
 
 
 def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
-    height, width = _grid(point.grid)
+    height, width = parse_height_width(point.grid)
     # The hand kernel had a few rows more than a program of the framework can have.
     height, width = min(height, machine.usable_height), min(width, machine.usable_width)
     wafer = Wafer.abstract(machine, height, width)
@@ -147,7 +148,7 @@ def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 
 def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
-    height, width = _grid(point.grid)
+    height, width = parse_height_width(point.grid)
     wafer = Wafer.abstract(machine, height, width)
     N, K, M = (_number(point, name) for name in ("N", "K", "M"))
     a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, K), (K, M)))
@@ -157,7 +158,7 @@ def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 def _broadcast(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     words = int(_found(point, r"broadcast of (\d+) words"))
-    cycles = flood_cost(*_grid(point.grid), words).cycles(machine)
+    cycles = flood_cost(*parse_height_width(point.grid), words).cycles(machine)
     return PublishedProgram((), lambda: _time(point, cycles))
 
 
@@ -183,15 +184,8 @@ def _machine(name: str) -> Machine:
     raise ValueError(f"machine {name!r} is not one of {[m.name for m in MACHINES]}")
 
 
-def _grid(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)\s*x\s*(\d+)", text.strip())
-    if not found:
-        raise ValueError(f"grid {text!r} is not HEIGHTxWIDTH")
-    return int(found[1]), int(found[2])
-
-
 def _square(text: str) -> int:
-    height, width = _grid(text)
+    height, width = parse_height_width(text)
     if height != width:
         raise ValueError(f"grid {text!r} is not square, as this program needs it")
     return height

@@ -1,20 +1,39 @@
-"""Kernels for a wafer-scale engine, seen by JAX as a 2D mesh of PEs.
+"""Kernels for a wafer-scale engine, which JAX sees as a 2D mesh of PEs.
 
-`import wsekern as wk`. This package imports none of the folders above it.
+    import jax.numpy as jnp
+    import wsekern as wk
 
-Sizes are named once, here: M K N of a matrix product; B T S N K H of attention (batch, query
-length, key length, heads, key-value heads, head size). One PE's tile of them is Mt, Kt, Nt, ...
+    wafer = wk.Wafer.devices(height=2, width=4)  # or Wafer.of(mesh, ...), .virtual, .abstract
+    with wafer:
+        c = wk.matmul(a, b)  # whole arrays in and out; under jit and jax.grad too
+    print(wk.estimate(wk.matmul, a, b, wafer=wk.Wafer.abstract(wk.WSE3)))
 
-Names are loaded when first used, so that `import wsekern` costs nothing and the number of emulated
-devices can still be set.
+The names, by what they are for:
+
+- the machine: `Wafer`; `WSE1`, `WSE2`, `WSE3` (each a `Machine`); `A100`, `H100`, `H200`, `TPU_V5E`
+  (each an `Accelerator`); `emulate_devices`, `memory`, `Defects`, `Placement`;
+- models: `matmul`, `gemv`, `attention`, `decode_attention`, `KVCache`, `experts`,
+  `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`, `cross_entropy`;
+- fields on a grid: `stencil`, `halo_exchange`, `Sources`, `Receivers`, the limits on a time step;
+- linear systems: `cg`, `bicgstab`, `jacobi`, `multigrid`;
+- costs: `estimate` (an `Estimate`), `traffic` (a `Traffic`), `explain_matmul` (an `Explanation`),
+  and pictures: `roofline`, `scaling`, `wafer_map`, `terminal_map`;
+- kernels of your own: `fabric` (moves between PEs), `layout` (specs, padding, cropping).
+
+Sizes have the same letters everywhere: M K N of a matrix product; B T S N K H of attention (batch,
+query length, key length, heads, key-value heads, head size). A PE's tile of them is Mt, Kt, Nt, ...
+
+Names are loaded when first used. `import wsekern` loads no jax, so that `emulate_devices` can still
+set the number of CPU devices afterwards. This package imports none of the folders above it.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsekern.moved import put_up_signposts
 
 if TYPE_CHECKING:
+    from wsekern import fabric as fabric
     from wsekern.estimator.estimate import estimate as estimate
     from wsekern.estimator.pictures.roofline import roofline as roofline
     from wsekern.estimator.pictures.scaling import scaling as scaling
@@ -30,6 +49,8 @@ if TYPE_CHECKING:
     from wsekern.hardware import WSE1 as WSE1
     from wsekern.hardware import WSE2 as WSE2
     from wsekern.hardware import WSE3 as WSE3
+    from wsekern.hardware import Accelerator as Accelerator
+    from wsekern.hardware import Machine as Machine
     from wsekern.kernels.attention.attention import attention as attention
     from wsekern.kernels.attention.decode import decode_attention as decode_attention
     from wsekern.kernels.attention.kv_cache import KVCache as KVCache
@@ -62,53 +83,61 @@ if TYPE_CHECKING:
     from wsekern.solvers.multigrid import multigrid as multigrid
     from wsekern.solvers.multigrid import v_cycle as v_cycle
     from wsekern.solvers.solution import Solution as Solution
+    from wsekern.wafer import layout as layout
+    from wsekern.wafer.explanation import Explanation as Explanation
     from wsekern.wafer.host_memory import Memory as Memory
     from wsekern.wafer.host_memory import memory as memory
     from wsekern.wafer.launch import emulate_devices as emulate_devices
     from wsekern.wafer.placement.defects import Defects as Defects
+    from wsekern.wafer.placement.place import Placement as Placement
     from wsekern.wafer.wafer import Wafer as Wafer
 
+# Public name -> the module below `wsekern` that defines it. Type checkers read the block above.
 _HOMES = {
-    "emulate_devices": "wafer.launch",
     "A100": "hardware",
+    "Accelerator": "hardware",
+    "Defects": "wafer.placement.defects",
+    "Estimate": "estimator.result",
+    "Explanation": "wafer.explanation",
     "H100": "hardware",
     "H200": "hardware",
+    "KVCache": "kernels.attention.kv_cache",
+    "Machine": "hardware",
+    "Memory": "wafer.host_memory",
+    "Placement": "wafer.placement.place",
+    "Receivers": "kernels.stencil.sources",
+    "Solution": "solvers.solution",
+    "Sources": "kernels.stencil.sources",
     "TPU_V5E": "hardware",
+    "Traffic": "estimator.traffic",
     "WSE1": "hardware",
     "WSE2": "hardware",
     "WSE3": "hardware",
-    "Defects": "wafer.placement.defects",
-    "Estimate": "estimator.result",
-    "KVCache": "kernels.attention.kv_cache",
-    "Memory": "wafer.host_memory",
-    "Traffic": "estimator.traffic",
     "Wafer": "wafer.wafer",
     "attention": "kernels.attention.attention",
     "bicgstab": "solvers.bicgstab",
     "cg": "solvers.conjugate_gradient",
     "check_time_step": "kernels.stencil.finite_differences",
+    "crop": "kernels.stencil.halo",
     "cross_entropy": "kernels.dense.cross_entropy",
     "decode_attention": "kernels.attention.decode",
     "difference_coefficients": "kernels.stencil.finite_differences",
     "diffusion_limit": "kernels.stencil.finite_differences",
     "embedding": "kernels.dense.embedding",
+    "emulate_devices": "wafer.launch",
     "estimate": "estimator.estimate",
     "experts": "kernels.experts.experts",
-    "load_balance_loss": "kernels.experts.routing",
     "explain_matmul": "kernels.matmul.explain",
     "gemv": "kernels.matmul.gemv",
-    "crop": "kernels.stencil.halo",
     "halo_exchange": "kernels.stencil.halo",
     "halo_tile": "kernels.stencil.halo",
     "jacobi": "solvers.jacobi",
     "layer_norm": "kernels.dense.norm",
+    "load_balance_loss": "kernels.experts.routing",
     "matmul": "kernels.matmul.matmul",
     "memory": "wafer.host_memory",
     "multigrid": "solvers.multigrid",
     "rms_norm": "kernels.dense.norm",
-    "Receivers": "kernels.stencil.sources",
-    "Solution": "solvers.solution",
-    "Sources": "kernels.stencil.sources",
     "roofline": "estimator.pictures.roofline",
     "rotary": "kernels.dense.rotary",
     "scaling": "estimator.pictures.scaling",
@@ -120,17 +149,22 @@ _HOMES = {
     "wafer_map": "estimator.pictures.wafer_map",
     "wave_limit": "kernels.stencil.finite_differences",
 }
-__all__ = sorted(_HOMES)
+# Public name -> the module that it is.
+_MODULES = {"fabric": "fabric", "layout": "wafer.layout"}
+__all__ = sorted({*_HOMES, *_MODULES})
 put_up_signposts()
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = importlib.import_module(f"wsekern.{_MODULES[name]}")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"wsekern.{_HOMES[name]}"), name)
+    else:
         raise AttributeError(f"module 'wsekern' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"wsekern.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

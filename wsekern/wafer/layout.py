@@ -1,10 +1,17 @@
-"""This file is how whole arrays of any size lie on a grid: their spec, padding and cropping.
+"""How whole arrays of any size lie on a grid of PEs: their spec, padding, cropping and resizing.
 
-An operand is `[..., rows, cols]`. Its rows lie along y, its columns along x, its first leading
-dimension, if it has one, over the wafers.
+`wk.layout` is this module. It is for operations of your own, around `Wafer.map`:
+
+- `tiled`: the spec of an operand, by default rows along y and columns along x;
+- `padded_shape`, `pad`: round every dimension up to a multiple of the PEs along it;
+- `crop`: the inverse of `pad`;
+- `resize`: pad or cut one dimension, inside a kernel too;
+- `parts`: into how many parts a spec divides an array;
+- `as_array`: `jnp.asarray`, at no cost for what is an array already.
+
+An operand is `[..., rows, cols]`. Its rows lie along y, its columns along x. Its first leading
+dimension, if it has one, lies over the wafers; the other leading dimensions are not split.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Any
@@ -12,21 +19,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from wsekern.wafer import context, on_devices
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer, wafer_of_sharding
 
 
-def as_array(operand: jax.typing.ArrayLike) -> jax.Array:
-    """`operand` as an array of jax; one that is costs nothing, where `jnp.asarray` takes 20 us."""
+def as_array(operand: jax.typing.ArrayLike) -> Shaped[Array, "..."]:
+    """`operand` as a JAX array. An array is returned at once, where `jnp.asarray` takes 20 us."""
     return operand if isinstance(operand, jax.Array) else jnp.asarray(operand)
 
 
 def tiled(ndim: int, *trailing: str | None) -> P:
-    """The spec of an operand: its last dimensions as `trailing` says, by default rows and columns.
+    """The spec of an operand with `ndim` dimensions: `P("wafer", None, ..., "y", "x")`.
 
-    What leads them is unsplit, but for the first of it, which lies over the wafers.
+    Args:
+      ndim: dimensions of the operand. The first leading one, if there is one, lies over the
+        wafers; the other leading ones are not split.
+      trailing: the axes of the last dimensions; by default `"y", "x"`.
     """
     trailing = trailing or (ROWS, COLS)
     leading = ndim - len(trailing)
@@ -59,23 +70,28 @@ def field_layout(
 
 
 def parts(spec: P, wafer: Wafer) -> int:
-    """In how many parts `spec` divides an array, over all its dimensions."""
-    return math.prod(_along(entry, wafer) for entry in spec)
+    """Into how many parts `spec` divides an array on `wafer`, over all dimensions."""
+    return math.prod(_pes_along(entry, wafer) for entry in spec)
 
 
 def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ...]:
     """`shape` with every dimension rounded up to a multiple of the PEs along it."""
     sizes = list(shape)
     for d, entry in enumerate(spec):
-        sizes[d] = -(-sizes[d] // _along(entry, wafer)) * _along(entry, wafer)
+        sizes[d] = -(-sizes[d] // _pes_along(entry, wafer)) * _pes_along(entry, wafer)
     return tuple(sizes)
 
 
-def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> jax.Array:
-    """`array` grown at its far ends with `fill`, until every dimension divides by its PEs.
+def pad(
+    array: Shaped[Array, "..."], spec: P, wafer: Wafer, fill: float | None = 0.0
+) -> Shaped[Array, "..."]:
+    """`array` padded at its far ends until every dimension divides by the PEs along it.
 
-    Where `fill` is None, with its last cells again. On Explicit axes it is laid out by `spec` too:
-    a gradient must have its operand's very type.
+    Args:
+      array: a whole array.
+      spec: how it lies on the wafer.
+      wafer: the wafer.
+      fill: the value of the padding; None repeats the last cells of each dimension.
 
     Raises:
       ValueError: the array lies on other devices.
@@ -89,25 +105,36 @@ def pad(array: jax.Array, spec: P, wafer: Wafer, fill: float | None = 0.0) -> ja
         else:
             array = jnp.pad(array, widths, constant_values=fill)
     if wafer.backend == "devices" and on_devices.explicit(wafer):
+        # An Explicit sharding is part of the array's type, which its gradient must have too.
         array = on_devices.constrain(wafer, array, spec)
     return array
 
 
-def crop(array: jax.Array, shape: tuple[int, ...], spec: P, wafer: Wafer) -> jax.Array:
-    """The first `shape` of a padded `array`, which is laid out by `spec`."""
+def crop(
+    array: Shaped[Array, "..."], shape: tuple[int, ...], spec: P, wafer: Wafer
+) -> Shaped[Array, "..."]:
+    """`array` without its padding.
+
+    Args:
+      array: a padded array.
+      shape: its shape before padding.
+      spec: how the padded array lies on the wafer.
+      wafer: the wafer.
+    """
     if array.shape == tuple(shape):
         return array
     if wafer.backend == "devices" and on_devices.explicit(wafer):
         # An Explicit dimension cannot be cut to a size that does not divide: gather it first.
+        entries = [*spec, *[None] * (array.ndim - len(spec))]
         kept = [
-            None if a != b else s
-            for a, b, s in zip(array.shape, shape, _full(spec, array), strict=True)
+            entry if before == after else None
+            for before, after, entry in zip(array.shape, shape, entries, strict=True)
         ]
         array = on_devices.constrain(wafer, array, P(*kept))
     return array[tuple(slice(0, length) for length in shape)]
 
 
-def resize(array: jax.Array, axis: int, length: int) -> jax.Array:
+def resize(array: Shaped[Array, "..."], axis: int, length: int) -> Shaped[Array, "..."]:
     """`array` with zeros added at the far end of `axis`, or cut there, to have `length` along it.
 
     For an array whose `axis` is whole where this runs: inside a kernel, on one device, or on Auto
@@ -136,9 +163,5 @@ def _plain_entry(entry: None | str | tuple[str, ...]) -> None | str | tuple[str,
     return None if not names else names[0] if len(names) == 1 else names
 
 
-def _along(entry: None | str | tuple[str, ...], wafer: Wafer) -> int:
+def _pes_along(entry: Any, wafer: Wafer) -> int:
     return math.prod(wafer.axis_size(axis) for axis in axes_of(entry))
-
-
-def _full(spec: P, array: jax.Array) -> list:
-    return [*spec, *[None] * (array.ndim - len(spec))]

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from wsekern.wafer import context, on_devices
+from wsekern.wafer import on_devices
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
-from wsekern.wafer.wafer import Wafer, wafer_of_sharding
+from wsekern.wafer.wafer import Wafer
 
 
 def as_array(operand: jax.typing.ArrayLike) -> Shaped[Array, "..."]:
@@ -42,31 +42,6 @@ def tiled(ndim: int, *trailing: str | None) -> P:
     trailing = trailing or (ROWS, COLS)
     leading = ndim - len(trailing)
     return P(*([WAFERS] + [None] * (leading - 1) if leading else []), *trailing)
-
-
-def field_layout(
-    field: Any, spec: P | None, wafer: Wafer | None
-) -> tuple[Wafer | None, tuple[None | str | tuple[str, ...], ...]]:
-    """The wafer of a field, None for none, and the axes that each dimension is split over.
-
-    Args:
-      field: if no wafer is given or entered, the mesh that it is split over becomes one.
-      spec: the axes of each dimension; by default as the field is split, else the first dimension
-        along y and over the wafers, the second along x.
-      wafer: the wafer that was given.
-    """
-    sharding = on_devices.named_sharding(field)
-    wafer = context.current() if wafer is None else wafer
-    if wafer is None and sharding is not None and sharding.mesh.size > 1:
-        wafer = wafer_of_sharding(sharding)
-    entries: P | None = spec
-    if spec is None and wafer is not None and sharding is not None and sharding.mesh == wafer.mesh:
-        entries = on_devices.spec_in_wafer_axes(sharding.spec, wafer)
-    wafer = context.resolve(wafer)
-    if entries is None or not any(entries):
-        entries = _field_spec(field.ndim, wafer) if spec is None else P()
-    padded = (*entries, *[None] * (field.ndim - len(entries)))
-    return wafer, tuple(_plain_entry(entry) for entry in padded)
 
 
 def parts(spec: P, wafer: Wafer) -> int:
@@ -148,19 +123,6 @@ def resize(array: Shaped[Array, "..."], axis: int, length: int) -> Shaped[Array,
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - size)
     return jnp.pad(array, widths)
-
-
-def _field_spec(ndim: int, wafer: Wafer | None) -> P:
-    several = wafer is not None and wafer.wafers > 1
-    if ndim == 1:
-        return P((WAFERS, ROWS, COLS)) if several else P((ROWS, COLS))
-    return P((WAFERS, ROWS), COLS) if several else P(ROWS, COLS)
-
-
-def _plain_entry(entry: None | str | tuple[str, ...]) -> None | str | tuple[str, ...]:
-    """The entry, a name alone instead of a tuple of one."""
-    names = axes_of(entry)
-    return None if not names else names[0] if len(names) == 1 else names
 
 
 def _pes_along(entry: Any, wafer: Wafer) -> int:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from wsekern.wafer import context
-from wsekern.wafer.axes import ROWS, SPREAD, axes_of
+from wsekern.wafer.axes import ROWS, SPREAD
 from wsekern.wafer.specs import Specs, broadcast_specs
 
 if TYPE_CHECKING:
@@ -115,19 +115,6 @@ def check_mesh(mesh: Mesh, given: Mapping[str, str]) -> None:
             "Wafer.of: the axes named are Auto, and the mesh has Explicit ones beside them; "
             "make all alike (axis_types= of the mesh)"
         )
-
-
-def named_sharding(array: Any) -> NamedSharding | None:
-    if isinstance(array, jax.core.Tracer):
-        laid = getattr(jax.typeof(array), "sharding", None)
-    else:
-        laid = getattr(array, "sharding", None)
-    return laid if isinstance(laid, NamedSharding) and any(laid.spec) else None
-
-
-def spec_in_wafer_axes(spec: P, wafer: Wafer) -> P:
-    ours = {name: axis for axis in wafer.axes for name in wafer.mesh_spec(P(axis))}
-    return P(*(tuple(ours[n] for n in axes_of(entry) if n in ours) or None for entry in spec))
 
 
 def _manual_axes(wafer: Wafer) -> set[str]:

@@ -410,24 +410,6 @@ class Wafer:
         return f"<Wafer {self.backend} {_grid_text(self)}{of}{on}>"
 
 
-def wafer_of_sharding(laid: NamedSharding) -> Wafer | None:
-    """The mesh that an array is split over as a wafer, its axes named from the innermost."""
-    used = [name for entry in laid.spec for name in axes_of(entry)]
-    used = [name for name in used if laid.mesh.shape[name] > 1]
-    if not used or len(used) > len(AXES) or set(used) & set(SPREAD.values()):
-        return None
-    ours = AXES[len(AXES) - len(used) :]
-    sizes = {axis: laid.mesh.shape[name] for axis, name in zip(ours, used, strict=True)}
-    return Wafer(
-        backend="devices",
-        height=sizes.get(ROWS, 1),
-        width=sizes[COLS],
-        wafers=sizes.get(WAFERS, 1),
-        mesh=laid.mesh,
-        names=tuple(zip(ours, used, strict=True)),
-    )
-
-
 def _same(axes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((axis, axis) for axis in axes)
 

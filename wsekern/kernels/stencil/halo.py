@@ -18,6 +18,7 @@ from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_box, pad_tile
 from wsekern.kernels.stencil.exchange import exchange
 from wsekern.kernels.stencil.geometry import Axes, Boundary, Line, Lines, Width
 from wsekern.wafer import layout
+from wsekern.wafer.field_layout import field_layout
 from wsekern.wafer.program import local_program
 from wsekern.wafer.wafer import Wafer
 
@@ -131,7 +132,7 @@ def crop(
       ValueError: the tiles are smaller than their halos.
     """
     fields, tree = jax.tree.flatten(tiles)
-    wafer, along = layout.field_layout(fields[0], spec, wafer)
+    wafer, along = field_layout(fields[0], spec, wafer)
     widths = geometry.width_pairs(width, along, "crop", "width")
     kernel = functools.partial(_crop_per_pe, widths=widths)
     if wafer is None:
@@ -154,7 +155,7 @@ def whole_field_lines(
     """
     leaves = jax.tree.leaves(fields)
     _check_fields(operation, leaves)
-    wafer, along = layout.field_layout(leaves[0], spec, wafer)
+    wafer, along = field_layout(leaves[0], spec, wafer)
     shape = jnp.shape(leaves[0])
     pes = (1,) * len(shape)
     if wafer is not None:

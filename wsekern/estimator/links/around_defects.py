@@ -1,14 +1,17 @@
-"""This file is what a move costs where PEs lie around faulty ones, or on folded lines.
+"""The cost of a move where PEs lie around faulty ones, or on folded lines.
 
-A shift takes the hops of its farthest tile, over all lines of the wafer. What goes down a line from
-PE to PE, a reduction, a flood or a gather, has its way lengthened as the longest line is. Where a
-move along one axis has to go sideways, it takes these links too, as often as the busiest is.
+A shift takes the hops of its farthest tile, over all lines of the wafer. A reduction, a flood or a
+gather goes down a line from PE to PE, and its way is stretched as much as that of the longest line.
+Where a move along one axis has to go sideways, it takes the sideways links too, as often as the
+busiest of them is crossed.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Any
+
+from jax.extend.core import JaxprEqn
 
 from wsekern.estimator.links import price
 from wsekern.fabric.reductions import choice
@@ -21,9 +24,9 @@ _REDUCE = re.compile(r"reduce by (\w+)")
 
 
 def price_move(
-    equation: Any, sizes: dict[str, int], machine: Machine, placement: Placement | None
+    equation: JaxprEqn, sizes: dict[str, int], machine: Machine, placement: Placement | None
 ) -> price.PricedMove | None:
-    """As `links.of_equation`, on a placement."""
+    """As `price.price_move`, with the hops of a placement (None: PEs lie side by side)."""
     move = price.price_move(equation, sizes, machine)
     if move is None or placement is None:
         return move
@@ -41,21 +44,23 @@ def stretch_along_lines(
     placement: Placement | None,
     root: int | None = None,
 ) -> price.PricedMove:
-    """A move that goes down the lines along `axes`, on a placement.
+    """A move down the lines along `axes`, with the hops of a placement.
 
     Args:
-      move: what it is where PEs lie side by side.
+      move: its cost where PEs lie side by side.
       axes: along which it moves.
       sizes: PEs along each axis.
-      machine: whose links.
-      placement: of the PEs.
-      root: of a reduction, the PE that gets the result; None: all.
+      machine: says what a hop costs.
+      placement: where the PEs lie; None: side by side.
+      root: the PE that gets a reduction's result; None: all PEs do.
     """
     if placement is None:
         return move
     axes = tuple(a for a in axes if a != WAFERS and sizes[a] > 1)
     far = _distances(move, axes, sizes, root)
+    # `stretch` is a line's hops over those of a line without defects: 1.02 adds 2 % of them.
     extra = sum(hops * (placement.stretch[a] - 1) for a, hops in far.items())
+    # `sideways` counts in tiles, of which the busiest link of the move carries `load` words.
     load, busy = max(move.busy.values(), default=0.0), dict(move.busy)
     for axis in axes:
         for direction, tiles in sideways(placement, axis).items():
@@ -85,11 +90,13 @@ def _distances(
     move: price.PricedMove, axes: tuple[str, ...], sizes: dict[str, int], root: int | None
 ) -> dict[str, float]:
     """Hops along each axis that follow one another, where PEs lie side by side."""
-    reduced = _REDUCE.match(move.kind)
+    match = _REDUCE.match(move.kind)
     whole = {axis: float(sizes[axis] - 1) for axis in axes}
-    if reduced is None:
+    if match is None:
         return whole
-    algorithm, lengths = reduced[1], [sizes[a] for a in axes]
+    algorithm, lengths = match[1], [sizes[a] for a in axes]
+    # Neighbors on a folded ring are two hops apart, and a part goes round twice: for the sum and
+    # for the gather.
     if algorithm == "ring":
         return {axis: 4 * hops for axis, hops in whole.items()}
     at = choice.root_of(algorithm, lengths) if root is None else root
@@ -97,4 +104,5 @@ def _distances(
     far = {a: float(max(place, sizes[a] - 1 - place)) for a, place in places.items()}
     if algorithm == "snake":  # through every PE of every row, then on to the next
         far[axes[-1]] *= sizes[axes[0]]
+    # Without a root, the result goes back out as far as the farthest tile came.
     return {axis: hops * (1 + (root is None)) for axis, hops in far.items()}

@@ -1,11 +1,12 @@
-"""This file is what the links of each PE carry, from the moves of a walk.
+"""The words that each link of a wafer carries, from the moves of a walk.
 
-All PEs run one program, so what they compute and hold is the same on each; what their links carry
-is not. A shift that comes back along its line, a flood and a reduction load some links more than
-others. Routes go along x, then y. A load is of the link that leaves a PE in a direction.
+All PEs run the same program, so that they compute and hold the same; their links do not carry the
+same. A shift that comes back along its line, a flood and a reduction load some links more than
+others. Routes go along x, then y. A load belongs to the link that leaves a PE in a direction.
 
-Where a trace does not say where a flood starts, floods are taken to start on all PEs of their lines
-in turn, as those of SUMMA do. A change of layout is taken as even traffic between all pairs of PEs.
+Where a trace does not say on which PE a flood starts, floods are assumed to start on all PEs of
+their lines in turn, as SUMMA's do. A relayout is assumed to be even traffic between all pairs of
+PEs.
 """
 
 from __future__ import annotations
@@ -25,19 +26,24 @@ from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinkPattern:
-    """Which links a move crosses; the words of equal patterns are counted together."""
+    """Which links a move crosses; words of moves with equal patterns are counted together."""
 
-    kind: str  # "shift", "flood", "gather", "scatter", "exchange", "relayout", or an algorithm
+    # "shift", "flood", "gather", "scatter", "exchange", "relayout", or a reduction's algorithm.
+    kind: str
     axes: tuple[str, ...] = (ROWS, COLS)  # outermost first, as PEs are numbered
-    # Of a reduction; None: every PE has the result. Of a flood; None: one PE after another.
+    # The PE that a flood starts from, or that gets a reduction's result. None: a flood from one PE
+    # after another, or a result for every PE.
     root: int | None = None
-    words: float = 0.0  # of the tile, where the tree of a reduction depends on it
-    pairs: bytes = b""  # of a shift, a digest
-    # Of a shift, in tiles.
+    words: float = 0.0  # words of a reduction's tile, where its tree depends on them
+    pairs: bytes = b""  # a digest of a shift's (source, target) pairs, which may be a million
+    # Tiles on each link in a shift. They follow from `pairs`, so that equality leaves them out.
     crossed: LinkLoads = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def rooted(self, places: Mapping[str, int], sizes: Mapping[str, int]) -> LinkPattern:
-        """The pattern of a flood that starts at `places` of its axes; as it is, if they differ."""
+        """The pattern of a flood that starts at `places` of its axes.
+
+        The pattern as it is, if `places` lacks an axis or lies outside of the grid.
+        """
         grid = [a for a in self.axes if sizes[a] > 1]
         if any(not 0 <= places.get(a, -1) < sizes[a] for a in grid):
             return self
@@ -50,13 +56,16 @@ class LinkPattern:
 def permutation_loads(
     axes: Sequence[str], sizes: Mapping[str, int], source: np.ndarray, to: np.ndarray
 ) -> tuple[list[tuple[str, int]], LinkPattern]:
-    """The most tiles that cross a link, by direction along each axis, and the pattern.
+    """The most tiles on a link in each direction, and the pattern of the whole permutation.
+
+    A tile goes along x first. From (0, 0) to (1, 2), it leaves (0, 0) and (0, 1) eastward, then
+    (0, 2) southward: the links of column 2, not of column 0.
 
     Args:
-      axes: that the PEs are numbered along, row-major.
+      axes: the axes along which PEs are numbered, row-major.
       sizes: PEs along each axis.
-      source: who sends.
-      to: who receives.
+      source: the number of each PE that sends.
+      to: the number of the PE that receives its tile.
     """
     place, goal = (
         dict(zip(axes, np.unravel_index(pes, [sizes[a] for a in axes]), strict=True))
@@ -67,7 +76,8 @@ def permutation_loads(
     for axis in sorted(axes, key=(COLS, ROWS, WAFERS).index):
         others = [a for a in axes if a != axis]
         shape = [sizes[a] for a in others]
-        # Where its route turns, a tile has moved along the axes before already.
+        # A tile's line along this axis is where the axes before have brought it, since `place` is
+        # updated below as the tile turns.
         line = np.ravel_multi_index([place[a] for a in others], shape) if others else 0
         for names, crossing in ((UP, upwards), (DOWN, downwards)):
             tiles = crossing(place[axis], goal[axis], sizes[axis], line, math.prod(shape))
@@ -86,22 +96,24 @@ def total_loads(words: Iterable[tuple[LinkPattern, float]], sizes: Mapping[str, 
     """The words that leave each PE in each direction, `[height, width]`.
 
     Args:
-      words: of a tile, summed over the moves of each pattern.
+      words: words of a tile, summed over the moves of each pattern.
       sizes: PEs along each axis.
     """
-    sums: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # lines that are alike stay one
+    # Loads that are the same on each line are summed as one line, [1, width] or [height, 1], and
+    # spread over the wafer once at the end: a full wafer has 900,000 PEs, a program 100 patterns.
+    sums: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
     for pattern, n in words:
         for direction, tiles in pattern_loads(pattern, sizes).items():
             key = direction, tiles.shape
             sums[key] = sums.get(key, 0.0) + n * tiles
-    found = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
+    whole = {d: np.zeros((sizes[ROWS], sizes[COLS])) for d in "NESW"}
     for (direction, _), load in sums.items():
-        found[direction] += load
-    return found
+        whole[direction] += load
+    return whole
 
 
 def pattern_loads(pattern: LinkPattern, sizes: Mapping[str, int]) -> LinkLoads:
-    """The load of the links, in tiles; a direction that nothing takes may be missing."""
+    """The load of each link, in tiles; a direction without any may be missing."""
     if pattern.kind == "shift":
         return pattern.crossed
     grid = [a for a in pattern.axes if a != WAFERS and sizes[a] > 1]
@@ -119,16 +131,22 @@ def pattern_loads(pattern: LinkPattern, sizes: Mapping[str, int]) -> LinkLoads:
 
 
 def _spread(kind: str, axes: Sequence[str], sizes: Mapping[str, int]) -> LinkLoads:
-    """What all PEs alike send, along each of `axes` in turn.
+    """The load of moves in which all PEs do the same, along each of `axes` in turn.
 
-    A flood from each PE, averaged; all tiles to all; parts of tiles, summed on their way; a part of
-    each tile to each; and as the last, but 1 in the middle, where the walk prices it.
+    On a line of 4, the links that go up have 1, 2, 3 PEs below them and 3, 2, 1 above. In tiles:
+
+      flood     1/4 2/4 3/4   from one of the 4, averaged: from each PE below a quarter of the times
+      gather    1   2   3     every tile from below
+      scatter   3/4 2/4 1/4   summed on the way: one part of a tile for each PE above
+      exchange  3/4 4/4 3/4   a part of a tile from each PE below to each PE above
+      relayout  3/4 1   3/4   as an exchange, scaled to 1 in the middle, where it is priced
     """
     loads: LinkLoads = {}
-    pes, done = math.prod(sizes[a] for a in axes), 1  # of all axes, and of those before
+    # After a gather along the first axis, each PE has the tiles of a whole line to send on.
+    pes, done = math.prod(sizes[a] for a in axes), 1
     for axis in axes:
         size = sizes[axis]
-        below = np.arange(1.0, size + 1)  # PEs from which a link may carry a word, to those above
+        below = np.arange(1.0, size + 1)
         above = size - below
         up = {
             "flood": below * (above > 0) * done / pes,
@@ -144,6 +162,6 @@ def _spread(kind: str, axes: Sequence[str], sizes: Mapping[str, int]) -> LinkLoa
 
 def _on_grid(tiles: np.ndarray, axes: Sequence[str]) -> np.ndarray:
     """Tiles by their places along `axes`, as [height, width]; the most of all wafers."""
-    here = [*axes, *(a for a in AXES if a not in axes)]
-    whole = tiles.reshape(*tiles.shape, *([1] * (len(here) - len(axes))))
-    return whole.transpose([here.index(a) for a in AXES]).max(0).astype(np.float32)
+    order = [*axes, *(a for a in AXES if a not in axes)]
+    whole = tiles.reshape(*tiles.shape, *([1] * (len(order) - len(axes))))
+    return whole.transpose([order.index(a) for a in AXES]).max(0).astype(np.float32)

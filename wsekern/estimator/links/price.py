@@ -1,8 +1,8 @@
-"""This file is what one move of a trace costs the fabric: words on its busiest links, and hops.
+"""The cost of one move on the fabric: words on its busiest links, hops, and latency.
 
 Routes are dimension-ordered: along x, then along y. A link carries one word a cycle each way; the
-first word of a move is there after its hops and both ramps. Reductions and floods are priced as a
-whole by the model of `wsekern.fabric.reductions.cost`.
+first word of a move arrives after its hops and both ramps. Reductions and floods are priced as a
+whole, by the models of `wsekern.fabric.reductions.cost` and `wsekern.fabric.flood`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.links import loads
@@ -23,34 +24,38 @@ from wsekern.hardware import Machine
 from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
 DIRECTIONS = ("N", "E", "S", "W", "wafer")
+# The fabric names its reductions so in the trace: "reduction_chain_0", "reduction_k_tree_all".
 _REDUCTION = re.compile(r"reduction_(.+)_(all|\d+)$")
+# The links that a move both ways along an axis takes.
 _ALONG = {ROWS: ("S", "N"), COLS: ("E", "W"), WAFERS: ("wafer", "wafer")}
-# Phases of a reduction: the chains of either level, say; of a tree, its rounds.
+# What all PEs of a line begin together, by algorithm: the chains of each level, for example. A
+# tree has one phase a round, which depends on the line's length.
 _PHASES = {"star": 1, "chain": 1, "snake": 1, "two_phase": 2, "k_tree": 2, "optimal": 2, "ring": 2}
+# The kind of LinkPattern, by the kind of move.
 _PATTERNS = {"all-gather": "gather", "reduce-scatter": "scatter", "all-to-all": "exchange"}
 _SUMS = {"psum", "psum_invariant", "pmax", "pmin"}
 
 
 class PricedMove(NamedTuple):
-    """One collective of a trace, as one PE and its links meet it."""
+    """One collective of a trace, as it costs one PE and its links."""
 
-    kind: str
+    kind: str  # "shift", "flood", "reduce by ...", "all-gather", ... as the timeline names it
     words: float  # 32-bit words that the PE receives
-    busy: dict[str, float]  # cycles for which the busiest link each way is taken
+    busy: dict[str, float]  # words on the busiest link in each direction
     latency: float  # cycles from the last word on that link until it has arrived
-    phases: int = 0  # that PEs begin together; a shift alone is one instruction
-    hops: float = 0.0  # that the PE's words take, all together
+    phases: int = 0  # that PEs begin together; a shift is one instruction, and has none
+    hops: float = 0.0  # hops that the PE's words take, added up
     tile: float = 0.0  # words that a PE hands in
-    pattern: loads.LinkPattern | None = None  # which links these cross; None: none of a wafer
+    pattern: loads.LinkPattern | None = None  # the links that it crosses; None: none of a wafer
 
 
-def price_move(equation: Any, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
-    """The move that `equation` is; None if it is none.
+def price_move(equation: JaxprEqn, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
+    """The cost of an equation that moves tiles; None for any other equation.
 
     Args:
       equation: of a kernel's jaxpr.
       sizes: PEs along each axis, in the mesh's order.
-      machine: whose links to count.
+      machine: says what a hop and a ramp cost.
     """
     name, params = equation.primitive.name, equation.params
     words = sum(_words(v.aval) for v in equation.invars if hasattr(v.aval, "shape"))
@@ -65,27 +70,28 @@ def price_move(equation: Any, sizes: dict[str, int], machine: Machine) -> Priced
         _along_line, axes=_axes(params), sizes=sizes, machine=machine, tile=words
     )
     if name in ("all_gather", "all_gather_invariant", "all_gather_reduced"):
-        # Each tile is flooded; the link before the last PE carries all the others'.
+        # Each tile is flooded; the link before the last PE carries those of all others.
         return line("all-gather", (P - 1) * words, (P - 1) * words)
     if name in ("reduce_scatter", "psum_scatter"):
         part = (P - 1) * words / max(P, 1)
         return line("reduce-scatter", part, part, stages=P - 1)
     if name == "all_to_all":
-        # A quarter of all pairs of PEs is the most that talks across one link.
+        # The middle link carries the parts from half of the PEs to the other half: P/2 * P/2 parts
+        # of words / P each.
         return line("all-to-all", (P - 1) * words / max(P, 1), P * words / 4)
     return None
 
 
-def axes_of(equation: Any) -> tuple[str, ...]:
+def axes_of(equation: JaxprEqn) -> tuple[str, ...]:
     """The axes along which the collective `equation` moves."""
     inner = equation.params.get("jaxpr")
     return _axes_within(inner.jaxpr) if inner is not None else _axes(equation.params)
 
 
-def root_of(equation: Any) -> int | None:
-    """The place of the PE that gets the result of a reduction; None where all do."""
-    named = _REDUCTION.match(str(equation.params.get("name", "")))
-    return None if named is None or named[2] == "all" else int(named[2])
+def root_of(equation: JaxprEqn) -> int | None:
+    """The number of the PE that gets the result of a reduction; None if all do."""
+    match = _REDUCTION.match(str(equation.params.get("name", "")))
+    return None if match is None or match[2] == "all" else int(match[2])
 
 
 def _axes(params: dict[str, Any]) -> tuple[str, ...]:
@@ -110,11 +116,13 @@ def _along_line(
     pes = math.prod(sizes[a] for a in axes)
     if pes == 1:
         return None
+    # A flood pays the ramps once. Each of several stages ends in a PE, which sends on.
     far = sum(sizes[a] - 1 for a in axes) * machine.hop_cycles
     step = 2 * machine.ramp_cycles + machine.hop_cycles
     busy = {d: load for a in axes for d in _ALONG[a]}
     pattern = loads.LinkPattern(kind=_PATTERNS[kind], axes=tuple(axes))
     latency = far + step * max(stages, 1)
+    # The mean distance of two PEs on a line is a third of its length.
     return PricedMove(kind, words, busy, latency, 1, words * pes / 3, tile, pattern)
 
 
@@ -124,6 +132,8 @@ def _permutation(
     source, to = np.array(pairs, np.int64).reshape(-1, 2).T
     if (source == to).all():
         return None
+    # A tile crosses links of several axes, and directions of one axis load different links; only
+    # the busiest link in each direction takes time.
     most, pattern = loads.permutation_loads(axes, sizes, source, to)
     busy: dict[str, float] = {}
     for direction, tiles in most:
@@ -136,17 +146,20 @@ def _permutation(
     return PricedMove("shift", words, busy, latency, hops=traveled, tile=words, pattern=pattern)
 
 
-def _named(equation: Any, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
-    """The flood or the reduction that a call is known by."""
+def _named(equation: JaxprEqn, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
+    """The flood or the reduction that a jitted call is, by its name; None for any other call.
+
+    The call holds the steps that devices take instead: XLA has neither of the two.
+    """
     name = str(equation.params["name"])
-    of_reduction = _REDUCTION.match(name)
-    if name != "flood" and of_reduction is None:
+    match = _REDUCTION.match(name)
+    if name != "flood" and match is None:
         return None
     axes = _axes_within(equation.params["jaxpr"].jaxpr)
     words = _words(equation.outvars[0].aval)
-    if of_reduction is None:
+    if match is None:
         return _flood(axes, words, sizes, machine)
-    algorithm, root = of_reduction.groups()
+    algorithm, root = match.groups()
     return price_reduction(
         algorithm, axes, words, sizes, machine, None if root == "all" else int(root)
     )
@@ -173,13 +186,24 @@ def price_reduction(
     machine: Machine,
     root: int | None = None,
 ) -> PricedMove | None:
+    """A reduction, and the flood back if every PE needs its result; None on a single PE.
+
+    Args:
+      algorithm: one of `wsekern.fabric.reductions.choice`, or "xla": the cheapest of them.
+      axes: along which tiles are reduced, as the call names them.
+      words: words of a tile.
+      sizes: PEs along each axis.
+      machine: says what a hop and a ramp cost.
+      root: the number of the PE that gets the result; None: all PEs do.
+    """
     lengths = [sizes[a] for a in axes if sizes[a] > 1]
     if not lengths:
         return None
     if algorithm == "xla":
         algorithm, _ = choice.cheapest(lengths, words, machine, root)
     cycles = choice.predicted_cycles(algorithm, lengths, words, machine, root)
-    # Words that go into the PE that takes most of them, and out again where all need the sum.
+    # The model gives cycles in all. Of these, links are taken for a tile into the root, and for
+    # another one out again if all PEs need the result; the others are latency.
     load = min(cycles, words * (2 if root is None else 1))
     if algorithm == "tree":
         phases = sum(math.ceil(math.log2(n)) for n in lengths)
@@ -203,7 +227,7 @@ def price_reduction(
 
 
 def _by_number(axes: Sequence[str]) -> tuple[str, ...]:
-    """Axes in the order of the mesh, as fabric's callers name them and so number the root."""
+    """Axes in the mesh's order, in which the fabric's callers name them and number the root."""
     return tuple(sorted(axes, key=AXES.index))
 
 
@@ -211,9 +235,9 @@ def _two(lengths: Sequence[int]) -> tuple[int, int]:
     return (1, lengths[0]) if len(lengths) == 1 else (lengths[0], math.prod(lengths[1:]))
 
 
-def _axes_within(jaxpr: Any) -> tuple[str, ...]:
-    """The axes along which anything moves in a call, in the order first met."""
-    found: dict[str, None] = {}
+def _axes_within(jaxpr: Jaxpr) -> tuple[str, ...]:
+    """The axes along which anything moves in a call, in the order of their first use."""
+    found: dict[str, None] = {}  # a set that keeps its order
     for equation in jaxpr.eqns:
         if equation.primitive.name in (*_SUMS, "ppermute"):
             found |= dict.fromkeys(_axes(equation.params))

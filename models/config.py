@@ -179,17 +179,17 @@ class DecoderConfig:
         kinds = self.kinds
         if not self.stacked:
             return tuple(((kind,), 1) for kind in kinds)
-        for period in range(1, 5):
-            turns, remainder = divmod(len(kinds), period)
-            if not remainder and kinds == kinds[:period] * turns:
-                return ((kinds[:period], turns),)
+        for length in range(1, 5):
+            periods, remainder = divmod(len(kinds), length)
+            if not remainder and kinds == kinds[:length] * periods:
+                return ((kinds[:length], periods),)
         return tuple(((kind,), len(list(run))) for kind, run in itertools.groupby(kinds))
 
     def places(self) -> Iterator[tuple[int, int, int]]:
         """For each layer in order: its stage, its place in the period, the number of the period."""
-        for stage, (kinds, turns) in enumerate(self.stages):
-            for turn in range(turns):
-                yield from ((stage, position, turn) for position in range(len(kinds)))
+        for stage, (kinds, periods) in enumerate(self.stages):
+            for period in range(periods):
+                yield from ((stage, position, period) for position in range(len(kinds)))
 
     def flops_per_token(self, context: int) -> int:
         """FLOPs of one training step per token: three times those of the forward pass.

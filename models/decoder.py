@@ -59,8 +59,8 @@ class Decoder(nnx.Module):
             else None
         )
         self.stages: Any = nnx.List(
-            stack(functools.partial(_period, config, kinds), turns, rngs)
-            for kinds, turns in config.stages
+            stack(functools.partial(_period, config, kinds), periods, rngs)
+            for kinds, periods in config.stages
         )
         self.norm = Norm(config)
         self.head = None if config.tied else _head(config, rngs)
@@ -179,13 +179,13 @@ def unstack_layers(model: Decoder) -> Decoder:
 
     # A parameter of layer 5 of a model whose layers alternate between two kinds:
     #   unstacked  stages/5/blocks/0/attention/query/weight  [1, in, out]
-    #   stacked    stages/0/blocks/1/attention/query/weight  [layers / 2, in, out], turn 2
+    #   stacked    stages/0/blocks/1/attention/query/weight  [layers / 2, in, out], period 2
     def value_at(path: str) -> jax.Array:
         if not path.startswith("stages/"):
             return leaves[path].get_value()
         _, layer, _, _, inner = path.split("/", 4)
-        stage, position, turn = places[int(layer)]
-        return leaves[f"stages/{stage}/blocks/{position}/{inner}"][turn : turn + 1]
+        stage, position, period = places[int(layer)]
+        return leaves[f"stages/{stage}/blocks/{position}/{inner}"][period : period + 1]
 
     paths = iter(named_leaves(shapes))
     state = jax.tree.map(

@@ -1,8 +1,8 @@
-"""This file is tiny checkpoints of every family, and what `transformers` makes of them.
+"""Tiny checkpoints of every family, and what `transformers` computes from them.
 
-`python tests/tiny_checkpoints.py > tests/models/golden.json`, where transformers and torch are
-installed, writes what the tests compare with where they are not. Weights come from the tensors'
-names, so that they are the same everywhere.
+`python tests/tiny_checkpoints.py > tests/models/golden.json` writes the reference for tests on
+machines without transformers and torch; it needs both. The tensors' names seed their weights, so
+that they are the same everywhere.
 """
 
 import json
@@ -50,7 +50,7 @@ def _like(family: str, **fields: Any) -> dict[str, Any]:
     return start | _SIZES | {"tie_word_embeddings": False} | fields
 
 
-# config.json of each, in the style of transformers 4 where it has rope_theta, else of 5.
+# config.json of each; those with rope_theta are in the style of transformers 4, the others of 5.
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2 | {"scale_attn_by_inverse_layer_idx": True},
     "cerebras-gpt": _GPT2 | {"activation_function": "gelu", "n_inner": 80},
@@ -112,7 +112,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make(folder: pathlib.Path, fields: dict[str, Any], *, seed: int = 0) -> pathlib.Path:
-    """A checkpoint of config.json `fields` with weights from the names of its tensors."""
+    """Writes a checkpoint with config.json `fields`; each tensor's name seeds its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     shapes = tensor_shapes(fields)
@@ -128,7 +128,7 @@ def make(folder: pathlib.Path, fields: dict[str, Any], *, seed: int = 0) -> path
 
 
 def tensor_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors that a checkpoint of config.json `fields` has."""
+    """The shapes of the tensors of a checkpoint with config.json `fields`."""
     from flax import nnx
 
     from models.decoder import Decoder
@@ -136,11 +136,11 @@ def tensor_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     family = find_family(fields)
     config = family.from_fields(fields)
     state = nnx.state(Decoder.shapes(config))
-    found = slots.pieces(config, state, family.NAMES.prefix)
+    pieces = slots.pieces(config, state, family.NAMES.prefix)
     return {
         name: piece.tensor_shape()
-        for of in found.values()
-        for piece in of
+        for of_leaf in pieces.values()
+        for piece in of_leaf
         for name in piece.names()
     }
 
@@ -151,18 +151,18 @@ def tokens(length: int = T) -> np.ndarray:
 
 
 def by_transformers(folder: pathlib.Path) -> dict[str, Any]:
-    """What `transformers` makes of a checkpoint: logits, loss, gradient, greedy continuation."""
+    """Logits, loss, norm of the gradient and greedy text of a checkpoint, by `transformers`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    given = torch.tensor(tokens()).long()
-    out = model(given, labels=given)
+    ids = torch.tensor(tokens()).long()
+    out = model(ids, labels=ids)
     out.loss.backward()
     norm = sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None) ** 0.5
-    text = model.generate(given[:, :PROMPT], max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    text = model.generate(ids[:, :PROMPT], max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return {
         "logits": out.logits.detach().numpy(),
         "loss": out.loss.item(),
@@ -174,9 +174,9 @@ def by_transformers(folder: pathlib.Path) -> dict[str, Any]:
 def _golden() -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as root:
         for name, fields in CONFIGS.items():
-            found = by_transformers(make(pathlib.Path(root, name), fields))
-            some = found["logits"][:, ::8, ::16].astype(float).round(5).tolist()
-            yield name, {**found, "logits": some, "text": found["text"][:, PROMPT:].tolist()}
+            result = by_transformers(make(pathlib.Path(root, name), fields))
+            some = result["logits"][:, ::8, ::16].astype(float).round(5).tolist()
+            yield name, {**result, "logits": some, "text": result["text"][:, PROMPT:].tolist()}
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def activation(fields: dict[str, Any], name: str, known: tuple[str, ...], defaul
       ValueError: the activation is not one of `known`.
     """
     value = fields.get(name, default)
-    ours = _ACTIVATIONS.get(value)
-    if ours not in known:
-        names = sorted(theirs for theirs, o in _ACTIVATIONS.items() if o in known)
-        raise ValueError(f"config.json: {name}={value!r} is not one of {names}")
-    return ours
+    result = _ACTIVATIONS.get(value)
+    if result not in known:
+        values = sorted(v for v, activation in _ACTIVATIONS.items() if activation in known)
+        raise ValueError(f"config.json: {name}={value!r} is not one of {values}")
+    return result
 
 
 def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:

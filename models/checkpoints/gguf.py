@@ -81,6 +81,7 @@ def metadata(file: pathlib.Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in _reader(file).fields.items()}
 
 
+# (the reader's tensor, the number of an expert in it, GGUF's name of the module)
 _Source = tuple[Any, int | None, str]
 
 
@@ -100,13 +101,12 @@ class GGUF:
             "attn_q": self.fields.get("num_attention_heads"),
             "attn_k": self.fields.get("num_key_value_heads"),
         }
-        # name -> (tensor of the reader, number of an expert in it, GGUF's name of the module)
         self._sources: dict[str, _Source] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
         for name, tensor in tensors.items():
             if name != "rope_freqs.weight":
-                self._name(name, tensor)
+                self._enter(name, tensor)
         self._fuse_gate_up()
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 
@@ -149,20 +149,19 @@ class GGUF:
             return gguf.dequantize(data, tensor.tensor_type)[rows]
         return gguf.dequantize(np.ascontiguousarray(data[rows]), tensor.tensor_type)
 
-    def _name(self, name: str, tensor: Any) -> None:
+    def _enter(self, name: str, tensor: Any) -> None:
         """Enters a tensor under its name in a Hugging Face checkpoint."""
+        # "blk.3.attn_q.weight" is layer 3, role "attn_q", end "weight".
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z_]+?)\.?(weight|bias)?", name)
-        table = _GPT2 if self._family == "gpt2" else LLAMA
         layer, role, end = match.groups() if match else (None, name, None)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        root = (
-            ""
-            if layer is None
-            else f"{'transformer.h' if table is _GPT2 else 'model.layers'}.{layer}."
-        )
+        shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF lists the inner one first
+        table, layers = LLAMA, "model.layers"
+        if self._family == "gpt2":
+            table, layers = _GPT2, "transformer.h"
+        root = "" if layer is None else f"{layers}.{layer}."
         if role in _EXPERTS and self._family == "qwen3_moe":
             for expert in range(shape[0]):
-                self._put(
+                self._add(
                     f"{root}mlp.experts.{expert}.{_EXPERTS[role]}.{end}",
                     shape[1:],
                     (tensor, expert, role),
@@ -172,21 +171,21 @@ class GGUF:
             suffix = "_bias" if end == "bias" else ""
             if end == "weight":
                 shape = (shape[0], shape[2], shape[1])
-            self._put(f"{root}mlp.experts.{_EXPERTS[role]}{suffix}", shape, (tensor, None, role))
+            self._add(f"{root}mlp.experts.{_EXPERTS[role]}{suffix}", shape, (tensor, None, role))
             return
         if role == "attn_sinks":
-            self._put(f"{root}self_attn.sinks", shape, (tensor, None, role))
+            self._add(f"{root}self_attn.sinks", shape, (tensor, None, role))
             return
-        theirs = table.get(role)
+        module = table.get(role)
         if self._family == "gpt_oss" and role == "ffn_gate_inp":
-            theirs = "mlp.router"
-        if theirs is None:
+            module = "mlp.router"
+        if module is None:
             raise ValueError(f"{self._file}: the tensor {name!r} is not one of {self._family}'s")
         if self._family == "gpt2" and role in _TRANSPOSED and len(shape) == 2:
             shape = shape[::-1]
-        self._put(f"{root}{theirs}.{end}", shape, (tensor, None, role))
+        self._add(f"{root}{module}.{end}", shape, (tensor, None, role))
 
-    def _put(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
+    def _add(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
         self.shapes[name], self._sources[name] = shape, source
 
     def _fuse_gate_up(self) -> None:

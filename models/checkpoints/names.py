@@ -30,10 +30,10 @@ class Names:
 _QKV = ("attention/query", "attention/key", "attention/value")
 
 
-def _linear(ours: str, theirs: str) -> dict[str, Slot]:
+def _linear(path: str, tensor: str) -> dict[str, Slot]:
     return {
-        f"{ours}/weight": Slot(f"{theirs}.weight", "out_in"),
-        f"{ours}/bias": Slot(f"{theirs}.bias"),
+        f"{path}/weight": Slot(f"{tensor}.weight", "out_in"),
+        f"{path}/bias": Slot(f"{tensor}.bias"),
     }
 
 
@@ -81,25 +81,25 @@ GPT_OSS = dataclasses.replace(
         "feed_forward/down_bias": Slot("mlp.experts.down_proj_bias"),
     }
     | {
-        ours: Slot("mlp.experts.gate_up_proj", "in_out", (i, _GATE_UP), interleaved=True)
-        for i, ours in enumerate(_GATE_UP)
+        path: Slot("mlp.experts.gate_up_proj", "in_out", (i, _GATE_UP), interleaved=True)
+        for i, path in enumerate(_GATE_UP)
     }
     | {
-        f"{ours}_bias": Slot(
+        f"{path}_bias": Slot(
             "mlp.experts.gate_up_proj_bias",
             part=(i, tuple(f"{name}_bias" for name in _GATE_UP)),
             interleaved=True,
         )
-        for i, ours in enumerate(_GATE_UP)
+        for i, path in enumerate(_GATE_UP)
     },
 )
 
 
-def _conv1d(ours: str, theirs: str) -> dict[str, Slot]:
+def _conv1d(path: str, tensor: str) -> dict[str, Slot]:
     # GPT-2's Conv1D stores its weight as [in, out]; every later family's Linear as [out, in].
     return {
-        f"{ours}/weight": Slot(f"{theirs}.weight", "in_out"),
-        f"{ours}/bias": Slot(f"{theirs}.bias"),
+        f"{path}/weight": Slot(f"{tensor}.weight", "in_out"),
+        f"{path}/bias": Slot(f"{tensor}.bias"),
     }
 
 
@@ -116,12 +116,12 @@ GPT2 = Names(
         **_conv1d("feed_forward/down", "mlp.c_proj"),
     }
     | {
-        f"{ours}/{end}": Slot(
+        f"{path}/{end}": Slot(
             f"attn.c_attn.{end}",
             "in_out" if end == "weight" else "same",
             (i, tuple(f"{name}/{end}" for name in _QKV)),
         )
-        for i, ours in enumerate(_QKV)
+        for i, path in enumerate(_QKV)
         for end in ("weight", "bias")
     },
     top={

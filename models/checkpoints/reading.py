@@ -192,7 +192,7 @@ def _read_parameter(
 ) -> jax.Array:
     """One parameter; each device's part is read from the file into its place."""
     shape = leaf.shape
-    stacked = pieces[0].turn is not None
+    stacked = pieces[0].period is not None
     sharding = _sharding(leaf, wafer)
     parts: dict[Any, Any] = {}
     arrays = []
@@ -220,8 +220,8 @@ def _read_part(
         pieces[0].read_into(out, tensors, index)
         advance()
         return out
-    for i, turn in enumerate(range(index[0].start, index[0].stop)):
-        pieces[turn].read_into(out[i], tensors, index[1:])
+    for i, period in enumerate(range(index[0].start, index[0].stop)):
+        pieces[period].read_into(out[i], tensors, index[1:])
         advance()
     return out
 

@@ -72,8 +72,8 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -
 
 def _value(leaf: nnx.Variable, piece: Piece, expert: int | None) -> np.ndarray:
     value = leaf.get_value()
-    if piece.turn is not None:
-        value = value[piece.turn]
+    if piece.period is not None:
+        value = value[piece.period]
     if expert is not None:
         value = value[expert]
     shape = piece.shape if expert is None else piece.shape[1:]
@@ -115,9 +115,9 @@ def _fields(model: Decoder) -> dict[str, Any]:
     """config.json: the fields of the one that was loaded, then those of the config."""
     config = model.config
     family = FAMILIES[config.family]
-    ours = family.to_fields(config)
+    written_fields = family.to_fields(config)
     # Whatever config.json cannot express must equal the family's default.
-    reread = family.from_fields(ours)
+    reread = family.from_fields(written_fields)
     for name in ("norm", "positions", "activation", "biases", "qk_norm", "sinks", "kinds"):
         if getattr(reread, name) != getattr(config, name):
             raise ValueError(
@@ -130,7 +130,7 @@ def _fields(model: Decoder) -> dict[str, Any]:
     return (
         {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
         | kept
-        | ours
+        | written_fields
         | {"dtype": dtype, "torch_dtype": dtype}
     )
 

@@ -25,7 +25,7 @@ class Piece:
     """One parameter of one layer, or one outside the layers."""
 
     leaf: str  # its path in the state
-    turn: int | None  # its index in the stacked array; None outside the layers
+    period: int | None  # its index in the stacked array; None outside the layers
     name: str  # of the tensor in the checkpoint; may contain "{expert}"
     slot: Slot
     transposed: bool  # whether the checkpoint swaps the last two dimensions
@@ -113,21 +113,21 @@ def pieces(config: DecoderConfig, state: Any, prefix: str) -> dict[str, list[Pie
         result[path] = [
             _piece(
                 path,
-                turn,
-                f"{prefix}{names.layers}.{numbers[int(stage), int(position), turn]}.{slot.name}",
+                period,
+                f"{prefix}{names.layers}.{numbers[int(stage), int(position), period]}.{slot.name}",
                 slot,
                 axes[1:],
                 shape[1:],
                 widths,
             )
-            for turn in range(shape[0])
+            for period in range(shape[0])
         ]
     return result
 
 
 def _piece(
     path: str,
-    turn: int | None,
+    period: int | None,
     name: str,
     slot: Slot,
     axes: tuple[str | None, ...],
@@ -147,7 +147,7 @@ def _piece(
             "width": sum(sizes),
         }
     return Piece(
-        leaf=path, turn=turn, name=name, slot=slot, transposed=transposed, shape=shape, **fused
+        leaf=path, period=period, name=name, slot=slot, transposed=transposed, shape=shape, **fused
     )
 
 

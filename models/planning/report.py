@@ -240,7 +240,7 @@ def _parts(p: DeploymentPlan) -> Rows:
 
 def _memory(p: DeploymentPlan) -> Rows:
     free, used = capacity(p.machine), p.sram
-    rows: Rows = [("for", "bytes", "of what there is")]
+    rows: Rows = [("use", "bytes", "share of memory")]
     rows += [(name, f"{value:,.0f}", f"{value / free:.0%}") for name, value in used.items()]
     total = sum(used.values())
     return [*rows, ("all", f"{total:,.0f} of {free:,}", f"{total / free:.0%}")]

@@ -1,3 +1,5 @@
+"""Loading and saving checkpoints: exact both ways, and hostile files refused."""
+
 import json
 import os
 
@@ -21,7 +23,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_what_is_saved_is_what_was_loaded(name, tmp_path):
+def test_saving_writes_what_was_loaded(name, tmp_path):
     model = models.load(tiny.make(tmp_path / "a", tiny.CONFIGS[name]))
     models.save(model, tmp_path / "b")
     before, after = (json.loads((tmp_path / d / "config.json").read_text()) for d in "ab")
@@ -34,7 +36,7 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
     assert same(models.load(tmp_path / "b"), model)
 
 
-def test_in_several_files_with_an_index_and_back_in_one(tmp_path):
+def test_saving_in_several_files_with_an_index_and_back_in_one(tmp_path):
     model = models.load(tiny.make(tmp_path / "a", LLAMA))
     models.save(model, tmp_path / "b", most=60_000)
     files = sorted(f.name for f in (tmp_path / "b").glob("*.safetensors"))
@@ -45,14 +47,14 @@ def test_in_several_files_with_an_index_and_back_in_one(tmp_path):
     assert same(models.load(tmp_path / "b"), model)
 
 
-def test_a_model_of_ours_is_a_llama_to_others(tmp_path):
+def test_a_preset_is_saved_as_a_llama(tmp_path):
     config = models.find_preset("nano")
     model = models.Decoder(config, rngs=nnx.Rngs(0))
     models.save(model, tmp_path)
     again = models.load(tmp_path)
     tokens = jnp.arange(16)[None]
-    ours, theirs = (jax.jit(lambda t, m=m: m(t))(tokens) for m in (model, again))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    logits, reloaded = (jax.jit(lambda t, m=m: m(t))(tokens) for m in (model, again))
+    np.testing.assert_allclose(logits, reloaded, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", ["2x4", "2of2x2", "virtual-4x4"])
@@ -150,8 +152,8 @@ def test_every_mxfp4_scale_is_exact():
         np.testing.assert_array_equal(got.astype(np.float64), table[nibbles] * 2.0 ** (scale - 127))
 
 
-def broken(folder, **changes):
-    """A checkpoint with some tensors replaced, or left out where the change is None."""
+def checkpoint_with(folder, **changes):
+    """A checkpoint with some tensors replaced, or left out if the change is None."""
     source = tensors.open_folder(tiny.make(folder, LLAMA))
     values = {
         name: source.read(name, tuple(slice(None) for _ in shape)).copy()
@@ -176,7 +178,7 @@ NORM = "model.layers.1.input_layernorm.weight"
     ],
 )
 def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
-    folder = broken(tmp_path, **changes)
+    folder = checkpoint_with(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         models.load(folder)
 
@@ -200,7 +202,7 @@ def test_a_config_that_does_not_fit_is_refused(fields, message, tmp_path):
         models.load(folder)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint: it has no config.json"):
         models.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
@@ -250,12 +252,12 @@ def test_hostile_files_are_refused(content, message, tmp_path):
 def test_an_index_that_lies_is_refused(tmp_path):
     folder = tiny.make(tmp_path, LLAMA)
     index = folder / tensors.INDEX
-    for placed, message in [
+    for file_of, message in [
         ({"a": "../other.safetensors"}, "is not a file beside it"),
         ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
         ({"a": "model.safetensors"}, "has no 'a', which"),
     ]:
-        index.write_text(json.dumps({"weight_map": placed}))
+        index.write_text(json.dumps({"weight_map": file_of}))
         with pytest.raises(ValueError, match=message):
             models.load(folder)
 

@@ -1,3 +1,5 @@
+"""The commands of `python -m models`: generate, info, convert."""
+
 import json
 import pathlib
 import subprocess
@@ -23,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def programs_are_kept_elsewhere(monkeypatch, tmp_path):
+def compiled_programs_go_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -80,10 +82,10 @@ def state(folder):
         (["info", "--model", "/nowhere"], "/nowhere: no such folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folder, arguments, message, capsys):
+def test_an_error_is_one_line(folder, arguments, message, capsys):
     assert main([argument.format(folder) for argument in arguments]) == 2
-    said = capsys.readouterr()
-    assert message in said.err.splitlines()[-1] and not said.out
+    printed = capsys.readouterr()
+    assert message in printed.err.splitlines()[-1] and not printed.out
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_what_is_wrong_is_said_in_one_line(folder, arguments, message, capsys):
 def test_a_wrong_flag_ends_with_status_2_before_jax_is_imported(arguments, message):
     program = "import sys; from models.__main__ import main\ntry:\n  main(sys.argv[1:])\n"
     program += "finally:\n  assert 'jax' not in sys.modules"
-    found = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT
     )
-    assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr
+    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr

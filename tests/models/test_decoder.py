@@ -1,3 +1,5 @@
+"""The decoder against formulas in NumPy, and on every wafer against one device."""
+
 import dataclasses
 
 import jax
@@ -50,7 +52,7 @@ def test_logits_and_gradients_are_the_same_on_every_wafer(name, grid, wafer_call
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_the_decoder_is_the_one_of_the_papers():
+def test_the_decoder_equals_the_formulas_of_the_papers():
     """Against the formulas written out with numpy, layer by layer, in float64."""
     model = Decoder(dataclasses.replace(SMALL, kv_heads=4), rngs=nnx.Rngs(0))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model)))

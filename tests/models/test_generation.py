@@ -1,3 +1,5 @@
+"""Generation with a cache against a pass over the whole text for each token."""
+
 import dataclasses
 from typing import Any
 
@@ -28,7 +30,7 @@ def tokens(batch=2, length=8):
 
 @pytest.fixture(scope="module")
 def likeliest():
-    """A model, and what it says after `tokens(2, 3)`, a token at a time without a cache."""
+    """A model, and its greedy continuation of `tokens(2, 3)`, made without a cache."""
     model = Decoder(SMALL, rngs=nnx.Rngs(0))
     run = jax.jit(lambda t: model(t))
     text = np.asarray(tokens(2, 3))
@@ -67,7 +69,7 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone(full_wafer, alon
         assert not row[len(want) :].any()
 
 
-def test_a_step_gives_the_models_own_log_probability_and_stops_where_it_is_told():
+def test_a_step_gives_the_models_own_log_probability_and_stop_ends_the_text():
     model = Decoder(LONG, rngs=nnx.Rngs(3))
     lengths = np.array([5, 5], np.int32)
     how = Sampling(temperature=0.7, top_k=4)
@@ -122,8 +124,8 @@ def test_sampling_is_a_function_of_its_key_and_keeps_to_top_k():
     np.testing.assert_array_equal(sample(1, 1), generate(model, tokens(1, 2), max_new_tokens=6))
 
 
-def test_top_p_draws_from_the_least_set_that_has_the_share():
-    """Shares 0.5, 0.3, 0.15, 0.05: of 0.7 the first two are enough; they keep their odds."""
+def test_top_p_draws_from_the_smallest_set_that_has_the_share():
+    """With shares 0.5, 0.3, 0.15, 0.05 and top_p=0.7, the first two are drawn, in their ratio."""
     logits = jnp.log(jnp.array([0.15, 0.5, 0.05, 0.3]))
     keys = jax.random.split(jax.random.key(0), 4000)
     how = Sampling(temperature=1.0, top_p=0.7)
@@ -162,23 +164,23 @@ def shapes_of(config):
 
 @pytest.mark.parametrize(("height", "width"), [(2, 4), (16, 16)])
 @pytest.mark.parametrize("name", ["llama3.3-70b", "qwen3-235b-a22b", "gpt-oss-120b"])
-def test_large_models_decode_on_a_wafer_that_is_not_there(name, height, width):
+def test_large_models_decode_on_an_abstract_wafer(name, height, width):
     """Shapes alone: the bytes of all weights on each device, and four layers read and decode.
 
-    The other layers are these again: a model's kinds of layers alternate, two by two at most.
+    The other layers repeat these four: no model has more than two kinds in turn.
     """
     whole = dataclasses.replace(find_preset(name), stacked=False)
     wafer = wk.Wafer.abstract(wk.WSE3, height, width)
     _, params = shapes_of(whole)
-    held = sum(row.bytes_per_device for row in explain_state(params, wafer))
+    bytes_per_device = sum(row.bytes_per_device for row in explain_state(params, wafer))
     parts = 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) / (height * width)
-    assert parts <= held < 1.01 * parts
+    assert parts <= bytes_per_device < 1.01 * parts
 
     windows, sparse = whole.windows[:4], whole.sparse_layers[:4]
     config = dataclasses.replace(whole, layers=4, windows=windows, sparse_layers=sparse)
     assert set(config.kinds) == set(whole.kinds)
     graph, params = shapes_of(config)
-    given = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 1024), (8,))]
+    operands = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 1024), (8,))]
     key, ends, how = jax.random.key(0), jnp.zeros(0, jnp.int32), Sampling()
 
     def text(params, tokens, lengths):
@@ -186,5 +188,5 @@ def test_large_models_decode_on_a_wafer_that_is_not_there(name, height, width):
         return generation.decode(graph, params, state, key, ends, how, wafer)
 
     with wafer:
-        state, (new, _, _) = jax.eval_shape(text, params, *given)
+        state, (new, _, _) = jax.eval_shape(text, params, *operands)
     assert new.shape == (8,) and len(state.caches) == config.layers

@@ -1,3 +1,5 @@
+"""GGUF files against the Hugging Face checkpoints that they were made from."""
+
 import json
 import os
 import pathlib
@@ -34,13 +36,13 @@ NAMES = {
 }
 
 
-def whole(folder):
+def read_all(folder):
     source = tensors.open_folder(folder)
     return {n: source.read(n, tuple(slice(None) for _ in s)) for n, s in source.shapes.items()}
 
 
-def written(file, kind, fields, values, quantized=None):
-    """A GGUF file as the llama.cpp scripts write it."""
+def write_gguf(file, kind, fields, values, quantized=None):
+    """Writes a GGUF file as the llama.cpp scripts do."""
     writer = gguf.GGUFWriter(file, kind)
     for key, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -64,13 +66,13 @@ def written(file, kind, fields, values, quantized=None):
     return file
 
 
-def turned(weight, heads):
-    """A head's halves in turns, as llama files have queries and keys."""
+def interleave_halves(weight, heads):
+    """The rows of queries or keys as llama files have them: a head's two halves interleaved."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def sizes(kind, fields):
-    found = {
+def size_fields(kind, fields):
+    renamed = {
         "context_length": fields["max_position_embeddings"],
         "embedding_length": fields["hidden_size"],
         "block_count": fields["num_hidden_layers"],
@@ -81,31 +83,31 @@ def sizes(kind, fields):
         "attention.layer_norm_rms_epsilon": 1e-6,
         "rope.freq_base": float(fields.get("rope_theta", 10_000.0)),
     }
-    return {f"{kind}.{key}": value for key, value in found.items()}
+    return {f"{kind}.{key}": value for key, value in renamed.items()}
 
 
-def named(values):
+def gguf_names(values):
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    found = {}
+    renamed = {}
     for name, value in values.items():
         root, _, end = name.rpartition(".")
         if root in top:
-            found[f"{top[root]}.{end}"] = value
+            renamed[f"{top[root]}.{end}"] = value
         else:
             _, _, layer, rest = root.split(".", 3)
-            found[f"blk.{layer}.{NAMES[rest]}.{end}"] = value
-    return found
+            renamed[f"blk.{layer}.{NAMES[rest]}.{end}"] = value
+    return renamed
 
 
 def llama_file(folder, file, quantized=None, scale=None, more=None):
-    values = named(whole(folder))
+    values = gguf_names(read_all(folder))
     for name in values:
         for part, heads in (("attn_q.", 4), ("attn_k.", 2)):
             if part in name:
-                values[name] = turned(values[name], heads)
+                values[name] = interleave_halves(values[name], heads)
     if scale is not None:
         values["rope_freqs.weight"] = scale
-    return written(file, "llama", sizes("llama", LLAMA) | (more or {}), values, quantized)
+    return write_gguf(file, "llama", size_fields("llama", LLAMA) | (more or {}), values, quantized)
 
 
 def same(a, b, **tolerance):
@@ -113,7 +115,7 @@ def same(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **tolerance or {"rtol": 0})
 
 
-def test_a_llama_file_is_the_checkpoint_that_it_was(tmp_path):
+def test_a_llama_file_equals_its_checkpoint(tmp_path):
     folder = tiny.make(tmp_path / "a", LLAMA)
     model = models.load(llama_file(folder, tmp_path / "a.gguf"))
     same(model, models.load(folder))
@@ -122,14 +124,14 @@ def test_a_llama_file_is_the_checkpoint_that_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16"])
-def test_what_is_quantized_is_decoded(kind, tmp_path):
+def test_quantized_files_are_dequantized(kind, tmp_path):
     folder = tiny.make(tmp_path / "a", LLAMA)
     quantized = gguf.GGMLQuantizationType[kind]
     model = models.load(llama_file(folder, tmp_path / "a.gguf", quantized))
     same(model, models.load(folder), atol={"Q": 0.06, "F": 1e-3, "B": 1e-2}[kind[0]])
 
 
-def test_llama_3_s_frequencies_are_known_again(tmp_path):
+def test_llama_3s_scaling_is_recovered_from_its_frequencies(tmp_path):
     folder = tiny.make(tmp_path / "a", LLAMA)
     plain = models.load(folder).config
     scaled = tiny.CONFIGS["llama3"]["rope_scaling"] | {"original_max_position_embeddings": 8192}
@@ -148,12 +150,12 @@ def test_llama_3_s_frequencies_are_known_again(tmp_path):
 def test_qwen3_moe_and_gpt2(tmp_path):
     fields = tiny.CONFIGS["qwen3-moe"] | {"mlp_only_layers": []}
     folder = tiny.make(tmp_path / "moe", fields)
-    values = whole(folder)
+    values = read_all(folder)
     experts = {n: v for n, v in values.items() if ".experts." in n}
-    found = named({n: v for n, v in values.items() if n not in experts})
+    renamed = gguf_names({n: v for n, v in values.items() if n not in experts})
     for layer in range(3):
         for part in ("gate", "up", "down"):
-            found[f"blk.{layer}.ffn_{part}_exps.weight"] = np.stack(
+            renamed[f"blk.{layer}.ffn_{part}_exps.weight"] = np.stack(
                 [
                     experts[f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight"]
                     for e in range(8)
@@ -161,7 +163,9 @@ def test_qwen3_moe_and_gpt2(tmp_path):
             )
     more: dict[str, object] = {"qwen3moe.expert_count": 8, "qwen3moe.expert_used_count": 3}
     more |= {"qwen3moe.expert_feed_forward_length": 48, "qwen3moe.rope.freq_base": 1e6}
-    file = written(tmp_path / "moe.gguf", "qwen3moe", sizes("qwen3moe", fields) | more, found)
+    file = write_gguf(
+        tmp_path / "moe.gguf", "qwen3moe", size_fields("qwen3moe", fields) | more, renamed
+    )
     same(models.load(file), models.load(folder))
 
     fields = tiny.CONFIGS["cerebras-gpt"] | {"activation_function": "gelu_new"}
@@ -169,17 +173,20 @@ def test_qwen3_moe_and_gpt2(tmp_path):
     names = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv"}
     names |= {"attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     top = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-    found = {}
-    for name, value in whole(folder).items():
+    renamed = {}
+    for name, value in read_all(folder).items():
         root, _, end = name.removeprefix("transformer.").rpartition(".")
         inner = root.split(".", 2)[2] if root.startswith("h.") else root
         value = value.T if inner in names and value.ndim == 2 else value
         place = top.get(root) or f"blk.{root.split('.')[1]}.{names[inner]}"
-        found[f"{place}.{end}"] = value
+        renamed[f"{place}.{end}"] = value
     more = {"context_length": 64, "embedding_length": 64, "block_count": 3}
     more |= {"feed_forward_length": 80, "attention.head_count": 4}
-    file = written(
-        tmp_path / "g.gguf", "gpt2", {f"gpt2.{key}": value for key, value in more.items()}, found
+    file = write_gguf(
+        tmp_path / "g.gguf",
+        "gpt2",
+        {f"gpt2.{key}": value for key, value in more.items()},
+        renamed,
     )
     same(models.load(file), models.load(folder))
 
@@ -187,24 +194,24 @@ def test_qwen3_moe_and_gpt2(tmp_path):
 def test_gpt_oss(tmp_path):
     fields = tiny.CONFIGS["gpt-oss"]
     folder = tiny.make(tmp_path / "a", fields)
-    values, found = whole(folder), dict[str, np.ndarray]()
+    values, renamed = read_all(folder), dict[str, np.ndarray]()
     for name, value in values.items():
         if ".experts." not in name and ".sinks" not in name:
-            found |= named({name: value})
+            renamed |= gguf_names({name: value})
             continue
         root = f"blk.{name.split('.')[2]}"
         if name.endswith("sinks"):
-            found[f"{root}.attn_sinks.weight"] = value
+            renamed[f"{root}.attn_sinks.weight"] = value
         elif "gate_up" in name:
             end = "bias" if name.endswith("bias") else "weight"
             for i, part in enumerate(("gate", "up")):
                 half = value[..., i::2]
                 half = half.swapaxes(1, 2) if end == "weight" else half
-                found[f"{root}.ffn_{part}_exps.{end}"] = half
+                renamed[f"{root}.ffn_{part}_exps.{end}"] = half
         elif name.endswith("bias"):
-            found[f"{root}.ffn_down_exps.bias"] = value
+            renamed[f"{root}.ffn_down_exps.bias"] = value
         else:
-            found[f"{root}.ffn_down_exps.weight"] = value.swapaxes(1, 2)
+            renamed[f"{root}.ffn_down_exps.weight"] = value.swapaxes(1, 2)
     kind = "gpt-oss"
     more: dict[str, object] = {
         "expert_count": 6,
@@ -214,9 +221,9 @@ def test_gpt_oss(tmp_path):
     more |= {"attention.sliding_window": 7, "rope.scaling.type": "yarn"}
     more |= {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
     more |= {"rope.freq_base": 150_000.0}
-    found = {n.replace("ffn_norm", "post_attention_norm"): v for n, v in found.items()}
-    given = sizes(kind, fields) | {f"{kind}.{key}": value for key, value in more.items()}
-    model = models.load(written(tmp_path / "a.gguf", kind, given, found))
+    renamed = {n.replace("ffn_norm", "post_attention_norm"): v for n, v in renamed.items()}
+    metadata = size_fields(kind, fields) | {f"{kind}.{key}": value for key, value in more.items()}
+    model = models.load(write_gguf(tmp_path / "a.gguf", kind, metadata, renamed))
     want = models.load(folder)
     same(model, want)
     assert model.config.kinds == want.config.kinds
@@ -246,14 +253,14 @@ def test_the_tokenizer_is_in_the_file(tmp_path):
         tokenizer.check(97)
 
 
-def test_what_is_no_gguf_is_refused(tmp_path):
+def test_a_broken_file_is_refused(tmp_path):
     file = llama_file(tiny.make(tmp_path / "a", LLAMA), tmp_path / "a.gguf")
     data = file.read_bytes()
     for cut in (data[:3], data[:200], data[:-4000], b"\0" * 64):
         (tmp_path / "b.gguf").write_bytes(cut)
         with pytest.raises(ValueError, match="b.gguf is not GGUF, or is truncated"):
             GGUF(tmp_path / "b.gguf")
-    written(tmp_path / "c.gguf", "mamba", {}, {"token_embd.weight": np.ones((3, 4))})
+    write_gguf(tmp_path / "c.gguf", "mamba", {}, {"token_embd.weight": np.ones((3, 4))})
     with pytest.raises(ValueError, match="architecture 'mamba' is not one of llama"):
         models.load(tmp_path / "c.gguf")
 

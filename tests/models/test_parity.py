@@ -1,3 +1,5 @@
+"""Every family against transformers: logits, loss, gradient, greedy text."""
+
 import importlib.util
 import json
 import os
@@ -42,13 +44,13 @@ def check(got, logits, loss, norm):
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_numbers_are_those_of_transformers(name, tmp_path):
+def test_numbers_equal_those_of_transformers(name, tmp_path):
     folder = tiny.make(tmp_path, tiny.CONFIGS[name])
     model, tokens, want = models.load(folder), jnp.asarray(tiny.tokens()), GOLDEN[name]
     got = numbers(model, tokens)
     check((got[0][:, ::8, ::16], *got[1:]), want["logits"], want["loss"], want["gradient_norm"])
     text = models.generate(model, tokens[:, : tiny.PROMPT], max_new_tokens=tiny.NEW)
-    # Where the two likeliest are within 1e-3 either may be taken; in these it is never so.
+    # Two tokens within 1e-3 could be taken either way; these texts have none so close.
     np.testing.assert_array_equal(text[:, tiny.PROMPT :], want["text"])
 
 
@@ -67,7 +69,7 @@ def test_numbers_are_the_same_on_wafers(name, grid, tmp_path, wafer_called):
 
 @needs_transformers
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_what_is_saved_is_the_same_to_transformers(name, tmp_path):
+def test_transformers_reads_the_same_model_from_what_is_saved(name, tmp_path):
     want = tiny.by_transformers(tiny.make(tmp_path / "theirs", tiny.CONFIGS[name]))
     model = models.load(tmp_path / "theirs")
     check(
@@ -81,7 +83,7 @@ def test_what_is_saved_is_the_same_to_transformers(name, tmp_path):
 
 @needs_transformers
 @pytest.mark.skipif(not SMOLLM2, reason="SMOLLM2_GGUF names no file")
-def test_smollm2_is_what_transformers_makes_of_it(tmp_path):
+def test_smollm2_equals_transformers(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -104,19 +106,19 @@ def test_smollm2_is_what_transformers_makes_of_it(tmp_path):
     np.testing.assert_array_equal(models.generate(model, tokens, max_new_tokens=16), text)
 
 
-def test_masks_and_segments_hide_what_they_say(tmp_path):
+def test_masks_and_segments_hide_tokens(tmp_path):
     model = models.load(tiny.make(tmp_path, tiny.CONFIGS["llama3"]))
     tokens = jnp.asarray(tiny.tokens(12))
     graph, params = nnx.split(model)
     run = jax.jit(lambda *a, **k: nnx.merge(graph, params)(*a, **k))
     alone = run(tokens[:, 4:])
-    here = jnp.arange(12)[None].repeat(2, 0) >= 4
+    present = jnp.arange(12)[None].repeat(2, 0) >= 4
     positions = jnp.arange(12) - 4
     for options in (
-        {"mask": here},
-        {"mask": here.astype(jnp.int32)},
-        {"segment_ids": here.astype(jnp.int32)},
-        {"mask": here[:, None] & jnp.ones((2, 12, 1), bool)},
+        {"mask": present},
+        {"mask": present.astype(jnp.int32)},
+        {"segment_ids": present.astype(jnp.int32)},
+        {"mask": present[:, None] & jnp.ones((2, 12, 1), bool)},
     ):
         got = run(tokens, positions, **options)
         np.testing.assert_allclose(got[:, 4:], alone, atol=1e-5)

@@ -1,3 +1,5 @@
+"""Presets: published parameter counts, FLOPs, and refusals."""
+
 import dataclasses
 
 import jax

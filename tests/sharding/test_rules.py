@@ -1,3 +1,5 @@
+"""The table from names of dimensions to axes of the wafer."""
+
 import pytest
 from jax.sharding import PartitionSpec as P
 

@@ -1,3 +1,5 @@
+"""The layout and the padding of a train state."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,17 +23,17 @@ class Pair(nnx.Module):
 
 def make():
     params = nnx.state(Pair(nnx.Rngs(0)))
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "moments": OPTIMISER.init(params)}
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "moments": OPTIMIZER.init(params)}
 
 
-OPTIMISER = optax.adamw(1e-2)
+OPTIMIZER = optax.adamw(1e-2)
 
 
 def test_values_are_the_same_on_every_wafer(wafer):
     alone = named_leaves(initialize(make, None))
-    here = named_leaves(logical(initialize(make, wafer)))
+    laid_out = named_leaves(logical(initialize(make, wafer)))
     for name, leaf in alone.items():
-        got, want = jax.tree.leaves(here[name])[0], jax.tree.leaves(leaf)[0]
+        got, want = jax.tree.leaves(laid_out[name])[0], jax.tree.leaves(leaf)[0]
         np.testing.assert_allclose(jax.device_get(got), want, rtol=1e-6, err_msg=name)
 
 
@@ -71,7 +73,7 @@ def test_the_padding_stays_zero_through_a_step(full_wafer):
     def step(state):
         loss = lambda p: (logical(p)["table"][...] ** 2).sum() + logical(p)["scale"][...].sum()  # noqa: E731
         grads = jax.grad(loss)(state["params"])
-        updates, moments = OPTIMISER.update(grads, state["moments"], state["params"])
+        updates, moments = OPTIMIZER.update(grads, state["moments"], state["params"])
         return optax.apply_updates(state["params"], updates), moments
 
     params, moments = step(state)

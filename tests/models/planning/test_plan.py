@@ -1,3 +1,5 @@
+"""Plans of models on wafers: regions, memory, streaming, and the reports."""
+
 import dataclasses
 import json
 from typing import Any
@@ -16,9 +18,9 @@ SMALL = dataclasses.replace(find_preset("llama3.2-1b"), layers=4, vocab=4096)
 SPARSE = dataclasses.replace(find_preset("gpt-oss-20b"), layers=4, windows=(128, None) * 2)
 
 
-def planned(config=SMALL, **options: Any):
-    given: dict[str, Any] = {"mode": "decode", "machine": wk.WSE2, "side": 248, "context": 1024}
-    return plan(config, name="small", parameters=10**9, **given | options)
+def plan_small(config=SMALL, **options: Any):
+    defaults: dict[str, Any] = {"mode": "decode", "machine": wk.WSE2, "side": 248, "context": 1024}
+    return plan(config, name="small", parameters=10**9, **defaults | options)
 
 
 @pytest.mark.parametrize("machine", [wk.WSE1, wk.WSE2, wk.WSE3])
@@ -31,22 +33,22 @@ def test_regions_lie_on_the_wafer_side_by_side(machine):
     assert max(r.count * r.side**2 for r in found) > 0.95 * machine.usable_pes
 
 
-def test_weights_that_have_room_stay_and_others_are_streamed():
-    held = planned()
-    assert held.resident and held.seconds == held.compute_seconds
-    assert held.wafers_needed == 1 and held.tokens == 1
-    # 2 B for each of a layer's parameters, over the region's PEs, but for padding to them
+def test_weights_stay_if_there_is_room_and_are_streamed_if_not():
+    small = plan_small()
+    assert small.resident and small.seconds == small.compute_seconds
+    assert small.wafers_needed == 1 and small.tokens == 1
+    # 2 bytes a parameter of a layer, spread over the region's PEs; padding makes it more
     one = 2048 * (2 * 2048 + 2 * 512 + 3 * 8192) * 2 / 248**2
-    assert held.parts[0].weights == pytest.approx(one, rel=0.3) and held.parts[0].weights > one
-    assert sum(held.sram.values()) <= memory.capacity(wk.WSE2)
-    deep = planned(dataclasses.replace(SMALL, layers=400))
+    assert small.parts[0].weights == pytest.approx(one, rel=0.3) and small.parts[0].weights > one
+    assert sum(small.sram.values()) <= memory.capacity(wk.WSE2)
+    deep = plan_small(dataclasses.replace(SMALL, layers=400))
     assert not deep.resident and deep.fewest_wafers == deep.wafers_needed > 1
     assert deep.seconds == deep.stream_seconds > deep.compute_seconds
     assert sum(deep.sram.values()) == memory.capacity(wk.WSE2)
     whole = 400 * deep.parts[0].weights * 248**2
     assert 0.5 * whole < deep.streamed_bytes < whole
-    enough = planned(dataclasses.replace(SMALL, layers=400), wafers=deep.wafers_needed)
-    assert enough.resident and enough.seconds == pytest.approx(100 * held.seconds, rel=0.2)
+    enough = plan_small(dataclasses.replace(SMALL, layers=400), wafers=deep.wafers_needed)
+    assert enough.resident and enough.seconds == pytest.approx(100 * small.seconds, rel=0.2)
 
 
 def test_layers_that_are_alike_are_one_part_and_experts_count_by_choice():
@@ -60,28 +62,28 @@ def test_layers_that_are_alike_are_one_part_and_experts_count_by_choice():
     assert more.cycles == narrow.cycles and more.weights > 1.8 * narrow.weights
 
 
-def test_what_neither_stays_nor_can_be_streamed_is_refused():
-    """The caches of all layers stay, however the weights come."""
+def test_caches_that_do_not_fit_are_refused():
+    """Weights can be streamed; the caches of all layers have to stay."""
     deep = dataclasses.replace(SMALL, layers=400)
     with pytest.raises(ValueError, match="a PE lacks .* batch=[0-9]+ fits"):
-        planned(deep, batch=64)
+        plan_small(deep, batch=64)
 
 
 def test_training_streams_its_weights_and_scales_with_wafers():
-    p = planned(mode="train", wafers=4, context=256)
+    p = plan_small(mode="train", wafers=4, context=256)
     assert p.compute_seconds >= p.stream_seconds  # of the batch that it chose
     assert p.batch % (4 * p.regions.count) == 0
     steps = scale_out(p)
     assert [n for n, _, _ in steps] == [1, 2, 4]
     assert steps[0][1] == pytest.approx(4 * p.compute_seconds)
-    few = planned(mode="train", wafers=4, context=256, batch=1)
+    few = plan_small(mode="train", wafers=4, context=256, batch=1)
     assert few.seconds == few.stream_seconds and scale_out(few)[-1][2] < 0.5
 
 
 def test_a_prompt_takes_longer_than_a_token_and_prompts_follow_one_another():
-    prompt = planned(mode="prefill", context=512)
-    assert prompt.seconds > planned(context=512).seconds and prompt.tokens == 512
-    two = planned(mode="prefill", context=512, batch=2)
+    prompt = plan_small(mode="prefill", context=512)
+    assert prompt.seconds > plan_small(context=512).seconds and prompt.tokens == 512
+    two = plan_small(mode="prefill", context=512, batch=2)
     assert prompt.seconds < two.seconds <= 2 * prompt.seconds
 
 
@@ -104,7 +106,7 @@ def test_chips_read_their_weights_once_a_token():
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        planned(**options)
+        plan_small(**options)
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):

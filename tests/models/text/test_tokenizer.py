@@ -1,3 +1,5 @@
+"""Tokenizers from every format, chat templates, and streams of text."""
+
 import base64
 import json
 
@@ -22,8 +24,8 @@ TEXTS = [
 ]
 
 
-def trained():
-    """A byte-level tokenizer of few merges."""
+def train_tokenizer():
+    """A byte-level tokenizer with few merges."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -41,7 +43,7 @@ def trained():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    inner = trained()
+    inner = train_tokenizer()
     inner.save(str(path / "tokenizer.json"))
     settings = {
         "bos_token": {"content": "<|endoftext|>"},
@@ -57,7 +59,7 @@ def test_tokenizer_json_with_its_chat_template(folder):
     tokenizer = load_tokenizer(folder)
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.ends == (0,) and tokenizer.vocab == trained().get_vocab_size()
+    assert tokenizer.ends == (0,) and tokenizer.vocab == train_tokenizer().get_vocab_size()
     tokens = tokenizer.chat([{"role": "user", "content": "the fabric"}])
     assert tokenizer.decode(tokens, special=True) == "<|endoftext|>[user]the fabric[assistant]"
     assert tokens[0] == 0  # the name of a special token is that token

@@ -7,6 +7,7 @@ cotangents of a few cells are added in place. These rules support reverse mode o
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -161,20 +162,19 @@ def _cut_windows_fwd(
 
 def _cut_windows_bwd(
     shape: tuple[int, ...], windows: tuple[Window, ...], _: None, cotangents: Sequence[Tile]
-) -> tuple[Tile]:
+) -> tuple[Tile | None]:
     dims = range(len(shape))
     lead = [max(low[d] for low, _ in windows) for d in dims]
     trail = [max(shape[d] - high[d] for _, high in windows) for d in dims]
-    total = None
-    for (low, _), cotangent in zip(windows, cotangents, strict=True):
+    parts = []
+    for (low, _high), cotangent in zip(windows, cotangents, strict=True):
         padded_shape = [lead[d] + cotangent.shape[d] + trail[d] for d in dims]
         # Written into zeros: XLA would fuse a pad into the sum, with a test for every cell.
         zeros = jnp.zeros(padded_shape, cotangent.dtype)
         padded = lax.dynamic_update_slice(zeros, cotangent, lead)
         begin = [lead[d] - low[d] for d in dims]
-        part = lax.slice(padded, begin, ends(begin, shape))
-        total = part if total is None else total + part
-    return (total,)
+        parts.append(lax.slice(padded, begin, ends(begin, shape)))
+    return (functools.reduce(operator.add, parts) if parts else None,)
 
 
 _cut_windows.defvjp(_cut_windows_fwd, _cut_windows_bwd)
@@ -233,7 +233,8 @@ def _write_slabs_bwd(
 ) -> tuple[list[Any]]:
     pull, static = residuals
     slab_cotangents: list[Any] = []
-    results, shapes = [], iter(static.slabs)
+    results: list[Any] = []
+    shapes = iter(static.slabs)
     for cotangent, start in zip(cotangents, starts, strict=True):
         integer = cotangent.dtype == jax.dtypes.float0
         if start is not None:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 Tile = Shaped[Array, "..."]  # any number of dimensions, any dtype
+Tiles = tuple[Tile, ...]  # one for each field
+Step = Int[Array, ""] | int  # the number of a step, from 0
 Pairs = tuple[tuple[int, int], ...]  # for each dimension: low and high, or begin and end
 
 

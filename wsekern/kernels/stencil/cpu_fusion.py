@@ -30,6 +30,8 @@ _COSTS = {"div": 4, "sqrt": 4, "rsqrt": 4, "rem": 4} | dict.fromkeys(
 )
 _MOVES = {"slice", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"}
 
+Variable = Any  # a `core.Var`, whose `aval` JAX types as one without a shape
+Equation = core.JaxprEqn
 # A pass over cells (its number, or the variable or equation that it computes), and the offset from
 # its own cell at which it reads another one.
 Read = tuple[Any, tuple[int, ...]]
@@ -70,17 +72,17 @@ def compute_once(
     return _part(closed, known, jaxpr.outvars)(*values)
 
 
-def shared_levels(jaxpr: core.Jaxpr) -> list[list[core.Var]]:
+def shared_levels(jaxpr: core.Jaxpr) -> list[list[Variable]]:
     """The variables that are worth computing once; each level needs only those before it.
 
     For `a = exp(u)`, `b = sqrt(a[1:] + a[:-1])`, `c = b[1:] + b[:-1]`, each costly and read twice:
     `[[a], [b]]`; `c`, the result, is read once.
     """
-    chosen: set[core.Var] = set()
+    chosen: set[Variable] = set()
     for _ in range(2):  # an expression costs less once a part of it is chosen
         chosen = _worth_storing(jaxpr, _costs(jaxpr, chosen))
-    depth: dict[core.Var, int] = {}
-    levels: list[list[core.Var]] = []
+    depth: dict[Variable, int] = {}
+    levels: list[list[Variable]] = []
     for equation in jaxpr.eqns:
         below = max((depth.get(v, 0) for v in _variables(equation.invars)), default=0)
         for result in equation.outvars:
@@ -104,10 +106,10 @@ def _behind_barrier(
     return lax.cond((counter * counter) & 3 == 2, never, lambda *o: list(function(*o)), *operands)
 
 
-def _costs(jaxpr: core.Jaxpr, chosen: Collection[core.Var]) -> dict[core.Var, int]:
+def _costs(jaxpr: core.Jaxpr, chosen: Collection[Variable]) -> dict[Variable, int]:
     """Operations a cell of each variable's expression, down to operands and chosen variables."""
     # The equations of each variable's expression, as a set: one that is used twice counts once.
-    expressions: dict[core.Var, frozenset[int]] = {}
+    expressions: dict[Variable, frozenset[int]] = {}
     costs = [_cost(equation) for equation in jaxpr.eqns]
     for i, equation in enumerate(jaxpr.eqns):
         read = [
@@ -117,7 +119,7 @@ def _costs(jaxpr: core.Jaxpr, chosen: Collection[core.Var]) -> dict[core.Var, in
     return {variable: sum(costs[i] for i in used) for variable, used in expressions.items()}
 
 
-def _cost(equation: core.JaxprEqn) -> int:
+def _cost(equation: Equation) -> int:
     name = equation.primitive.name
     if name in _MOVES:
         return 0
@@ -128,16 +130,17 @@ def _cost(equation: core.JaxprEqn) -> int:
     return _COSTS.get(name, 1)
 
 
-def _worth_storing(jaxpr: core.Jaxpr, costs: dict[core.Var, int]) -> set[core.Var]:
+def _worth_storing(jaxpr: core.Jaxpr, costs: dict[Variable, int]) -> set[Variable]:
     """The variables that cost less if they are computed once and stored."""
     chosen = set()
-    smallest = min(math.prod(v.aval.shape) for v in jaxpr.outvars) / 2  # not a row or a number
-    reads: dict[core.Var, set[Read]] = {v: set() for e in jaxpr.eqns for v in e.outvars}
-    for i, v in enumerate(jaxpr.outvars):
+    results: list[Variable] = [*jaxpr.outvars]
+    smallest = min(math.prod(v.aval.shape) for v in results) / 2  # not a row or a number
+    reads: dict[Variable, set[Read]] = {v: set() for e in jaxpr.eqns for v in e.outvars}
+    for i, v in enumerate(results):
         reads.setdefault(v, set()).add((i, (0,) * v.aval.ndim))
     # From the results back: by then it is known at which offsets each variable is read.
     for i, equation in reversed([*enumerate(jaxpr.eqns)]):
-        result = equation.outvars[0]
+        result: Variable = equation.outvars[0]
         read_at = set().union(*(reads[v] for v in equation.outvars))
         # XLA computes the expression once for each offset at which some pass reads it.
         saved = (len(read_at) - 1) * costs[result]
@@ -150,9 +153,7 @@ def _worth_storing(jaxpr: core.Jaxpr, costs: dict[core.Var, int]) -> set[core.Va
     return chosen
 
 
-def _operand_reads(
-    equation: core.JaxprEqn, name: str, operand: core.Var, reads: set[Read]
-) -> set[Read]:
+def _operand_reads(equation: Equation, name: str, operand: Variable, reads: set[Read]) -> set[Read]:
     """Where `operand` is read, if the equation's result is read at `reads`.
 
     In `u[2:] - u[:-2]`, read at offset 0, `u` is read at offsets 2 and 0.
@@ -160,14 +161,15 @@ def _operand_reads(
     if equation.primitive.name == "slice" and set(equation.params["strides"] or [1]) == {1}:
         start = equation.params["start_indices"]
         return {(i, tuple(map(sum, zip(start, at, strict=True)))) for i, at in reads}
-    if operand.aval.shape == equation.outvars[0].aval.shape:
+    result: Variable = equation.outvars[0]
+    if operand.aval.shape == result.aval.shape:
         return reads
     # A reduction, a broadcast, a transpose: taken for one pass that reads all of the operand.
     return {(name, (0,) * operand.aval.ndim)} if reads else set()
 
 
 def _part(
-    closed: core.ClosedJaxpr, known: Sequence[core.Var], wanted: Sequence[core.Var]
+    closed: core.ClosedJaxpr, known: Sequence[Variable], wanted: Sequence[Variable]
 ) -> Callable[..., list[Tile]]:
     """The function from the variables `known` to the variables `wanted`."""
     jaxpr, needed = closed.jaxpr, []
@@ -181,5 +183,5 @@ def _part(
     return core.jaxpr_as_fun(core.ClosedJaxpr(part, closed.consts))
 
 
-def _variables(atoms: Iterable[Any]) -> list[core.Var]:
+def _variables(atoms: Iterable[Any]) -> list[Variable]:
     return [atom for atom in atoms if not hasattr(atom, "val")]  # a literal has a value

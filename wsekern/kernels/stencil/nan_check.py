@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from wsekern import fabric
-from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.buffers import Tile, Tiles
 from wsekern.kernels.stencil.geometry import Lines
-from wsekern.kernels.stencil.steps import StencilRun, Tiles
+from wsekern.kernels.stencil.steps import StencilRun
 
 
 def is_finite(arrays: Any) -> bool:

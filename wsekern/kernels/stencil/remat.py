@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
 
-from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.buffers import Step, Tiles
+from wsekern.kernels.stencil.sources import Readings, join_readings
 from wsekern.wafer import context
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 # unit no longer fits the cache.
 _UNIT = 4
 
-Tiles = tuple[Tile, ...]
-Step = Int[Array, ""] | int
-Readings = Shaped[Array, "steps points"] | None
 # Cotangents of the run's floating arrays and of the buffers.
 Cotangents = tuple[list[Any], list[Any]]
 
@@ -94,9 +92,7 @@ def _nested_checkpoints(
         lambda t, b, _: unit(t, b), tiles, begin, division.units, division.unit
     )
     tiles, last = run.advance(tiles, begin + division.units * division.unit, division.steps)
-    if run.readers is None:
-        return tiles, None
-    return tiles, jnp.concatenate([first, second, last])
+    return tiles, join_readings(first, second, last)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -119,11 +115,10 @@ def _checkpointed_fwd(
     begin_of_last = begin + division.in_segments
     end, second = run.loop(run.take_steps, buffers, begin_of_last, division.units, division.unit)
     end, last = run.take_steps(end, begin + steps - division.steps, division.steps)
-    record = None
-    if run.readers is not None:
-        first = first.reshape(division.in_segments, run.readers.count)
-        record = jnp.concatenate([first, second, last])
-    return (run.tiles(end[0]), record), (run, begin, starts, buffers[0])
+    if first is not None:
+        first = first.reshape(division.in_segments, first.shape[-1])
+    readings = join_readings(first, second, last)
+    return (run.tiles(end[0]), readings), (run, begin, starts, buffers[0])
 
 
 def _checkpointed_bwd(
@@ -137,7 +132,7 @@ def _checkpointed_bwd(
         dreadings = None
     current = (
         [jnp.zeros_like(x) for x in _floating(run)[0]],
-        list(run.two_buffers(_floating(dtiles)[0])[0]),
+        list(run.two_buffers(tuple(_floating(dtiles)[0]))[0]),
     )
     # What the forward pass did last comes first.
     current = _back_through_units(
@@ -152,7 +147,7 @@ def _checkpointed_bwd(
     dreadings = _in_groups(dreadings, division.segments, size)
     begins = _begins(begin, division.segments, size)
     (drun, dnow), _ = lax.scan(segment, current, (starts, begins, dreadings), reverse=True)
-    return _floating(run)[1](drun, None), _floating(last)[1](run.tiles(dnow), None), None
+    return _floating(run)[1](drun, None), _floating(last)[1](run.tiles(tuple(dnow)), None), None
 
 
 _checkpointed.defvjp(_checkpointed_fwd, _checkpointed_bwd)

@@ -13,8 +13,10 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.stencil import geometry
-from wsekern.kernels.stencil.buffers import Pairs, Tile
+from wsekern.kernels.stencil.buffers import Pairs, Step, Tile
 from wsekern.kernels.stencil.geometry import Lines
+
+Readings = Shaped[Array, "_ points"] | None  # a row for each step; None without receivers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +109,7 @@ def emit(
     buffers: Sequence[Tile],
     lines: Lines,
     padding: Pairs,
-    step: Int[Array, ""] | int,
+    step: Step,
 ) -> list[Tile]:
     """The buffers with the sources of `step` added, in halos too.
 
@@ -143,6 +145,12 @@ def read(
     # Of other PEs' points any cell inside the buffer will do: it is masked.
     values = buffer[tuple(jnp.where(mine[:, None], place, low).T)]
     return jnp.where(mine, values, jnp.zeros((), values.dtype))
+
+
+def join_readings(*parts: Readings) -> Readings:
+    """The readings of several stretches of steps, one after another."""
+    arrays = [part for part in parts if part is not None]
+    return jnp.concatenate(arrays) if arrays else None
 
 
 def _places_in_buffer(

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from wsekern import fabric
 from wsekern.kernels.stencil import geometry, halo, nan_check
-from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.buffers import Tile, Tiles
 from wsekern.kernels.stencil.geometry import Axes, Boundary, Width
 from wsekern.kernels.stencil.halo import Along
 from wsekern.kernels.stencil.plan import (
@@ -30,12 +30,13 @@ from wsekern.kernels.stencil.plan import (
 from wsekern.kernels.stencil.sources import (
     Emitters,
     Readers,
+    Readings,
     Receivers,
     Sources,
     make_emitters,
     make_readers,
 )
-from wsekern.kernels.stencil.steps import Readings, Tiles, prepare, run_steps
+from wsekern.kernels.stencil.steps import prepare, run_steps
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import axes_of
 from wsekern.wafer.program import local_program

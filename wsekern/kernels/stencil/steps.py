@@ -12,20 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.stencil import adjoint, boundary, cpu_fusion, remat, sources
-from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_box, pad_tile
+from wsekern.kernels.stencil.buffers import Mode, Pairs, Step, Tile, Tiles, cut_box, pad_tile
 from wsekern.kernels.stencil.exchange import concatenate_halo, exchange
 from wsekern.kernels.stencil.geometry import Lines
 from wsekern.kernels.stencil.plan import StencilPlan
-from wsekern.kernels.stencil.sources import Emitters, Readers
+from wsekern.kernels.stencil.sources import Emitters, Readers, Readings, join_readings
 from wsekern.kernels.stencil.traced_update import TracedUpdate
-
-Tiles = tuple[Tile, ...]  # one for each field
-Readings = Shaped[Array, "steps points"] | None  # None without receivers
-Step = Int[Array, ""] | int
 
 
 @functools.partial(
@@ -51,9 +47,7 @@ class StencilRun:
         buffers, first = self.loop(self.take_steps, buffers, begin, steps // unit, unit)
         mode = Mode.PADDED if done == 0 else None  # else a loop has had the buffers
         buffers, last = self.take_steps(buffers, begin + done, steps - done, first_mode=mode)
-        if self.readers is None:
-            return self.tiles(buffers[0]), None
-        return self.tiles(buffers[0]), jnp.concatenate([first, last])
+        return self.tiles(buffers[0]), join_readings(first, last)
 
     def loop(
         self,
@@ -65,10 +59,10 @@ class StencilRun:
     ) -> tuple[Any, Readings]:
         """`body`, of `unit` steps, repeated; and all its readings in order."""
         if times == 0:  # XLA would compile the body all the same
-            return carry, None if self.readers is None else jnp.zeros((0, self.readers.count))
+            return carry, self._stack([])
         begins = begin + unit * jnp.arange(times, dtype=jnp.int32)
         carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
-        return carry, None if records is None else records.reshape(times * unit, self.readers.count)
+        return carry, None if records is None else records.reshape(times * unit, records.shape[-1])
 
     def take_steps(
         self,
@@ -105,9 +99,7 @@ class StencilRun:
             new = [(self._updated(fields, box, step), box) for fields, box in boxes]
             now, other = self._written(now, other, new, step, mode), now
             records += self._readings(now)
-        if self.readers is None:
-            return (now, other), None
-        return (now, other), jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
+        return (now, other), self._stack(records)
 
     def take_steps_reverse(
         self, now: Tiles, begin: Step, steps: int
@@ -131,7 +123,7 @@ class StencilRun:
             run = dataclasses.replace(run, coefficients=tuple(coefficients))
             now = run._written(now, other, [(new, region)], step, mode)
             records += run._readings(now)
-        return run, now, jnp.stack(records) if records else None
+        return run, now, run._stack(records)
 
     def varying(self) -> "StencilRun":
         """This run with its arrays typed as each PE's own, whose gradient is summed once."""
@@ -226,6 +218,11 @@ class StencilRun:
             return []
         return [sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)]
 
+    def _stack(self, records: Sequence[Shaped[Array, " points"]]) -> Readings:
+        if self.readers is None:
+            return None
+        return jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
+
 
 def prepare(
     plan: StencilPlan,
@@ -259,7 +256,7 @@ def prepare(
 
 def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | None, Readings]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
-    plan, readers = run.plan, run.readers
+    plan = run.plan
     advance = run.advance if plan.checkpoint is None else functools.partial(remat.advance, run)
     every = plan.save_every
     if every is None:
@@ -275,9 +272,9 @@ def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | N
     tiles, (saved, records) = lax.scan(save, tuple(fields), begins)
     done = times * every
     tiles, last = advance(tiles, done, plan.steps - done)
-    if readers is None:
-        return tiles, saved, None
-    return tiles, saved, jnp.concatenate([records.reshape(done, readers.count), last])
+    if records is not None:
+        records = records.reshape(done, records.shape[-1])
+    return tiles, saved, join_readings(records, last)
 
 
 def _with_halos(plan: StencilPlan, coefficients: Sequence[Tile]) -> Tiles:

@@ -57,9 +57,9 @@ def attention(
     Query head n attends to key-value head n // (N / K). The softmax is in float32. A query that may
     see no key gets zeros. Gradients compute the scores again; reverse mode only.
 
-    The algorithms, with what a PE receives on p PEs along y. Q and KV are the words of its tile of
-    queries, and of keys and values; a gradient that travels is in float32. Steps wait for one
-    another.
+    The algorithms, with what a PE receives on p PEs along y, and the steps that wait for one
+    another. Q and KV are the words of its tile of queries, and of keys and values; a gradient that
+    travels is in float32.
 
     - `ring`: keys and values travel round the PEs. (p-1) KV in p-1 steps; the gradient (2p-1) KV in
       p. A PE holds two of others' tiles at a time. With a window of W keys only the nearest n = 1 +
@@ -76,8 +76,8 @@ def attention(
     - `auto`: `allgather` while a PE has memory for it; else `ulysses` on devices if the heads
       divide and there is no bias; else `ring`. `attention.explain` tells, with each one's cost.
 
-    Segment ids travel with their rows. The gradients of `sinks`, and of a `bias` that is the same
-    along an axis, end with an all-reduce along it.
+    Segment ids travel with their rows. Gradients of `sinks`, and of a `bias` that is the same along
+    an axis, end with an all-reduce along it.
 
     Args:
       q: queries, laid out `P("wafer", "y", "x", None)`.
@@ -88,8 +88,7 @@ def attention(
         that lie completely outside are skipped.
       scale: what the products are multiplied by; by default `H ** -0.5`.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before bias and mask.
-      sinks: for each head one more score that counts in the softmax's denominator only; it is
-        neither scaled nor capped.
+      sinks: one more score a head, not scaled or capped, in the softmax's denominator only.
       segment_ids: a query sees only keys of its own segment. One array for queries and keys, or a
         tuple of one for each.
       bias: added to the scores; broadcastable to `[B, N, T, S]`. A PE holds the rows and heads of

@@ -1,15 +1,20 @@
-"""This file is which row of PEs holds which tokens of a cache that stays balanced by shifting.
+"""Which row of PEs holds which tokens of a key-value cache, so that all rows hold equally many.
 
-C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025: rows pass their
-oldest entry up when the row below is as full. Everything follows from a sequence's length alone:
-its tokens lie in order, the oldest in the northernmost row that holds any; rows hold equally many,
-but for the southernmost ones, which hold one more if the tokens do not divide. A row keeps token t
-in its slot `t mod slots`, so a token that moves up keeps its slot, and none moves within a PE.
+C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025: a row passes its
+oldest entry to the row above when the row below holds as many. Everything follows from a sequence's
+length. Its tokens lie in order, the oldest in the northernmost row that holds any. All rows hold
+equally many; if that does not divide, the southernmost rows hold one more. A row keeps token t in
+its slot `t % slots`, so a token that moves up keeps its slot number, and none moves within a PE.
+Three rows, one token after another:
+
+    tokens seen     4       5       6       7
+    row 0           0       0       0 1     0 1
+    row 1           1       1 2     2 3     2 3
+    row 2           2 3     3 4     4 5     4 5 6
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -19,37 +24,42 @@ class Balance:
     """How the tokens of a sequence are shared out over rows of PEs."""
 
     rows: int
-    most: int  # tokens held of one sequence
-    slides: bool  # whether the oldest token makes room where so many are held
+    max_tokens: int  # of one sequence
+    slides: bool  # when full: drop the oldest token for a new one, or take no new one
 
     @property
     def slots(self) -> int:
-        """How many tokens one PE has room for."""
-        return -(-self.most // self.rows)
+        """How many tokens of a sequence one PE has room for."""
+        return -(-self.max_tokens // self.rows)
 
-    def first(self, lengths: Int[Array, "B"], row: jax.Array | int) -> Int[Array, "B"]:
-        """The position of the first token that `row` holds; the row holds all up to the next's.
+    def first(self, lengths: Int[Array, " B"], row: Int[Array, ""] | int) -> Int[Array, " B"]:
+        """The position of the first token that `row` holds; the next row's first is its end.
 
         Args:
           lengths: the tokens seen of each sequence.
-          row: from 0; the number of rows gives the end of the last one.
+          row: from 0; `rows` gives the end of the last row.
         """
-        held = jnp.minimum(lengths, self.most) if self.slides else lengths
-        each, more = held // self.rows, held % self.rows
-        return lengths - held + row * each + jnp.maximum(row + more - self.rows, 0)
+        kept = jnp.minimum(lengths, self.max_tokens) if self.slides else lengths
+        each, remainder = kept // self.rows, kept % self.rows
+        # The last `remainder` rows hold one more: count those of them that lie before `row`.
+        longer = jnp.maximum(row + remainder - self.rows, 0)
+        return lengths - kept + row * each + longer
 
-    def offsets(self, lengths: Int[Array, "B"], row: jax.Array | int) -> Int[Array, "B slots"]:
-        """How far behind `row`'s first token each slot's token is; no token where that is too far.
+    def offsets(
+        self, lengths: Int[Array, " B"], row: Int[Array, ""] | int
+    ) -> Int[Array, "B {self.slots}"]:
+        """For each slot, how far behind the row's first token the token that belongs there is.
 
-        The token of a slot has the position `first + offset`, if the row holds as many.
+        The slot's token has the position `first + offset`. The slot is empty where that is not
+        below the next row's first.
         """
         first = self.first(lengths, row)
         return (jnp.arange(self.slots)[None] - first[:, None]) % self.slots
 
-    def grown(
-        self, lengths: Int[Array, "B"], active: Bool[Array, "B"], tokens: int
-    ) -> Int[Array, "B"]:
-        """The lengths after so many new tokens of each active sequence that has room for them."""
+    def lengths_after(
+        self, lengths: Int[Array, " B"], active: Bool[Array, " B"], tokens: int
+    ) -> Int[Array, " B"]:
+        """The lengths after `tokens` more of each active sequence, as far as it has room."""
         longer = lengths + tokens
-        longer = longer if self.slides else jnp.minimum(longer, self.most)
+        longer = longer if self.slides else jnp.minimum(longer, self.max_tokens)
         return jnp.where(active, longer, lengths)

@@ -1,6 +1,7 @@
 """Decoding against the cache: equal to attention over all tokens so far, step by step."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,16 @@ def test_no_cache_is_copied(wafer_called, grid, batch, program, as_shipped):
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < 0.05 * held
+
+
+@pytest.mark.parametrize("wafer", [None, wk.Wafer.devices(2, 2)], ids=["local", "wafer"])
+def test_both_products_have_the_precision_asked_for(wafer):
+    cache, q = cache_of(wafer), tokens(2)[0][:, :1]
+    for precision, stated in (("highest", "HIGHEST"), (None, "DEFAULT")):
+        run = jax.jit(functools.partial(wk.decode_attention, precision=precision))
+        products = re.findall(r"stablehlo.dot_general.*", run.lower(q, cache).as_text())
+        assert len(products) == 2
+        assert all(f"precision = [{stated}, {stated}]" in p for p in products)
 
 
 def test_runs_where_the_cache_lives():

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from wsekern.kernels.attention.kv_balance import Balance
 
-balances = st.builds(Balance, rows=st.integers(1, 9), most=st.integers(1, 40), slides=st.booleans())
+balances = st.builds(
+    Balance, rows=st.integers(1, 9), max_tokens=st.integers(1, 40), slides=st.booleans()
+)
 
 
 def firsts(balance):
     """The first token of each row, and where the last row ends, `[lengths, rows + 1]`."""
-    lengths = jnp.arange(2 * balance.most + 2 if balance.slides else balance.most + 1)
+    lengths = jnp.arange(2 * balance.max_tokens + 2 if balance.slides else balance.max_tokens + 1)
     rows = range(balance.rows + 1)
     return np.stack(jax.jit(lambda n: [balance.first(n, row) for row in rows])(lengths), 1)
 
@@ -30,7 +32,7 @@ def test_rows_hold_equally_many_of_the_newest_tokens_in_order(balance):
     assert (np.sort(held, 1) == held).all()
     assert (held <= balance.slots).all()
     np.testing.assert_array_equal(first[:, -1], lengths)
-    np.testing.assert_array_equal(held.sum(1), np.minimum(lengths, balance.most))
+    np.testing.assert_array_equal(held.sum(1), np.minimum(lengths, balance.max_tokens))
 
 
 @pytest.mark.slow
@@ -49,7 +51,7 @@ def test_a_new_token_moves_at_most_one_of_each_row_and_only_to_the_next(balance)
 
 
 def test_offsets_say_which_token_a_slot_has():
-    balance = Balance(rows=3, most=12, slides=True)
+    balance = Balance(rows=3, max_tokens=12, slides=True)
     lengths = jnp.arange(30)
     for row in range(3):
         first = np.asarray(balance.first(lengths, row))
@@ -60,7 +62,7 @@ def test_offsets_say_which_token_a_slot_has():
 
 def test_lengths_grow_where_there_is_room():
     lengths, active = jnp.array([0, 4, 5, 2]), jnp.array([True, True, True, False])
-    kept = Balance(rows=2, most=5, slides=False)
-    slid = Balance(rows=2, most=5, slides=True)
-    np.testing.assert_array_equal(kept.grown(lengths, active, 2), [2, 5, 5, 2])
-    np.testing.assert_array_equal(slid.grown(lengths, active, 2), [2, 6, 7, 2])
+    kept = Balance(rows=2, max_tokens=5, slides=False)
+    slid = Balance(rows=2, max_tokens=5, slides=True)
+    np.testing.assert_array_equal(kept.lengths_after(lengths, active, 2), [2, 5, 5, 2])
+    np.testing.assert_array_equal(slid.lengths_after(lengths, active, 2), [2, 6, 7, 2])

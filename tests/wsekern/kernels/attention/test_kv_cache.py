@@ -31,7 +31,7 @@ def assert_balanced(cache):
     first = np.stack([balance.first(jnp.asarray(lengths), r) for r in range(balance.rows + 1)], 1)
     held = np.diff(first)
     assert (held.max(1) - held.min(1) <= 1).all()
-    np.testing.assert_array_equal(held.sum(1), np.minimum(lengths, balance.most))
+    np.testing.assert_array_equal(held.sum(1), np.minimum(lengths, balance.max_tokens))
     for name, add in (("k", 0), ("v", 100)):
         whole = np.asarray(getattr(cache, name))  # the rows of PEs, one behind the other
         rows = whole.reshape(*whole.shape[:2], balance.rows, balance.slots, -1)

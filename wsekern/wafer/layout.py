@@ -49,16 +49,29 @@ def parts(spec: P, wafer: Wafer) -> int:
     return math.prod(_pes_along(entry, wafer) for entry in spec)
 
 
-def padded_shape(shape: tuple[int, ...], spec: P, wafer: Wafer) -> tuple[int, ...]:
-    """`shape` with every dimension rounded up to a multiple of the PEs along it."""
-    sizes = list(shape)
-    for d, entry in enumerate(spec):
-        sizes[d] = -(-sizes[d] // _pes_along(entry, wafer)) * _pes_along(entry, wafer)
-    return tuple(sizes)
+def padded_shape(
+    shape: tuple[int, ...], spec: P, wafer: Wafer, multiples: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """`shape` with every dimension rounded up to a multiple of the PEs along it.
+
+    Args:
+      shape: of a whole array.
+      spec: how it lies on the wafer.
+      wafer: the wafer.
+      multiples: numbers that the last dimensions must divide by too, one for each.
+    """
+    pes = [_pes_along(entry, wafer) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
+    multiples = (1,) * (len(shape) - len(multiples)) + multiples
+    units = [math.lcm(*pair) for pair in zip(pes, multiples, strict=True)]
+    return tuple(-(-length // unit) * unit for length, unit in zip(shape, units, strict=True))
 
 
 def pad(
-    array: Shaped[Array, "..."], spec: P, wafer: Wafer, fill: float | None = 0.0
+    array: Shaped[Array, "..."],
+    spec: P,
+    wafer: Wafer,
+    fill: float | None = 0.0,
+    multiples: tuple[int, ...] = (),
 ) -> Shaped[Array, "..."]:
     """`array` padded at its far ends until every dimension divides by the PEs along it.
 
@@ -67,12 +80,13 @@ def pad(
       spec: how it lies on the wafer.
       wafer: the wafer.
       fill: the value of the padding; None repeats the last cells of each dimension.
+      multiples: numbers that the last dimensions must divide by too, one for each.
 
     Raises:
       ValueError: the array lies on other devices.
     """
     on_devices.check_placed(wafer, array)
-    wanted = padded_shape(array.shape, spec, wafer)
+    wanted = padded_shape(array.shape, spec, wafer, multiples)
     if wanted != array.shape:
         widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
         if fill is None:

@@ -96,28 +96,29 @@ class _Program:
         for operand, spec in zip(leaves, specs, strict=True):
             check_divides(self.wafer, "Wafer.map", operand, spec)
             on_devices.check_placed(self.wafer, operand)
-        if self.wafer.backend == "virtual" and _in_one_memory(self.wafer):
-            return self._call_where_there_is_room(operands, leaves)
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        shares_memory = self.wafer.backend == "virtual" and _in_one_memory(self.wafer)
+        if shares_memory and not is_traced:
+            kinds = ((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+            key = jax.tree.structure(operands), *kinds
+            if key not in self.needs:
+                results = jax.eval_shape(self.call, *operands)
+                self.needs[key] = self._bytes_taken(operands, results)
+            if self.needs[key]:
+                host_memory.check_room(self.wafer, self.needs[key], operands)
         try:
-            return self.call(*operands)
+            results = self.call(*operands)
         except jax.errors.JaxRuntimeError:
             if self.wafer.backend != "abstract":
                 raise
             raise never_runs(self.wafer, "Wafer.map") from None
-
-    def _call_where_there_is_room(self, operands, leaves):
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            results = self.call(*operands)  # traced, and nothing taken yet
+        if shares_memory and is_traced:  # nothing is taken yet
             host_memory.check_traced(self.wafer, operands, results)
-            return results
-        key = tuple((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
-        if key not in self.needs:
-            results = jax.eval_shape(self.call, *operands)
-            devices = 1 if self.wafer.mesh is None else self.wafer.device_mesh.size
-            self.needs[key] = host_memory.taken(self.call, operands, results, devices)
-        if self.needs[key]:
-            host_memory.check_room(self.wafer, self.needs[key], operands)
-        return self.call(*operands)
+        return results
+
+    def _bytes_taken(self, operands: Any, results: Any) -> int:
+        devices = 1 if self.wafer.mesh is None else self.wafer.device_mesh.size
+        return host_memory.taken(self.call, operands, results, devices)
 
 
 def _in_one_memory(wafer: Wafer) -> bool:

@@ -32,15 +32,16 @@ def map_on_virtual_pes(wafer: Wafer, kernel: Callable, specs: Specs, check: bool
     del check  # nothing to turn off: index 0 is taken of a replicated result
     sizes = {axis: wafer.axis_size(axis) // wafer.devices_along(axis) for axis in wafer.axes}
 
-    def per_pe(*tiles):
-        with context.within(wafer):
-            return kernel(*tiles)
-
     def block(specs, *operands):
         flat, tree = jax.tree.flatten(operands)
         in_specs = broadcast_specs(specs.in_specs, operands, "in_specs")
         split = [_split(sizes, a, s) for a, s in zip(flat, in_specs, strict=True)]
-        run = lambda *tiles: per_pe(*jax.tree.unflatten(tree, tiles))  # noqa: E731
+
+        def per_pe(*tiles: Any) -> Any:
+            with context.within(wafer):
+                return kernel(*jax.tree.unflatten(tree, tiles))
+
+        run: Callable = per_pe
         for axis in reversed(wafer.axes):  # the outermost axis is mapped last
             mapped = tuple(0 if axis in named_axes(s) else None for s in in_specs)
             run = jax.vmap(run, mapped, 0, axis_name=axis, axis_size=sizes[axis])

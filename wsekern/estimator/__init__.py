@@ -1,4 +1,4 @@
-"""This package is the abstract backend: what a program costs, read off its trace.
+"""The abstract backend: the cost of a program on a wafer, read off its trace.
 
-It may import the rest of wsekern, and nothing above it.
+It may import the rooms below it in wsekern, and nothing above.
 """

@@ -173,7 +173,8 @@ def find_fusions(jaxpr: Jaxpr) -> Fusions:
 
 
 def _product(equation: JaxprEqn, machine: Machine, constants: Constants) -> Work:
-    a, b = (v.aval for v in equation.invars)
+    avals: list[Any] = [v.aval for v in equation.invars]
+    a, b = avals
     (over_a, _), (batch_a, _) = equation.params["dimension_numbers"]
     K = math.prod(a.shape[d] for d in over_a)
     batch = math.prod(a.shape[d] for d in batch_a)

@@ -145,8 +145,9 @@ def _reshape(
       [8, 6, 4] laid out P("y", None, "x") to [8, 2, 3, 4]   stays, as P("y", None, None, "x")
       [8, 6, 4] laid out P("y", None, "x") to [48, 4]        is a relayout: 8 is split and changes
     """
-    old: tuple[int, ...] = equation.invars[0].aval.shape
-    new: tuple[int, ...] = equation.outvars[0].aval.shape
+    before: Any = equation.invars[0].aval
+    after: Any = equation.outvars[0].aval
+    old, new = before.shape, after.shape
     front = 0
     while front < min(len(old), len(new)) and old[front] == new[front]:
         front += 1
@@ -155,5 +156,5 @@ def _reshape(
         back += 1
     between = spec[front : len(old) - back]
     if any(between):
-        return None, [relayout_move(equation.outvars[0].aval, wafer)]
+        return None, [relayout_move(after, wafer)]
     return (*spec[:front], *([()] * (len(new) - front - back)), *spec[len(old) - back :]), []

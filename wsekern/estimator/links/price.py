@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.links import loads
@@ -235,7 +235,7 @@ def _two(lengths: Sequence[int]) -> tuple[int, int]:
     return (1, lengths[0]) if len(lengths) == 1 else (lengths[0], math.prod(lengths[1:]))
 
 
-def _axes_within(jaxpr: Jaxpr) -> tuple[str, ...]:
+def _axes_within(jaxpr: Any) -> tuple[str, ...]:
     """The axes along which anything moves in a call, in the order of their first use."""
     found: dict[str, None] = {}  # a set that keeps its order
     for equation in jaxpr.eqns:

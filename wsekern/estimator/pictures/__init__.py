@@ -1,4 +1,4 @@
-"""This package is what can be seen of an estimate: maps, timelines, plots and one page of it all.
+"""Pictures of an estimate: maps, timelines, plots, and one page with all of them.
 
-It may import the rest of wsekern, and nothing above it. Pictures need the extra `viz`.
+They need the extra `viz`, except for the timeline and the map in a terminal.
 """

@@ -1,4 +1,4 @@
-"""This package is the programs whose times on a wafer were published, written as kernels.
+"""Programs whose times on a wafer were published, written as kernels, and the points themselves.
 
-They run on every backend, as any kernel does; the estimator is held against their published times.
+The kernels run on every backend, as any kernel does; the estimator is compared with the points.
 """

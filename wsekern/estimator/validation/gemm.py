@@ -1,22 +1,26 @@
-"""This file is the dense float32 product that the public SpMM benchmarks of a CS-2 compare with.
+"""The dense float32 product with which the public SpMM benchmarks of a CS-2 compare.
 
-A tile of the left factor stays on each PE, which multiplies it with the rows of the right factor
-that it meets; the products are summed along x.
+A tile of the left factor stays on each PE, which multiplies it by its rows of the right factor; the
+products are summed along x.
 """
 
-from __future__ import annotations
-
-import jax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.wafer.wafer import Wafer
 
 
-def dense(a: jax.Array, b: jax.Array, wafer: Wafer) -> jax.Array:
-    """`a @ b`, `a` laid out over the grid and `b` along x; the sums are chains toward the west."""
+def dense(a: Float[Array, "M K"], b: Float[Array, "K N"], wafer: Wafer) -> Float[Array, "M N"]:
+    """`a @ b`, summed along x by chains toward the west.
 
-    def per_pe(a, b):
+    Args:
+      a: laid out over the grid.
+      b: its rows are laid out along x.
+      wafer: the grid.
+    """
+
+    def per_pe(a: Float[Array, "Mt Kt"], b: Float[Array, "Kt N"]) -> Float[Array, "1 Mt N"]:
         return fabric.reduce(a @ b, "x", algorithm="chain")[None]
 
     run = wafer.map(per_pe, in_specs=(P("y", "x"), P("x", None)), out_specs=P("x", "y", None))

@@ -1,13 +1,14 @@
-"""This file is a decoder layer as WaferLLM runs it, with heads of keys and values as it has none.
+"""A decoder layer as WaferLLM runs it, extended to grouped queries.
 
 C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025. The vector of a
-decoded token lies along one axis, whole on every PE of the other, and each product swaps the two,
-so that nothing is ever transposed; ten sums are K-tree all-reductions. Prefill is nine MeshGEMMs.
-The paper's layer has one head, keys and values as wide as the model. Where they are narrower, `G`
-groups of queries as wide as they are share them; all heads of a group are summed as one.
-"""
+decoded token is split along one axis and whole along the other. Each product swaps the two axes, so
+that nothing is ever transposed; ten sums are K-tree all-reductions. Prefill is nine MeshGEMMs.
+The paper's layer has one head, with keys and values as wide as the model. Where they are narrower,
+`G` groups of queries, each as wide as the keys, share them; all heads of a group are summed as one.
 
-from __future__ import annotations
+Sizes: B sequences, S cached tokens, D features of a token, Dkv of its keys, V words; ends in t on
+one PE, as Dt.
+"""
 
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.kernels.dense.norm import rms_norm
@@ -22,7 +24,8 @@ from wsekern.kernels.matmul.matmul import matmul
 from wsekern.wafer.wafer import Wafer
 
 ACROSS, DOWN = P("y", "x"), P("x", "y")  # a weight whose rows lie along y, or along x
-_DOWN = ("out", "down")
+_DOWN = ("out", "down")  # weights that meet a vector along x, and return it along y
+_Weights = dict[str, jax.Array]
 
 
 def shapes(
@@ -34,12 +37,12 @@ def shapes(
     d_kv: int | None = None,
     gated: bool = True,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The weights of a layer.
+    """The shapes of a layer's weights, by name.
 
     Args:
       d_model: features of a token.
       d_ff: features of the feed-forward part.
-      dtype: of the weights.
+      dtype: dtype of the weights.
       d_query: features of all queries of a token, a multiple of `d_kv`; by default `d_model`.
       d_kv: features of all keys of a token; by default `d_query`.
       gated: whether the feed-forward part multiplies two products.
@@ -54,16 +57,21 @@ def shapes(
 
 
 def decode_layer(
-    h: jax.Array, weights: dict[str, jax.Array], keys: jax.Array, values: jax.Array, wafer: Wafer
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer of one token `h` [B, D] of each sequence, which joins the cache as its newest.
+    h: Float[Array, "B D"],
+    weights: _Weights,
+    keys: Float[Array, "B S Dkv"],
+    values: Float[Array, "B S Dkv"],
+    wafer: Wafer,
+) -> tuple[Float[Array, "B D"], Float[Array, "B S Dkv"], Float[Array, "B S Dkv"]]:
+    """One layer for one new token of each sequence: its features, and the caches with it.
 
     Args:
-      h: laid out along y; D divides by the side of the square grid, as do all sizes but B.
-      weights: of `shapes`.
-      keys: the cache, [B, S, Dkv]; its last entry is replaced.
-      values: likewise.
-      wafer: where.
+      h: the features of the tokens, laid out along y. All sizes but B divide by the side of the
+        grid.
+      weights: by the names of `shapes`.
+      keys: the cache; the token's keys replace its last entry.
+      values: the cache; the token's values replace its last entry.
+      wafer: a square grid.
     """
     along, cached = P(None, "y"), P(None, "y", "x")
     specs = {name: DOWN if name in _DOWN else ACROSS for name in weights}
@@ -74,18 +82,22 @@ def decode_layer(
     return run(h, weights, keys, values)
 
 
-def prefill_layer(h: jax.Array, weights: dict[str, Any], wafer: Wafer) -> jax.Array:
-    """One layer of the tokens `h` [S, D], each of which attends to all of them.
+def prefill_layer(
+    h: Float[Array, "S D"], weights: dict[str, Any], wafer: Wafer
+) -> Float[Array, "S D"]:
+    """One layer for the tokens of a prompt, each of which attends to all.
 
     Args:
-      h: laid out over the grid.
-      weights: of `shapes`; where queries are wider than keys, "query" and "out" are tuples of the
-        weights of each group.
-      wafer: where.
+      h: the features of the tokens, laid out over the grid.
+      weights: by the names of `shapes`; where queries are wider than keys, "query" and "out" are
+        tuples with the weights of each group.
+      wafer: a square grid.
     """
 
-    def product(a, b, **options):
-        return matmul(a, b, algorithm="mesh", wafer=wafer, **options)
+    def product(
+        a: Float[Array, "..."], b: Float[Array, "..."], transpose_b: bool = False
+    ) -> Float[Array, "..."]:
+        return matmul(a, b, algorithm="mesh", transpose_b=transpose_b, wafer=wafer)
 
     scale = jnp.ones(h.shape[-1], h.dtype)
     run = wafer.map(_softmax, in_specs=ACROSS, out_specs=ACROSS)
@@ -101,8 +113,14 @@ def prefill_layer(h: jax.Array, weights: dict[str, Any], wafer: Wafer) -> jax.Ar
     return h + product(jax.nn.gelu(up), weights["down"])
 
 
-def head(h: jax.Array, weight: jax.Array, wafer: Wafer) -> jax.Array:
-    """Logits of the tokens `h` [B, D], laid out as of `decode_layer`: [B, V], along x."""
+def head(h: Float[Array, "B D"], weight: Float[Array, "D V"], wafer: Wafer) -> Float[Array, "B V"]:
+    """Logits of the tokens, laid out along x.
+
+    Args:
+      h: the features of the tokens, laid out along y as for `decode_layer`.
+      weight: of the head, its rows along y.
+      wafer: a square grid.
+    """
     run = wafer.map(
         lambda h, w: _sum(_norm(h) @ w, "y"), in_specs=(P(None, "y"), ACROSS),
         out_specs=P(None, "x"), replicated_by_construction=True,
@@ -110,23 +128,31 @@ def head(h: jax.Array, weight: jax.Array, wafer: Wafer) -> jax.Array:
     return run(h, weight)
 
 
-def _groups(weight: Any) -> tuple:
+def _groups(weight: Any) -> tuple[Any, ...]:
     return weight if isinstance(weight, tuple) else (weight,)
 
 
-def _sum(x, along):
+def _sum(x: Float[Array, "..."], along: str) -> Float[Array, "..."]:
     return fabric.all_reduce(x, along, algorithm="k_tree")
 
 
-def _decode(h, w, keys, values):
+def _decode(
+    h: Float[Array, "B Dt"],
+    w: _Weights,
+    keys: Float[Array, "B St Dkvt"],
+    values: Float[Array, "B St Dkvt"],
+) -> tuple[Float[Array, "B Dt"], Float[Array, "B St Dkvt"], Float[Array, "B St Dkvt"]]:
     n, B = _norm(h), len(h)
     q, k, v = _products(n, w, "query", "key", "value")
     q = q.reshape(B, -1, k.shape[-1])
+    # The cache's tokens lie along y: its last entry is on the last row of PEs.
     newest = fabric.axis_index("y") == fabric.axis_size("y") - 1
     last = (0, keys.shape[1] - 1, 0)
-    keys = jnp.where(newest, lax.dynamic_update_slice(keys, _turned(k)[:, None], last), keys)
+    keys = jnp.where(newest, lax.dynamic_update_slice(keys, _rotate(k)[:, None], last), keys)
     values = jnp.where(newest, lax.dynamic_update_slice(values, v[:, None], last), values)
-    scores = _sum(jnp.einsum("bgd,bsd->bgs", _turned(q), keys), "x")
+    # Softmax over all cached tokens: each PE exponentiates its own against the largest of all, and
+    # divides once, after the weighted sum.
+    scores = _sum(jnp.einsum("bgd,bsd->bgs", _rotate(q), keys), "x")
     most = fabric.all_reduce(scores.max(-1, keepdims=True), "y", "max", algorithm="k_tree")
     weights = jnp.exp(scores - most)
     o = _sum(jnp.einsum("bgs,bsd->bgd", weights, values), "y")
@@ -140,8 +166,8 @@ def _decode(h, w, keys, values):
     return h + _sum(jax.nn.gelu(up) @ w["down"], "x"), keys, values
 
 
-def _products(n, w, *names):
-    """Products of each vector, summed along y at once."""
+def _products(n: Float[Array, "B Dt"], w: _Weights, *names: str) -> list[Float[Array, "B ..."]]:
+    """The product of `n` with each named weight; one message sums all of them along y."""
     parts = [n @ w[name] for name in names]
     ends = [0]
     for part in parts:
@@ -150,19 +176,23 @@ def _products(n, w, *names):
     return [whole[:, a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def _norm(h):
+def _norm(h: Float[Array, "B Dt"]) -> Float[Array, "B Dt"]:
     features = h.shape[1] * fabric.axis_size("y")
     squares = _sum(jnp.sum(h * h, 1, keepdims=True), "y")
     return h * lax.rsqrt(squares / features + 1e-5).astype(h.dtype)
 
 
-def _turned(x):
-    """Halves of what a PE holds as pairs, turned by an angle: here the same for all."""
+def _rotate(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Rotary positions at the usual cost, by one angle for all pairs of features.
+
+    Pairs are the halves of a PE's features: that needs no move, and the times do not depend on the
+    angle.
+    """
     cos, sin = (f(jnp.ones((), jnp.float32)).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     return x * cos + jnp.roll(x, x.shape[-1] // 2, -1) * sin
 
 
-def _softmax(scores):
+def _softmax(scores: Float[Array, "St Tt"]) -> Float[Array, "St Tt"]:
     most = fabric.all_reduce(lax.stop_gradient(scores.max(1, keepdims=True)), "x", "max")
     weights = jnp.exp(scores - most)
     return weights / fabric.all_reduce(weights.sum(1, keepdims=True), "x")

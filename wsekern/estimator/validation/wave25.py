@@ -1,16 +1,15 @@
-"""This file is the 25-point wave stencil, a column of cells to a PE.
+"""The 25-point wave stencil, with a column of cells on each PE.
 
 M. Jacquelin, M. Araya-Polo and J. Meng, "Scalable Distributed High-Order Stencil Computations",
-SC 2022. What comes from the four neighbors on either side, along both axes of the grid, is
-multiplied as it arrives and added up once all is there; the third dimension lies in a PE.
+SC 2022. Columns arrive from four PEs on either side along both axes of the grid. Each is multiplied
+by its weight as it arrives, and all are added up once they are there. The third dimension lies
+within a PE.
 """
 
-from __future__ import annotations
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.kernels.stencil.finite_differences import difference_coefficients
@@ -18,26 +17,36 @@ from wsekern.wafer.wafer import Wafer
 
 RADIUS = 4
 _COLUMNS = P("y", "x", None)
+_State = tuple[Array, Array]  # the padded column, and the column one step earlier
 
 
-def wave(u: jax.Array, before: jax.Array, speed: jax.Array, steps: int, wafer: Wafer) -> jax.Array:
-    """`u` after `steps` steps, zero beyond the edges.
+def wave(
+    u: Float[Array, "height width nz"],
+    before: Float[Array, "height width nz"],
+    speed: Float[Array, "height width nz"],
+    steps: int,
+    wafer: Wafer,
+) -> Float[Array, "height width nz"]:
+    """`u` after `steps` steps, with zeros beyond the edges.
 
     Args:
-      u: [height, width, nz], a column to a PE.
-      before: `u` one step earlier.
+      u: the field, a column of nz cells on each PE.
+      before: the field one step earlier.
       speed: (velocity * time step / spacing) squared, of each cell.
       steps: how many.
       wafer: a grid of height x width PEs.
     """
 
-    def per_pe(u, before, speed):
-        def step(carry, _):
+    def per_pe(
+        u: Float[Array, "1 1 nz"], before: Float[Array, "1 1 nz"], speed: Float[Array, "1 1 nz"]
+    ) -> Float[Array, "1 1 nz"]:
+        def step(carry: _State, _: None) -> tuple[_State, None]:
             column, before = carry
             new = _next(column, before, speed[0, 0])
             u = column[RADIUS:-RADIUS]
             return (lax.dynamic_update_slice(column, new, (RADIUS,)), u), None
 
+        # The column keeps its padding from step to step: only its inner cells are written.
         column = jnp.pad(u[0, 0], RADIUS)
         (column, _), _ = lax.scan(step, (column, before[0, 0]), length=steps)
         return column[None, None, RADIUS:-RADIUS]
@@ -46,7 +55,9 @@ def wave(u: jax.Array, before: jax.Array, speed: jax.Array, steps: int, wafer: W
     return run(u, before, speed)
 
 
-def _next(column, before, speed):
+def _next(
+    column: Float[Array, " padded"], before: Float[Array, " nz"], speed: Float[Array, " nz"]
+) -> Float[Array, " nz"]:
     u = column[RADIUS:-RADIUS]
     _, weights = difference_coefficients(2, 2 * RADIUS)
     arrived = []
@@ -56,6 +67,8 @@ def _next(column, before, speed):
             for weight in weights[RADIUS + 1 :]:
                 near = fabric.shift(near, along, by, periodic=False)
                 arrived.append(near * weight)
+    # Without the barrier the additions would join the multiplications, and each would wait for the
+    # column that comes from farthest.
     arrived = lax.optimization_barrier(arrived)
     total = u * (3 * weights[RADIUS])
     for part in arrived:

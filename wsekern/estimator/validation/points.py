@@ -1,4 +1,4 @@
-"""This file is the estimator held against published measurements: measured, predicted, error."""
+"""The estimator against published measurements: measured, predicted, and the error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from wsekern.estimator.cost import DEFAULT, Constants
 from wsekern.estimator.validation.programs import PublishedPoint, PublishedProgram, program_of
 
 POINTS = pathlib.Path(__file__).parent / "points.csv"
-# As many as there are constants. `Constants` are what makes these exact.
+# The constants are fitted on these points, one for each constant, so that they come out exactly.
 FITTED = ("prefill-8b-480", "prefill-8b-720", "gemm-fp32-128x8", "wave25-nz100", "wave25-nz700")
-# What is counted in the mean: programs that were published whole, and with their grid.
+# The mean error counts these kinds of programs: published whole, and with their grid.
 COUNTED = ("decode", "prefill", "product", "stencil")
-# Where a fit that has too few points stays: a vector instruction as four unrelated sources have it,
-# the others as the manual does, without what they cost beyond.
+# What is known of the constants without a fit; a fit with too few points stays here. The start of a
+# vector instruction is from four unrelated sources. The others are from the manual, which leaves
+# out what they cost beyond.
 _PRIOR = Constants(
     vector_start=27.0,
     product_start=16.0,
@@ -28,7 +29,7 @@ _PRIOR = Constants(
     paired_float32=1.0,
     accumulate_float32=2.0,
 )
-_STEPS = 3  # of a fit, whose predictions are nearly linear in the constants
+_STEPS = 3  # of a fit; predictions are nearly linear in the constants
 _NAMES = tuple(field.name for field in dataclasses.fields(Constants))
 
 
@@ -41,26 +42,26 @@ class PredictedPoint(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was measured."""
+        """The error of the prediction, as a share of the measured value: 0.05 is 5 % too much."""
         return self.predicted / self.point.value - 1
 
 
 class Validation(NamedTuple):
-    """All points of a file that a program stands here for, and why the others are left out."""
+    """The predicted points of a table, and why the others are left out; `print` it for a table."""
 
     rows: list[PredictedPoint]
-    skipped: dict[str, str]  # point -> why
+    skipped: dict[str, str]  # by the point's id, why it has no prediction
 
     @property
     def counted(self) -> list[PredictedPoint]:
-        """What is neither fitted nor merely reported."""
+        """The points that the mean error counts: neither fitted nor merely reported."""
         return [r for r in self.rows if not r.fitted and r.point.family in COUNTED]
 
     def __str__(self) -> str:
         return _table(self)
 
     def as_json(self) -> str:
-        """A list of objects with at least `id`, `measured`, `predicted` and `error`."""
+        """The points as a JSON list of objects with `id`, `measured`, `predicted`, `error` ..."""
         rows = [
             {
                 "id": r.point.id,
@@ -78,14 +79,14 @@ class Validation(NamedTuple):
 
 
 def validate(path: pathlib.Path | str = POINTS, constants: Constants = DEFAULT) -> Validation:
-    """Predicts every point of a table in the columns of `points.csv`.
+    """Predicts every point of a table that has the columns of `points.csv`.
 
     Args:
-      path: the table.
-      constants: of the model.
+      path: the table, as CSV.
+      constants: the fitted constants of the model.
 
     Raises:
-      ValueError: a column is missing, or a value is no number; names it.
+      ValueError: a column is missing, or a value or a clock is not positive.
     """
     rows, skipped = [], {}
     fitted_on = [p for p in read_points(POINTS) if p.id in FITTED]
@@ -95,38 +96,39 @@ def validate(path: pathlib.Path | str = POINTS, constants: Constants = DEFAULT) 
         except ValueError as error:
             skipped[point.id] = str(error)
             continue
+        # A user's table may repeat a point under its id, or use the id for a point of its own.
         fitted = any((point.id, point.value) == (p.id, p.value) for p in fitted_on)
         rows.append(PredictedPoint(point, predicted, fitted))
     return Validation(rows, skipped)
 
 
 def cross_validate() -> dict[str, float]:
-    """The mean absolute error of each kind of program under constants fitted on the others."""
+    """The mean absolute error of each kind of program, with constants fitted without that kind."""
     points = [p for p in read_points(POINTS) if p.family in COUNTED]
     programs = [program_of(p) for p in points]
     errors = {}
     for family in COUNTED:
         others = [(p, g) for p, g in zip(points, programs, strict=True) if p.family != family]
-        found = fit([p for p, _ in others], [g for _, g in others])
-        own = [
-            abs(g.predicted(found) / p.value - 1)
+        constants = fit([p for p, _ in others], [g for _, g in others])
+        family_errors = [
+            abs(g.predicted(constants) / p.value - 1)
             for p, g in zip(points, programs, strict=True)
             if p.family == family
         ]
-        errors[family] = float(np.mean(own))
+        errors[family] = float(np.mean(family_errors))
     return errors
 
 
 def fit(
     points: Sequence[PublishedPoint], programs: Sequence[PublishedProgram], trust: float = 0.02
 ) -> Constants:
-    """The constants that bring predictions nearest to measurements, in their logarithms.
+    """The constants whose predictions are nearest to the measurements, by logarithms.
 
     Args:
-      points: measurements.
-      programs: theirs.
-      trust: how much, beside an error of 1 in a prediction, an error of 1 in a constant counts,
-        from what is known of it without them.
+      points: the measurements.
+      programs: the program of each.
+      trust: the weight of a constant's distance from what is known of it without a fit; the error
+        of a prediction has the weight 1.
     """
     prior = np.log([getattr(_PRIOR, name) for name in _NAMES])
     measured = np.log([p.value for p in points])
@@ -137,7 +139,8 @@ def fit(
         return np.concatenate([predicted - measured, trust * (x - prior)])
 
     x = prior
-    for _ in range(_STEPS):  # Gauss and Newton's steps
+    # Gauss-Newton: each step solves the least-squares problem of the slopes at x.
+    for _ in range(_STEPS):
         at = residuals(x)
         step = 1e-3
         slopes = [(residuals(x + step * e) - at) / step for e in np.eye(len(x))]
@@ -147,10 +150,10 @@ def fit(
 
 
 def read_points(path: pathlib.Path | str) -> list[PublishedPoint]:
-    """The points of a table.
+    """The points of a table; rows whose value is not one number are left out.
 
     Raises:
-      ValueError: a column is missing, or a value is no number.
+      ValueError: a column is missing, or a value or a clock is not positive.
     """
     path = pathlib.Path(path)
     wanted = [field.name for field in dataclasses.fields(PublishedPoint)]
@@ -165,11 +168,11 @@ def read_points(path: pathlib.Path | str) -> list[PublishedPoint]:
         try:
             value, clock = float(row["value"]), float(row["clock_ghz"] or 0.85)
         except ValueError:
-            continue  # of a point that is no one number, as "137548 against 382"
+            continue  # a comparison such as "137548 against 382" is not one number
         if not value > 0 or not clock > 0:
             raise ValueError(f"{path}:{number}: value and clock_ghz must be positive")
-        given = {name: row[name] or "" for name in wanted}
-        points.append(PublishedPoint(**given | {"value": value, "clock_ghz": clock}))  # type: ignore[arg-type]
+        fields = {name: row[name] or "" for name in wanted}
+        points.append(PublishedPoint(**fields | {"value": value, "clock_ghz": clock}))  # type: ignore[arg-type]
     return points
 
 

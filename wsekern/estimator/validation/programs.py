@@ -1,6 +1,6 @@
-"""This file is which program a published point is of, and at what sizes it ran.
+"""The program behind each published point, traced at the sizes at which it ran.
 
-A point is a row of a table with the columns of `points.csv`, whose notation it uses.
+A point is a row of a table with the columns of `points.csv`, in that file's notation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +23,34 @@ from wsekern.hardware import MACHINES, Machine
 from wsekern.wafer.launch import parse_height_width
 from wsekern.wafer.wafer import Wafer
 
-# Layers, width and width between, of the models as published; one head in all of these programs.
+
+class ModelSizes(NamedTuple):
+    """The sizes that a decoder's layers cost by; all programs here have one head."""
+
+    layers: int
+    d_model: int
+    d_ff: int
+
+
 MODELS = {
-    "LLaMA3-8B": (32, 4096, 14336),
-    "LLaMA2-13B": (40, 5120, 13824),
-    "CodeLLaMA-34B": (48, 8192, 22016),
-    "QWen2-72B": (80, 8192, 29568),
-    "Llama-3.3-70B": (80, 8192, 28672),
+    "LLaMA3-8B": ModelSizes(32, 4096, 14336),
+    "LLaMA2-13B": ModelSizes(40, 5120, 13824),
+    "CodeLLaMA-34B": ModelSizes(48, 8192, 22016),
+    "QWen2-72B": ModelSizes(80, 8192, 29568),
+    "Llama-3.3-70B": ModelSizes(80, 8192, 28672),
 }
-_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedPoint:
-    """One published figure."""
+    """One published figure; its fields are the columns of the table."""
 
     id: str
     machine: str
-    workload: str
-    grid: str
-    parameters: str
+    workload: str  # what ran, in the words by which programs are known here
+    grid: str  # HEIGHTxWIDTH
+    parameters: str  # sizes, as "batch 1; context 4096"
     quantity: str
     value: float
     unit: str
@@ -51,7 +59,7 @@ class PublishedPoint:
 
     @property
     def family(self) -> str:
-        """The kind of program, of which several points are."""
+        """The kind of program: "decode", "prefill", "product", "stencil" ...; "" if not known."""
         model = _LLM.match(self.workload)
         if model:
             return model["what"]
@@ -60,13 +68,13 @@ class PublishedPoint:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedProgram:
-    """What a point's figure follows from: traces, and what their cycles make of it."""
+    """The traces behind a point, and how the point's figure follows from their cycles."""
 
-    parts: tuple[tuple[Any, Wafer], ...]
-    quantity: Callable[..., float]
+    parts: tuple[tuple[Any, Wafer], ...]  # jaxprs, each with its wafer
+    quantity: Callable[..., float]  # of the cycles of each part
 
     def predicted(self, constants: Constants = DEFAULT) -> float:
-        """The point's quantity, in its unit."""
+        """The model's prediction of the point, in the point's unit."""
         return self.quantity(*(_cycles(jaxpr, wafer, constants) for jaxpr, wafer in self.parts))
 
 
@@ -78,45 +86,47 @@ def program_of(point: PublishedPoint) -> PublishedProgram:
     """The program of a point.
 
     Raises:
-      ValueError: it is of none that stands here, or a size is missing; says which.
+      ValueError: no program here is the point's workload, or a size is missing.
     """
     machine = _machine(point.machine)
     model = _LLM.match(point.workload)
     if model:
-        return _of_model(point, machine, model["model"], model["what"].lower())
+        return _model_program(point, machine, model["model"], model["what"].lower())
     makers = {"stencil": _wave, "product": _product, "broadcast": _broadcast}
     if point.family not in makers:
         raise ValueError(f"workload {point.workload!r} is none of those written here")
     return makers[point.family](point, machine)
 
 
-def _of_model(point: PublishedPoint, machine: Machine, model: str, what: str) -> PublishedProgram:
+def _model_program(
+    point: PublishedPoint, machine: Machine, model: str, phase: str
+) -> PublishedProgram:
     named = {name.lower(): sizes for name, sizes in MODELS.items()}
     if model.lower() not in named:
         raise ValueError(f"model {model!r} is not one of {', '.join(MODELS)}")
-    sizes, second = named[model.lower()], point.clock_ghz * 1e9
-    if what == "decode":
+    sizes, second = named[model.lower()], point.clock_ghz * 1e9  # cycles a second
+    if phase == "decode":
         part = _decode(machine, _square(point.grid), sizes, _number(point, "context"))
         batch = _number(point, "batch", 1)
-        return PublishedProgram((part,), lambda cycles: batch * second / (cycles * sizes[0]))
-    if what == "prefill":
+        return PublishedProgram((part,), lambda cycles: batch * second / (cycles * sizes.layers))
+    if phase == "prefill":
         tokens = _number(point, "context")
         part = _prefill(machine, _square(point.grid), sizes, tokens)
-        return PublishedProgram((part,), lambda cycles: tokens * second / (cycles * sizes[0]))
+        return PublishedProgram((part,), lambda cycles: tokens * second / (cycles * sizes.layers))
     read, written = _number(point, "input"), _number(point, "output")
-    # On the best of the grids whose times are published: small for decoding, large for prefill.
+    # On the fastest of the grids whose times are published: large for prefill, small for decoding.
     before = _prefill(machine, 720, sizes, read)
     after = _decode(machine, 420, sizes, read + written // 2)
     return PublishedProgram(
         (before, after),
-        lambda first, each: written * second / (sizes[0] * (first + written * each)),
+        lambda first, each: written * second / (sizes.layers * (first + written * each)),
     )
 
 
 @functools.cache
-def _decode(machine: Machine, side: int, sizes: tuple[int, int, int], context: int) -> Any:
+def _decode(machine: Machine, side: int, sizes: ModelSizes, context: int) -> Any:
     wafer, dtype = Wafer.abstract(machine, side, side), jnp.float16
-    D, F, S = (_up(n, side) for n in (*sizes[1:], context))
+    D, F, S = (_round_up(n, side) for n in (sizes.d_model, sizes.d_ff, context))
     operands = (
         jax.ShapeDtypeStruct((1, D), dtype),
         waferllm.shapes(D, F, dtype),
@@ -127,9 +137,9 @@ def _decode(machine: Machine, side: int, sizes: tuple[int, int, int], context: i
 
 
 @functools.cache
-def _prefill(machine: Machine, side: int, sizes: tuple[int, int, int], tokens: int) -> Any:
+def _prefill(machine: Machine, side: int, sizes: ModelSizes, tokens: int) -> Any:
     wafer, dtype = Wafer.abstract(machine, side, side), jnp.float16
-    D, F, S = (_up(n, side) for n in (*sizes[1:], tokens))
+    D, F, S = (_round_up(n, side) for n in (sizes.d_model, sizes.d_ff, tokens))
     operands = jax.ShapeDtypeStruct((S, D), dtype), waferllm.shapes(D, F, dtype)
     run = functools.partial(waferllm.prefill_layer, wafer=wafer)
     return trace_program("estimate", run, operands, wafer)
@@ -137,10 +147,11 @@ def _prefill(machine: Machine, side: int, sizes: tuple[int, int, int], tokens: i
 
 def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     height, width = parse_height_width(point.grid)
-    # The hand kernel had a few rows more than a program of the framework can have.
+    # The published kernel, written by hand, used a few rows more than a program of the framework
+    # can have.
     height, width = min(height, machine.usable_height), min(width, machine.usable_width)
     wafer = Wafer.abstract(machine, height, width)
-    steps = int(_found(point, r"(\d+) steps"))
+    steps = int(_text_in(point, r"(\d+) steps"))
     u = jax.ShapeDtypeStruct((height, width, _number(point, "nz")), jnp.float32)
     run = functools.partial(wave25.wave, steps=steps, wafer=wafer)
     part = trace_program("estimate", run, (u, u, u), wafer)
@@ -157,7 +168,7 @@ def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 
 def _broadcast(point: PublishedPoint, machine: Machine) -> PublishedProgram:
-    words = int(_found(point, r"broadcast of (\d+) words"))
+    words = int(_text_in(point, r"broadcast of (\d+) words"))
     cycles = flood_cost(*parse_height_width(point.grid), words).cycles(machine)
     return PublishedProgram((), lambda: _time(point, cycles))
 
@@ -165,9 +176,9 @@ def _broadcast(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 def _time(point: PublishedPoint, cycles: float) -> float:
     if point.unit == "cycles":
         return cycles
-    if point.unit not in _UNITS:
-        raise ValueError(f"unit {point.unit!r} is not one of {['cycles', *_UNITS]}")
-    return cycles / (point.clock_ghz * 1e9) / _UNITS[point.unit]
+    if point.unit not in _SECONDS:
+        raise ValueError(f"unit {point.unit!r} is not one of {['cycles', *_SECONDS]}")
+    return cycles / (point.clock_ghz * 1e9) / _SECONDS[point.unit]
 
 
 def _cycles(jaxpr: Any, wafer: Wafer, constants: Constants) -> float:
@@ -192,20 +203,20 @@ def _square(text: str) -> int:
 
 
 def _number(point: PublishedPoint, name: str, default: int | None = None) -> int:
-    found = re.search(rf"\b{name}[ =](\d+)", point.parameters)
-    if found:
-        return int(found[1])
+    match = re.search(rf"\b{name}[ =](\d+)", point.parameters)
+    if match:
+        return int(match[1])
     if default is None:
         raise ValueError(f"parameters {point.parameters!r} have no {name}")
     return default
 
 
-def _found(point: PublishedPoint, pattern: str) -> str:
-    found = re.search(pattern, f"{point.workload}; {point.parameters}")
-    if not found:
+def _text_in(point: PublishedPoint, pattern: str) -> str:
+    match = re.search(pattern, f"{point.workload}; {point.parameters}")
+    if not match:
         raise ValueError(f"parameters {point.parameters!r} have nothing like {pattern!r}")
-    return found[1]
+    return match[1]
 
 
-def _up(n: int, parts: int) -> int:
+def _round_up(n: int, parts: int) -> int:
     return -(-n // parts) * parts

@@ -26,7 +26,7 @@ pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-train: $(VENV)/installed-viz ## train a small language model; ARGS='--steps 1000' adds flags
+train: $(VENV)/installed-train ## train a small language model; ARGS='--steps 1000' adds flags
 	$(python) -m training --preset nano --wafer 2x4 --steps 300 --platform cpu $(ARGS)
 
 test: lint suite typed ## lint, check types, run every test

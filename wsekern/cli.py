@@ -66,7 +66,7 @@ def bench(words: Sequence[str]) -> None:
     if not (_CHECKOUT / "benchmarks" / "__main__.py").is_file():
         raise SystemExit(
             "wsekern bench: the benchmarks are in the repository, not in the installed package; "
-            "clone it, and in the clone run `pip install -e .` and then `wsekern bench`"
+            "clone it, and in the clone run `pip install -e '.[train]'` and then `wsekern bench`"
         )
     # Ahead of every other folder that happens to be called benchmarks.
     sys.path.insert(0, str(_CHECKOUT))

@@ -105,5 +105,7 @@ def test_bench_hands_its_words_to_the_benchmarks_of_the_checkout(tmp_path):
 
 def test_bench_of_an_installed_package_says_where_the_benchmarks_are(tmp_path, monkeypatch):
     monkeypatch.setattr(wsekern.cli, "_CHECKOUT", tmp_path)
-    with pytest.raises(SystemExit, match="clone it, and in the clone run `pip install -e .`"):
+    with pytest.raises(
+        SystemExit, match=r"clone it, and in the clone run `pip install -e '.\[train\]'`"
+    ):
         main(["bench"])

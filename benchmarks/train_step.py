@@ -75,7 +75,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     from models.decoder import Decoder
     from models.families.llama import NANO
     from sharding.state import initialize, lay_out
-    from training.step import initial_state, train_step, updated
+    from training.step import apply_gradients, initial_state, train_step
 
     changes, batch = SIZES[size]
     config = dataclasses.replace(NANO, **changes)
@@ -93,7 +93,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
             loss, gradients = jax.value_and_grad(plain_decoder.loss)(
                 state["params"], inputs, targets, config, constrain
             )
-            return updated(optimizer, state, loss, gradients)
+            return apply_gradients(optimizer, state, loss, gradients)
 
         return step
 

@@ -1,5 +1,61 @@
-"""Training of a language model on a wafer mesh: data, optimizer, step, checkpoints, metrics.
+"""Train a language model on a wafer: data, optimizer, step, checkpoints, metrics.
 
-Run it as `python -m training`, or call it from Python. This folder may import `wsekern`, `sharding`
-and `models`; nothing imports it but programs and tests.
+Run it as `python -m training`, or from Python:
+
+    from training import Trainer, TrainingConfig
+
+    result = Trainer(TrainingConfig(data="text.txt", wafer="2x4", steps=300)).fit()
+
+A run passes through these modules, in this order:
+
+    config          every choice of the run, and the command line
+    initial_model   the preset or checkpoint that training starts from
+    corpus, data    the text, its tokens, and the batches
+    plan            the model's graph, the optimizer, the layout of the train state
+    programs        the compiled step and evaluation (built from step and optimizer)
+    loop            step after step, with checkpoint, metrics, console and signals
+    trainer         all of it put together: `Trainer(config).fit()`
+
+This package may import `wsekern`, `sharding` and `models`. Names are loaded when first used, so
+that `from training import TrainingConfig` loads no jax.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from wsekern.moved import put_up_signposts
+
+if TYPE_CHECKING:
+    from training.config import TrainingConfig as TrainingConfig
+    from training.config import load_config as load_config
+    from training.config import save_config as save_config
+    from training.loop import Diverged as Diverged
+    from training.loop import RunResult as RunResult
+    from training.metrics import read_metrics as read_metrics
+    from training.trainer import Trainer as Trainer
+
+# Public name -> the module below `training` that defines it.
+_HOMES = {
+    "Diverged": "loop",
+    "RunResult": "loop",
+    "Trainer": "trainer",
+    "TrainingConfig": "config",
+    "load_config": "config",
+    "read_metrics": "metrics",
+    "save_config": "config",
+}
+__all__ = sorted(_HOMES)
+
+put_up_signposts()  # `import training.start` names the module's new place
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'training' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"training.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

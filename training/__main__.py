@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(argv)
     try:
         prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
-        from training.run import Diverged
+        from training.loop import Diverged
         from training.trainer import Trainer
 
         try:

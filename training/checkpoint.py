@@ -327,7 +327,9 @@ def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict
     found = Manifest.from_json(text)
     if str(found.step) != folder.name:
         raise ValueError(f"its manifest is that of step {found.step}")
-    differing = manifest.mismatches(found.leaves, wanted)
+    leaves = manifest.rename_old_leaves(found.leaves, wanted)
+    found = dataclasses.replace(found, leaves=tuple(leaves))
+    differing = manifest.mismatches(leaves, wanted)
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError("it is of another state: " + "; ".join(differing[:3]) + more)

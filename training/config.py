@@ -62,7 +62,7 @@ class TrainingConfig:
     platform: Platform | None = None
     """Kind of device; cpu makes as many emulated devices as PEs. None: what JAX finds."""
     data: Annotated[
-        tuple[str, ...],
+        Sequence[str],
         tyro.conf.arg(
             metavar="FILE|DIR|GLOB", help_behavior_hint="(default: Python's standard library)"
         ),
@@ -132,7 +132,11 @@ class TrainingConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl and of output that is not a terminal."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        # A str is one source, as on the command line; a tuple can be hashed, a list cannot.
+        if isinstance(self.data, str | list):
+            data = (self.data,) if isinstance(self.data, str) else tuple(self.data)
+            object.__setattr__(self, "data", data)
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         _check_ranges(self)
@@ -200,7 +204,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
         raise SystemExit(2) from None
 
 
-def resolved(config: TrainingConfig, context: int) -> TrainingConfig:
+def resolve_config(config: TrainingConfig, context: int) -> TrainingConfig:
     """`config` with a value for every choice that was left to be found.
 
     Args:
@@ -217,7 +221,7 @@ def resolved(config: TrainingConfig, context: int) -> TrainingConfig:
     )
 
 
-def save(config: TrainingConfig, path: str | pathlib.Path) -> None:
+def save_config(config: TrainingConfig, path: str | pathlib.Path) -> None:
     """Writes `config` to `path` as JSON, whole or not at all."""
     fields = dataclasses.asdict(config)
     kept = {name: value for name, value in fields.items() if name not in _OF_THE_CALL}
@@ -228,7 +232,7 @@ def save(config: TrainingConfig, path: str | pathlib.Path) -> None:
         file.write((json.dumps(kept, indent=2) + "\n").encode())
 
 
-def load(path: str | pathlib.Path) -> TrainingConfig:
+def load_config(path: str | pathlib.Path) -> TrainingConfig:
     """The configuration in a JSON file; what the file does not name has its default.
 
     Raises:
@@ -244,13 +248,13 @@ def load(path: str | pathlib.Path) -> TrainingConfig:
         raise ValueError(f"config={str(path)!r}: {error}") from None
 
 
-def differences(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
+def config_differences(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
     """What differs between two runs, a line a field, such as `"seed: 0 was saved, 1 is given"`."""
     return [_difference(name, saved, now) for name in _differing(saved, now)]
 
 
 def check_resume(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """The differences that a resumed run is free to have, as `differences` words them.
+    """The differences that a resumed run is free to have, as `config_differences` words them.
 
     Raises:
       ValueError: others differ, each of which is named.
@@ -262,7 +266,7 @@ def check_resume(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
             + "; ".join(_difference(name, saved, now) for name in fixed)
             + "; leave these out, or start a new run with another --out"
         )
-    return differences(saved, now)
+    return config_differences(saved, now)
 
 
 def _differing(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
@@ -290,12 +294,12 @@ def _starting_point(argv: Sequence[str]) -> TrainingConfig:
     except argparse.ArgumentError:
         return TrainingConfig()
     if flags.config:
-        return load(flags.config)
+        return load_config(flags.config)
     named = {"out": flags.out, "init": flags.init}
     named |= {"preset": flags.preset} if flags.preset else {}
     saved = TrainingConfig(**named).run_dir / FILE_NAME
     if flags.resume and saved.is_file():
-        return dataclasses.replace(load(saved), out=flags.out)
+        return dataclasses.replace(load_config(saved), out=flags.out)
     return TrainingConfig()
 
 
@@ -309,9 +313,6 @@ def _from_json(text: str) -> TrainingConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; names are {known}"
             raise ValueError(f"{name!r} is not a name of a choice{hint}")
-    data = given.get("data")
-    if isinstance(data, str | list):  # JSON has no tuples
-        given["data"] = (data,) if isinstance(data, str) else tuple(data)
     return TrainingConfig(**given)
 
 
@@ -319,7 +320,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         wanted = getattr(hint, "__name__", str(hint))
         if typing.get_origin(hint) or isinstance(hint, types.UnionType):
-            wanted = str(hint).replace("typing.", "")
+            wanted = str(hint).replace("typing.", "").replace("collections.abc.", "")
         raise ValueError(f"{name}={value!r} is not of type {wanted}")
 
 
@@ -329,7 +330,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(_fits(value, argument) for argument in arguments)
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is Sequence:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if isinstance(value, bool):  # which Python counts as an int
         return hint is bool

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sharding.explain import explain_state
 from training.data import Corpus
-from training.programs import Plan
+from training.plan import RunPlan
 from wsekern.hardware import accelerator
 from wsekern.wafer.wafer import Wafer
 
@@ -46,7 +46,7 @@ def find_peak(wafer: Wafer, dtype: str) -> Peak:
     )
 
 
-def header(plan: Plan, corpus: Corpus, peak: Peak) -> RenderableType:
+def header(plan: RunPlan, corpus: Corpus, peak: Peak) -> RenderableType:
     """A drawing of the mesh, and below it what the run trains, on what, in how many bytes."""
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(plan, corpus, peak):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def locked(run_dir: pathlib.Path) -> Iterator[None]:
+def lock_run_folder(run_dir: pathlib.Path) -> Iterator[None]:
     """While entered, no other process can lock `run_dir`; a process that dies lets it go.
 
     Raises:

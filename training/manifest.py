@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 _FORMAT = 1
+_RENAMED_PARTS = {"optimiser": "optimizer"}  # first part of a leaf's path: old -> new
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,26 @@ def checksum(array: np.ndarray) -> str:
     """SHA-256 of the array's bytes in row-major order."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return hashlib.sha256(data).hexdigest()
+
+
+def rename_old_leaves(leaves: Sequence[Leaf], wanted: Sequence[Place]) -> list[Leaf]:
+    """The leaves of a checkpoint under the names that the state has today.
+
+    The part of the train state called "optimizer" was "optimiser" before version 0.2:
+
+        optimiser/0/mu/w  ->  optimizer/0/mu/w
+
+    A name that the state itself has stays, whatever it is.
+    """
+    paths = {place.path for place in wanted}
+
+    def rename(leaf: Leaf) -> Leaf:
+        part, slash, below = leaf.path.partition("/")
+        renamed = f"{_RENAMED_PARTS.get(part, part)}{slash}{below}"
+        kept = leaf.path in paths or renamed not in paths
+        return leaf if kept else dataclasses.replace(leaf, path=renamed)
+
+    return [rename(leaf) for leaf in leaves]
 
 
 def mismatches(leaves: Sequence[Leaf], wanted: Sequence[Place]) -> list[str]:

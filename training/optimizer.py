@@ -13,7 +13,7 @@ from flax import nnx
 from training.config import TrainingConfig
 
 
-def schedule(config: TrainingConfig) -> optax.Schedule:
+def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
     """The learning rate after a number of updates: a linear warm-up, then what `config` names."""
     highest, lowest = config.learning_rate, config.final_learning_rate
     warmup = min(config.warmup, config.steps)
@@ -44,7 +44,7 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     """AdamW as `config` says; where a parameter and its gradient are zero, it stays so."""
     adamw = optax.adamw(
-        schedule(config),
+        learning_rate_schedule(config),
         b1=config.beta1,
         b2=config.beta2,
         weight_decay=config.weight_decay,

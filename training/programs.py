@@ -1,4 +1,4 @@
-"""This file is the plan of a run, and its compiled programs: first state, step, evaluation."""
+"""The compiled programs of a training run: its first state, its step, its evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,53 +6,24 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding
 
-from models.config import DecoderConfig
-from models.decoder import Decoder
 from sharding.state import initialize, lay_out, pad
-from training.config import TrainingConfig
-from training.optimizer import make_optimizer
-from training.step import Metrics, TrainState, evaluation, initial_state, state_of, train_step
+from training.plan import RunPlan
+from training.step import Metrics, TrainState, evaluation, state_of, train_step
 from wsekern.wafer import layout
 from wsekern.wafer.axes import ROWS, WAFERS
-from wsekern.wafer.wafer import Wafer
 
 _BATCH = P(WAFERS, ROWS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run will execute and where its state will lie; make it with `make_plan`."""
-
-    config: TrainingConfig
-    sizes: DecoderConfig
-    wafer: Wafer
-    graph: nnx.GraphDef  # the model without its parameters
-    optimizer: optax.GradientTransformation
-    make_state: Callable[[], TrainState]
-    shapes: Any  # of the train state: ShapeDtypeStructs that say where each array lies
-    read_params: Callable[[], nnx.State] | None  # a checkpoint's; None: random ones
-
-    @property
-    def context(self) -> int:
-        """Length of a sequence, tokens."""
-        return self.config.context or self.sizes.context
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of all sequences of a step."""
-        return self.config.batch * self.context
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
     """What a run executes on its wafer; make it with `compile_programs`."""
 
-    plan: Plan
+    plan: RunPlan
     step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], jax.Array]
     temporary_bytes: int | None  # of a step, on one device; None where it is not known
@@ -77,42 +48,7 @@ class Programs:
         return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
-def make_plan(
-    config: TrainingConfig,
-    sizes: DecoderConfig,
-    wafer: Wafer,
-    read_params: Callable[[], nnx.State] | None = None,
-) -> Plan:
-    """The plan of a run; nothing is computed yet.
-
-    Args:
-      config: of the run.
-      sizes: of the model.
-      wafer: where it runs.
-      read_params: gives the parameters to start from, on the wafer; None: random ones.
-    """
-
-    def make_model(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(sizes, rngs=rngs, dtype=config.dtype, remat=config.remat)
-
-    optimizer = make_optimizer(config)
-
-    def make_state() -> TrainState:
-        return initial_state(make_model, optimizer, config.seed)
-
-    return Plan(
-        config=config,
-        sizes=sizes,
-        wafer=wafer,
-        graph=nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))),
-        optimizer=optimizer,
-        make_state=make_state,
-        read_params=read_params,
-        shapes=_placed(jax.eval_shape(lambda: pad(make_state(), wafer)), wafer),
-    )
-
-
-def compile_programs(plan: Plan) -> Programs:
+def compile_programs(plan: RunPlan) -> Programs:
     """The programs of a run, compiled ahead of its first step."""
     graph, wafer, shapes = plan.graph, plan.wafer, plan.shapes
     batch = (plan.config.batch, plan.context)
@@ -140,15 +76,7 @@ def _compile(function: Callable, shapes: tuple, **options: Any) -> jax.stages.Co
     return jax.jit(function, **options).lower(*shapes).compile()
 
 
-def _placed(shapes: Any, wafer: Wafer) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        lay_out(shapes, wafer),
-    )
-
-
-def _batch_sharding(plan: Plan) -> Sharding:
+def _batch_sharding(plan: RunPlan) -> Sharding:
     # A length that does not divide by the rows of the grid is padded inside the operations.
     shape = (plan.config.batch, plan.context)
     divides = layout.padded_shape(shape, _BATCH, plan.wafer) == shape

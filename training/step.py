@@ -104,12 +104,12 @@ def train_step(
     def step(state, inputs, targets):
         compute = gradient if parts == 1 else accumulated
         loss, gradients = compute(state["params"], inputs, targets)
-        return updated(optimizer, state, loss, gradients)
+        return apply_gradients(optimizer, state, loss, gradients)
 
     return step
 
 
-def updated(
+def apply_gradients(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     loss: Float[Array, ""],

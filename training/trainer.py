@@ -1,6 +1,7 @@
-"""This file is a training run from its configuration to its end.
+"""A training run from its configuration to its end: `Trainer(config).fit()`.
 
-`Trainer(config).fit()` is the whole of it.
+Making a `Trainer` checks the whole configuration and makes the devices, the data and the plan.
+`fit` then compiles the programs and runs the loop in `training.loop`.
 """
 
 import dataclasses
@@ -11,69 +12,79 @@ from jaxtyping import Int
 
 from models.config import DecoderConfig
 from models.text.tokenizer import Tokenizer
-from training import config as configuration
 from training.checkpoint import Checkpoints
-from training.config import TrainingConfig
+from training.config import (
+    FILE_NAME,
+    TrainingConfig,
+    check_resume,
+    load_config,
+    resolve_config,
+    save_config,
+)
 from training.console import Console
 from training.data import Corpus, open_corpus
 from training.header import find_peak, header
-from training.lock import locked
-from training.programs import compile_programs, make_plan
-from training.run import Result, Run
+from training.initial_model import InitialModel, find_initial_model
+from training.lock import lock_run_folder
+from training.loop import RunResult, TrainingLoop
+from training.plan import make_plan
+from training.programs import compile_programs
 from training.signals import StopSignals
-from training.start import Start, find_start
 from wsekern.wafer.launch import make_wafer, prepare_devices
 
 
 class Trainer:
     """One run: `Trainer(config).fit()`."""
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig) -> None:
         """Checks all that can be checked before any work is done, and makes the devices.
 
         Args:
           config: every choice of the run.
 
         Raises:
-          ValueError: what the configuration asks for cannot be had; the message names the field.
-          OSError: the data cannot be read or the run folder not written.
+          ValueError: the configuration cannot be met; the message names the field.
+          OSError: the data cannot be read, or the run folder cannot be written.
           RuntimeError: jax has already started with fewer CPU devices than PEs.
         """
         prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
-        start = find_start(config)
+        start = find_initial_model(config)
         wafer = make_wafer(config.wafer, config.platform, virtual=config.virtual)
-        self.config = config = configuration.resolved(config, start.context)
+        self.config = config = resolve_config(config, start.context)
         self.corpus = open_corpus(
             config.data or None,
-            tokens=_tokens(config, start),
+            tokens=_token_kind(config, start),
             context=config.context or start.context,
             validation_fraction=config.validation_fraction,
         )
-        self.prompt = _prompt(config, self.corpus)
+        self.prompt = _prompt_tokens(config, self.corpus)
         sizes, read = model_sizes(config, self.corpus, start.sizes), start.read_params
         self.start = start
         self.plan = make_plan(config, sizes, wafer, None if read is None else lambda: read(wafer))
-        self._check_run_dir(self.open_checkpoints())
+        self._check_run_folder(self.open_checkpoints())
 
     def open_checkpoints(self) -> Checkpoints:
         """The checkpoints of this run; close them, or use them in a `with`."""
         return Checkpoints(self.config.run_dir / "checkpoints", keep=self.config.keep)
 
-    def _check_run_dir(self, checkpoints: Checkpoints) -> list[str]:
-        """What this run changes of the one that it resumes, a line a choice."""
+    def _check_run_folder(self, checkpoints: Checkpoints) -> list[str]:
+        """Refuses a folder that this run cannot use; a line for each choice that resuming changes.
+
+        `fit` checks again, under the lock: another process may have trained there since.
+        """
         changes: list[str] = []
-        saved = self.config.run_dir / configuration.FILE_NAME
+        saved = self.config.run_dir / FILE_NAME
         if self.config.resume:
             if not saved.is_file():
                 raise ValueError(
                     f"resume: {self.config.run_dir} holds no run ({saved.name} is not there); give "
                     "its folder with --out, or leave --resume out to start anew"
                 )
-            changes = configuration.check_resume(configuration.load(saved), self.config)
+            changes = check_resume(load_config(saved), self.config)
         elif checkpoints.steps():
             raise ValueError(
-                f"out: {self.config.run_dir} holds a run already, of which step "
-                f"{checkpoints.steps()[-1]} is saved; go on with --resume, or choose another --out"
+                f"out: {self.config.run_dir} holds a run already, saved at step "
+                f"{checkpoints.steps()[-1]}; go on with --resume, or choose another --out"
             )
         if self.config.steps < (checkpoints.steps() or [0])[-1]:
             raise ValueError(
@@ -83,21 +94,21 @@ class Trainer:
         checkpoints.check_writable(self.plan.shapes)
         return changes
 
-    def fit(self) -> Result:
-        """Trains to the last step, or until a signal; saves, evaluates, draws and samples.
+    def fit(self) -> RunResult:
+        """Trains to the last step or until a signal; saves, evaluates, draws and samples.
 
         Raises:
           Diverged: the loss or its gradient became infinite or NaN.
-          ValueError: the run folder is in use or holds a run; on resuming, no checkpoint is sound,
-            or it belongs to another run.
+          ValueError: the run folder is in use or holds another run; on resuming, no checkpoint can
+            be used.
         """
         with (
             StopSignals() as signals,
             Console(self.config) as console,
-            locked(self.config.run_dir),
+            lock_run_folder(self.config.run_dir),
             self.open_checkpoints() as checkpoints,
         ):
-            changes = self._check_run_dir(checkpoints)
+            changes = self._check_run_folder(checkpoints)
             peak = find_peak(self.plan.wafer, self.config.dtype)
             console.show(header(self.plan, self.corpus, peak))
             if skipped := self.corpus.skipped:
@@ -106,7 +117,7 @@ class Trainer:
                 programs = compile_programs(self.plan)
             if programs.temporary_bytes is not None:
                 console.note(f"a step has {programs.temporary_bytes / 1e6:,.1f} MB of temporaries")
-            run = Run(
+            loop = TrainingLoop(
                 programs,
                 self.corpus,
                 self.prompt,
@@ -118,8 +129,8 @@ class Trainer:
             )
             for line in changes:
                 console.note(f"changed: {line}")
-            configuration.save(self.config, self.config.run_dir / configuration.FILE_NAME)
-            return run.to_the_end()
+            save_config(self.config, self.config.run_dir / FILE_NAME)
+            return loop.run()
 
 
 def model_sizes(config: TrainingConfig, corpus: Corpus, sizes: DecoderConfig) -> DecoderConfig:
@@ -145,19 +156,24 @@ def model_sizes(config: TrainingConfig, corpus: Corpus, sizes: DecoderConfig) ->
     return sizes
 
 
-def _tokens(config: TrainingConfig, start: Start) -> Literal["bytes", "characters"] | Tokenizer:
+def _token_kind(
+    config: TrainingConfig, start: InitialModel
+) -> Literal["bytes", "characters"] | Tokenizer:
     if start.tokenizer is not None and config.tokens == "checkpoint":
         return start.tokenizer
     return "characters" if config.tokens == "characters" else "bytes"
 
 
-def _prompt(config: TrainingConfig, corpus: Corpus) -> Int[np.ndarray, " T"]:
-    """The tokens that the sample goes on from; the data's own first one if it has no line's end."""
+def _prompt_tokens(config: TrainingConfig, corpus: Corpus) -> Int[np.ndarray, " T"]:
+    """The prompt's tokens; without a sample, or if the default prompt cannot be encoded, the data's
+    first token.
+    """
     if not config.sample_tokens:
         return corpus.train[:1].astype(np.int32)
     try:
         return corpus.encode(config.prompt)
     except ValueError as error:
+        # The default is a line's end, which a vocabulary of characters may lack.
         if config.prompt == TrainingConfig.prompt:
             return corpus.train[:1].astype(np.int32)
         raise ValueError(f"prompt={config.prompt!r}: {error}") from None

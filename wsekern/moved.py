@@ -57,7 +57,8 @@ MOVED = {
     **_moves("models", "models", "command:arguments running:commands"),
     "models.checkpoints.fields": "models.checkpoints.config_json",
     **_moves("models", "models.families", "gpt2 gpt_oss llama qwen2 qwen3 qwen3_moe"),
-    "training.optimiser": "training.optimizer",
+    "training.launch": "wsekern.wafer.launch",
+    **_moves("training", "training", "optimiser:optimizer run:loop start:initial_model"),
 }
 
 

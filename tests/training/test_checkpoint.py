@@ -112,6 +112,21 @@ def test_keys_named_tuples_scalars_and_empty_arrays(tmp_path):
         np.testing.assert_array_equal(raw(a), raw(b))
 
 
+def test_a_checkpoint_whose_optimizer_has_its_old_name_is_restored(tmp_path):
+    """Before version 0.2 the train state's "optimizer" was called "optimiser"."""
+    moments = {"mu": jnp.arange(4.0), "count": jnp.int32(3)}
+    old = {"params": {"optimiser": jnp.ones(2)}, "optimiser": moments}
+    new = {"params": {"optimiser": jnp.ones(2)}, "optimizer": moments}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(1, old, {}, wait=True) == []
+        step, got, _ = checkpoints.restore(new)
+        assert step == 1
+        assert_same(got, new)
+        assert_same(checkpoints.restore(old)[1], old)
+        with pytest.raises(ValueError, match="it lacks optimizer/nu; optimiser/count is not part"):
+            checkpoints.restore({"optimizer": {"nu": jnp.ones(4)}})
+
+
 def test_padding_is_not_saved_and_comes_back_as_zeros(tmp_path):
     logical = {"w": (7, 10), "n": ()}
     on_3x3 = {"w": jnp.full((9, 12), 5.0), "n": jnp.int32(1)}

@@ -30,7 +30,8 @@ ROOT = pathlib.Path(__file__).parents[2]
         ({"wafer": "4x1x1", "batch": 8, "microbatch": 2}, "microbatch=2 is not .* use 4"),
         ({"steps": 2.5}, "steps=2.5 is not of type int"),
         ({"steps": True}, "steps=True is not of type int"),
-        ({"data": "text"}, r"data='text' is not of type tuple\[str, ...\]"),
+        ({"data": 5}, r"data=5 is not of type Sequence\[str\]"),
+        ({"data": (5,)}, r"data=\(5,\) is not of type Sequence\[str\]"),
         ({"tokens": "words"}, r"tokens=.words. is not of type .*Literal\[.bytes., .characters."),
         ({"microbatch": "all"}, "microbatch='all' is not of type int | None"),
         ({"preset": ""}, "preset is empty"),
@@ -39,6 +40,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_refuses_by_field_value_and_mend(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**fields)
+
+
+@pytest.mark.parametrize("data", ["text.txt", ("text.txt",), ["text.txt"]])
+def test_a_single_source_is_data_as_the_flag_takes_it(data):
+    run = TrainingConfig(data=data)
+    assert run == parse(["--data", "text.txt"]) and run.data == ("text.txt",)
+    assert dataclasses.replace(run, data="other.txt").data == ("other.txt",)
 
 
 def test_derived_sizes():
@@ -51,22 +59,22 @@ def test_derived_sizes():
 
 def test_a_saved_configuration_is_loaded_as_it_was(tmp_path):
     run = TrainingConfig(steps=7, data=("/a", "/b"), microbatch=None, platform="cpu", resume=True)
-    config.save(run, tmp_path / "config.json")
-    assert config.load(tmp_path / "config.json") == dataclasses.replace(run, resume=False)
+    config.save_config(run, tmp_path / "config.json")
+    assert config.load_config(tmp_path / "config.json") == dataclasses.replace(run, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_data_is_saved_as_an_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config.save(TrainingConfig(data=("texts/*.txt",)), "config.json")
-    assert config.load("config.json").data == (str(tmp_path / "texts/*.txt"),)
+    config.save_config(TrainingConfig(data=("texts/*.txt",)), "config.json")
+    assert config.load_config("config.json").data == (str(tmp_path / "texts/*.txt"),)
 
 
 def test_what_was_left_to_be_found_is_resolved():
-    found = config.resolved(TrainingConfig(learning_rate=1e-2), context=64)
+    found = config.resolve_config(TrainingConfig(learning_rate=1e-2), context=64)
     assert (found.context, found.microbatch, found.out) == (64, 12, "runs/nano")
     assert found.min_learning_rate == pytest.approx(1e-3)
-    assert config.resolved(found, context=128) == found
+    assert config.resolve_config(found, context=128) == found
 
 
 @pytest.mark.parametrize(
@@ -74,7 +82,7 @@ def test_what_was_left_to_be_found_is_resolved():
     [
         ('{"stesp": 3}', "'stesp' is not a name of a choice; did you mean 'steps'"),
         ('{"steps": "3"}', "steps='3' is not of type int"),
-        ('{"data": 5}', "data=5 is not of type tuple"),
+        ('{"data": 5}', "data=5 is not of type Sequence"),
         ("[3]", "it holds a list"),
         ("{", "config.json'"),
     ],
@@ -83,7 +91,7 @@ def test_a_bad_file_is_refused(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        config.load(path)
+        config.load_config(path)
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -94,7 +102,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 
 
 def test_a_resumed_run_starts_from_what_its_folder_saved(tmp_path):
-    config.save(TrainingConfig(steps=5, batch=6, out="elsewhere"), tmp_path / config.FILE_NAME)
+    config.save_config(
+        TrainingConfig(steps=5, batch=6, out="elsewhere"), tmp_path / config.FILE_NAME
+    )
     run = parse(["--resume", "--out", str(tmp_path), "--steps", "9"])
     assert (run.steps, run.batch, run.run_dir, run.resume) == (9, 6, tmp_path, True)
     assert parse(["--out", str(tmp_path)]).batch == 12
@@ -120,7 +130,7 @@ def test_a_bad_command_line_is_named_with_status_2(argv, message, capsys):
 def test_differences_are_named_field_by_field():
     saved = TrainingConfig(seed=1, steps=10, resume=False)
     now = TrainingConfig(seed=2, steps=20, resume=True)
-    assert config.differences(saved, now) == [
+    assert config.config_differences(saved, now) == [
         "steps: 10 was saved, 20 is given",
         "seed: 1 was saved, 2 is given",
     ]

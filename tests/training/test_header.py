@@ -13,7 +13,7 @@ from sharding.state import named_leaves
 from training.config import TrainingConfig
 from training.data import Corpus
 from training.header import Peak, find_peak, header, mesh_drawing
-from training.programs import make_plan
+from training.plan import make_plan
 
 PEAK = Peak(flops=2.5e12, source="a data sheet")
 CORPUS = Corpus(

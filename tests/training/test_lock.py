@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from training.lock import locked
+from training.lock import lock_run_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDS = """
 import pathlib, sys
-from training.lock import locked
-with locked(pathlib.Path(sys.argv[1])):
+from training.lock import lock_run_folder
+with lock_run_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -25,10 +25,10 @@ def test_one_process_at_a_time_and_a_dead_one_lets_go(tmp_path):
     with other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"in use by process {other.pid} on"):
-            with locked(run_dir):
+            with lock_run_folder(run_dir):
                 pass
         other.kill()
-    with locked(run_dir):
+    with lock_run_folder(run_dir):
         assert "process" in (run_dir / "lock").read_text()
-    with locked(run_dir):
+    with lock_run_folder(run_dir):
         pass

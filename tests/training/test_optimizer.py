@@ -10,13 +10,13 @@ from models.decoder import Decoder
 from models.families.llama import NANO
 from sharding.state import named_leaves
 from training.config import TrainingConfig
-from training.optimizer import decay_mask, make_optimizer, schedule
+from training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 CONFIG = TrainingConfig(steps=100, warmup=10, learning_rate=1.0, min_learning_rate=0.1)
 
 
 def course(**changes):
-    rate = schedule(dataclasses.replace(CONFIG, **changes))
+    rate = learning_rate_schedule(dataclasses.replace(CONFIG, **changes))
     return np.array([float(rate(step)) for step in range(101)])
 
 

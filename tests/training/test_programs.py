@@ -6,7 +6,7 @@ import wsekern as wk
 from models.presets import find_preset
 from sharding.explain import explain_state
 from training.config import TrainingConfig
-from training.programs import make_plan
+from training.plan import make_plan
 from training.step import train_step
 
 

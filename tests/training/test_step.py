@@ -10,7 +10,8 @@ import wsekern as wk
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from training.config import TrainingConfig
-from training.programs import compile_programs, make_plan
+from training.plan import make_plan
+from training.programs import compile_programs
 from training.step import initial_state, mean_loss, train_step
 
 SIZES = DecoderConfig(

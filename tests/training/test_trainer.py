@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -12,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from training.config import TrainingConfig, save
+from training.config import TrainingConfig, save_config
+from training.loop import Diverged, TrainingLoop
 from training.metrics import read_metrics
-from training.run import Diverged, Run
 from training.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again\n" * 200
@@ -71,6 +72,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(config, tmp_path):
     assert losses(half) == whole
 
 
+def test_a_run_saved_under_the_old_name_of_the_optimizer_resumes(config):
+    """Files as they were written before version 0.2: state["optimiser"], spelled so on disk."""
+    _stop_after(config, 3)
+    folder = config.run_dir / "checkpoints" / "3"
+    fields = json.loads((folder / "manifest.json").read_text().replace("optimizer", "optimiser"))
+    assert any(leaf["path"].startswith("optimiser/") for leaf in fields["leaves"])
+    for path in sorted((folder / "arrays").rglob("*optimizer*"), reverse=True):
+        path.rename(path.with_name(path.name.replace("optimizer", "optimiser")))
+    for path in (folder / "arrays").iterdir():
+        if path.is_file():
+            path.write_bytes(path.read_bytes().replace(b"optimizer", b"optimiser"))
+    del fields["sha256"]
+    content = json.dumps(fields, sort_keys=True).encode()
+    fields["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(fields, indent=1))
+    assert Trainer(dataclasses.replace(config, resume=True)).fit().step == 6
+
+
 def test_a_run_resumes_on_another_mesh_within_rounding(config, tmp_path):
     whole_config = dataclasses.replace(config, out=str(tmp_path / "whole"))
     Trainer(whole_config).fit()
@@ -84,7 +103,7 @@ def test_a_run_resumes_on_another_mesh_within_rounding(config, tmp_path):
 def _stop_after(config, step):
     """Runs until a signal comes while step `step` is in flight."""
     trainer = Trainer(config)
-    one_step = Run._one_step
+    one_step = TrainingLoop._one_step
 
     def stopping(run):
         one_step(run)
@@ -92,7 +111,7 @@ def _stop_after(config, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_one_step", stopping)
+        patch.setattr(TrainingLoop, "_one_step", stopping)
         result = trainer.fit()
     assert (result.step, result.stopped) == (step, True)
     assert trainer.open_checkpoints().steps()[-1] == step
@@ -101,7 +120,7 @@ def _stop_after(config, step):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     wild = dataclasses.replace(config, checkpoint_every=1, steps=50, clip_norm=0.0)
     trainer = Trainer(wild)
-    one_step = Run._one_step
+    one_step = TrainingLoop._one_step
 
     def poisoned(run):
         if run.step == 3:
@@ -109,7 +128,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
         one_step(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_one_step", poisoned)
+        patch.setattr(TrainingLoop, "_one_step", poisoned)
         with pytest.raises(Diverged, match="at step 4 the loss is nan.*step 3 is the last good"):
             trainer.fit()
     result = Trainer(dataclasses.replace(wild, resume=True, steps=4)).fit()
@@ -186,7 +205,7 @@ def test_ctrl_c_saves_and_exits_with_75(config):
     """The command itself, as a user stops it."""
     command = [sys.executable, "-m", "training", "--config", str(config.run_dir.parent / "c.json")]
     long = dataclasses.replace(config, steps=100_000, sample_tokens=0, eval_every=0)
-    save(long, config.run_dir.parent / "c.json")
+    save_config(long, config.run_dir.parent / "c.json")
     root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen(
         command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -22,7 +22,7 @@ from training.checkpoint import Checkpoints
 from training.console import Console
 from training.data import Corpus, batch, evaluation_batches
 from training.metrics import MetricsLog, loss_curve, read_metrics
-from training.optimizer import schedule
+from training.optimizer import learning_rate_schedule
 from training.programs import Programs
 from training.signals import StopSignals
 from training.step import Metrics, TrainState
@@ -37,7 +37,7 @@ class Diverged(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class RunResult:
     """What a run ended with."""
 
     step: int
@@ -49,8 +49,8 @@ class Result:
     sample: str | None
 
 
-class Run:
-    """The loop, and what it has to remember from step to step; `to_the_end` runs it."""
+class TrainingLoop:
+    """The loop, and what it has to remember from step to step; `run` runs it."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Run:
         self.tokenizer_from = tokenizer_from
         flops = self.plan.sizes.flops_per_token(self.plan.context)
         self.peak_tokens_per_s = peak_flops / flops
-        self.rate = jax.jit(schedule(self.config))
+        self.rate = jax.jit(learning_rate_schedule(self.config))
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.step, self.state, seconds = self._start()
         self.log = MetricsLog(self.config.run_dir, resume_from=self.step)
@@ -101,7 +101,7 @@ class Run:
         self.saved_at = self.looked_at = time.monotonic()
         self.began = self.looked_at - seconds
 
-    def to_the_end(self) -> Result:
+    def run(self) -> RunResult:
         """Takes all steps that are left, unless a signal comes; then saves, evaluates and samples.
 
         Raises:
@@ -132,7 +132,7 @@ class Run:
         if self.signals.received:
             name = self.signals.received.name
             self.console.note(f"stopped by {name} after step {self.step}; go on with --resume")
-        return Result(
+        return RunResult(
             step=self.step,
             loss=self.loss,
             val_loss=self.val_loss,

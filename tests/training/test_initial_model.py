@@ -8,7 +8,7 @@ from tiny_checkpoints import CONFIGS, make
 
 import models
 from models.text.reading import load_tokenizer
-from training.config import TrainingConfig, load
+from training.config import TrainingConfig, load_config
 from training.trainer import Trainer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -68,7 +68,7 @@ def test_a_checkpoint_is_trained_on_and_written_back(config, checkpoint):
         np.testing.assert_array_equal(a, b)
     assert load_tokenizer(config.run_dir / "model").ends == (1,)
 
-    saved = load(config.run_dir / "config.json")
+    saved = load_config(config.run_dir / "config.json")
     longer = Trainer(dataclasses.replace(saved, resume=True, steps=3)).fit()
     assert longer.step == 3 and longer.loss < result.loss + 0.5
     trained = models.load(config.run_dir / "model")

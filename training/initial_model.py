@@ -21,8 +21,8 @@ _CONTEXT = 1024  # tokens of a sequence: what checkpoints can read needs far mor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a run starts from; make it with `find_start`."""
+class InitialModel:
+    """What a run starts from; make it with `find_initial_model`."""
 
     sizes: DecoderConfig
     context: int  # tokens of a sequence, if nobody says otherwise
@@ -31,7 +31,7 @@ class Start:
     read_params: Callable[[Wafer], nnx.State] | None = None  # None: they are random
 
 
-def find_start(config: TrainingConfig) -> Start:
+def find_initial_model(config: TrainingConfig) -> InitialModel:
     """What `config` asks for; of a checkpoint, no weights are read yet.
 
     Raises:
@@ -40,7 +40,7 @@ def find_start(config: TrainingConfig) -> Start:
     """
     if config.init is None:
         sizes = find_preset(config.preset)
-        return Start(sizes=sizes, context=sizes.context)
+        return InitialModel(sizes=sizes, context=sizes.context)
     path = find(config.init)
     sizes, tensors = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
@@ -49,7 +49,7 @@ def find_start(config: TrainingConfig) -> Start:
     def read_params(wafer: Wafer) -> nnx.State:
         return nnx.state(read(sizes, tensors, jnp.float32, wafer, progress=sys.stderr.isatty()))
 
-    return Start(
+    return InitialModel(
         sizes=sizes,
         context=min(sizes.context, _CONTEXT),
         tokenizer=tokenizer,

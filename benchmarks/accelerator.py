@@ -14,7 +14,7 @@ from benchmarks import harness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class AcceleratorOptions:
     """Tokens a second of a training step (AdamW) on one device: ours, and the same in Flax."""
 
     preset: str = "125m"
@@ -33,7 +33,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark with the options in `argv`."""
-    options = tyro.cli(Options, prog="python -m benchmarks accelerator", args=argv)
+    options = tyro.cli(AcceleratorOptions, prog="python -m benchmarks accelerator", args=argv)
     harness.start(1)
     harness.show_environment()
     import wsekern as wk
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         harness.dump(options.json, {title: results})
 
 
-def _candidates(config: Any, options: Options) -> dict[str, harness.Compiled]:
+def _candidates(config: Any, options: AcceleratorOptions) -> dict[str, harness.CompiledProgram]:
     import jax
     import numpy as np
     import optax
@@ -73,13 +73,13 @@ def _candidates(config: Any, options: Options) -> dict[str, harness.Compiled]:
     drawn = np.random.default_rng(0).integers(0, config.vocab, (options.batch, config.context + 1))
     pair = [jax.numpy.asarray(t, np.int32) for t in (drawn[:, :-1], drawn[:, 1:])]
 
-    def ours() -> harness.Compiled:
+    def ours() -> harness.CompiledProgram:
         make_model = functools.partial(_make, Decoder, config, options.dtype)
         graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
         state = jax.jit(lambda: initial_state(make_model, optimizer, 0))()
-        return harness.compiled(train_step(graph, optimizer), state, *pair)
+        return harness.compile_program(train_step(graph, optimizer), state, *pair)
 
-    def flax() -> harness.Compiled:
+    def flax() -> harness.CompiledProgram:
         make_model = functools.partial(_make, FlaxDecoder, config, options.dtype)
         graph, params = nnx.split(make_model(nnx.Rngs(0)))
 
@@ -92,7 +92,7 @@ def _candidates(config: Any, options: Options) -> dict[str, harness.Compiled]:
             updates, moments = optimizer.update(gradients, moments, params)
             return optax.apply_updates(params, updates), moments, value
 
-        return harness.compiled(step, params, optimizer.init(params), *pair)
+        return harness.compile_program(step, params, optimizer.init(params), *pair)
 
     return {"flax": flax(), "wsekern": ours()}
 

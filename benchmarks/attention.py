@@ -14,7 +14,7 @@ from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class AttentionOptions:
     """Times attention over a sequence along y, heads along x, the batch whole."""
 
     grid: tuple[str, ...] = ("8x1", "2x4")
@@ -49,7 +49,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each grid and length."""
-    options = tyro.cli(Options, prog="python -m benchmarks attention", args=argv)
+    options = tyro.cli(AttentionOptions, prog="python -m benchmarks attention", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
@@ -102,7 +102,7 @@ def _candidates(grid, length, options):
 
     def case(attention, operands, **shardings):
         function, used = _timed(attention, options)
-        return harness.compiled(function, *operands[:used], **shardings)
+        return harness.compile_program(function, *operands[:used], **shardings)
 
     tiled = [jax.device_put(x, layout) for x in whole]
     candidates = {"jit": case(laid_out, tiled, out_shardings=layout)}
@@ -146,7 +146,7 @@ def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> A
     return tile.unblock_queries(tile.finish(softmax, None, q.dtype)[0])
 
 
-def _timed(attention: Callable, options: Options) -> tuple[Callable, int]:
+def _timed(attention: Callable, options: AttentionOptions) -> tuple[Callable, int]:
     """What is timed, and how many of q, k, v and the result's gradient it takes."""
     import jax
     import jax.numpy as jnp

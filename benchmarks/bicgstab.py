@@ -22,7 +22,7 @@ _DIAGONALS = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class BicgstabOptions:
     """Solves by the kernel on virtual PEs and by `wk.bicgstab` on one array, and compares both."""
 
     grid: tuple[int, int] = (600, 595)
@@ -37,7 +37,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table, how far the results are apart, and the estimate of an iteration on WSE-1."""
-    options = tyro.cli(Options, prog="python -m benchmarks bicgstab", args=argv)
+    options = tyro.cli(BicgstabOptions, prog="python -m benchmarks bicgstab", args=argv)
     harness.start(1)
     harness.show_environment()
     import numpy as np
@@ -154,11 +154,11 @@ def _timed(name, run, matrix, b):
     """One run: a solve takes so long that what else the machine does evens out."""
     import jax
 
-    program = harness.compiled(run, matrix, b)
+    program = harness.compile_program(run, matrix, b)
     begun = time.perf_counter()
     x, iterations, residual = jax.block_until_ready(program())
     seconds = time.perf_counter() - begun
-    result = harness.Result(
+    result = harness.Timing(
         name=name,
         seconds=seconds,
         ratio=1.0,

@@ -14,7 +14,7 @@ from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class CollectivesOptions:
     """Predicts all-reduces along a line of WSE-2 PEs, then times them along y on devices."""
 
     pes: tuple[int, ...] = (16, 64, 256, 512)
@@ -31,7 +31,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the predicted cycles, then a table for each grid and number of words."""
-    options = tyro.cli(Options, prog="python -m benchmarks collectives", args=argv)
+    options = tyro.cli(CollectivesOptions, prog="python -m benchmarks collectives", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _predicted(options: Options) -> Table:
+def _predicted(options: CollectivesOptions) -> Table:
     import wsekern as wk
     from wsekern import fabric
     from wsekern.fabric.reductions.choice import LINES
@@ -81,6 +81,6 @@ def _candidates(grid: tuple[int, int], words: int) -> Mapping[str, Callable[[], 
         def kernel(tile):
             return fabric.all_reduce(tile, "y", algorithm=algorithm)
 
-        return harness.compiled(wafer.map(kernel, in_specs=spec, out_specs=spec), x)
+        return harness.compile_program(wafer.map(kernel, in_specs=spec, out_specs=spec), x)
 
     return {name: case(name) for name in ("xla", *LINES, "ring")}

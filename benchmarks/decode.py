@@ -20,7 +20,7 @@ from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class DecodeOptions:
     """Times one step of decoding against a cache of tokens along y, heads along x."""
 
     grid: tuple[str, ...] = ("8x1", "2x4")
@@ -45,7 +45,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints two tables for each grid and capacity: against the peers, and over lengths."""
-    options = tyro.cli(Options, prog="python -m benchmarks decode", args=argv)
+    options = tyro.cli(DecodeOptions, prog="python -m benchmarks decode", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
@@ -98,7 +98,7 @@ def _results(grid, capacity, options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step(harness.Compiled):
+class _Step(harness.CompiledProgram):
     cache_bytes: int  # on one device
     rows: str  # the fewest and the most tokens that a row of PEs holds
 

@@ -12,7 +12,7 @@ from benchmarks import harness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class ExpertsOptions:
     """Times routed tokens through their experts on one device, forward and with the gradient.
 
     The dense feed-forward has one expert's weights and as many rows as there are choices.
@@ -40,7 +40,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table for each number of tokens, forward and backward."""
-    options = tyro.cli(Options, prog="python -m benchmarks experts", args=argv)
+    options = tyro.cli(ExpertsOptions, prog="python -m benchmarks experts", args=argv)
     harness.start(1)
     harness.show_environment()
     tables = {}
@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _candidates(options: Options, tokens: int, backward: bool) -> Mapping[str, Callable[[], Any]]:
+def _candidates(
+    options: ExpertsOptions, tokens: int, backward: bool
+) -> Mapping[str, Callable[[], Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -91,9 +93,9 @@ def _candidates(options: Options, tokens: int, backward: bool) -> Mapping[str, C
 
     def case(function, x, weights):
         if not backward:
-            return harness.compiled(function, x, shares, weights)
+            return harness.compile_program(function, x, shares, weights)
         loss = lambda *a: (function(*a) ** 2).sum()  # noqa: E731
-        return harness.compiled(jax.grad(loss, argnums=(0, 1, 2)), x, shares, weights)
+        return harness.compile_program(jax.grad(loss, argnums=(0, 1, 2)), x, shares, weights)
 
     return {name: case(*given) for name, given in found.items()}
 

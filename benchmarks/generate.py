@@ -19,7 +19,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class GenerateOptions:
     """Times greedy continuations of random prompts by a random Llama on one device.
 
     Time is of the whole call, reading the prompts included; ratios are to ours. `transformers` is
@@ -45,7 +45,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table for each model and batch."""
-    options = tyro.cli(Options, prog="python -m benchmarks generate", args=argv)
+    options = tyro.cli(GenerateOptions, prog="python -m benchmarks generate", args=argv)
     harness.start(1)
     harness.show_environment()
     tables = {}
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _with_rate(result: harness.Result, tokens: int) -> harness.Result:
+def _with_rate(result: harness.Timing, tokens: int) -> harness.Timing:
     rate = f"{tokens / result.seconds:.1f} tokens/s"
     return dataclasses.replace(result, note=f"{rate} {result.note}".strip())
 
@@ -83,7 +83,7 @@ def _write(size: str, folder: pathlib.Path, dtype: str) -> None:
 
 
 def _candidates(
-    options: Options, folder: pathlib.Path, batch: int
+    options: GenerateOptions, folder: pathlib.Path, batch: int
 ) -> Mapping[str, Callable[[], Any]]:
     import numpy as np
 

@@ -30,7 +30,7 @@ _SAMPLE_SECONDS = 0.02  # a sample is as many calls as take this long
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
+class CompiledProgram:
     """A program ready to run on its operands: `compare` calls it and reports what it knows."""
 
     run: Callable[[], Any]
@@ -42,7 +42,7 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class Timing:
     """How one candidate did."""
 
     name: str
@@ -68,7 +68,7 @@ def start(devices: int) -> None:
     prepare_devices(devices, None if os.environ.get("JAX_PLATFORMS") else "cpu")
 
 
-def compiled(function: Callable, *operands: Any, **options: Any) -> Compiled:
+def compile_program(function: Callable, *operands: Any, **options: Any) -> CompiledProgram:
     """`jax.jit(function, **options)`, compiled for `operands`, to be run on them."""
     import jax
 
@@ -76,7 +76,7 @@ def compiled(function: Callable, *operands: Any, **options: Any) -> Compiled:
     program = jax.jit(function, **options).lower(*operands).compile()
     seconds = time.perf_counter() - begun
     memory = program.memory_analysis()
-    return Compiled(
+    return CompiledProgram(
         run=lambda: program(*operands),
         compile_seconds=seconds,
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
@@ -89,7 +89,7 @@ def compare(
     *,
     rounds: int = 11,
     notes: Mapping[str, str] | None = None,
-) -> list[Result]:
+) -> list[Timing]:
     """The time of each candidate and its ratio to the baseline's, in the order given.
 
     In every round each candidate runs once, for about 20 ms or one call, whichever is longer; every
@@ -117,15 +117,15 @@ def compare(
         for name in order:
             times[name].append(_sample(candidates[name], calls[name]))
     return [
-        _result(name, run, times[name], times[baseline], (notes or {}).get(name, ""))
+        _timing(name, run, times[name], times[baseline], (notes or {}).get(name, ""))
         for name, run in candidates.items()
     ]
 
 
 def show(
     title: str,
-    results: Sequence[Result],
-    columns: Mapping[str, Callable[[Result], str]] | None = None,
+    results: Sequence[Timing],
+    columns: Mapping[str, Callable[[Timing], str]] | None = None,
 ) -> None:
     """Prints `results` as a table, in Markdown where output is piped.
 
@@ -180,7 +180,7 @@ def show_environment() -> None:
 
 
 def dump(
-    path: pathlib.Path, tables: Mapping[str, Sequence[Result]], extra: Mapping | None = None
+    path: pathlib.Path, tables: Mapping[str, Sequence[Timing]], extra: Mapping | None = None
 ) -> None:
     """Writes tables of results by title, and the environment, to `path` as JSON.
 
@@ -218,12 +218,12 @@ def _sample(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begun) / calls
 
 
-def _result(name, run, times, baseline, note):
+def _timing(name, run, times, baseline, note):
     ratios = sorted(mine / its for mine, its in zip(times, baseline, strict=True))
     low, _, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if ratios[1:] else ratios * 3
     )
-    return Result(
+    return Timing(
         name=name,
         seconds=statistics.median(times),
         ratio=statistics.median(ratios),

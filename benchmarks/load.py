@@ -39,7 +39,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class LoadOptions:
     """Times a random Llama's safetensors, in the page cache, onto a wafer of emulated devices.
 
     The baseline reads the same file into fresh memory and copies that once. Anonymous memory is
@@ -60,7 +60,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table."""
-    options = tyro.cli(Options, prog="python -m benchmarks load", args=argv)
+    options = tyro.cli(LoadOptions, prog="python -m benchmarks load", args=argv)
     harness.start(math.prod(parse_grid(options.grid)))
     harness.show_environment()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, {"load": results})
 
 
-def _write(options: Options, folder: pathlib.Path) -> int:
+def _write(options: LoadOptions, folder: pathlib.Path) -> int:
     """Writes the checkpoint; gives the bytes of its largest tensor."""
     import jax
     from flax import nnx

@@ -14,7 +14,7 @@ from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class MatmulOptions:
     """Times products of square matrices, both operands and the result laid out P("y", "x")."""
 
     grid: tuple[str, ...] = ("2x2", "2x4", "4x4")
@@ -39,7 +39,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each grid and size."""
-    options = tyro.cli(Options, prog="python -m benchmarks matmul", args=argv)
+    options = tyro.cli(MatmulOptions, prog="python -m benchmarks matmul", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
@@ -85,7 +85,7 @@ def _candidates(grid, size, options):
 
     def case(product, operands, **layout):
         function, used = _timed(product, options.backward), 3 if options.backward else 2
-        return harness.compiled(function, *operands[:used], **layout)
+        return harness.compile_program(function, *operands[:used], **layout)
 
     # What a user has without the library: the same layouts, and XLA finds the moves.
     candidates = {"jit": case(plain, tiled, out_shardings=wafer.sharding(TILED))}

@@ -11,7 +11,7 @@ from benchmarks import harness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class OverheadOptions:
     """Times calls outside jit on operands so small that the call itself is what is timed."""
 
     rounds: int = 21
@@ -22,7 +22,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each operation."""
-    options = tyro.cli(Options, prog="python -m benchmarks overhead", args=argv)
+    options = tyro.cli(OverheadOptions, prog="python -m benchmarks overhead", args=argv)
     harness.start(1)
     harness.show_environment()
     tables = {}

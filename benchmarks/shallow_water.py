@@ -38,7 +38,7 @@ else:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class ShallowWaterOptions:
     """Times a step of `examples/shallow_water.py`; ratios are to ours on the first grid.
 
     mpi4jax is timed where `theirs` names its `examples/shallow_water.py`, by a Python that has
@@ -67,7 +67,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table."""
-    options = tyro.cli(Options, prog="python -m benchmarks shallow_water", args=argv)
+    options = tyro.cli(ShallowWaterOptions, prog="python -m benchmarks shallow_water", args=argv)
     harness.start(max(math.prod(parse_grid(grid)) for grid in options.grids))
     harness.show_environment()
     candidates = _candidates(options)
@@ -117,7 +117,7 @@ def _candidates(options):
     return candidates
 
 
-def _theirs(options, mine) -> list[harness.Result]:
+def _theirs(options, mine) -> list[harness.Timing]:
     """Theirs on each number of ranks, over ours."""
     # They take whole rounds of steps after the first one, until the days are over.
     steps = _ROUND * math.ceil((options.days * 86_400 / example("shallow_water").STEP - 1) / _ROUND)
@@ -134,7 +134,7 @@ def _theirs(options, mine) -> list[harness.Result]:
             seconds[ranks].append(float(took[1]) / steps)
             ratios[ranks].append(2 * seconds[ranks][-1] / (before + after) * options.steps)
     return [
-        harness.Result(
+        harness.Timing(
             name=f"mpi4jax, {ranks} ranks",
             seconds=statistics.median(seconds[ranks]),
             ratio=statistics.median(own),

@@ -13,7 +13,7 @@ from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class SolversOptions:
     """Times whole solutions in float32 of a right side of noise, to one tolerance."""
 
     grid: tuple[str, ...] = ("2x4",)
@@ -32,7 +32,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each grid and kind of operator."""
-    options = tyro.cli(Options, prog="python -m benchmarks solvers", args=argv)
+    options = tyro.cli(SolversOptions, prog="python -m benchmarks solvers", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(height * width for height, width in grids))
     harness.show_environment()
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _table(grid, wind, options) -> list[harness.Result]:
+def _table(grid, wind, options) -> list[harness.Timing]:
     import jax
 
     import wsekern as wk
@@ -57,12 +57,12 @@ def _table(grid, wind, options) -> list[harness.Result]:
     whole = jax.random.normal(jax.random.key(0), (options.size,) * 2)
     tiled = wafer.shard(whole, TILED)
     theirs = functools.partial(plain_poisson.solved, wind=wind, tolerance=options.tolerance)
-    candidates: dict[str, Callable[[], Any]] = {"jit": harness.compiled(theirs, tiled)}
+    candidates: dict[str, Callable[[], Any]] = {"jit": harness.compile_program(theirs, tiled)}
     for name, solver in _ours(wind, options.tolerance).items():
-        candidates[name] = harness.compiled(functools.partial(solver, wafer=wafer), tiled)
-    candidates["jax.scipy, one device"] = harness.compiled(theirs, whole)
+        candidates[name] = harness.compile_program(functools.partial(solver, wafer=wafer), tiled)
+    candidates["jax.scipy, one device"] = harness.compile_program(theirs, whole)
     for name, solver in _ours(wind, options.tolerance).items():
-        candidates[f"{name}, one device"] = harness.compiled(
+        candidates[f"{name}, one device"] = harness.compile_program(
             functools.partial(solver, wafer=None), whole
         )
     candidates["scipy.sparse"] = plain_poisson.by_scipy(whole, wind, options.tolerance)

@@ -14,7 +14,7 @@ from benchmarks.whole_wafer import heat_on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class SpreadOptions:
     """Times Cannon's product and heat on virtual PEs, on one device and in blocks on several."""
 
     side: int = 360
@@ -35,7 +35,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each program; the baseline is the wafer on one device."""
-    options = tyro.cli(Options, prog="python -m benchmarks spread", args=argv)
+    options = tyro.cli(SpreadOptions, prog="python -m benchmarks spread", args=argv)
     harness.start(options.devices[0] * options.devices[1])
     harness.show_environment()
     grid = "x".join(map(str, options.heat))
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _wafers(options: Options, height: int, width: int):
+def _wafers(options: SpreadOptions, height: int, width: int):
     import wsekern as wk
 
     spread = wk.Wafer.virtual(wk.WSE2, height, width, devices=options.devices)
@@ -63,7 +63,7 @@ def _wafers(options: Options, height: int, width: int):
     return {"one device": wk.Wafer.virtual(wk.WSE2, height, width), name: spread}
 
 
-def _product(options: Options):
+def _product(options: SpreadOptions):
     import jax
 
     import wsekern as wk
@@ -73,11 +73,11 @@ def _product(options: Options):
     candidates = {}
     for name, wafer in _wafers(options, options.side, options.side).items():
         product = functools.partial(wk.matmul, algorithm="cannon", wafer=wafer)
-        candidates[name] = harness.compiled(product, wafer.shard(a), wafer.shard(b))
+        candidates[name] = harness.compile_program(product, wafer.shard(a), wafer.shard(b))
     return candidates
 
 
-def _heat(options: Options):
+def _heat(options: SpreadOptions):
     import jax
 
     rows, columns, _ = options.heat
@@ -85,7 +85,7 @@ def _heat(options: Options):
     candidates = {}
     for name, wafer in _wafers(options, rows, columns).items():
         steps = heat_on(wafer, options.steps)
-        candidates[name] = harness.compiled(steps, wafer.shard(u))
+        candidates[name] = harness.compile_program(steps, wafer.shard(u))
     return candidates
 
 

@@ -14,7 +14,7 @@ from wsekern.wafer.launch import parse_height_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class StencilOptions:
     """Times steps of periodic float32 stencils, and one halo exchange."""
 
     grid: tuple[str, ...] = ("2x4", "4x4")
@@ -39,7 +39,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each grid and stencil."""
-    options = tyro.cli(Options, prog="python -m benchmarks stencil", args=argv)
+    options = tyro.cli(StencilOptions, prog="python -m benchmarks stencil", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _columns(results, steps) -> dict[str, Callable[[harness.Result], str]]:
+def _columns(results, steps) -> dict[str, Callable[[harness.Timing], str]]:
     best = min(r.seconds for r in results if r.name.startswith("one device"))
     return {
         "us a step": lambda r: f"{r.seconds / steps * 1e6:.0f}",
@@ -67,7 +67,7 @@ def _columns(results, steps) -> dict[str, Callable[[harness.Result], str]]:
     }
 
 
-def _steps_table(grid, name, shape, steps, options) -> list[harness.Result]:
+def _steps_table(grid, name, shape, steps, options) -> list[harness.Timing]:
     import jax
 
     import wsekern as wk
@@ -87,27 +87,27 @@ def _steps_table(grid, name, shape, steps, options) -> list[harness.Result]:
             depth=depth,
             wafer=wafer,
         )
-        return harness.compiled(run, tiled)
+        return harness.compile_program(run, tiled)
 
     rolled = functools.partial(plain_stencil.rolled, name=name, steps=steps)
     layout = wafer.sharding(TILED)
     candidates: dict[str, Callable[[], Any]] = {
-        "jit": harness.compiled(rolled, tiled, out_shardings=layout),
+        "jit": harness.compile_program(rolled, tiled, out_shardings=layout),
         "stencil": ours(None),
     }
     for depth in options.depths:
         candidates[f"stencil, depth {depth}"] = ours(depth)
     for depth in options.depths:
         run = functools.partial(plain_stencil.padded, name=name, steps=steps, unrolled=depth)
-        candidates[f"one device, {depth} unrolled"] = harness.compiled(run, whole)
+        candidates[f"one device, {depth} unrolled"] = harness.compile_program(run, whole)
         peer = None if name == "25-point" else public_halo.stepped(wafer, name, steps, depth)
         if peer is not None:
-            candidates[f"jaxdecomp, depth {depth}"] = harness.compiled(peer, tiled)
+            candidates[f"jaxdecomp, depth {depth}"] = harness.compile_program(peer, tiled)
     notes = {"jit": "jnp.roll under jax.jit, same shardings"}
     return harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
 
 
-def _exchange_table(grid, width, options) -> list[harness.Result]:
+def _exchange_table(grid, width, options) -> list[harness.Timing]:
     import jax
 
     import wsekern as wk
@@ -117,11 +117,11 @@ def _exchange_table(grid, width, options) -> list[harness.Result]:
     u = wafer.shard(jax.random.normal(jax.random.key(0), (options.size,) * 2), TILED)
     ours = functools.partial(wk.halo_exchange, width=width, boundary="periodic", wafer=wafer)
     candidates = {
-        "by hand": harness.compiled(plain_stencil.exchanged(wafer, width), u),
-        "halo_exchange": harness.compiled(ours, u),
+        "by hand": harness.compile_program(plain_stencil.exchanged(wafer, width), u),
+        "halo_exchange": harness.compile_program(ours, u),
     }
     peer = public_halo.exchange(wafer, width)
     if peer is not None:
-        candidates["jaxdecomp"] = harness.compiled(peer, u)
+        candidates["jaxdecomp"] = harness.compile_program(peer, u)
     notes = {"by hand": "shard_map, jnp.pad, ppermute and writes in place"}
     return harness.compare(candidates, "by hand", rounds=3 * options.rounds, notes=notes)

@@ -16,7 +16,7 @@ HEAD_TILE = 4 * 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class TrafficOptions:
     """Traces each kernel for a wafer of WSE-2 PEs; nothing is computed and nothing is timed."""
 
     sides: tuple[int, ...] = (2, 4, 8, 16, 32)
@@ -35,7 +35,7 @@ class Case:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints words and steps by p; marks the program that differs from its formula."""
-    options = tyro.cli(Options, prog="python -m benchmarks traffic", args=argv)
+    options = tyro.cli(TrafficOptions, prog="python -m benchmarks traffic", args=argv)
     harness.start(1)
     table = Table(title="words a PE receives / steps that wait for one another", box=None)
     table.add_column("program")

@@ -25,7 +25,7 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class TrainStepOptions:
     """Tokens a second of a training step (AdamW, float32): ours, jit alone, and one device."""
 
     sizes: tuple[str, ...] = tuple(SIZES)
@@ -40,7 +40,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark with the options in `argv`."""
-    options = tyro.cli(Options, prog="python -m benchmarks train_step", args=argv)
+    options = tyro.cli(TrainStepOptions, prog="python -m benchmarks train_step", args=argv)
     height, width = parse_height_width(options.grid)
     harness.start(height * width)
     harness.show_environment()
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         harness.dump(options.json, tables, {"options": dataclasses.asdict(options) | {"json": ""}})
 
 
-def _measure(size: str, height: int, width: int, rounds: int) -> list[harness.Result]:
+def _measure(size: str, height: int, width: int, rounds: int) -> list[harness.Timing]:
     candidates = _candidates(size, height, width)
     alone = [name for name in candidates if name.startswith("jit alone")]
     # A short race finds the best constraints; the long one is against these.
@@ -63,7 +63,7 @@ def _measure(size: str, height: int, width: int, rounds: int) -> list[harness.Re
     return harness.compare(kept, best, rounds=rounds)
 
 
-def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compiled]:
+def _candidates(size: str, height: int, width: int) -> dict[str, harness.CompiledProgram]:
     import jax
     import numpy as np
     import optax
@@ -104,14 +104,14 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     shared = [wafer.shard(t, P(None, "y")) for t in pair]
     out = {"out_shardings": (lay_out(state, wafer), wafer.sharding(P()))}
     with wafer:
-        ours = harness.compiled(train_step(graph, optimizer), state, *shared, **out)
+        ours = harness.compile_program(train_step(graph, optimizer), state, *shared, **out)
     candidates = {
-        f"jit alone, {name}": harness.compiled(
+        f"jit alone, {name}": harness.compile_program(
             plain_step(functools.partial(_constrained, wafer, specs)), state, *shared, **out
         )
         for name, specs in plain_decoder.CONSTRAINTS.items()
     }
-    one = harness.compiled(plain_step(lambda x, _: x), alone, *map(jax.numpy.asarray, pair))
+    one = harness.compile_program(plain_step(lambda x, _: x), alone, *map(jax.numpy.asarray, pair))
     return candidates | {"wsekern": ours, "one device": one}
 
 
@@ -119,6 +119,6 @@ def _constrained(wafer: Any, specs: dict[str, Any], x: Any, what: str) -> Any:
     return wafer.shard(x, specs[what]) if what in specs else x
 
 
-def _tokens_per_s(size: str, result: harness.Result) -> str:
+def _tokens_per_s(size: str, result: harness.Timing) -> str:
     changes, batch = SIZES[size]
     return f"{batch * changes.get('context', 64) / result.seconds:,.0f}"

@@ -10,7 +10,7 @@ from benchmarks import harness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class WaveGradientOptions:
     """Times a wave of two dimensions on one device, and its gradients."""
 
     size: int = 512
@@ -27,7 +27,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table; the baseline is the wave alone."""
-    options = tyro.cli(Options, prog="python -m benchmarks wave_gradient", args=argv)
+    options = tyro.cli(WaveGradientOptions, prog="python -m benchmarks wave_gradient", args=argv)
     harness.start(1)
     harness.show_environment()
     candidates, steps = _candidates(options)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, {title: results})
 
 
-def _candidates(options: Options):
+def _candidates(options: WaveGradientOptions):
     import jax
     import jax.numpy as jnp
 
@@ -78,7 +78,7 @@ def _candidates(options: Options):
         "its gradient, all kept": (jax.grad(energy), plain, options.kept),
     }
     programs = {
-        name: harness.compiled(functools.partial(run, steps=steps, step_by=by), c, u)
+        name: harness.compile_program(functools.partial(run, steps=steps, step_by=by), c, u)
         for name, (run, by, steps) in all_of.items()
     }
     return programs, {name: steps for name, (_, _, steps) in all_of.items()}

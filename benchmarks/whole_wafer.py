@@ -12,7 +12,7 @@ from benchmarks import harness, plain_stencil
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class WholeWaferOptions:
     """Times a matrix product by `mesh`, a GEMV and heat on a virtual wafer, PE by PE, exactly."""
 
     side: int = 720
@@ -35,7 +35,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one table for each product; the peer is the same product without a wafer."""
-    options = tyro.cli(Options, prog="python -m benchmarks whole_wafer", args=argv)
+    options = tyro.cli(WholeWaferOptions, prog="python -m benchmarks whole_wafer", args=argv)
     harness.start(1)
     harness.show_environment()
     tables = {}
@@ -69,7 +69,7 @@ def heat_on(wafer: Any, steps: int) -> Callable:
     )
 
 
-def _heat(options: Options):
+def _heat(options: WholeWaferOptions):
     import jax
 
     import wsekern as wk
@@ -81,7 +81,7 @@ def _heat(options: Options):
     padded = functools.partial(plain_stencil.padded, name="5-point", steps=steps, unrolled=1)
     rolled = functools.partial(plain_stencil.rolled, name="5-point", steps=steps)
     plain: dict[str, Callable] = {"padded": padded, "rolled": rolled, "virtual wafer": ours}
-    return {name: harness.compiled(run, u) for name, run in plain.items()}
+    return {name: harness.compile_program(run, u) for name, run in plain.items()}
 
 
 def _candidates(side: int, size: int, vector: bool):
@@ -102,8 +102,8 @@ def _candidates(side: int, size: int, vector: bool):
         return wk.matmul(a, b, algorithm="mesh", wafer=wafer)
 
     candidates = {
-        "one device": harness.compiled(jnp.matmul, a, b),
-        "virtual wafer": harness.compiled(on_wafer, a, b),
+        "one device": harness.compile_program(jnp.matmul, a, b),
+        "virtual wafer": harness.compile_program(on_wafer, a, b),
     }
     exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     error = np.abs(np.asarray(candidates["virtual wafer"]()) - exact).max()

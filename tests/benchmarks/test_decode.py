@@ -6,7 +6,7 @@ import pytest
 import wsekern as wk
 from benchmarks import decode
 
-OPTIONS = decode.Options(batch=2, heads=4, kv_heads=2, head_size=8)
+OPTIONS = decode.DecodeOptions(batch=2, heads=4, kv_heads=2, head_size=8)
 
 
 @pytest.mark.parametrize("by_head", [False, True], ids=["of jax.nn", "by head"])

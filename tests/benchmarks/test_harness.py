@@ -39,7 +39,7 @@ def test_every_round_runs_every_candidate_in_turn():
 
 def test_compiled_reports_compile_time_and_temporaries():
     x = jnp.ones((64, 64))
-    case = harness.compiled(lambda x: jnp.sin(x @ x) @ x, x)
+    case = harness.compile_program(lambda x: jnp.sin(x @ x) @ x, x)
     (result,) = harness.compare({"it": case}, "it", rounds=1)
     assert result.compile_seconds == case.compile_seconds > 0
     assert result.temp_bytes == case.temp_bytes

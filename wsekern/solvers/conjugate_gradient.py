@@ -88,6 +88,7 @@ def _step(
 ) -> tuple[Fields, Fields, tuple[Any, ...], Reason]:
     p, rz, sign, steepest = carry
     ap = matvec(p)
+    # With a negative definite preconditioner rz is negative too: the sign makes both cases one.
     curvature = fields.dot(p, ap) * jnp.sign(rz)
     # Definite operators keep the sign of the first curvature; one that changes it is indefinite.
     sign = jnp.where(sign == 0, jnp.sign(curvature), sign)

@@ -16,6 +16,7 @@ Scalar = Float[Array, ""]
 
 def dot(a: Fields, b: Fields) -> Scalar:
     """The inner product over all fields."""
+    # Sums of whole arrays, which XLA splits over the devices as the fields are split.
     parts = [
         jnp.sum(jnp.multiply(x.astype(sum_dtype(x)), y.astype(sum_dtype(y))))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -48,6 +49,7 @@ def check(method: str, operator: Operator, b: Fields, x0: Fields | None) -> None
     leaves = jax.tree.leaves(b)
     if not leaves:
         raise ValueError(f"{method}: b holds no field")
+    # A solution is not an integer field, and a step would be rounded to nothing.
     for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{method}: b is {leaf.dtype}; cast it to a floating dtype")

@@ -154,6 +154,7 @@ def prolong(u: Field) -> Field:
 
     Two cells a, b become a, 3/4 a + 1/4 b, 1/4 a + 3/4 b, b.
     """
+    # The middles of fine cells lie a quarter of a coarse cell from that cell's own middle.
     for axis in range(u.ndim):
         before = jnp.concatenate([_part(u, axis, 0, 1), _part(u, axis, 0, -1)], axis)
         behind = jnp.concatenate([_part(u, axis, 1, None), _part(u, axis, -1, None)], axis)
@@ -167,6 +168,7 @@ def _part(u: Field, axis: int, start: int, stop: int | None) -> Field:
 
 
 def _levels(shape: Sequence[int]) -> list[int]:
+    # Powers of two, as long as every side is even there and long enough.
     levels = [1]
     while all(n // levels[-1] % 2 == 0 and n // levels[-1] > _COARSEST for n in shape):
         levels.append(2 * levels[-1])

@@ -151,6 +151,7 @@ def _iterate(
     matvec: Operator, b: Fields, begin: Begin, step: Step, target: Scalar, most: int
 ) -> _LoopState:
     x, r, size = jax.tree.map(jnp.zeros_like, b), b, fields.norm(b)
+    # A loop has no history of unknown length: room for all iterations, NaN where none was taken.
     residuals = jnp.full(most + 1, jnp.nan, size.dtype).at[0].set(size)
     finite = jnp.where(jnp.isfinite(size), GOES_ON, NOT_FINITE)
     reason = jnp.where(size <= target, CONVERGED, finite).astype(jnp.int32)
@@ -185,12 +186,14 @@ def _judge(
     s: _LoopState, matvec: Operator, b: Fields, target: Scalar
 ) -> tuple[Int[Array, ""], Float[Array, " iterations"], Scalar, Bool[Array, ""], Reason]:
     """The fields of a solution other than x, by the true residual of x."""
+    # Computed anew: the loop's last residual may have drifted.
     r = fields.minus(b, matvec(s.x))
     size = fields.norm(r)
     converged = size <= target
     # A singular system with a solution: what is left of the residual is rounding.
     rounding = size <= jnp.sqrt(jnp.finfo(size.dtype).eps) * fields.norm(b)
     reason = jnp.where((s.reason == INCONSISTENT) & rounding, STAGNATED, s.reason)
+    # Whoever said converged is overruled by the true residual.
     reason = jnp.where(reason == CONVERGED, STAGNATED, reason)
     reason = jnp.where(converged, CONVERGED, reason).astype(jnp.int32)
     return s.k, s.residuals, size, converged, reason

@@ -42,6 +42,8 @@ def apply_gathering(
     operands = [*fields, *coefficients]
     sliced = _separate_slices(jax.make_jaxpr(function)(*operands))
     cuts = []
+    # A field has one use in a step, so its cotangents are gathered there and then. A coefficient is
+    # used in every step, and its cotangents add up in one array over all of them.
     passed_on = list(coefficients)
     for i, windows in enumerate(sliced.windows):
         if i < len(fields):
@@ -236,6 +238,7 @@ def _write_slabs_bwd(
     results: list[Any] = []
     shapes = iter(static.slabs)
     for cotangent, start in zip(cotangents, starts, strict=True):
+        # JAX gives integers, such as a mask, a cotangent of dtype float0.
         integer = cotangent.dtype == jax.dtypes.float0
         if start is not None:
             shape = next(shapes)
@@ -246,6 +249,7 @@ def _write_slabs_bwd(
                 zeros = jnp.zeros(shape, cotangent.dtype)
                 cotangent = lax.dynamic_update_slice(cotangent, zeros, start)
         results.append(None if integer else cotangent)
+    # After clearing: a cell that was read before it was overwritten keeps the read's cotangent.
     parts = list(pull(slab_cotangents))
     for i, windows in enumerate(static.windows):
         if windows:

@@ -44,6 +44,7 @@ def fill(
       cpu_counter: as in `cpu_fusion.compute_once`. It keeps XLA's CPU backend from copying a whole
         buffer because the buffer is cut and written in one fusion.
     """
+    # In order: a later dimension's ghost cells are made from those of earlier dimensions too.
     for dim in range(len(padding)):
         for high in (False, True):
             buffers = fill_side(
@@ -68,6 +69,7 @@ def fill_side(
 ) -> list[Tile]:
     """`buffers` with the ghost cells of one side of one dimension filled; see `fill`."""
     margin, filled = margins[dim][high], list(buffers)
+    # Where a dimension is split and periodic, neighbors' cells lie there, brought by `exchange`.
     ending = [
         i
         for i, field in enumerate(lines)
@@ -88,6 +90,7 @@ def fill_side(
         slab = ghost_cells(
             buffer, dim, field[dim], high, padding[dim][0], margin, radius[dim][high]
         )
+        # The padding of other dimensions holds nothing then, so no ghost cell is made from it.
         if not corners:
             for other, line in enumerate(field):
                 if other != dim:
@@ -139,10 +142,11 @@ def ghost_cells(
 
     shape = (*buffer.shape[:dim], margin, *buffer.shape[dim + 1 :])
     if isinstance(rule, float):
+        # Like a part of the buffer, to vary over the same axes.
         return jnp.full_like(cut_line(buffer, dim, 0, 1), rule, shape=shape)
     if rule in ("edge", "fixed"):
         return jnp.broadcast_to(nearest(0, 1), shape)
-    if rule == "periodic":
+    if rule == "periodic":  # on one PE: the cells of the other end
         start = low_padding if high else low_padding + line.size - margin
         return cut_line(buffer, dim, start, margin)
     if callable(rule):
@@ -154,9 +158,11 @@ def ghost_cells(
                 f"{near.dtype} {near.shape}; it must keep shape and dtype"
             )
     else:
+        # "reflect" skips the last cell, which lies on the mirror; "symmetric" repeats it.
         ghost = jnp.flip(nearest(int(rule == "reflect"), width), dim)
     if margin == width:
         return ghost
+    # A deep halo, for later steps: only the cells near the end follow the rule in each of them.
     outermost = cut_line(ghost, dim, width - 1 if high else 0, 1)
     far = jnp.broadcast_to(outermost, (*shape[:dim], margin - width, *shape[dim + 1 :]))
     return jnp.concatenate([ghost, far] if high else [far, ghost], dim)
@@ -168,6 +174,7 @@ def hold_rim(
     """`new` with the `radius` cells nearest to each "fixed" end as they are in `old`."""
     for dim, line in enumerate(lines):
         for high, rule in enumerate(line.ends()):
+            # Over the whole extent of the other dimensions: their padding is refilled anyway.
             width = radius[dim][high]
             if rule != "fixed" or width == 0:
                 continue
@@ -198,6 +205,7 @@ def _where_field_ends(
     """`slab` on the PEs at that end of the field, elsewhere what `buffer` holds there."""
     if not line.split:
         return slab
+    # A select, not a branch: under `vmap` every PE computes both in any case.
     at_end = fabric.axis_index(line.axes) == (line.last_pe if high else 0)
     return jnp.where(at_end, slab, lax.slice(buffer, starts, ends(starts, slab.shape)))
 

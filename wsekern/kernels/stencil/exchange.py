@@ -42,6 +42,7 @@ def exchange(
     ]
     for dim in range(buffers[0].ndim):
         for high in (False, True):
+            # A dimension of one PE, or without halo on this side, sends nothing.
             moving = [field for field in slabs if field.moves(dim, high)]
             if not moving:
                 continue
@@ -54,6 +55,8 @@ def exchange(
                 high: bool = high,
             ) -> list[Tile]:
                 sent = [f.cut(b, dim, high) for f, b in zip(moving, buffers, strict=True)]
+                # One message for all fields: it wraps if any is periodic. `boundary.fill` then
+                # overwrites what the others got at an open end.
                 wraps = any(field.lines[dim].periodic for field in moving)
                 axes = moving[0].lines[dim].axes
                 return shift_together(sent, axes, -1 if high else 1, periodic=wraps)
@@ -86,6 +89,7 @@ def concatenate_halo(
     Where a tile is hardly wider than its halo, as on a virtual wafer, a padded buffer is many times
     the tile. Of an array that is concatenated here, XLA holds only what the update cuts from it.
     """
+    # With corners a block has grown along earlier dimensions when the next one is sent.
     blocks = list(tiles)
     for dim, (low, high) in enumerate(widths):
         sides = [
@@ -115,6 +119,7 @@ def _beyond_side(
     """What lies beyond one side of each block: the neighbor's cells, or at an end ghost cells."""
     if width == 0:
         return None
+    # Made on every PE, and chosen at the ends only.
     ghosts = [
         None
         if field[dim].periodic and field[dim].split
@@ -124,6 +129,7 @@ def _beyond_side(
     line = lines[0][dim]
     if not line.split:
         return [ghost for ghost in ghosts if ghost is not None]
+    # What lies beyond the high side is the low end of the next PE's tile.
     begin = 0 if high else line.tile - width
     sent = [cut_line(block, dim, begin, width) for block in blocks]
     wraps = any(field[dim].periodic for field in lines)
@@ -249,6 +255,8 @@ def _shift(tile: Tile, along: tuple[str, ...], by: int, periodic: bool) -> Tile:
 
 
 def _message_dtype(tiles: Sequence[Tile]) -> jnp.dtype:
+    # Integers travel as bits, so a carrier has at least their size. Where floating dtypes differ it
+    # is float32 or float64, which hold bfloat16 and float16 exactly.
     widest = max(tile.dtype.itemsize for tile in tiles)
     floats = [tile.dtype for tile in tiles if jnp.issubdtype(tile.dtype, jnp.floating)]
     if len(set(floats)) == 1 and floats[0].itemsize == widest:
@@ -259,6 +267,7 @@ def _message_dtype(tiles: Sequence[Tile]) -> jnp.dtype:
 def _to_message(tile: Tile, carrier: jnp.dtype) -> Tile:
     if jnp.issubdtype(tile.dtype, jnp.floating):
         return tile.astype(carrier)
+    # Masks and narrow integers are widened first: a bitcast keeps the size.
     word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[carrier.itemsize]
     return lax.bitcast_convert_type(tile.astype(word), carrier)
 

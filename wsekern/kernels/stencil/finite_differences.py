@@ -1,4 +1,4 @@
-"""This file is finite differences: their coefficients, and the time steps that they allow.
+"""Finite differences: the weights of their formulas, and the longest stable time steps.
 
 Weights are the derivatives of the polynomial through the points, as tabulated in B. Fornberg,
 "Generation of Finite Difference Formulas on Arbitrarily Spaced Grids", 1988; limits are those of R.
@@ -22,8 +22,8 @@ def difference_coefficients(
     Args:
       derivative: which one, 1 or more.
       order: of accuracy, even.
-      at: where, in cells from `i`: 0 for a centered formula, 0.5 for halfway to the next cell, as
-        staggered grids need it.
+      at: where the derivative is taken, in cells from `i`: 0 for a centered formula, 0.5 for
+        halfway to the next cell, as staggered grids need it.
 
     Raises:
       ValueError: `derivative` is below 1, `order` is odd or below 2, or `at` is neither 0 nor 0.5.
@@ -46,29 +46,29 @@ def difference_coefficients(
 
 
 def wave_limit(speed: float, spacing: float | Sequence[float], order: int = 2) -> float:
-    """The longest stable time step of leapfrog for the wave equation, in the units given.
+    """The longest stable time step of leapfrog for the wave equation.
 
     Args:
-      speed: the largest in the field.
-      spacing: of the cells, in each dimension.
+      speed: the largest in the field, in units of `spacing` per unit of the result.
+      spacing: of the cells: a number for each dimension, or one number for one dimension.
       order: of the second derivatives in space.
     """
     return 2 / (speed * math.sqrt(_largest(spacing, order)))
 
 
 def diffusion_limit(diffusivity: float, spacing: float | Sequence[float], order: int = 2) -> float:
-    """The longest stable time step of explicit Euler for the heat equation, in the units given.
+    """The longest stable time step of explicit Euler for the heat equation.
 
     Args:
-      diffusivity: the largest in the field.
-      spacing: of the cells, in each dimension.
+      diffusivity: the largest in the field, in units of `spacing` squared per unit of the result.
+      spacing: of the cells: a number for each dimension, or one number for one dimension.
       order: of the second derivatives in space.
     """
     return 2 / (diffusivity * _largest(spacing, order))
 
 
 def check_time_step(step: float, limit: float) -> None:
-    """Warns, with the limit, where a time step is longer than it."""
+    """Warns, and says the limit, if a time step is longer than it."""
     if step > limit:
         warnings.warn(
             f"the time step {step:.6g} is above the stability limit {limit:.6g}: the field will "
@@ -79,7 +79,8 @@ def check_time_step(step: float, limit: float) -> None:
 
 
 def _largest(spacing: float | Sequence[float], order: int) -> float:
-    """The largest eigenvalue of minus the Laplacian: of a field that alternates cell by cell."""
+    """The largest eigenvalue of minus the Laplacian."""
+    # Its field alternates in sign from cell to cell, so every weight counts with one sign.
     offsets, weights = difference_coefficients(2, order)
     alternating = -sum(w * (-1) ** o for o, w in zip(offsets, weights, strict=True))
     spacings = [spacing] if isinstance(spacing, int | float) else spacing
@@ -91,7 +92,7 @@ def _weight(places: Sequence[Fraction], i: int, derivative: int) -> Fraction:
     powers = [Fraction(1)]
     for j, place in enumerate(places):
         if j != i:
-            # times (x - place) / (places[i] - place)
+            # Lagrange's basis: times (x - place) / (places[i] - place), as coefficients of powers.
             raised, kept = [Fraction(0), *powers], [*powers, Fraction(0)]
             gap = places[i] - place
             powers = [(a - place * b) / gap for a, b in zip(raised, kept, strict=True)]

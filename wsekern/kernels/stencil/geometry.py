@@ -76,7 +76,7 @@ def field_lines(
         Line(
             axes=axes_of(entry),
             pes=count,
-            tile=-(-size // count),
+            tile=-(-size // count),  # rounded up: the last tiles may hold fewer cells, or none
             size=size,
             low=low,
             high=high,
@@ -109,6 +109,7 @@ def boundary_pairs(
                 f"{operation}: boundary of dimension {dim} is {entry}, not (low, high)"
             )
         low, high = (_boundary_rule(side, operation) for side in pair)
+        # What leaves at one end of a ring enters at the other.
         if (low == "periodic") != (high == "periodic"):
             raise ValueError(
                 f"{operation}: boundary of dimension {dim} is {pair}: a line is periodic at both "

@@ -72,6 +72,7 @@ def halo_exchange(
     if wafer is None:
         out = local_program(kernel)(*fields)
     else:
+        # Padding repeats the last cells, so no value stands there that the field does not have.
         spec = P(*along)
         padded = [layout.pad(f, spec, wafer, None) for f in fields]
         out = wafer.map(kernel, in_specs=spec, out_specs=spec)(*padded)
@@ -157,6 +158,7 @@ def whole_field_lines(
     _check_fields(operation, leaves)
     wafer, along = field_layout(leaves[0], spec, wafer)
     shape = jnp.shape(leaves[0])
+    # Without a wafer the axes still say which dimensions have a halo; none is split.
     pes = (1,) * len(shape)
     if wafer is not None:
         pes = tuple(layout.parts(P(entry), wafer) for entry in along)
@@ -184,6 +186,7 @@ def tile_lines(
             f"{operation}: along has {len(along)} entries, the tile {first.ndim} dimensions"
         )
     pes = geometry.pes_along(along)
+    # Inside a kernel only the tile is known: the field has as many cells as its tiles hold.
     full = tuple(n * p for n, p in zip(first.shape, pes, strict=True))
     size = full if size is None else tuple(size)
     lines = tuple(
@@ -208,6 +211,7 @@ def check_room(
 
 
 def _per_pe(*fields: Tile, lines: tuple[Lines, ...], widths: Pairs, corners: bool) -> list[Tile]:
+    # Ghost cells come after the exchange: at an open end they overwrite whatever arrived there.
     buffers = [pad_tile(f, widths) for f in fields]
     paddings = [widths] * len(fields)
     buffers = exchange(buffers, lines, paddings, mode=Mode.PADDED, corners=corners)
@@ -237,6 +241,7 @@ def _check_fields(operation: str, fields: Sequence[Any]) -> None:
     shapes = [jnp.shape(field) for field in fields]
     if len(set(shapes)) == 1:
         return
+    # Faces of a staggered grid are the usual reason, and have a usual answer.
     mend = "call it for each shape"
     if len({len(shape) for shape in shapes}) == 1:
         spans = [max(sizes) - min(sizes) for sizes in zip(*shapes, strict=True)]
@@ -254,6 +259,7 @@ def _check_line(operation: str, dim: int, line: Line, pair: tuple[int, int], nam
     for rule, width in zip(line.ends(), pair, strict=True):
         # "reflect" mirrors about the last cell, which is not reflected itself but has to be there.
         most = line.last_cells - (rule == "reflect")
+        # Split, a halo comes from one neighbor's tile. Not split, a constant reads no cell.
         needed = line.split or not isinstance(rule, float)
         if rule in ("edge", "fixed") and not line.split:
             needed = False  # one cell, repeated
@@ -263,6 +269,7 @@ def _check_line(operation: str, dim: int, line: Line, pair: tuple[int, int], nam
                 f"{line.pes} tiles has {line.last_cells} cells: {most} is the largest with "
                 f"boundary {rule!r}; use fewer PEs along {line.axes or 'it'}"
             )
+    # The last tile would end in padding, and its neighbor would get that instead of cells.
     if line.periodic and line.size != line.pes * line.tile and line.split:
         raise ValueError(
             f"{operation}: dimension {dim} is periodic, and its {line.size} cells do not divide by "

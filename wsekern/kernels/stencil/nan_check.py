@@ -30,6 +30,7 @@ def first_not_finite(run: StencilRun, tiles: Sequence[Tile], steps: int) -> Int[
     Steps count from 1; 0 means that the operands were not finite, and `steps + 1` that all is.
     """
     lines = run.plan.lines[0]
+    # Of this PE's tile in the whole field, to report a cell by its place there.
     begins = [
         fabric.axis_index(line.axes) * line.tile if line.split else jnp.int32(0) for line in lines
     ]
@@ -42,6 +43,7 @@ def first_not_finite(run: StencilRun, tiles: Sequence[Tile], steps: int) -> Int[
             cell = jnp.unravel_index(jnp.argmax(bad), tile.shape)
             place = [b + c for b, c in zip(begins, cell, strict=True)]
             new = jnp.stack([step, jnp.int32(i), *place]).astype(jnp.int32)
+            # Once one is found, later ones are ignored: what is not finite spreads.
             first = jnp.where(jnp.any(bad) & (first[0] > steps), new, first)
         return first
 
@@ -55,12 +57,14 @@ def first_not_finite(run: StencilRun, tiles: Sequence[Tile], steps: int) -> Int[
     never = jnp.full(2 + len(lines), steps + 1, jnp.int32)
     first = look(never, tuple(tiles), jnp.int32(0))
     (_, first), _ = lax.scan(one_step, (tuple(tiles), first), jnp.arange(steps, dtype=jnp.int32))
+    # One entry a PE along each dimension, to be laid out as a field is.
     return first.reshape((1,) * len(lines) + first.shape)
 
 
 def report(operation: str, first: Any, names: Sequence[Any], steps: int) -> None:
     """Raises FloatingPointError that says what `first_not_finite` says on the PE where it began."""
     rows = np.asarray(first).reshape(-1, np.shape(first)[-1])
+    # The earliest step of all PEs; of several in one step, any.
     step, field, *cell = rows[rows[:, 0].argmin()].tolist()
     if step > steps:
         raise FloatingPointError(

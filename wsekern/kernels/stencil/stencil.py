@@ -154,6 +154,7 @@ def stencil_tile(
     widths = geometry.width_pairs(radius, (*along,), operation, "radius")
     run_options = (None, checkpoint, depth, overlap)
     options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *run_options)
+    # The kernel's own wafer; None inside a `shard_map` of the user's.
     platform = _platform(context.inside())
     plan = make_plan(operation, tile, options, lines, widths, platform)
     arrays = coefficient_arrays(coefficients)
@@ -195,6 +196,7 @@ def _check_call(
     plan = make_plan(operation, u, options, lines, radius, _platform(wafer))
     emitters = make_emitters(sources, u, lines[0], options.steps)
     readers = make_readers(receivers, u, lines[0])
+    # In a trace JAX owns the memory, and no value is known yet.
     traced = any(isinstance(field, jax.core.Tracer) for field in fields)
     _check_finite(operation, check_finite, donate, traced)
     operands = fields, coefficient_arrays(options.coefficients), emitters, readers
@@ -202,18 +204,20 @@ def _check_call(
 
 
 def _run(call: _Call, kernel: Callable[..., Any], out_specs: Any, donate: bool = False) -> Any:
-    donate_argnums = (0,) if donate else ()
+    donate_argnums = (0,) if donate else ()  # the fields
     wafer = call.wafer
     if wafer is None:
         return local_program(kernel, donate_argnums)(*call.operands)
     fields, coefficients, emitters, readers = call.operands
     spec = P(*call.along)
+    # A coefficient lies as the field does, but one cell that stands for a line is on every PE.
     specs = tuple(
         P()
         if lines is None
         else P(*(e if line.split else None for e, line in zip(call.along, lines, strict=True)))
         for lines in call.plan.coefficient_lines
     )
+    # Padding repeats the last cells: the update makes new ones of it, and might divide by zeros.
     fields = tuple(layout.pad(layout.as_array(f), spec, wafer, None) for f in fields)
     coefficients = tuple(
         layout.pad(c, s, wafer, None) for c, s in zip(coefficients, specs, strict=True)
@@ -260,8 +264,10 @@ def _finish(
     plan, tree = call.plan, jax.tree.structure(u)
     tiles, saved, record = results
     fields = _crop(tiles, call.along, call)
+    # Snapshots have a leading dimension, which is not split.
     snapshots = None if saved is None else _crop(saved, (None, *call.along), call)
     if check_finite and not nan_check.is_finite((fields, snapshots, record)):
+        # A deep halo would hide in which step a cell spoiled: with depth 1 each is looked at.
         single_steps = dataclasses.replace(plan, depth=1, corners=True, checkpoint=None)
         kernel = functools.partial(_first_not_finite_per_pe, plan=single_steps)
         first = _run(call._replace(plan=single_steps), kernel, P(*call.along, None))

@@ -41,6 +41,7 @@ class StencilRun:
 
     def advance(self, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
         """The tiles `steps` steps later, and what the receivers on this PE read."""
+        # After a unit the fields lie in the buffer where they began, as the carry of a loop must.
         unit = self.plan.unit
         done = steps // unit * unit
         buffers = self.two_buffers(tiles)
@@ -60,6 +61,7 @@ class StencilRun:
         """`body`, of `unit` steps, repeated; and all its readings in order."""
         if times == 0:  # XLA would compile the body all the same
             return carry, self._stack([])
+        # Arrays, so that XLA does not know the numbers of steps: `cpu_fusion` relies on it.
         begins = begin + unit * jnp.arange(times, dtype=jnp.int32)
         carry, records = lax.scan(lambda c, b: body(c, b, unit), carry, begins)
         return carry, None if records is None else records.reshape(times * unit, records.shape[-1])
@@ -84,20 +86,22 @@ class StencilRun:
         for j in range(steps):
             left, step = plan.steps_left(j, steps), begin + j
             mode = plan.mode
+            # JOINED has no buffers, and on a wafer every exchange is PADDED already.
             if j == 0 and first_mode is not None and mode is Mode.CARRIED:
                 mode = first_mode
             before = now
             if plan.exchanges_before(j):
-                now = self._exchanged(now, mode)
-            now = self._with_ghosts(now, left, step, mode)
+                now = self._exchange_halos(now, mode)
+            now = self._fill_ghosts(now, left, step, mode)
             boxes = [(now, plan.region(left))]
             if plan.exchanges_before(j) and plan.overlap:
                 # The inside is computed from what was there before the exchange: it waits for none.
                 inside, *rims = plan.boxes(left)
-                early = self._with_ghosts(before, left, step, mode)
+                early = self._fill_ghosts(before, left, step, mode)
                 boxes = [(early, inside), *((now, rim) for rim in rims)]
-            new = [(self._updated(fields, box, step), box) for fields, box in boxes]
-            now, other = self._written(now, other, new, step, mode), now
+            new = [(self._update_box(fields, box, step), box) for fields, box in boxes]
+            # Take turns: the buffer that was read is the one that the next step overwrites.
+            now, other = self._write_boxes(now, other, new, step, mode), now
             records += self._readings(now)
         return (now, other), self._stack(records)
 
@@ -113,25 +117,28 @@ class StencilRun:
             left, step = plan.steps_left(j, steps), begin + j
             region = plan.region(left)
             if plan.exchanges_before(j):
-                now = run._exchanged(now, mode)
-            now = run._with_ghosts(now, left, step, mode)
+                now = run._exchange_halos(now, mode)
+            now = run._fill_ghosts(now, left, step, mode)
+            # Zeros, not the buffer of the step before: what is overwritten would need a cotangent.
             other = tuple(jnp.zeros_like(b) for b in now)
             update = functools.partial(run._new_cells, box=region, step=step)
             # Kept are the fields before a step; what the update needs of them is computed again.
             gather = jax.checkpoint(functools.partial(adjoint.apply_gathering, update))
             new, coefficients = gather(list(now), list(run.coefficients))
             run = dataclasses.replace(run, coefficients=tuple(coefficients))
-            now = run._written(now, other, [(new, region)], step, mode)
+            now = run._write_boxes(now, other, [(new, region)], step, mode)
             records += run._readings(now)
         return run, now, run._stack(records)
 
     def varying(self) -> "StencilRun":
         """This run with its arrays typed as each PE's own, whose gradient is summed once."""
+        # Without this cast JAX inserts one at every use, and each sums a gradient over all PEs.
         axes = tuple(axis for line in self.plan.lines[0] if line.split for axis in line.axes)
         return fabric.varying(self, axes)
 
     def two_buffers(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
         buffers = tuple(pad_tile(t, self.plan.padding) for t in tiles)
+        # One array twice: XLA copies it at the first write, and from then on they are two.
         return buffers, buffers
 
     def tiles(self, buffers: Tiles) -> Tiles:
@@ -140,7 +147,7 @@ class StencilRun:
         whole = tuple((0, line.tile) for line in self.plan.lines[0])
         return tuple(cut_box(b, self.plan.padding, whole, none) for b in buffers)
 
-    def _exchanged(self, now: Tiles, mode: Mode) -> Tiles:
+    def _exchange_halos(self, now: Tiles, mode: Mode) -> Tiles:
         """The buffers with their neighbors' cells."""
         plan = self.plan
         if mode is Mode.JOINED:  # the halo comes with the update's windows
@@ -149,7 +156,7 @@ class StencilRun:
         corners = bool(plan.corners)
         return tuple(exchange(now, plan.lines, paddings, mode=mode, corners=corners))
 
-    def _with_ghosts(self, now: Tiles, left: int, step: Step, mode: Mode) -> Tiles:
+    def _fill_ghosts(self, now: Tiles, left: int, step: Step, mode: Mode) -> Tiles:
         """The buffers with the ghost cells that the next `left` steps read."""
         plan = self.plan
         if mode is Mode.JOINED:
@@ -167,8 +174,9 @@ class StencilRun:
         )
         return tuple(filled)
 
-    def _updated(self, now: Tiles, box: Pairs, step: Step) -> list[Tile]:
+    def _update_box(self, now: Tiles, box: Pairs, step: Step) -> list[Tile]:
         """The cells `box` of the new fields, on CPUs with every shared array computed once."""
+        # The windows are cut inside: as operands of a branch they would be copied out first.
         new_cells = functools.partial(self._new_cells, box=box, step=step)
         counter = step if self.plan.platform == "cpu" else None
         return cpu_fusion.compute_once(new_cells, counter, *now, *self.coefficients)
@@ -184,7 +192,7 @@ class StencilRun:
             windows = [cut_box(b, plan.padding, box, plan.radius) for b in fields]
         return self.update(windows, _coefficient_windows(plan, coefficients, box), step)
 
-    def _written(
+    def _write_boxes(
         self,
         now: Tiles,
         other: Tiles,
@@ -195,13 +203,14 @@ class StencilRun:
         """The new cells of some boxes in `other`'s memory, sources added, `now`'s rim if fixed."""
         plan, buffers = self.plan, list(other)
         for new, box in parts:
-            if mode is Mode.JOINED:
+            if mode is Mode.JOINED:  # one box, the whole tile, and no buffer to write into
                 buffers = list(new)
                 continue
             starts = [low + begin for (low, _), (begin, _) in zip(plan.padding, box, strict=True)]
             buffers = [
                 lax.dynamic_update_slice(b, n, starts) for b, n in zip(buffers, new, strict=True)
             ]
+        # After the write, because the update makes the cells of the rim too.
         buffers = [
             boundary.hold_rim(
                 buffer, old, field, padding=plan.padding, radius=plan.radius, mode=mode
@@ -238,17 +247,19 @@ def prepare(
     """
     update = TracedUpdate(plan)
     run = StencilRun(plan, update, _with_halos(plan, coefficients), emitters, readers)
+    # Before tracing: over which axes an array varies is part of its type.
     if plan.checkpoint is not None and not plan.on_wafer:
         run = run.varying()
     step = jax.eval_shape(lambda: jnp.int32(0))
     jaxprs = []
+    # All sizes at once, so that whatever is wrong with the update shows up here, in a short stack.
     for left in range(plan.depth, 0, -1):
         split = plan.overlap and left == plan.depth
         for box in plan.boxes(left) if split else [plan.region(left)]:
             cut = functools.partial(_coefficient_windows, plan, box=box)
             types = jax.eval_shape(cut, run.coefficients)
             jaxprs.append(update.jaxpr(_window_types(plan, fields, box), types, step))
-    if plan.corners is None:
+    if plan.corners is None:  # depth 1: deeper halos have corners in any case
         corners = any(map(update.reads_corners, jaxprs))
         run = dataclasses.replace(run, plan=dataclasses.replace(plan, corners=corners))
     return run
@@ -267,6 +278,7 @@ def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | N
         tiles, record = advance(tiles, begin, every)
         return tiles, (tiles, record)
 
+    # Steps after the last snapshot are taken outside the loop.
     times = plan.steps // every
     begins = jnp.arange(times, dtype=jnp.int32) * every
     tiles, (saved, records) = lax.scan(save, tuple(fields), begins)
@@ -279,6 +291,7 @@ def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | N
 
 def _with_halos(plan: StencilPlan, coefficients: Sequence[Tile]) -> Tiles:
     """The coefficients, those that are split with as deep a halo as the fields."""
+    # Coefficients do not change, so one exchange before the first step serves all of them.
     result = list(coefficients)
     split = [(i, lines) for i, lines in enumerate(plan.coefficient_lines) if lines is not None]
     lines = [lines for _, lines in split]
@@ -298,7 +311,7 @@ def _coefficient_windows(plan: StencilPlan, coefficients: Sequence[Tile], box: P
     margins = plan.margins(plan.depth)
     windows = []
     for coefficient, lines in zip(coefficients, plan.coefficient_lines, strict=True):
-        if lines is None:
+        if lines is None:  # whole on every PE
             windows.append(coefficient)
             continue
         cells = tuple(
@@ -316,6 +329,7 @@ def _coefficient_widths(lines: Lines, widths: Pairs) -> Pairs:
 
 def _window_types(plan: StencilPlan, tiles: Sequence[Tile], box: Pairs) -> list[Any]:
     """The types of the windows from which the update makes the cells `box`; nothing is computed."""
+    # A negative width cuts. This pad is only a short way to write the window's shape.
     grown = [
         (low - begin, end + high - line.tile, 0)
         for (begin, end), (low, high), line in zip(box, plan.radius, plan.lines[0], strict=True)

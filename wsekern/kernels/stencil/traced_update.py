@@ -32,6 +32,7 @@ class TracedUpdate:
         self, windows: Sequence[Tile], coefficients: Sequence[Tile], step: jax.Array | int
     ) -> list[Tile]:
         """The new cells of each field, by the kept jaxpr."""
+        # Outside a loop the step is a Python integer, which would be another type to trace for.
         step = jnp.asarray(step, jnp.int32)
         operands = [*windows, *coefficients, *([step] if self.plan.takes_step else [])]
         return core.jaxpr_as_fun(self.jaxpr(windows, coefficients, step))(*operands)
@@ -46,12 +47,15 @@ class TracedUpdate:
             `radius` cells off.
         """
         plan = self.plan
+        # Types say shape, dtype, and on devices over which axes a tile varies. A jaxpr that was
+        # traced for one of them is not valid for another: JAX casts operands while it traces.
         types = tuple(jax.typeof(operand) for operand in (*windows, *coefficients))
         if types not in self._jaxprs:
             arguments = [jax.tree.unflatten(plan.tree, windows)]
             if plan.coefficient_tree.num_leaves:
                 arguments.append(jax.tree.unflatten(plan.coefficient_tree, coefficients))
             named = {"step": step} if plan.takes_step else {}
+            # Directly, without a wrapper: the user's traceback then shows our call just once.
             trace = jax.make_jaxpr(plan.update, return_shape=True)
             closed, new = trace(*arguments, **named)
             self._check(windows, new)
@@ -71,7 +75,7 @@ class TracedUpdate:
                         low, high, fields[0].shape, self.plan.radius, strict=True
                     )
                 ]
-                if sum(beyond) > 1:
+                if sum(beyond) > 1:  # beyond the tile in two dimensions at once
                     return True
         return False
 
@@ -82,6 +86,7 @@ class TracedUpdate:
                 f"{operation}: update makes {jax.tree.structure(new)} of fields {tree}; it must "
                 "give the fields that it takes"
             )
+        # Every size is checked: an update may be right for one, and wrong for another.
         for window, result in zip(windows, jax.tree.leaves(new), strict=True):
             inside = tuple(n - sum(pair) for n, pair in zip(window.shape, radius, strict=True))
             if result.shape != inside:

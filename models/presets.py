@@ -23,7 +23,7 @@ PRESETS: dict[str, DecoderConfig] = {
 
 
 def list_presets() -> list[str]:
-    """The names that `find_preset` knows, family by family, in each from small to large."""
+    """The names that `find_preset` knows, family by family."""
     return list(PRESETS)
 
 

@@ -71,7 +71,7 @@ def parts_of(
     counts = Counter(_signature(kind, context) for kind in config.kinds)
     for (sparse, seen), count in counts.items():
         sizes = _sizes(config, sparse, side)
-        e = price(wafer, sizes, _up(seen, side), _up(context, side), batch)
+        estimate = price(wafer, sizes, _up(seen, side), _up(context, side), batch)
         weights = _layer_bytes(config, sparse, sizes) / pes
         cache = 2 * seen * sizes.d_kv * BYTES * batch / pes if mode != "train" else 0.0
         kept = context * sizes.d_model * BYTES / pes if mode == "train" else 0.0
@@ -80,11 +80,11 @@ def parts_of(
             Part(
                 name=name + (", sparse" if sparse else ""),
                 count=count,
-                cycles=e.cycles,
-                flops=e.flops,
+                cycles=estimate.cycles,
+                flops=estimate.flops,
                 weights=weights,
                 cache=cache,
-                working=max(0.0, e.sram_per_pe - _operands(sizes, mode, seen, side, batch)),
+                working=max(0.0, estimate.sram_per_pe - _operands(sizes, mode, seen, side, batch)),
                 piece=_piece(config, sparse, sizes, side),
                 kept=kept,
                 met=_share_used(config, sparse, batch if mode == "decode" else context),

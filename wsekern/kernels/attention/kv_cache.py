@@ -274,7 +274,7 @@ def _lay_out_lengths(x: Shaped[Array, " B"], wafer: Wafer | None) -> Shaped[Arra
 
 
 def _zeros_per_pe(
-    lengths: Int[Array, " B"], shape: tuple[int, ...], dtype: np.dtype
+    lengths: Int[Array, " _"], shape: tuple[int, ...], dtype: np.dtype
 ) -> tuple[Slots, Slots]:
     del lengths  # virtual PEs need an operand
     zeros = fabric.varying(jnp.zeros(shape, dtype))
@@ -395,12 +395,12 @@ def _check_lengths(
         )
     if any(map(_is_traced, (lengths, active))):
         return
-    lengths = np.asarray(lengths)
-    beyond = np.asarray(active) & ((lengths > room) | (lengths < 0))
+    known = np.asarray(lengths)
+    beyond = np.asarray(active) & ((known > room) | (known < 0))
     if beyond.any():
         index = int(beyond.argmax())
         raise ValueError(
-            f"KVCache.fill: lengths[{index}] is {lengths[index]}, it must be from 0 to {room}: the "
+            f"KVCache.fill: lengths[{index}] is {known[index]}, it must be from 0 to {room}: the "
             f"prompts have {S} tokens, the cache a capacity of {cache.capacity}"
         )
 

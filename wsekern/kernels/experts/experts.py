@@ -1,26 +1,20 @@
-"""This file is a mixture of experts: each token through the few gated feed-forwards it chose.
+"""A mixture of experts: each token goes through the few gated feed-forwards that it chose.
 
 N. Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts
 Layer", 2017. No token is dropped.
-
-On h x w PEs a row of PEs has n tokens of k choices, hence R = n k rows. A PE receives, for all
-tokens, (w-1)/w of n D words of `x` and of R F of the hidden layer, and its column's share of the
-experts' weights, (h-1)/h of 3 E D F / w words, some experts at a time; going back about twice that.
-Over several wafers, which hold E / wafers experts each, tokens go to those that have their experts
-and results come back (see `routing`): 2 (wafers - 1) n D words more at most. It
-holds R rows of D and of F.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.experts import grouped_matmul, routing
@@ -29,13 +23,16 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.wafer import Wafer
 
 Weights = tuple[Float[Array, "E _ _"], ...]  # gate and up [E, D, F], down [E, F, D]
-Biases = tuple[Float[Array, "E _"], ...]  # of gate and up [E, F], of down [E, D]
+Biases = tuple[Float[Array, "E _"], ...]  # of gate and up [E, F], of down [E, D]; () for none
+Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
 _TOKENS = P(WAFERS, ROWS, COLS)
 _CHOICES = P(WAFERS, ROWS, None)
 _WEIGHT = P(WAFERS, ROWS, COLS)
 _BIAS = P(WAFERS, COLS)
-_MOST_GATHERED = 32 * 2**20  # bytes of weights that a PE gathers at a time, where they divide
+_MOST_GATHERED = 32 * 2**20  # bytes of weights that a PE gathers at a time, where E divides
+
+Carry = TypeVar("Carry")
 
 
 def experts(
@@ -45,129 +42,170 @@ def experts(
     weights: Weights,
     biases: Biases | None = None,
     *,
-    activation: Callable[[jax.Array, jax.Array], jax.Array],
+    activation: Activation,
+    precision: lax.PrecisionLike = None,
     wafer: Wafer | None = None,
 ) -> Float[Array, "B T D"]:
     """The sum over a token's choices e of `share * down[e](activation(gate[e](x), up[e](x)))`.
 
-    Sums are float32, results of each product `x`'s dtype. Rows are sorted by expert and multiplied
-    in blocks by its weight; on a TPU by XLA's own grouped product. What it costs a PE stands at the
-    head of this file. Reverse mode only; the gradient keeps both products of the hidden layer where
-    there is no wafer, and on one computes them again.
+    Products are summed in float32 and rounded to `x`'s dtype. Reverse mode only.
+
+    Algorithm: the rows of tokens, one for each choice, are sorted by expert and multiplied in
+    blocks by its weight, so that no token is dropped and nothing is padded; on a TPU by XLA's own
+    grouped product.
+
+    What a PE receives on h x w PEs, where a row of PEs has n tokens of k choices, hence R = n k
+    rows: (w-1)/w of n D words of `x` and of R F of the hidden layer, and the weights of its column
+    from the PEs along y, (h-1)/h of 3 E D F / w words, some experts at a time. It holds R rows of D
+    and of F. The gradient receives about twice that. Several wafers hold E / wafers experts each:
+    tokens go to the wafers of their experts, and results come back, for at most 2 (wafers - 1) n D
+    words more; fewer go by buckets (GShard's) where all tokens fit into them. The gradient keeps
+    both products of the hidden layer without a wafer; on a wafer it computes them again.
 
     Args:
       x: tokens, laid out `P("wafer", "y", "x")`.
-      chosen: the experts of each token, laid out `P("wafer", "y", None)`; one that is not from 0 to
+      chosen: the experts of each token, laid out `P("wafer", "y", None)`. A number outside 0 to
         E - 1 adds nothing.
-      shares: what each of them is weighed by, laid out likewise.
-      weights: gate, up and down of all experts, laid out `P("wafer", "y", "x")`.
-      biases: of the three, laid out `P("wafer", "x")`; or None.
-      activation: an element-wise function of gate and up, that holds no traced values.
+      shares: the weight of each of them in the sum, laid out likewise.
+      weights: gate, up and down of all experts, `[E, D, F]` twice and `[E, F, D]`, laid out
+        `P("wafer", "y", "x")`.
+      biases: of the three, `[E, F]` twice and `[E, D]`, laid out `P("wafer", "x")`; or None.
+      activation: an element-wise function of gate and up, which may hold no traced values.
+      precision: of every product, forward and backward, as in `jax.lax.dot_general`.
       wafer: where to run; by default the current wafer, and one device without one.
 
     Raises:
       ValueError: the shapes or dtypes do not fit one another, a token chooses more experts than
-        there are, or the choices are no integers.
+        there are, or the choices are not integers.
     """
     added = () if biases is None else tuple(biases)
     _check(x, chosen, shares, weights, added)
     wafer = context.resolve(wafer)
     chosen = lax.stop_gradient(chosen.astype(jnp.int32))
+    _, D, F = weights[0].shape
+    plan = ExpertsPlan(activation=activation, precision=precision, D=D, F=F)
     if wafer is None:
-        return _local(x, chosen, shares, tuple(weights), added, activation)
+        return _local(x, chosen, shares, tuple(weights), added, plan)
     padded = (
         layout.pad(x, _TOKENS, wafer),
-        # Rows that fill up the grid are of no expert.
+        # Rows that only fill up the grid choose no expert.
         layout.pad(chosen, _CHOICES, wafer, fill=-1),
         layout.pad(shares, _CHOICES, wafer),
         tuple(layout.pad(w, _WEIGHT, wafer) for w in weights),
         tuple(layout.pad(b, _BIAS, wafer) for b in added),
     )
-    how = _How(activation, weights[0].shape[1:], wafer)
-    return layout.crop(_experts(*padded, how), x.shape, _TOKENS, wafer)
+    return layout.crop(_experts(*padded, plan, wafer), x.shape, _TOKENS, wafer)
 
 
-class _How(NamedTuple):
-    """All that is known before anything is traced."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsPlan:
+    """What is known before anything is traced."""
 
-    activation: Callable
-    sizes: tuple[int, ...]  # D and F, without padding
-    wafer: Wafer
+    activation: Activation
+    precision: lax.PrecisionLike
+    D: int  # features of a token, without padding
+    F: int  # features of the hidden layer, without padding
 
 
-class _Moves(NamedTuple):
-    """What a PE says to others; on one device there are none."""
+class _Exchange(NamedTuple):
+    """How a PE exchanges tiles with others; one device has no others."""
 
     gather: Callable[[jax.Array, str, int], jax.Array]
     scatter: Callable[[jax.Array, str, int], jax.Array]
     pes: Callable[[str], int]
 
 
-_FABRIC = _Moves(fabric.all_gather, fabric.reduce_scatter, fabric.axis_size)
-_ALONE = _Moves(lambda x, a, d: x, lambda x, a, d: x, lambda a: 1)
+_FABRIC = _Exchange(fabric.all_gather, fabric.reduce_scatter, fabric.axis_size)
+_ALONE = _Exchange(lambda x, axis, d: x, lambda x, axis, d: x, lambda axis: 1)
 
 
 class _Tokens(NamedTuple):
-    """Tokens as rows: a row for each choice, sorted by expert."""
+    """Tokens as R rows, a row for each choice, sorted by expert."""
 
-    rows: jax.Array  # [R, D]
-    shares: jax.Array  # [R, 1]
+    rows: Float[Array, "R D"]
+    shares: Float[Array, "R 1"]
     groups: grouped_matmul.Groups
     choices: int
 
-    def summed(self, rows: jax.Array) -> jax.Array:
-        """The sum of each token's rows, `[n, .]`."""
+    def sum_choices(self, rows: Float[Array, "R _"]) -> Float[Array, "n _"]:
+        """For each token the sum of its rows."""
         return rows[self.groups.place].reshape(-1, self.choices, rows.shape[1]).sum(1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _local(x, chosen, shares, weights, biases, activation):
-    return _local_fwd(x, chosen, shares, weights, biases, activation)[0]
+def _local(
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    shares: Float[Array, "B T k"],
+    weights: Weights,
+    biases: Biases,
+    plan: ExpertsPlan,
+) -> Float[Array, "B T D"]:
+    return _local_fwd(x, chosen, shares, weights, biases, plan)[0]
 
 
-def _local_fwd(x, chosen, shares, weights, biases, activation):
-    D = x.shape[-1]
-    tokens = _sorted(x.reshape(-1, D), chosen, shares, weights[0].shape[0])
-    y, products = _forward(tokens, weights, biases, activation, _ALONE)
-    out = tokens.summed(y * tokens.shares).reshape(x.shape)
+def _local_fwd(
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    shares: Float[Array, "B T k"],
+    weights: Weights,
+    biases: Biases,
+    plan: ExpertsPlan,
+) -> tuple[Float[Array, "B T D"], tuple]:
+    tokens = _sort(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
+    y, products = _forward(tokens, weights, biases, plan, _ALONE)
+    out = tokens.sum_choices(y * tokens.shares).reshape(x.shape)
     return out.astype(x.dtype), (x, chosen, shares, weights, biases, products)
 
 
-def _local_bwd(activation, residuals, dout):
+def _local_bwd(plan: ExpertsPlan, residuals: tuple, dout: Float[Array, "B T D"]) -> tuple:
     x, chosen, shares, weights, biases, products = residuals
-    D = x.shape[-1]
-    tokens = _sorted(x.reshape(-1, D), chosen, shares, weights[0].shape[0])
-    drows = dout.reshape(-1, D)[tokens.groups.order // tokens.choices]
-    dx, dshares, dweights, dbiases = _backward(
-        tokens, drows, weights, biases, activation, products, _ALONE
-    )
-    dx = tokens.summed(dx).reshape(x.shape).astype(x.dtype)
+    tokens = _sort(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
+    dy = dout.reshape(-1, plan.D)[tokens.groups.order // tokens.choices]
+    dx, dshares, dweights, dbiases = _backward(tokens, dy, weights, biases, products, plan, _ALONE)
+    dx = tokens.sum_choices(dx).reshape(x.shape).astype(x.dtype)
     dshares = dshares[tokens.groups.place].reshape(shares.shape).astype(shares.dtype)
-    return dx, None, dshares, _as(dweights, weights), _as(dbiases, biases)
+    return dx, None, dshares, _cast_like(dweights, weights), _cast_like(dbiases, biases)
 
 
 # Loops over groups have no derivative, and plain autodiff would keep every gathered weight.
 _local.defvjp(_local_fwd, _local_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _experts(x, chosen, shares, weights, biases, how):
-    return _fwd(x, chosen, shares, weights, biases, how)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _experts(
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    shares: Float[Array, "B T k"],
+    weights: Weights,
+    biases: Biases,
+    plan: ExpertsPlan,
+    wafer: Wafer,
+) -> Float[Array, "B T D"]:
+    return _fwd(x, chosen, shares, weights, biases, plan, wafer)[0]
 
 
-def _fwd(x, chosen, shares, weights, biases, how):
+def _fwd(
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    shares: Float[Array, "B T k"],
+    weights: Weights,
+    biases: Biases,
+    plan: ExpertsPlan,
+    wafer: Wafer,
+) -> tuple[Float[Array, "B T D"], tuple]:
     specs = (_TOKENS, _CHOICES, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
-    kernel = functools.partial(_per_pe, activation=how.activation, sizes=how.sizes)
-    run = how.wafer.map(kernel, in_specs=specs, out_specs=_TOKENS)
+    kernel = functools.partial(_per_pe, plan=plan)
+    run = wafer.map(kernel, in_specs=specs, out_specs=_TOKENS)
     return run(x, chosen, shares, weights, biases), (x, chosen, shares, weights, biases)
 
 
-def _bwd(how, residuals, dout):
+def _bwd(plan: ExpertsPlan, wafer: Wafer, residuals: tuple, dout: Float[Array, "B T D"]) -> tuple:
     x, chosen, shares, weights, biases = residuals
     specs = (_TOKENS, _CHOICES, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
-    kernel = functools.partial(_gradient_per_pe, activation=how.activation, sizes=how.sizes)
-    outs = (_TOKENS, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
-    run = how.wafer.map(kernel, in_specs=(*specs, _TOKENS), out_specs=outs)
+    kernel = functools.partial(_gradient_per_pe, plan=plan)
+    out_specs = (_TOKENS, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
+    run = wafer.map(kernel, in_specs=(*specs, _TOKENS), out_specs=out_specs)
     dx, dshares, dweights, dbiases = run(x, chosen, shares, weights, biases, dout)
     return dx, None, dshares, dweights, dbiases
 
@@ -175,30 +213,48 @@ def _bwd(how, residuals, dout):
 _experts.defvjp(_fwd, _bwd)
 
 
-def _per_pe(x, chosen, shares, weights, biases, activation, sizes):
-    rows = _rows(x, chosen, shares, sizes)
+def _per_pe(
+    x: Float[Array, "B Tt Dt"],
+    chosen: Int[Array, "B Tt k"],
+    shares: Float[Array, "B Tt k"],
+    weights: Weights,
+    biases: Biases,
+    plan: ExpertsPlan,
+) -> Float[Array, "B Tt Dt"]:
+    rows = _token_rows(x, chosen, shares, plan)
+    held = weights[0].shape[0]  # experts on this wafer
 
-    def work(route):
-        tokens = _received(route, rows, weights[0].shape[0])
+    def work(route: routing.Route) -> Float[Array, "n Dt"]:
+        tokens = _receive(route, rows, held)
         y = fabric.varying(jnp.zeros((tokens.rows.shape[0], x.shape[2]), x.dtype))
 
-        def add(y, part):
+        def add(
+            y: Float[Array, "R Dt"], part: tuple[grouped_matmul.Groups, Weights, Biases]
+        ) -> tuple[Float[Array, "R Dt"], None]:
             groups, weights, biases = part
-            mine = tokens._replace(groups=groups)
-            return y + _forward(mine, weights, biases, activation, _FABRIC, sizes)[0], None
+            of_part = tokens._replace(groups=groups)
+            return y + _forward(of_part, weights, biases, plan, _FABRIC)[0], None
 
-        y, _ = _each_part(add, y, tokens.groups, weights, biases, sizes)
-        return route.back(tokens.summed(y * tokens.shares))
+        y, _ = _for_each_part(add, y, tokens.groups, weights, biases, plan)
+        return route.send_back(tokens.sum_choices(y * tokens.shares))
 
-    out = routing.routed(rows[1], weights[0].shape[0], work)
+    out = routing.run_routed(rows[1], held, work)
     return out.reshape(x.shape).astype(x.dtype)
 
 
-def _gradient_per_pe(x, chosen, shares, weights, biases, dout, activation, sizes):
-    rows = _rows(x, chosen, shares, sizes)
+def _gradient_per_pe(
+    x: Float[Array, "B Tt Dt"],
+    chosen: Int[Array, "B Tt k"],
+    shares: Float[Array, "B Tt k"],
+    weights: Weights,
+    biases: Biases,
+    dout: Float[Array, "B Tt Dt"],
+    plan: ExpertsPlan,
+) -> tuple[Float[Array, "B Tt Dt"], Float[Array, "B Tt k"], Weights, Biases]:
+    rows = _token_rows(x, chosen, shares, plan)
     dout = dout.reshape(-1, dout.shape[2])
-    work = functools.partial(_gradient, rows, weights, biases, dout, activation, sizes)
-    dx, dshares, dweights, dbiases = routing.routed(rows[1], weights[0].shape[0], work)
+    work = functools.partial(_gradient_by_route, rows, weights, biases, dout, plan)
+    dx, dshares, dweights, dbiases = routing.run_routed(rows[1], weights[0].shape[0], work)
     dx = layout.resize(dx, 1, x.shape[2] * fabric.axis_size(COLS))
     dx = fabric.reduce_scatter(dx, COLS, 1).reshape(x.shape)
     dshares = fabric.all_reduce(dshares, COLS).reshape(shares.shape)
@@ -206,152 +262,202 @@ def _gradient_per_pe(x, chosen, shares, weights, biases, dout, activation, sizes
     return (
         dx.astype(x.dtype),
         dshares.astype(shares.dtype),
-        _as(dweights, weights),
-        _as(dbiases, biases),
+        _cast_like(dweights, weights),
+        _cast_like(dbiases, biases),
     )
 
 
-def _gradient(rows, weights, biases, dout, activation, sizes, route):
-    """Gradients of a PE: of its rows (partial along x), shares (likewise), weights and biases."""
-    tokens = _received(route, rows, weights[0].shape[0])
+def _gradient_by_route(
+    rows: tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]],
+    weights: Weights,
+    biases: Biases,
+    dout: Float[Array, "n Dt"],
+    plan: ExpertsPlan,
+    route: routing.Route,
+) -> tuple[Float[Array, "n D"], Float[Array, "n k"], Weights, Biases]:
+    """Gradients of this PE's rows and shares (both still to be summed along x) and its weights."""
+    tokens = _receive(route, rows, weights[0].shape[0])
     dy = route.send(dout)[tokens.groups.order // tokens.choices]
 
-    def add(sums, part):
+    def add(
+        sums: tuple[Float[Array, "R D"], Float[Array, " R"]],
+        part: tuple[grouped_matmul.Groups, Weights, Biases],
+    ) -> tuple[tuple[Float[Array, "R D"], Float[Array, " R"]], tuple[Weights, Biases]]:
         groups, weights, biases = part
-        mine = tokens._replace(groups=groups)
-        _, products = _forward(mine, weights, biases, activation, _FABRIC, sizes)
-        drows, dshares, *gradients = _backward(
-            mine, dy, weights, biases, activation, products, _FABRIC, sizes
+        of_part = tokens._replace(groups=groups)
+        _, products = _forward(of_part, weights, biases, plan, _FABRIC)
+        drows, dshares, dweights, dbiases = _backward(
+            of_part, dy, weights, biases, products, plan, _FABRIC
         )
-        return (sums[0] + drows, sums[1] + dshares), gradients
+        return (sums[0] + drows, sums[1] + dshares), (dweights, dbiases)
 
     R, D = tokens.rows.shape
     zeros = (jnp.zeros((R, D), jnp.float32), jnp.zeros(R, jnp.float32))
-    sums, gradients = _each_part(
-        add, jax.tree.map(fabric.varying, zeros), tokens.groups, weights, biases, sizes
+    sums, (dweights, dbiases) = _for_each_part(
+        add, jax.tree.map(fabric.varying, zeros), tokens.groups, weights, biases, plan
     )
     dshares = sums[1][tokens.groups.place].reshape(-1, tokens.choices)
-    return route.back(tokens.summed(sums[0])), route.back(dshares), *gradients
+    dx = route.send_back(tokens.sum_choices(sums[0]))
+    return dx, route.send_back(dshares), dweights, dbiases
 
 
-def _rows(x, chosen, shares, sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The tokens of this row of PEs, whole, as rows, with their choices and shares."""
-    x = layout.resize(fabric.all_gather(x, COLS, 2), 2, sizes[0])
-    return tuple(a.reshape(-1, a.shape[2]) for a in (x, chosen, shares))
+def _token_rows(
+    x: Float[Array, "B Tt Dt"],
+    chosen: Int[Array, "B Tt k"],
+    shares: Float[Array, "B Tt k"],
+    plan: ExpertsPlan,
+) -> tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]]:
+    """The tokens of this row of PEs as rows with all features, their choices and their shares."""
+    x = layout.resize(fabric.all_gather(x, COLS, 2), 2, plan.D)
+    rows, chosen, shares = (a.reshape(-1, a.shape[2]) for a in (x, chosen, shares))
+    return rows, chosen, shares
 
 
-def _received(route: routing.Route, rows, here) -> _Tokens:
-    """The rows that this wafer has an expert for."""
+def _receive(
+    route: routing.Route,
+    rows: tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]],
+    held: int,
+) -> _Tokens:
+    """The rows that reach this wafer, sorted by the `held` experts that it has."""
     x, chosen, shares = (route.send(a) for a in rows)
-    local = chosen - fabric.axis_index(WAFERS) * here
-    local = jnp.where((local >= 0) & (local < here), local, here)
-    return _sorted(x, local, shares, here)
+    local = chosen - fabric.axis_index(WAFERS) * held
+    local = jnp.where((local >= 0) & (local < held), local, held)
+    return _sort(x, local, shares, held)
 
 
-def _sorted(x, chosen, shares, count) -> _Tokens:
+def _sort(
+    x: Float[Array, "n D"], chosen: Int[Array, "*n k"], shares: Float[Array, "*n k"], count: int
+) -> _Tokens:
     k = chosen.shape[-1]
-    chosen = jnp.where(chosen < 0, count, chosen)
-    groups = grouped_matmul.sort(chosen.reshape(-1), count)
+    chosen = jnp.where(chosen < 0, count, chosen)  # `count` and above: no expert
+    groups = grouped_matmul.sort_by_group(chosen.reshape(-1), count)
     return _Tokens(x[groups.order // k], shares.reshape(-1)[groups.order][:, None], groups, k)
 
 
-def _each_part(add, carry, groups, weights, biases, sizes):
-    """`add` over the experts, so many at a time as a PE may gather; the results joined."""
+def _for_each_part(
+    add: Callable[[Carry, tuple[grouped_matmul.Groups, Weights, Biases]], tuple[Carry, Any]],
+    carry: Carry,
+    groups: grouped_matmul.Groups,
+    weights: Weights,
+    biases: Biases,
+    plan: ExpertsPlan,
+) -> tuple[Carry, Any]:
+    """`add(carry, part)` over parts of the experts, as large as a PE may gather at a time.
+
+    What `add` returns beside the carry has the experts of its part along its first axis; the parts
+    are concatenated.
+    """
     E = weights[0].shape[0]
-    held = 3 * sizes[0] * sizes[1] * weights[0].dtype.itemsize // fabric.axis_size(COLS)
-    most = max(1, _MOST_GATHERED // max(held, 1))
+    one_expert = 3 * plan.D * plan.F * weights[0].dtype.itemsize // fabric.axis_size(COLS)
+    most = max(1, _MOST_GATHERED // max(one_expert, 1))
     parts = next(n for n in range(1, E + 1) if E % n == 0 and E // n <= most)
     if parts == 1:
         return add(carry, (groups, weights, biases))
 
-    def step(carry, given):
-        i, weights, biases = given
-        return add(carry, (groups.part(i * (E // parts), E // parts), weights, biases))
+    def step(carry: Carry, part: tuple[Int[Array, ""], Weights, Biases]) -> tuple[Carry, Any]:
+        i, weights, biases = part
+        return add(carry, (groups.select(i * (E // parts), E // parts), weights, biases))
 
-    split, joined = (
-        functools.partial(jax.tree.map, f)
-        for f in (
-            lambda a: a.reshape(parts, E // parts, *a.shape[1:]),
-            lambda a: a.reshape(E, *a.shape[2:]),
-        )
-    )
+    split = functools.partial(jax.tree.map, lambda a: a.reshape(parts, E // parts, *a.shape[1:]))
     carry, out = lax.scan(step, carry, (jnp.arange(parts), split(weights), split(biases)))
-    return carry, joined(out)
+    return carry, jax.tree.map(lambda a: a.reshape(E, *a.shape[2:]), out)
 
 
-def _forward(tokens, weights, biases, activation, moves, sizes=None):
-    """What the experts make of the rows, not yet weighed, and both products of the hidden layer."""
-    gate, up, down = _whole(weights, moves, sizes)
-    products = grouped_matmul.product(tokens.rows, (gate, up), tokens.groups)
-    expert = tokens.groups.of_rows() if biases else None
+def _forward(
+    tokens: _Tokens, weights: Weights, biases: Biases, plan: ExpertsPlan, exchange: _Exchange
+) -> tuple[Float[Array, "R _"], tuple[Float[Array, "R _"], ...]]:
+    """The experts' results, not yet multiplied by shares, and gate's and up's products."""
+    gate, up, down = _gather_weights(weights, plan, exchange)
+    groups = tokens.groups
+    product = functools.partial(grouped_matmul.product, groups=groups, precision=plan.precision)
+    products = product(tokens.rows, (gate, up))
+    expert = groups.group_of_rows() if biases else None
     if biases:
         products = tuple(p + b[expert] for p, b in zip(products, biases[:2], strict=True))
-    hidden = _hidden(activation(*products), moves, sizes)
-    (y,) = grouped_matmul.product(hidden, (down,), tokens.groups)
+    hidden = _gather_hidden(plan.activation(*products), plan, exchange)
+    (y,) = product(hidden, (down,))
     if biases:
-        y = y + jnp.where(tokens.groups.have()[:, None], biases[2][expert], 0)
+        y = y + jnp.where(groups.has_group()[:, None], biases[2][expert], 0)
     return y, products
 
 
-def _backward(tokens, dy, weights, biases, activation, products, moves, sizes=None):
-    """Gradients of rows (partial along x), shares (likewise), weights and biases.
+def _backward(
+    tokens: _Tokens,
+    dy: Float[Array, "R _"],
+    weights: Weights,
+    biases: Biases,
+    products: tuple[Float[Array, "R _"], ...],
+    plan: ExpertsPlan,
+    exchange: _Exchange,
+) -> tuple[Float[Array, "R _"], Float[Array, " R"], Weights, Biases]:
+    """Gradients of rows and shares (both still to be summed along x), of weights and of biases.
 
-    `dy` is that of the sum of rows, sorted: not weighed yet by the shares.
+    `dy` is the gradient of the result in the sorted rows, not yet multiplied by shares.
     """
     rows, shares, groups, _ = tokens
-    gate, up, down = _whole(weights, moves, sizes)
-    dy = jnp.where(groups.have()[:, None], dy, 0)
-    h, backward = jax.vjp(activation, *products)
-    (dh,) = grouped_matmul.product(dy, (down,), groups, transposed=True)
-    dh = moves.scatter(layout.resize(dh, 1, h.shape[1] * moves.pes(COLS)), COLS, 1)
+    gate, up, down = _gather_weights(weights, plan, exchange)
+    product = functools.partial(
+        grouped_matmul.product, groups=groups, transposed=True, precision=plan.precision
+    )
+    of_weights = functools.partial(
+        grouped_matmul.weight_gradients, groups=groups, precision=plan.precision
+    )
+    has_group = groups.has_group()[:, None]
+    dy = jnp.where(has_group, dy, 0)
+    h, activation_vjp = jax.vjp(plan.activation, *products)
+    (dh,) = product(dy, (down,))
+    dh = exchange.scatter(layout.resize(dh, 1, h.shape[1] * exchange.pes(COLS)), COLS, 1)
+    # A row's result is share * y, so d(share) = y . dy. Through `down` that is h . dh, which needs
+    # no y. Everything before it has the factor `share`.
     dshares = (h * dh).sum(1, dtype=jnp.float32)
-    wide = dy * shares
-    dgate, dup = backward((dh * shares).astype(h.dtype))
-    drows = sum(
-        grouped_matmul.product(d, (w,), groups, transposed=True)[0]
-        for d, w in ((dgate, gate), (dup, up))
-    )
-    hidden = _hidden(h, moves, sizes)
-    dweights = (
-        *grouped_matmul.gradient((rows, rows), (dgate, dup), groups),
-        *grouped_matmul.gradient((hidden,), (wide,), groups),
-    )
+    shared_dy = dy * shares
+    dgate, dup = activation_vjp((dh * shares).astype(h.dtype))
+    drows = product(dgate, (gate,))[0] + product(dup, (up,))[0]
+    hidden = _gather_hidden(h, plan, exchange)
+    dweights = (*of_weights((rows, rows), (dgate, dup)), *of_weights((hidden,), (shared_dy,)))
     dweights = tuple(
-        moves.scatter(layout.resize(dw, 1, w.shape[1] * moves.pes(ROWS)), ROWS, 1)
+        exchange.scatter(layout.resize(dw, 1, w.shape[1] * exchange.pes(ROWS)), ROWS, 1)
         for dw, w in zip(dweights, weights, strict=True)
     )
-    dbiases: tuple[Any, ...] = ()
+    dbiases: Biases = ()
     if biases:
-        expert = groups.of_rows()
+        expert = groups.group_of_rows()
         dshares = dshares + (dy * biases[2][expert]).sum(1, dtype=jnp.float32)
-        belong = groups.have()[:, None]
         dbiases = tuple(
-            jnp.zeros(b.shape, jnp.float32).at[expert].add(jnp.where(belong, d, 0))
-            for b, d in zip(biases, (dgate, dup, wide), strict=True)
+            jnp.zeros(b.shape, jnp.float32).at[expert].add(jnp.where(has_group, d, 0))
+            for b, d in zip(biases, (dgate, dup, shared_dy), strict=True)
         )
     return drows, dshares, dweights, dbiases
 
 
-def _whole(weights, moves, sizes):
-    """The experts' weights with all their inputs, of this column's outputs."""
-    if sizes is None:
-        return weights
-    lengths = (sizes[0], sizes[0], sizes[1])
+def _gather_weights(weights: Weights, plan: ExpertsPlan, exchange: _Exchange) -> Weights:
+    """The experts' weights with all their inputs, for this column's outputs."""
+    lengths = (plan.D, plan.D, plan.F)
     return tuple(
-        layout.resize(moves.gather(w, ROWS, 1), 1, length)
+        layout.resize(exchange.gather(w, ROWS, 1), 1, length)
         for w, length in zip(weights, lengths, strict=True)
     )
 
 
-def _hidden(h, moves, sizes):
-    return h if sizes is None else layout.resize(moves.gather(h, COLS, 1), 1, sizes[1])
+def _gather_hidden(
+    h: Float[Array, "R _"], plan: ExpertsPlan, exchange: _Exchange
+) -> Float[Array, "R _"]:
+    return layout.resize(exchange.gather(h, COLS, 1), 1, plan.F)
 
 
-def _as(values, like):
+def _cast_like(
+    values: tuple[Float[Array, "..."], ...], like: tuple[Float[Array, "..."], ...]
+) -> tuple[Float[Array, "..."], ...]:
     return tuple(v.astype(a.dtype) for v, a in zip(values, like, strict=True))
 
 
-def _check(x, chosen, shares, weights, biases):
+def _check(
+    x: Shaped[Array, "..."],
+    chosen: Shaped[Array, "..."],
+    shares: Shaped[Array, "..."],
+    weights: Weights,
+    biases: Biases,
+) -> None:
     if x.ndim != 3:
         raise ValueError(f"experts: x is {x.shape}, it must be [B, T, D]")
     if not jnp.issubdtype(chosen.dtype, jnp.integer):
@@ -363,17 +469,19 @@ def _check(x, chosen, shares, weights, biases):
         )
     if len(weights) != 3 or any(w.ndim != 3 for w in weights):
         raise ValueError("experts: weights must be gate [E, D, F], up [E, D, F], down [E, F, D]")
-    (E, D, F), given = weights[0].shape, [w.shape for w in weights]
-    if D != x.shape[2] or given[1:] != [(E, D, F), (E, F, D)]:
+    (E, D, F), shapes = weights[0].shape, [w.shape for w in weights]
+    if D != x.shape[2] or shapes[1:] != [(E, D, F), (E, F, D)]:
         raise ValueError(
-            f"experts: weights are {given}: of x {x.shape} they must be [E, {x.shape[2]}, F] twice "
-            f"and [E, F, {x.shape[2]}]"
+            f"experts: weights are {shapes}: for x {x.shape} they must be [E, {x.shape[2]}, F] "
+            f"twice and [E, F, {x.shape[2]}]"
         )
     if chosen.shape[2] > E:
         raise ValueError(f"experts: a token chooses {chosen.shape[2]} experts of {E}")
-    wanted = [(E, F), (E, F), (E, D)]
-    if biases and [b.shape for b in biases] != wanted:
-        raise ValueError(f"experts: biases are {[b.shape for b in biases]}, they must be {wanted}")
+    bias_shapes = [(E, F), (E, F), (E, D)]
+    if biases and [b.shape for b in biases] != bias_shapes:
+        raise ValueError(
+            f"experts: biases are {[b.shape for b in biases]}, they must be {bias_shapes}"
+        )
     dtypes = {np.dtype(a.dtype) for a in (x, shares, *weights, *biases)}
     if len(dtypes) > 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         names = sorted(dtype.name for dtype in dtypes)

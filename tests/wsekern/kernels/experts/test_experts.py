@@ -1,4 +1,5 @@
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,21 @@ def check(program, x, shares, weights, biases, chosen):
     want = value_and_gradients(dense)(x, shares, weights, biases, chosen)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wafer", [None, wk.Wafer.devices(2, 2)], ids=["local", "wafer"])
+def test_every_product_has_the_precision_asked_for(wafer):
+    """Forward and backward."""
+    x, chosen, shares, weights, biases = operands()
+    for precision, stated in (("highest", "HIGHEST"), (None, "DEFAULT")):
+
+        def run(*operands, precision=precision):
+            return wk.experts(*operands, activation=gated, precision=precision, wafer=wafer)
+
+        program = value_and_gradients(run).lower(x, shares, weights, biases, chosen).as_text()
+        products = re.findall(r"stablehlo.dot_general.*", program)
+        assert len(products) >= 9  # three forward, six backward
+        assert all(f"precision = [{stated}, {stated}]" in p for p in products)
 
 
 def test_a_choice_out_of_range_adds_nothing():

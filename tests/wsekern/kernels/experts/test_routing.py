@@ -34,9 +34,9 @@ def test_rows_go_by_buckets_if_they_fit_and_come_back_summed(backend, fits):
             mine = route.send(chosen)[:, 0] // (E // 4) == wk.fabric.axis_index(WAFERS)
             there = jnp.where(mine[:, None], 2 * route.send(rows), 0)
             gathered = jnp.full_like(rows, float(route is routing._GATHER))
-            return route.back(there), gathered
+            return route.send_back(there), gathered
 
-        out, gathered = routing.routed(chosen, E // 4, work)
+        out, gathered = routing.run_routed(chosen, E // 4, work)
         return out.reshape(x.shape), gathered.reshape(x.shape)
 
     tokens = P(WAFERS, ROWS, COLS)
@@ -70,5 +70,5 @@ def test_experts_and_gradients_are_the_same_either_way(backend, fits):
 
 
 def test_a_bucket_is_no_more_than_needed():
-    assert routing.bucket(1000, 1, 4) == 376  # a quarter on average, and a half more
-    assert routing.bucket(1000, 8, 2) > 1000  # nearly every token goes everywhere: a gather
+    assert routing.bucket_rows(1000, 1, 4) == 376  # a quarter on average, and a half more
+    assert routing.bucket_rows(1000, 8, 2) > 1000  # nearly every token goes everywhere: a gather

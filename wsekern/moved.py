@@ -26,7 +26,7 @@ _WAFER = (
     "adopted:on_devices axes context emulation:launch grid:launch host_memory identity:program "
     "layout placement readings:program"
 )
-_PLACEMENT = "devices:failed_devices harvest:yields held:frozen_array"
+_PLACEMENT = "devices:failed_devices harvest:yields held:frozen_array machines:place"
 
 
 def _moves(old: str, new: str, names: str) -> dict[str, str]:
@@ -37,6 +37,7 @@ def _moves(old: str, new: str, names: str) -> dict[str, str]:
 MOVED = {
     **_moves("wsekern", "wsekern.wafer", _WAFER),
     **_moves("wsekern.placement", "wsekern.wafer.placement", _PLACEMENT),
+    "wsekern.placement.regions": "wsekern.wafer.regions",
     "wsekern.placement.spread": "wsekern.wafer.virtual",
     **_moves("wsekern.fabric", "wsekern.fabric.reductions", _FABRIC),
     "wsekern.fabric.axis": "wsekern.fabric.jax_collectives",

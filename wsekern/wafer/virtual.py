@@ -99,24 +99,6 @@ def mesh_over(over: Wafer, wafer: Wafer) -> Mesh:
     return Mesh(placed, spread, axis_types=(AxisType.Auto,) * len(spread))
 
 
-def part(of: dict[str, tuple[int, int]], wafer: Wafer) -> dict[str, tuple[int, int]]:
-    """The (start, length) of devices along each mesh axis that hold those PEs of `wafer`.
-
-    Raises:
-      ValueError: a device holds some of them, but not all of its block.
-    """
-    found = {}
-    for axis, (begin, length) in of.items():
-        block = wafer.axis_size(axis) // wafer.devices_along(axis)
-        if wafer.mesh is not None and (begin % block or length % block):
-            raise ValueError(
-                f"Wafer.region: {length} PEs from {begin} on along {axis!r} are no whole blocks of "
-                f"the {block} that each device of {wafer!r} has; make the wafer without devices="
-            )
-        found[SPREAD[axis]] = begin // block, length // block
-    return found
-
-
 def _spread(wafer: Wafer, block: Callable, specs: Specs, *operands: Any) -> Any:
     """`block` of each device's PEs, on all devices."""
     # A device's block is one stretch of a dimension only where that lies along one axis.

@@ -16,11 +16,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from wsekern.hardware import Machine
-from wsekern.wafer import context, on_devices, program, virtual
+from wsekern.wafer import context, on_devices, program, regions, virtual
 from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
-from wsekern.wafer.placement import failed_devices, machines, regions
+from wsekern.wafer.placement import failed_devices
 from wsekern.wafer.placement.defects import Defects
-from wsekern.wafer.placement.place import Placement
+from wsekern.wafer.placement.place import Placement, check_fits, place_on
 from wsekern.wafer.specs import Specs, check_divides, check_inside, tile_at
 
 TILED = P(ROWS, COLS)
@@ -79,7 +79,7 @@ class Wafer:
         available = list(jax.devices() if devices is None else devices)
         at_places = None
         if failed:
-            available = failed_devices.working(available, failed)
+            available = failed_devices.working_devices(available, failed)
             failed_devices.check_enough(height, width, wafers, len(available), len(set(failed)))
             at_places = failed_devices.rectangle(available, height * wafers, width)
         if shape.size > len(available):
@@ -162,10 +162,10 @@ class Wafer:
             what the defects leave of it (says the largest that does), or does not divide by the
             devices.
         """
-        machines.check_fits("Wafer.virtual", machine, height, width)
+        check_fits("Wafer.virtual", machine, height, width)
         wafer = cls(backend="virtual", height=height, width=width, wafers=wafers, machine=machine)
         wafer = _present(wafer)
-        placement = machines.placed(machine, height, width, defects, folded)
+        placement = place_on(machine, height, width, defects, folded)
         if devices is not None:
             over = (
                 devices
@@ -201,13 +201,13 @@ class Wafer:
         """
         height = machine.usable_height if height is None else height
         width = machine.usable_width if width is None else width
-        machines.check_fits("Wafer.abstract", machine, height, width)
+        check_fits("Wafer.abstract", machine, height, width)
         shape = _present(
             cls(backend="abstract", height=height, width=width, wafers=wafers, machine=machine)
         )
         sizes = tuple(shape.axis_size(axis) for axis in shape.axes)
         mesh = AbstractMesh(sizes, shape.axes, axis_types=(AxisType.Auto,) * len(sizes))
-        placement = machines.placed(machine, height, width, defects, folded)
+        placement = place_on(machine, height, width, defects, folded)
         return dataclasses.replace(shape, mesh=mesh, placement=placement)
 
     def region(self, y: int, x: int, height: int, width: int) -> "Wafer":
@@ -225,16 +225,16 @@ class Wafer:
         Raises:
           ValueError: it is not inside this wafer, or of a spread one, is no blocks of devices.
         """
-        regions.check(height, width, y, x, (self.height, self.width))
+        regions.check_region(y, x, height, width, self)
         names, placement = dict(self.names), self.placement
         part = {names[ROWS]: (y, height), names[COLS]: (x, width)}
         if self.backend == "virtual":
-            part = virtual.part({ROWS: (y, height), COLS: (x, width)}, self)
+            part = regions.devices_of_blocks({ROWS: (y, height), COLS: (x, width)}, self)
         return dataclasses.replace(
             self,
             height=height,
             width=width,
-            mesh=regions.mesh_of(self.mesh, part),
+            mesh=regions.submesh(self.mesh, part),
             placement=None if placement is None else placement.region(y, x, height, width),
             corner=(self.corner[0] + y, self.corner[1] + x),
         )
@@ -245,8 +245,8 @@ class Wafer:
         Raises:
           ValueError: there are not so many PEs along an axis.
         """
-        down = regions.cuts("rows", self.height, rows)
-        across = regions.cuts("columns", self.width, columns)
+        down = regions.split_evenly("rows", self.height, rows)
+        across = regions.split_evenly("columns", self.width, columns)
         return tuple(self.region(y, x, h, w) for y, h in down for x, w in across)
 
     @property

@@ -1,4 +1,5 @@
 """Where the PEs of a program lie: on a physical wafer with its defects, or on devices that work.
 
-Imports `wsekern.hardware` alone, so that `wsekern.wafer.wafer` can build on it.
+Imports `wsekern.hardware` and `wsekern.wafer.axes` alone, so that `wsekern.wafer.wafer` can build
+on it.
 """

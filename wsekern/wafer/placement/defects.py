@@ -1,40 +1,40 @@
-"""This file is `Defects`: which PEs of a physical wafer do not work.
+"""`Defects`: which PEs of a physical wafer do not work.
 
-A wafer is made with more cores than its programs see, and its fabric is routed round those that
+A wafer is made with more cores than its programs see, and its fabric is routed around those that
 fail: S. Lie, "Wafer Scale Deep Learning", Hot Chips 31, 2019; J. Wang, "100x Defect Tolerance", the
 vendor's blog, 2025.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from wsekern.hardware import Machine
-from wsekern.wafer.placement.frozen_array import Held
+from wsekern.wafer.placement.frozen_array import FrozenArray
 
 
 @dataclasses.dataclass(frozen=True)
 class Defects:
     """A map of the physical PEs that are faulty; immutable, equal by value.
 
-    Make one with `Defects.random` or `Defects.of`. What is faulty is a core: its router, or the
+    Make one with `Defects.random` or `Defects.of`. What is faulty is a core. Its router, or the
     redundant links beside it, still pass words on, at one hop a place.
     """
 
-    held: Held
+    held: FrozenArray
 
     @classmethod
     def random(
         cls, machine: Machine | tuple[int, int], pe_yield: float = 0.99, seed: int = 0
-    ) -> Defects:
-        """Every PE faulty on its own, with probability `1 - pe_yield`.
+    ) -> "Defects":
+        """A map on which each PE is faulty with probability `1 - pe_yield`, independently.
 
         Args:
-          machine: whose physical grid, spare columns with it; or (height, width) of a grid.
+          machine: its physical grid is taken, spare columns included; or give (height, width).
           pe_yield: the share of PEs that work, 0 to 1.
-          seed: of numpy's generator; the same seed is the same map.
+          seed: of numpy's generator; the same seed gives the same map.
 
         Raises:
           ValueError: `pe_yield` is not from 0 to 1, or the grid is not positive.
@@ -44,14 +44,14 @@ class Defects:
         shape = machine.physical if isinstance(machine, Machine) else machine
         if min(shape) < 1:
             raise ValueError(f"Defects.random: a grid of {shape[0]}x{shape[1]} has no PE")
-        return cls(Held(np.random.default_rng(seed).random(shape) >= pe_yield))
+        return cls(FrozenArray(np.random.default_rng(seed).random(shape) >= pe_yield))
 
     @classmethod
-    def of(cls, faulty: np.ndarray) -> Defects:
-        """The map given.
+    def of(cls, faulty: Any) -> "Defects":
+        """The map that you give.
 
         Args:
-          faulty: of the physical PEs, [rows, columns], true or nonzero where one is faulty.
+          faulty: [rows, columns] of the physical PEs; true or nonzero where one is faulty.
 
         Raises:
           ValueError: it is not two-dimensional, or has no PE.
@@ -62,16 +62,16 @@ class Defects:
                 f"Defects.of: faulty has shape {array.shape}; it must be [rows, columns] of the "
                 "physical PEs"
             )
-        return cls(Held(array.astype(np.bool_)))
+        return cls(FrozenArray(array.astype(np.bool_)))
 
     @property
-    def faulty(self) -> np.ndarray:
+    def faulty(self) -> Bool[np.ndarray, "rows columns"]:
         """[rows, columns], true where a PE is faulty; read-only."""
         return self.held.array
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Physical rows and columns."""
+        """How many physical rows and columns there are."""
         rows, columns = self.faulty.shape
         return rows, columns
 
@@ -80,9 +80,9 @@ class Defects:
         """How many PEs are faulty."""
         return int(self.faulty.sum())
 
-    def turned(self) -> Defects:
-        """The map with rows as columns: a program may lie on the wafer either way."""
-        return Defects(Held(self.faulty.T))
+    def turned(self) -> "Defects":
+        """The map with rows and columns exchanged: a program may lie on the wafer either way."""
+        return Defects(FrozenArray(self.faulty.T))
 
     def __repr__(self) -> str:
         rows, columns = self.shape

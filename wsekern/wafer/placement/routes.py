@@ -1,37 +1,36 @@
-"""This file is what a move of tiles takes on a placement: hops, and tiles across the busiest link.
+"""What a move of tiles costs on a placement: its hops, and the tiles across the busiest link.
 
-Routes are dimension-ordered over physical PEs: along x, then along y. Where columns of neighboring
-rows stand apart, a move along y goes sideways first, and shares those links with its neighbors'.
+Routes are dimension-ordered over physical PEs: along x, then along y. If the columns of neighboring
+rows stand apart, a move along y goes sideways first, on links that its neighbors' moves use too.
 """
-
-from __future__ import annotations
 
 import functools
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.placement.place import Placement
 
 
 class Routes(NamedTuple):
-    """Of one move, over all PEs."""
+    """The routes of one move, over all PEs."""
 
     longest: int  # hops of the farthest tile
     mean: float  # hops of a tile
-    loads: dict[str, int]  # tiles across the busiest link of each direction
+    loads: dict[str, int]  # tiles across the busiest link of each direction: N, E, S, W
 
 
 @functools.lru_cache(maxsize=256)
 def routes(
     placement: Placement, axes: tuple[str, ...], pairs: tuple[tuple[int, int], ...]
 ) -> Routes:
-    """What `pairs` of (source, destination) take, on every line along `axes`.
+    """The routes of `pairs` of (source, destination), made on every line along `axes` at once.
 
     Args:
       placement: of the program's PEs.
-      axes: one or both of "y" and "x"; of both, places count in their order, the first outermost.
+      axes: "y", "x" or both; with both, places are numbered with the first axis outermost.
       pairs: places along `axes`.
     """
     row, column = (_by_line(m, axes) for m in (placement.rows, placement.columns))
@@ -41,6 +40,8 @@ def routes(
     hops = np.abs(to_row - from_row) + np.abs(to_column - from_column)
     loads = {}
     height, width = placement.physical
+    # Along x a tile is still in its sender's row; along y it is in its receiver's column already.
+    # West and north are east and south with places counted from the other end.
     for direction, line, start, goal, lines, places in (
         ("E", from_row, from_column, to_column, height, width),
         ("W", from_row, width - 1 - from_column, width - 1 - to_column, height, width),
@@ -55,28 +56,38 @@ def routes(
 
 @functools.lru_cache(maxsize=64)
 def sideways(placement: Placement, axis: str) -> dict[str, int]:
-    """Tiles across the busiest link each way, where every PE sends to its next along `axis`."""
+    """Tiles across the busiest link of each direction when every PE sends to its next on `axis`."""
     size = placement.rows.shape[0 if axis == ROWS else 1]
     forth = routes(placement, (axis,), tuple((i, i + 1) for i in range(size - 1))).loads
     back = routes(placement, (axis,), tuple((i + 1, i) for i in range(size - 1))).loads
     return {d: max(forth.get(d, 0), back.get(d, 0)) for d in {*forth, *back}}
 
 
-def _by_line(of_pe: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
-    """[lines, places along `axes`]."""
+def _by_line(
+    places: Int[np.ndarray, "height width"], axes: tuple[str, ...]
+) -> Int[np.ndarray, "lines pes"]:
+    """`places` as one row for each line along `axes`."""
     if axes == (ROWS,):
-        return of_pe.T
+        return places.T
     if axes == (COLS,):
-        return of_pe
-    return (of_pe if axes == (ROWS, COLS) else of_pe.T).reshape(1, -1)
+        return places
+    return (places if axes == (ROWS, COLS) else places.T).reshape(1, -1)
 
 
-def _busiest(line: np.ndarray, start: np.ndarray, goal: np.ndarray, lines: int, places: int) -> int:
-    """How many tiles cross the busiest link toward higher places, over all lines."""
-    up = goal > start
-    if not up.any():
+def _busiest(
+    line: Int[np.ndarray, " tiles"],
+    start: Int[np.ndarray, " tiles"],
+    goal: Int[np.ndarray, " tiles"],
+    lines: int,
+    places: int,
+) -> int:
+    """How many tiles cross the busiest link in the direction of rising places, over all lines."""
+    rising = goal > start
+    if not rising.any():
         return 0
-    base, size = line[up] * (places + 1), lines * (places + 1)
-    begun = np.bincount(base + start[up], minlength=size)
-    ended = np.bincount(base + goal[up], minlength=size)
+    # On one line: tiles that have begun by place i, less those that have ended by then, cross the
+    # link from i to i + 1. One bin more a line keeps the lines apart in the flat count.
+    base, size = line[rising] * (places + 1), lines * (places + 1)
+    begun = np.bincount(base + start[rising], minlength=size)
+    ended = np.bincount(base + goal[rising], minlength=size)
     return int((begun - ended).reshape(lines, -1).cumsum(1).max())

@@ -1,10 +1,8 @@
-"""This file is a Monte-Carlo of yield: which rectangle a wafer still has, by how much of it fails.
+"""A Monte-Carlo estimate of yield: the rectangle that a wafer still has, by its density of faults.
 
-For each density of faults many wafers are drawn, and each is asked for its largest rectangle and
-for the whole of what its programs use.
+For each density many wafers are drawn. Each is asked for its largest rectangle, and whether it has
+the whole rectangle that programs of its machine can use.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,14 +17,14 @@ DENSITIES = (0.001, 0.01, 0.03, 0.05, 0.06, 0.07, 0.08, 0.1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Harvest:
-    """What wafers of one density of faults have left."""
+    """What is left of the wafers drawn at one density of faults."""
 
     density: float  # the share of PEs that are faulty
     whole: float  # the share of wafers that have all that a program can use
-    rectangle: tuple[int, int]  # the largest, of the median wafer
-    share: float  # of the PEs made, that are in it
-    worst: int  # columns of the narrowest that any wafer has, with the rows a program can use
-    untouched: float  # the share of rows without a fault: all that leaving rows out would keep
+    rectangle: tuple[int, int]  # the largest (height, width) of the median wafer
+    share: float  # of all PEs that are made, those in that rectangle
+    worst: int  # columns of the narrowest wafer's rectangle, at the height that programs can use
+    untouched: float  # the share of rows without a fault: all that skipping faulty rows would keep
 
 
 def harvest(
@@ -36,30 +34,30 @@ def harvest(
     wafers: int = 1000,
     seed: int = 0,
 ) -> list[Harvest]:
-    """What is left of wafers of a machine at each density of faults, each PE's alike and its own.
+    """What is left of a machine's wafers at each density of faults.
 
-    A row keeps its good PEs, as `place` takes them: how many these are is drawn
-    for all rows at once.
+    Every PE is faulty with the same probability, independently of the others. A row keeps its good
+    PEs, as `place` uses them; so one number is drawn for each row, how many these are.
 
     Args:
-      machine: whose physical grid and usable rectangle.
+      machine: its physical grid and usable rectangle are taken.
       densities: shares of PEs that are faulty, 0 to 1.
-      wafers: how many are drawn for each.
+      wafers: how many are drawn for each density.
       seed: of numpy's generator.
 
     Raises:
-      ValueError: a density is not from 0 to 1, or `wafers` not positive.
+      ValueError: a density is not from 0 to 1, or `wafers` is not positive.
     """
     if wafers < 1 or not all(0 <= density <= 1 for density in densities):
         raise ValueError(
             f"harvest: wafers={wafers} must be 1 or more, densities={list(densities)} from 0 to 1"
         )
     rng = np.random.default_rng(seed)
-    return [_at(machine, density, wafers, rng) for density in densities]
+    return [_harvest_at(machine, density, wafers, rng) for density in densities]
 
 
-def table(found: Sequence[Harvest]) -> str:
-    """The outcome in Markdown."""
+def table(results: Sequence[Harvest]) -> str:
+    """The results as a table in Markdown."""
     lines = [
         "| faulty PEs | wafers with the whole rectangle | largest rectangle, median | of all PEs | "
         "narrowest at full height | rows without a fault |",
@@ -68,17 +66,18 @@ def table(found: Sequence[Harvest]) -> str:
     lines += [
         f"| {h.density:.2%} | {h.whole:.1%} | {h.rectangle[0]} x {h.rectangle[1]} | {h.share:.1%} |"
         f" {h.worst} | {h.untouched:.2%} |"
-        for h in found
+        for h in results
     ]
     return "\n".join(lines)
 
 
-def _at(machine: Machine, density: float, wafers: int, rng: np.random.Generator) -> Harvest:
+def _harvest_at(machine: Machine, density: float, wafers: int, rng: np.random.Generator) -> Harvest:
     rows, columns = machine.physical
     # Drawn through the distribution: numpy's own `binomial` differs from one version to another.
     below = scipy.stats.binom.cdf(np.arange(columns), columns, 1 - density)
     good = np.searchsorted(below, rng.random((wafers, rows)), side="right")
-    widths = np.sort(good, axis=1)[:, ::-1]  # of each wafer's rows, the widest first
+    # The widest h rows of a wafer make a rectangle as wide as the h-th of them.
+    widths = np.sort(good, axis=1)[:, ::-1]
     areas = widths * np.arange(1, rows + 1)
     best = areas.argmax(1)
     size = areas.max(1)

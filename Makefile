@@ -3,7 +3,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train test quick sample lint suite typed clean FORCE
+.PHONY: help train test quick sample lint suite typed docs coverage clean FORCE
 .NOTPARALLEL:
 
 # A command counts if it runs: a version manager's shim can stand on PATH for nothing.
@@ -29,7 +29,7 @@ help: ## this list
 train: $(VENV)/installed-train ## train a small language model; ARGS='--steps 1000' adds flags
 	$(python) -m training --preset nano --wafer 2x4 --steps 300 --platform cpu $(ARGS)
 
-test: lint suite typed ## lint, check types, run every test
+test: lint docs suite typed ## lint, check types, build the pages, run every test
 
 quick: $(VENV)/installed-test ## run the tests that are not slow; ARGS='-k ring' goes to pytest
 	$(pytest) -m 'not slow' $(ARGS)
@@ -49,8 +49,16 @@ typed: $(VENV)/installed-test ## run one test a kernel, compiled as for users, w
 	XLA_AS_SHIPPED=1 $(pytest) tests/wsekern/kernels -m 'not refuses and not slow' --one-of-each \
 	  --jaxtyping-packages=wsekern,typechecker.checked $(ARGS)
 
+docs: $(VENV)/installed-docs ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+coverage: $(VENV)/installed-test ## run the tests that are not slow, and list the lines that none reaches
+	$(pytest) -m 'not slow' --cov=wsekern --cov=sharding --cov=models --cov=training \
+	  --cov-report=term-missing:skip-covered $(ARGS)
+
 clean: ## remove environments and caches; runs stay, and compiled programs in ~/.cache/wsekern
-	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The last line runs only if all before it did, so an interrupted installation is taken up again.
 $(VENV)/installed-%: pyproject.toml constraints.txt $(if $(wildcard $(python)),,FORCE)

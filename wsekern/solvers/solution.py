@@ -14,7 +14,7 @@ from wsekern.solvers import fields
 from wsekern.solvers.fields import Fields, Operator, Scalar
 from wsekern.wafer.keywords import either_name
 
-# Why a solver stopped. Inside jit it can be told only as a number, a place in this list.
+# Why a solver stopped. Inside jit the reason is a number, a place in this list.
 REASONS = (
     "converged",
     "the most iterations were taken",

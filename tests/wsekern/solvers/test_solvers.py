@@ -1,4 +1,4 @@
-"""Every solver against the dense solution, SciPy's iterations, and what theory says of them."""
+"""Every solver against the dense solution, SciPy's iterations, and theory."""
 
 import functools
 
@@ -17,7 +17,7 @@ B = jnp.asarray(RNG.standard_normal((N, N)), jnp.float32)
 
 
 def star(u, wind):
-    """A Laplacian, positive, and a wind along the first dimension that no symmetry has."""
+    """A positive Laplacian, and a wind along the first dimension, which makes it unsymmetric."""
     center = u[1:-1, 1:-1]
     down, up = u[2:, 1:-1], u[:-2, 1:-1]
     return 4 * center - down - up - u[1:-1, 2:] - u[1:-1, :-2] + wind * (down - up)
@@ -74,8 +74,8 @@ def test_every_mesh_reaches_the_same_true_residual(grid, wafer_called):
         assert np.isnan(history[int(got.iterations) + 1 :]).all()
 
 
-def test_bicgstab_begins_anew_where_only_rounding_is_left():
-    """A smooth right side in float32: products with its first residual soon are but rounding."""
+def test_bicgstab_begins_anew_when_only_rounding_is_left():
+    """A smooth right side in float32: products with the first residual soon are only rounding."""
     n = 64
     middle = (jnp.arange(n) + 0.5) / n
     smooth = jnp.outer(jnp.exp(-middle) * jnp.sin(6.28 * middle), jnp.sin(3.14 * middle))
@@ -85,7 +85,7 @@ def test_bicgstab_begins_anew_where_only_rounding_is_left():
 
 
 def test_as_many_iterations_as_there_are_eigenvalues():
-    """Three of them, of either sign together: cg takes a negative definite operator too."""
+    """Three, all positive or all negative: cg takes a negative definite operator too."""
     values = jnp.asarray(RNG.choice([1.0, 2.5, 7.0], (N, N)), jnp.float32)
     for sign in (1, -1):
         got = jax.jit(lambda b, s=sign: wk.cg(lambda u: s * values * u, b))(B)
@@ -147,7 +147,7 @@ def odd(near):
 
 
 @pytest.mark.parametrize("size", [64, pytest.param(1024, marks=pytest.mark.slow)])
-def test_a_cycle_reduces_the_residual_alike_on_all_grids(size):
+def test_a_cycle_reduces_the_residual_equally_on_all_grids(size):
     """By 5.2 to 5.6 in the long run, within 10 % at any size; by more at first, on noise."""
     b = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
     at = functools.partial(laplacian_at, boundary=odd)
@@ -155,7 +155,7 @@ def test_a_cycle_reduces_the_residual_alike_on_all_grids(size):
 
     @jax.jit
     def reduced(r):
-        """The norms of the residual, which is given its first size again before it is rounding."""
+        """The residual's reduction in each cycle; it is normalized before only rounding is left."""
 
         def step(r, _):
             left = r - at(1)(cycle(r))
@@ -168,8 +168,8 @@ def test_a_cycle_reduces_the_residual_alike_on_all_grids(size):
     assert 5.1 < np.exp(np.log(by[20:]).mean()) < 5.6
 
 
-def test_walls_that_wander_from_grid_to_grid_are_told():
-    """With zero beyond the outermost cells; where coarser grids say where that is, it converges."""
+def test_refuses_walls_that_differ_from_grid_to_grid():
+    """Zero beyond the outermost cells; it converges if coarser grids keep the wall in its place."""
     diagonal = lambda level: 4 / level**2  # noqa: E731
     with pytest.raises(ValueError, match=r"operator_at\(2\) is a stencil with boundary='zero'"):
         wk.multigrid(functools.partial(laplacian_at, boundary="zero"), B, diagonal_at=diagonal)
@@ -213,7 +213,7 @@ def test_multigrid_on_wafers_and_as_a_preconditioner(grid, wafer_called):
 
 @pytest.mark.parametrize("wind", [0.0, 0.3], ids=["cg", "bicgstab"])
 def test_gradients_are_those_of_the_dense_solution(full_wafer, wind):
-    """Of `b`, and of what the operator reads; by another solve, with the transpose."""
+    """By `b`, and by what the operator reads; computed by a solve with the transpose."""
     n = 8
     b = B[:n, :n]
 
@@ -264,14 +264,14 @@ def test_several_fields_and_sixteen_bits():
 @pytest.mark.parametrize(
     ("solver", "boundary"), [(wk.cg, "edge"), (wk.bicgstab, "periodic")], ids=["cg", "bicgstab"]
 )
-def test_an_inconsistent_system_is_told_from_a_consistent_one(solver, boundary):
+def test_tells_an_inconsistent_system_from_a_consistent_one(solver, boundary):
     """Constants are mapped to zero: a right side has a solution if its mean is zero."""
     run = jax.jit(lambda b: solver(poisson(boundary=boundary), b, max_iterations=200))
     assert run(B - B.mean()).why == "converged"
     assert "inconsistent" in run(B + 0.5).why
 
 
-def test_what_goes_wrong_is_told():
+def test_says_why_it_stopped():
     indefinite = lambda u: poisson()(u) - 2.1 * u  # noqa: E731
     assert "indefinite" in jax.jit(lambda b: wk.cg(indefinite, b))(B).why
     tight = jax.jit(lambda b: wk.cg(poisson(), b, tolerance=1e-10, max_iterations=300))(B)

@@ -62,7 +62,7 @@ def compute_once(
         return _behind_barrier(function, counter, *operands)
     closed = jax.make_jaxpr(function)(*operands)
     jaxpr = closed.jaxpr
-    if jaxpr.effects:  # nothing reads what is printed, so the parts below would drop it
+    if jaxpr.effects:  # the parts below are cut by results, and printing has none
         return list(function(*operands))
     known, values = [*jaxpr.invars], [*operands]
     for level in shared_levels(jaxpr):
@@ -144,6 +144,7 @@ def _worth_storing(jaxpr: core.Jaxpr, costs: dict[Variable, int]) -> set[Variabl
         read_at = set().union(*(reads[v] for v in equation.outvars))
         # XLA computes the expression once for each offset at which some pass reads it.
         saved = (len(read_at) - 1) * costs[result]
+        # A mask cannot be negated, as the barrier's other branch does.
         number = len(equation.outvars) == 1 and jnp.issubdtype(result.aval.dtype, jnp.number)
         if saved > _PASS and number and result.aval.size > smallest:
             chosen.add(result)

@@ -37,27 +37,27 @@ def halo_exchange(
     """The tiles of `u`, each with its halo, side by side as one array.
 
     A dimension of `N` cells over `p` PEs becomes one of `p * (N/p + low + high)`; `crop` is the
-    inverse. A PE sends one message to each neighbor, in one step a dimension.
+    inverse. A PE sends one message, of all fields, to each neighbor: a dimension after the other,
+    so that corners come in two steps. Differentiable, forward and reverse.
 
     Args:
       u: a field, or a pytree of fields of one shape; of any floating or integer dtypes.
       width: cells of the halo: one number for every dimension that is split, or a number or a pair
         (low, high) for each dimension.
-      boundary: what lies beyond the field, for all sides, or for each dimension, or for each
-        dimension (low, high): "periodic", "zero", a number, "edge" (the last cell again),
-        "reflect" (about the last cell), "symmetric" (about its outer face), "fixed" (as "edge";
-        `stencil` holds the rim still) or a function of the cells nearest to that side, as many as
-        the halo is wide, in order, that gives the ghost cells. For a pytree also a dict of these
-        by the name of a field.
-      corners: whether diagonal neighbors' cells come too; without, all messages go in one step, and
-        corners hold nothing of use.
+      boundary: what lies beyond the field: "periodic", "zero", a number, "edge" (the last cell
+        again), "reflect" (about the last cell), "symmetric" (about its outer face), "fixed" (as
+        "edge"; `stencil` holds the rim still), or a function that makes the ghost cells from the
+        cells nearest to that side, as many as the halo is wide, in order. One for all sides, or one
+        for each dimension, or (low, high) for each dimension; or a dict of these by a field's name.
+      corners: whether diagonal neighbors' cells come too. Without them all messages go in one
+        step, and corners hold nothing of use.
       spec: over which axes the dimensions lie. By default as `u` is laid out, else the first
         dimension along y and over the wafers, and the second along x.
       wafer: where to run; by default the current wafer, or else the mesh that `u` is split over.
 
     Returns:
-      The tiles with their halos. Of a size that does not divide, the last tile's ghost cells
-      follow its last cell; what comes after them, and tiles beyond, is no part of the field.
+      The tiles with their halos. Where a size does not divide, the last tile's ghost cells follow
+      its last cell. What comes after them, and tiles after that one, are no part of the field.
 
     Raises:
       ValueError: the halo is wider than a tile, a boundary is unknown, or the fields differ in
@@ -94,13 +94,16 @@ def halo_tile(
       tile: a tile, or a pytree of tiles of one shape.
       along: for each dimension the axis that it is split over, None, or a tuple of axes: the
         entries of the `PartitionSpec`.
-      width: as in `halo_exchange`.
-      boundary: as in `halo_exchange`.
-      corners: as in `halo_exchange`.
+      width: cells of the halo: one number for every dimension that is split, or a number or a pair
+        (low, high) for each dimension.
+      boundary: what lies beyond the field, as in `halo_exchange`: a rule by name, a number or a
+        function; for all sides, by dimension, by side, or by a field's name.
+      corners: whether diagonal neighbors' cells come too.
       size: cells of the whole field along each dimension; by default all tiles are full.
 
     Raises:
-      ValueError: as `halo_exchange`.
+      ValueError: the halo is wider than a tile, a boundary is unknown, or the tiles have several
+        shapes.
     """
     operation = "halo_tile"
     fields, tree = jax.tree.flatten(tile)
@@ -124,10 +127,10 @@ def crop(
 
     Args:
       tiles: the result of `halo_exchange`, an array or a pytree of arrays.
-      width: of the halo, as given there.
+      width: of the halo, as it was given to `halo_exchange`.
       shape: of the field, where its sizes do not divide.
-      spec: as given there.
-      wafer: as given there.
+      spec: over which axes the dimensions lie, as it was given to `halo_exchange`.
+      wafer: where to run, as it was given to `halo_exchange`.
 
     Raises:
       ValueError: the tiles are smaller than their halos.

@@ -13,8 +13,8 @@ from wsekern.kernels.stencil import halo
 from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile
 from wsekern.kernels.stencil.geometry import Line, Lines
 
-# One exchange on emulated devices takes as long as the update of so many cells: 50 to 90 us a
-# collective, of which there are two a dimension, at about a cell a nanosecond.
+# One exchange on emulated devices takes as long as the update of so many cells: two collectives a
+# dimension, of 50 to 90 us each, and about a nanosecond a cell.
 _CELLS_OF_AN_EXCHANGE = 150_000
 _DEEPEST = 8  # beyond, the unrolled program only takes longer to compile
 # A dimension of size 1 of a coefficient: its cell is whole on every PE.

@@ -35,7 +35,7 @@ Cotangents = tuple[list[Any], list[Any]]
 
 
 def advance(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
-    """`run.advance`, of which a reverse-mode gradient keeps few states."""
+    """`run.advance`, with a reverse-mode gradient that keeps few states."""
     if run.plan.on_wafer:
         return _nested_checkpoints(run, tiles, begin, steps)
     return _checkpointed(run, tiles, begin, steps)

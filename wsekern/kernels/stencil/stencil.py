@@ -65,20 +65,24 @@ def stencil(
 ) -> Any:
     """`u` after `steps` steps of `update`, the same field on every mesh.
 
-    `update(u)` maps tiles with `radius` cells around them, of any size, to tiles without; it is
-    called as `update(u, coefficients)` if there are some, and with `step=` if it has such a
-    parameter. A PE sends `depth * radius` cells to each neighbor once in `depth` steps, and between
-    computes its neighbors' nearest cells itself; it holds two padded copies of its tiles.
-    Differentiable, forward and reverse.
+    `update(u)` makes tiles, of any size, from tiles with `radius` more cells around. It is called
+    as `update(u, coefficients)` if there are some, and with `step=`, counted from 0, if it has such
+    a parameter; it is traced once for each size of tile. A PE sends `depth * radius` cells to each
+    neighbor once in `depth` steps, and between computes its neighbors' nearest cells itself. It
+    holds two padded copies of its tiles. Differentiable, forward and reverse.
 
     Args:
       u: a field, or a pytree of fields of one shape. On a staggered grid each cell is kept with the
         faces behind it, to the east and the south. The face before the first cell is a ghost cell;
         the one after the last cell stays as it is with the boundary ("zero", "fixed").
-      update: is traced once for each size of tile that it is called on.
-      radius: cells that `update` takes off, as the `width` of `halo_exchange`.
-      boundary: as in `halo_exchange`, in each step; "fixed" holds `radius` cells still.
-      steps: how many; `step` counts them from 0.
+      update: one step, as said above.
+      radius: cells that `update` takes off: one number for every dimension that is split, or a
+        number or a pair (low, high) for each dimension.
+      boundary: what lies beyond the field in each step: "periodic", "zero", a number, "edge",
+        "reflect", "symmetric", "fixed" (the `radius` cells nearest to the end stay as they are), or
+        a function from the `radius` nearest cells to the ghost cells. One for all sides, or one for
+        each dimension, or (low, high) for each dimension; or a dict of these by a field's name.
+      steps: how many.
       coefficients: a pytree that `update` reads. An array with as many dimensions as the field is
         split as the field is and has the same halo, except along dimensions of size 1. Beyond the
         field its last cells repeat, or it is periodic as the field is. Others are whole everywhere.
@@ -87,15 +91,16 @@ def stencil(
       sources: what is added to a field at points after each step.
       receivers: where a field is read after each step.
       save_every: steps from one snapshot to the next.
-      checkpoint: "sqrt" keeps sqrt(steps) states and what `update` needs of a few steps for a
-        gradient, in reverse mode only, and takes each step three times; None keeps everything.
+      checkpoint: for a gradient, in reverse mode only, "sqrt" keeps sqrt(steps) states and what
+        `update` needs of a few steps, and takes each step three times. None keeps everything.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       overlap: whether a tile's inside is computed apart from its rim, while the halo travels; by
         default on devices that are not CPUs.
       check_finite: outside jit, whether to find where a result that is not finite began.
       donate: outside jit, whether the result may take the memory of `u`, which is gone then.
-      spec: as in `halo_exchange`.
-      wafer: as in `halo_exchange`.
+      spec: over which axes the dimensions lie; by default as `u` is split, else the first along y
+        and over the wafers, the second along x.
+      wafer: where to run; by default the current wafer, or else the mesh that `u` is split over.
 
     Returns:
       `u`; with `save_every` also snapshots `[steps // save_every, ...]`; with `receivers` also,
@@ -131,22 +136,27 @@ def stencil_tile(
 ) -> Any:
     """This PE's `tile` after `steps` steps; for kernels and for your own `jax.shard_map`.
 
+    Costs and results are those of `stencil`. Differentiable, forward and reverse.
+
     Args:
       tile: a tile, or a pytree of tiles of one shape.
-      update: as in `stencil`.
+      update: makes tiles from tiles with `radius` more cells around; called as `update(u)`, or
+        `update(u, coefficients)`, and with `step=` if it has such a parameter.
       along: for each dimension the axis that it is split over, None, or a tuple of axes.
-      radius: as in `stencil`.
-      boundary: as in `stencil`.
-      steps: as in `stencil`.
-      coefficients: as in `stencil`, this PE's tiles of them.
-      corners: as in `stencil`.
-      checkpoint: as in `stencil`.
-      depth: as in `stencil`.
-      overlap: as in `stencil`.
+      radius: cells that `update` takes off: one number for every dimension that is split, or a
+        number or a pair (low, high) for each dimension.
+      boundary: what lies beyond the field, as in `stencil`: a rule by name, a number or a function.
+      steps: how many.
+      coefficients: a pytree that `update` reads, this PE's tiles of it.
+      corners: whether `update` reads cells diagonally across; by default as its slices say.
+      checkpoint: "sqrt" keeps sqrt(steps) states for a gradient in reverse mode; None keeps all.
+      depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
+      overlap: whether a tile's inside is computed while its halo travels; by default not on CPUs.
       size: cells of the whole field along each dimension; by default all tiles are full.
 
     Raises:
-      ValueError: as `stencil`.
+      ValueError: `update` does not take `radius` cells off or changes dtype, a halo is wider than a
+        tile, or an option does not fit.
     """
     operation = "stencil_tile"
     fields, tree = jax.tree.flatten(tile)

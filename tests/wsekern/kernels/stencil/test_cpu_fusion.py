@@ -13,7 +13,7 @@ INSIDE = (slice(2, -2),) * 2
 
 
 def smoothed(u):
-    """A stencil of a stencil: what flows is read at four places, and costs a square root."""
+    """A stencil of a stencil: the slope is read at four places, and costs a square root."""
     slope = jnp.sqrt(1 + (u[1:] - u[:-1])[:, 1:] ** 2 + (u[:, 1:] - u[:, :-1])[1:] ** 2)
     flow = slope[1:, 1:] + slope[:-1, 1:] - slope[1:, :-1] - 0.5 * slope[:-1, :-1]
     return u[INSIDE] + 0.01 * flow[1:-1, 1:-1]
@@ -28,7 +28,7 @@ def field(shape=(16, 24)):
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
-def chosen(function, *operands):
+def shared_shapes(function, *operands):
     jaxpr = jax.make_jaxpr(function)(*operands).jaxpr
     return [[v.aval.shape for v in level] for level in cpu_fusion.shared_levels(jaxpr)]
 
@@ -40,20 +40,20 @@ def chosen(function, *operands):
         (lambda u: [five_points(u)], []),
         # Read at two places, but cheaper computed twice.
         (lambda u: [(2 * u)[1:] - (2 * u)[:-1]], []),
-        # An array of what is apart is apart itself, later.
+        # A shared array that is computed from another one comes a level later.
         (lambda u: [smoothed(jnp.exp(u))], [[(16, 24)], [(15, 23)]]),
         # One row of numbers is not worth a pass, whatever it costs.
         (lambda u: [u[1:] * jnp.exp(u[:1, :]) + u[:-1] * jnp.exp(u[:1, :])], []),
-        # Read whole by one thing that is no slice, and nowhere else.
+        # Read once, as a whole, by a sum.
         (lambda u: [u * jnp.exp(u).sum()], []),
     ],
 )
-def test_chosen_is_what_costs_more_if_computed_again(function, shapes):
-    assert chosen(function, field()) == shapes
+def test_shares_what_costs_more_if_it_is_computed_again(function, shapes):
+    assert shared_shapes(function, field()) == shapes
 
 
 @pytest.mark.parametrize("step", [3, jnp.int32(3)])
-def test_it_is_the_function(step):
+def test_computes_what_the_function_does(step):
     def function(u, n):
         return [smoothed(jnp.exp(u)), jnp.where(n > 0, u, -u), n[1:] + n[:-1]]
 
@@ -63,8 +63,8 @@ def test_it_is_the_function(step):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-def test_a_mask_is_no_number():
-    """What it is of is computed once, itself it is not; and both are right."""
+def test_a_mask_is_not_shared():
+    """What it is computed from is shared; a mask is not, because it cannot be negated."""
 
     def masked(u):
         hot = jnp.exp(u) > 1
@@ -74,12 +74,12 @@ def test_a_mask_is_no_number():
     np.testing.assert_allclose(got[0], masked(field())[0], rtol=1e-6)
 
 
-def test_what_an_update_prints_is_printed(capsys):
-    def telling(u):
+def test_an_update_may_print(capsys):
+    def printing(u):
         jax.debug.print("mean {m}", m=u.mean())
         return smoothed(u)
 
-    jax.block_until_ready(wk.stencil(field(), telling, radius=2, steps=4))
+    jax.block_until_ready(wk.stencil(field(), printing, radius=2, steps=4))
     jax.effects_barrier()
     assert capsys.readouterr().out.count("mean") == 4
 
@@ -90,7 +90,7 @@ def plain(u, steps):
     return u
 
 
-def stepped(u, steps=6, **options):
+def take_steps(u, steps=6, **options):
     return wk.stencil(u, smoothed, radius=2, boundary="edge", steps=steps, **options)
 
 
@@ -98,7 +98,7 @@ def test_steps_and_gradients_are_those_of_whole_arrays(full_wafer):
     def energy(u, step):
         return jnp.sum(step(u) ** 2)
 
-    ours = functools.partial(stepped, wafer=full_wafer)
+    ours = functools.partial(take_steps, wafer=full_wafer)
     want = jax.jit(jax.value_and_grad(functools.partial(energy, step=lambda u: plain(u, 6))))
     for checkpoint in (None, "sqrt"):
         step = functools.partial(ours, checkpoint=checkpoint)
@@ -112,9 +112,9 @@ def test_steps_and_gradients_are_those_of_whole_arrays(full_wafer):
 
 def test_under_vmap_and_in_forward_mode():
     u = field((3, 12, 12))
-    got = jax.jit(jax.vmap(stepped))(u)
+    got = jax.jit(jax.vmap(take_steps))(u)
     np.testing.assert_allclose(got[1], plain(u[1], 6), rtol=1e-5, atol=1e-5)
-    derivative = jax.jit(lambda u, v: jax.jvp(stepped, (u,), (v,))[1])(u[0], u[1])
+    derivative = jax.jit(lambda u, v: jax.jvp(take_steps, (u,), (v,))[1])(u[0], u[1])
     _, want = jax.jvp(lambda u: plain(u, 6), (u[0],), (u[1],))
     np.testing.assert_allclose(derivative, want, rtol=1e-4, atol=1e-5)
 

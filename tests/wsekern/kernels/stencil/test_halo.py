@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import wsekern as wk
 
 SHAPE = (16, 16)
-# boundary -> how numpy says it
+# boundary -> the arguments of numpy's pad
 MODES: dict[Any, dict[str, Any]] = {
     "periodic": {"mode": "wrap"},
     "zero": {},
@@ -36,7 +36,7 @@ def exchange(u, width=1, **options):
 
 
 def around_each_tile(whole, tiles, widths):
-    """The part of a padded whole that each tile of a grid should be, side by side."""
+    """The tiles of a padded whole, each with its halo, side by side."""
     rows = [n // p for n, p in zip(np.subtract(whole.shape, np.sum(widths, 1)), tiles, strict=True)]
     span = [n + sum(w) for n, w in zip(rows, widths, strict=True)]
     return np.block(
@@ -51,14 +51,14 @@ def around_each_tile(whole, tiles, widths):
 
 
 @pytest.mark.parametrize("boundary", ["periodic", "reflect"])
-def test_each_tile_gets_what_numpy_pads(wafer, boundary):
+def test_each_tile_has_the_halo_that_numpy_pads(wafer, boundary):
     got = exchange(field(), boundary=boundary, wafer=wafer)
     want = np.pad(field(), 1, **MODES[boundary])
     np.testing.assert_array_equal(got, around_each_tile(want, grid_of(wafer), [(1, 1)] * 2))
 
 
 def test_every_boundary(full_wafer):
-    """A field for each, all in one program."""
+    """One field for each boundary, all in one program."""
     u = {str(name): field(seed=seed) for seed, name in enumerate(MODES)}
     got = exchange(u, boundary={str(name): name for name in MODES}, wafer=full_wafer)
     for name, mode in MODES.items():
@@ -74,8 +74,8 @@ def test_crop_is_the_inverse(wafer):
     np.testing.assert_array_equal(cropped, u)
 
 
-def test_a_cell_arrives_wherever_it_is_near(full_wafer):
-    """A delta of another weight in every cell: each halo cell says where it came from."""
+def test_a_cell_arrives_at_every_tile_that_is_near(full_wafer):
+    """Every cell has its own value, so each halo cell says where it came from."""
     u = np.arange(1.0, 257.0, dtype=np.float32).reshape(SHAPE)
     got = exchange(u, ((2, 1), (0, 2)), boundary="periodic", wafer=full_wafer)
     padded = np.pad(u, [(2, 1), (0, 2)], mode="wrap")
@@ -101,7 +101,7 @@ def test_sides_may_differ(full_wafer):
 
 
 def test_a_boundary_may_be_a_function(full_wafer):
-    """Odd about the wall, as a velocity is that meets it."""
+    """Odd about the wall, as the velocity of a fluid that meets it."""
     u = field()
     odd = lambda near: -jnp.flip(near, 0)  # noqa: E731
     got = exchange(u, 2, boundary=[odd, "zero"], wafer=full_wafer)
@@ -155,7 +155,7 @@ def test_boundaries_by_the_name_of_a_field(full_wafer):
         np.testing.assert_array_equal(got[name], want)
 
 
-def test_without_corners_all_goes_in_one_step():
+def test_without_corners_all_messages_go_in_one_step():
     wafer = wk.Wafer.abstract(wk.WSE2, 4, 8)
     u = jax.ShapeDtypeStruct((32, 64), jnp.float32)
 
@@ -195,7 +195,7 @@ def test_gradient_and_forward_mode(full_wafer):
 
 
 @pytest.mark.parametrize("spec", [P("a"), P(None, "a"), P("b", "a"), P(("b", "c"), "a")])
-def test_in_a_shard_map_of_ones_own(spec):
+def test_in_a_shard_map_of_the_user(spec):
     mesh = jax.make_mesh((2, 2, 4), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
     along = (*spec, *[None] * (2 - len(spec)))
     per_pe = functools.partial(wk.halo_tile, along=along, width=1, boundary="periodic")
@@ -226,7 +226,7 @@ def test_three_dimensions_split():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("b", "a")])
-def test_an_array_that_is_split_needs_no_wafer(spec, kind):
+def test_a_split_array_needs_no_wafer(spec, kind):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     laid = NamedSharding(mesh, spec)
     u = jax.device_put(field(), laid)
@@ -264,6 +264,6 @@ def test_refuses_a_periodic_size_that_does_not_divide():
 
 
 @pytest.mark.refuses
-def test_refuses_fields_of_other_shapes():
+def test_refuses_fields_of_several_shapes():
     with pytest.raises(ValueError, match="the fields have shapes"):
         wk.halo_exchange((field(), field((8, 8))), 1)

@@ -10,23 +10,23 @@ import wsekern as wk
 INSIDE = (slice(1, -1),) * 2
 
 
-def spoils(state, step):
-    """Keeps both fields, but for what is 2 in `h` at the seventh step."""
+def spoil(state, step):
+    """Keeps both fields, but makes every 2 in `h` infinite at the seventh step."""
     h = state["h"][INSIDE]
     return {"a": state["a"][INSIDE], "h": jnp.where((h == 2) & (step == 6), jnp.inf, h)}
 
 
 @pytest.mark.parametrize("name", ["2x4", "virtual-4x4"])
-def test_field_step_and_cell_are_found(name, wafer_called):
+def test_finds_field_step_and_cell(name, wafer_called):
     u = np.ones((15, 14), np.float32)
     u[11, 13] = 2
     state = {"a": np.ones_like(u), "h": u}
     options = {"radius": 1, "boundary": "edge", "check_finite": True, "wafer": wafer_called(name)}
     with pytest.raises(FloatingPointError, match=r"'h' .* cell \(11, 13\) after step 7 of 10"):
-        wk.stencil(state, spoils, steps=10, **options)
+        wk.stencil(state, spoil, steps=10, **options)
 
 
-def test_what_was_given_is_looked_at_too():
+def test_finds_operands_that_are_not_finite():
     u = np.ones((6, 5), np.float32)
     go = functools.partial(wk.stencil, radius=1, steps=2, check_finite=True)
     spread = lambda v: v[1:-1, 1:-1] + v[:-2, 1:-1]  # noqa: E731

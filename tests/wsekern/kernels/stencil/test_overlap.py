@@ -8,7 +8,7 @@ from tests.wsekern.kernels.stencil.test_stencil import field, run, weighted
 
 
 def computed_before_it_arrives(jaxpr):
-    """Shapes of the products that wait for no exchange, in the program that exchanges."""
+    """Shapes of the products that need no halo, in the jaxpr that has the exchange."""
     names = [equation.primitive.name for equation in jaxpr.eqns]
     if "ppermute" not in names:
         inner = [getattr(v, "jaxpr", v) for e in jaxpr.eqns for v in e.params.values()]
@@ -25,7 +25,7 @@ def computed_before_it_arrives(jaxpr):
     return shapes
 
 
-def test_the_inside_does_not_wait_for_the_halo():
+def test_the_inside_of_a_tile_does_not_wait_for_the_halo():
     u = jax.ShapeDtypeStruct((32, 32), np.float32)
     go = functools.partial(wk.stencil, update=weighted, radius=1, wafer=wk.Wafer.devices(2, 4))
     shapes = {

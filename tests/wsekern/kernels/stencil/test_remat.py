@@ -24,7 +24,7 @@ def wave(state, c):
 
 
 def check_a_wave(steps, **options):
-    """Its gradients by velocity and field are those of plain padding."""
+    """Its gradients by velocity and field equal those of plain padding."""
     c, u, target = np.full(SHAPE, 0.2, np.float32) + 0.02 * field(), field(seed=1), field(seed=2)
 
     def plain(c, u):
@@ -59,7 +59,7 @@ def test_gradient_without_checkpoints(wafer_called):
 
 
 def everything(state, held, step):
-    """Not linear, in two fields and a whole number, with what is split, whole and told."""
+    """Not linear; in two fields and an integer one; reads split and whole arrays and the step."""
     u, v, k = state["u"], state["v"], held["k"]
     around = (
         k[2:, 1:-1] * u[2:, 1:-1] + k[:-2, 1:-1] * u[:-2, 1:-1] + u[1:-1, :-2] + 0.1 * u[2:, 2:]
@@ -68,7 +68,7 @@ def everything(state, held, step):
     return {"n": state["n"][INSIDE] + 1, "u": u_new, "v": u[INSIDE] * jnp.tanh(v[1:-1, 2:])}
 
 
-def test_gradient_of_all_that_a_step_does(wafer_called):
+def test_gradient_of_everything_a_step_does(wafer_called):
     steps = 9
     shapes = [SHAPE, SHAPE, SHAPE, (16, 1), (steps,), (steps, 2)]
     operands = [0.2 * field(shape, seed) for seed, shape in enumerate(shapes)]

@@ -33,7 +33,7 @@ def with_all_faces(h, steps):
 
 
 def test_between_walls(full_wafer):
-    """The face before the first cell is a ghost, the one after the last cell is held still."""
+    """The face before the first cell is a ghost; the one after the last cell stays as it is."""
     h = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
     state = {"h": h, "u": np.zeros_like(h), "v": np.zeros_like(h)}
     walls = {"h": "edge", "u": ["edge", ("zero", "fixed")], "v": [("zero", "fixed"), "edge"]}

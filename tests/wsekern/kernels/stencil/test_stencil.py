@@ -51,7 +51,7 @@ def run(u, update=weighted, *, radius=1, **options):
 
 
 def plain(u, update, steps, mode="constant", fixed=False):
-    """The same by padding the whole array, in numpy."""
+    """The same steps in numpy, by padding the whole array."""
     for _ in range(steps):
         new = np.array(update(np.pad(u, 1, mode=mode)), np.float32)
         if fixed:
@@ -77,7 +77,7 @@ def check_boundaries(modes, shape, steps, wafer):
     [("1x1", None, 1), ("2x4", 1, 1), ("2x4", 4, 4), ("virtual-4x4", None, 1)],
 )
 def test_the_update_is_traced_once_for_each_size_of_tile(name, depth, traces, wafer_called):
-    """Within few calls of ours: what stands between a user and the traceback of an update."""
+    """And few of our functions stand between the user's call and the update in a traceback."""
     stacks = []
 
     def update(v, k, step):
@@ -152,10 +152,10 @@ def test_a_wave_disperses_and_turns_back():
 
 
 def test_source_and_receiver_may_change_places(full_wafer):
-    """Reciprocity: what is heard at b of a is what is heard at a of b."""
+    """Reciprocity: a receiver at b hears a source at a as one at a hears a source at b."""
     a, b, steps = (3, 4), (12, 9), 24
     c = (0.2 + 0.05 * np.random.default_rng(3).uniform(size=SHAPE)).astype(np.float32)
-    # Of a variable speed, the operator c * Laplacian is symmetric in the weights 1 / c.
+    # Where the speed varies, the operator c * Laplacian is symmetric with weights 1 / c.
     pulse = np.zeros((steps, 1), np.float32)
     pulse[:4, 0] = [1, 2, -1, 0.5]
 
@@ -188,7 +188,7 @@ def test_depth_changes_nothing(wafer_called, depth):
 
 @pytest.mark.slow
 def test_bitwise_the_same_on_all_meshes_and_depths_without_fused_multiply_add():
-    """In a process of its own, whose compiler may not fuse."""
+    """In a process of its own, whose compiler may not fuse multiply and add."""
     root = pathlib.Path(__file__).parents[4]
     script = """
 import functools
@@ -230,7 +230,7 @@ def test_with_default_flags_within_four_ulp(wafer_called, as_shipped):
 
 
 def test_words_of_a_step_are_the_hand_count():
-    """Of tiles of 16 x 16: rows, then columns with the corners; and they are the same anywhere."""
+    """For tiles of 16 x 16: rows, then columns with the corners; the same on every grid."""
     u = lambda wafer: jax.ShapeDtypeStruct((16 * wafer.height, 16 * wafer.width), jnp.float32)  # noqa: E731
     for grid in ((4, 4), (8, 16), (750, 994)):
         wafer = wk.Wafer.abstract(wk.WSE2, *grid)
@@ -246,7 +246,7 @@ def test_words_of_a_step_are_the_hand_count():
         assert (deep.words, deep.steps) == (5 * (2 * 4 * 16 + 2 * 4 * 24), 5 * 2)
 
 
-def test_a_dimension_that_is_not_split_is_left_alone_unless_asked(full_wafer):
+def test_a_dimension_that_is_not_split_has_a_halo_only_if_asked(full_wafer):
     u = field((8, 8, 4))
 
     def update(v):
@@ -268,7 +268,7 @@ def test_a_dimension_that_is_not_split_is_left_alone_unless_asked(full_wafer):
     np.testing.assert_allclose(asked, want, rtol=1e-6)
 
 
-def test_an_update_may_be_told_the_step_and_read_what_is_whole(full_wafer):
+def test_an_update_may_take_the_step_and_read_whole_arrays(full_wafer):
     forcing = np.arange(6, dtype=np.float32)
 
     def update(v, held, step):
@@ -321,7 +321,7 @@ def test_forward_mode(full_wafer):
     np.testing.assert_allclose(got, plain(du, weighted, 4), rtol=1e-5, atol=5e-6)
 
 
-def test_in_a_shard_map_of_ones_own():
+def test_in_a_shard_map_of_the_user():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     spec = P("b", "a")
     per_pe = functools.partial(wk.stencil_tile, update=weighted, along=spec, radius=1, steps=5)
@@ -336,10 +336,10 @@ def test_in_a_kernel(full_wafer):
     np.testing.assert_allclose(got, plain(field(), weighted, 2), rtol=1e-5, atol=2e-6)
 
 
-# Of a deeper halo's buffer XLA in jax 0.12 makes two copies to an exchange; in 0.10 there is none.
+# With jax 0.12, XLA copies the buffer of a deeper halo twice for each exchange; with 0.10 never.
 @pytest.mark.parametrize(("depth", "most"), [(2, 0), (4, 2)])
 def test_no_step_copies_a_field(depth, most, as_shipped):
-    """Two buffers take turns: within the loop nothing is concatenated, no step copied."""
+    """Two buffers take turns: the loop concatenates nothing and copies no field."""
     wafer = wk.Wafer.devices(2, 4)
     u = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=wafer.sharding(P("y", "x")))
     go = functools.partial(wk.stencil, update=star, radius=1, boundary="periodic", steps=64)
@@ -359,7 +359,7 @@ def test_donated_memory_is_used(as_shipped):
     assert memory is not None and memory.alias_size_in_bytes == 64 * 64 * 4
 
 
-def test_donates_where_it_is_not_traced(wafer_called):
+def test_donates_outside_jit(wafer_called):
     for wafer in (None, wafer_called("2x4")):
         u = jnp.array(field()) if wafer is None else wafer.shard(jnp.array(field()))
         got = wk.stencil(u, star, radius=1, steps=4, donate=True, wafer=wafer)

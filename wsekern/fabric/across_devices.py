@@ -1,197 +1,250 @@
-"""This file is moves between PEs of which each device holds a block: a local move, and the edges.
+"""Moves between virtual PEs that are spread over devices in blocks: a local move, and the edges.
 
-A `lax.ppermute` over devices inside `jax.vmap` would send whole blocks. So a move has a rule of its
-own under vmap, which sees the block of a device at once and sends only what another one needs.
+A `lax.ppermute` over devices inside `jax.vmap` would send whole blocks. So a move has a vmap rule
+of its own, which sees a device's block at once and sends only the rows that another device needs.
 """
 
-from __future__ import annotations
-
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Int, Shaped
 
 from wsekern.fabric import jax_collectives
 
-Pairs = tuple[tuple[int, int], ...]
-_STRETCHES = 8  # up to which a new block is put together from slices, not place by place
-_FEW = 4  # tiles that are sent one by one, where a block is not at hand
-_NOTHING = -1  # what a PE hears that hears nobody
+Pairs = tuple[tuple[int, int], ...]  # (source, destination) places along one axis
+_MAX_STRETCHES = 8  # with more of them, a block is gathered place by place, not joined from slices
+_FEW = 4  # PEs of an edge that are sent one by one where the whole block is not at hand
+_NOBODY = -1  # the source of a PE that receives nothing
 
 
 class Stretch(NamedTuple):
-    """Neighbors in a block who, on every device, hear neighbors of one other block alike."""
+    """Neighbors in a block that receive from neighbors of one other block, on every device.
 
-    begin: int  # the first that hears
+    A shift by one along 2 devices with blocks of 3 PEs has two: place 0 receives from place 2 of
+    the device before, and places 1 and 2 from places 0 and 1 of their own device.
+    """
+
+    begin: int  # the first place that receives
     length: int
-    of: int  # the first that is heard
-    ahead: int  # how many devices before the hearers', round the ring of devices
-    hear: np.ndarray  # [devices, length]: who of them hears anybody
+    source: int  # the first place that is sent
+    distance: int  # devices from the receivers' back to the senders', around the ring of devices
+    receives: Bool[np.ndarray, "devices length"]  # which PEs receive anything
 
 
-class Plan(NamedTuple):
-    """A move, as the devices do it."""
+class BlockMove(NamedTuple):
+    """A move along one axis, as the devices perform it."""
 
-    device: np.ndarray  # [devices, block]: how many devices before a PE's is that of whom it hears
-    place: np.ndarray  # [devices, block]: whose place in its block; _NOTHING where it hears nobody
-    stretches: tuple[Stretch, ...] | None  # None where devices are not alike, or they are many
+    distance: Int[np.ndarray, "devices block"]  # devices from each PE's back to its sender's
+    source: Int[np.ndarray, "devices block"]  # its sender's place in the block, or _NOBODY
+    # None where the devices differ in what they send, or the stretches are too many.
+    stretches: tuple[Stretch, ...] | None
 
 
-def permuted(tile: jax.Array, name: str, pairs: Pairs, fill: float) -> jax.Array:
-    """`tile` sent along `name` as `pairs` of (source, destination) say; `fill` for who hears none.
+def permute(tile: Shaped[Array, "..."], name: str, pairs: Pairs, fill: float) -> Array:
+    """`tile` sent along `name` by `pairs` of (source, destination).
 
-    A device sends, to each other one, what that needs of its block, padded to what the one that
-    needs most does.
+    Each device sends every other device only the rows it needs; messages are padded to the largest
+    request. A PE to which nothing is sent gets `fill`.
     """
 
     @custom_vmap
-    def moved(tile, place):
+    def move(tile: Array, place: Array) -> Array:
         del place
         return tile
 
-    @moved.def_vmap
-    def _(size, mapped, tile, place):
-        if not mapped[1]:  # along another axis, whose tiles together are one larger tile to this
-            return moved(tile, place), True
-        block = tile if mapped[0] else jnp.broadcast_to(tile, (size, *tile.shape))
-        return _moved(block, name, pairs, fill), True
+    # The place is an operand only to tell which vmap this is: it is batched by the vmap of `name`
+    # alone. Until that one, the rule passes `move` on.
+    @move.def_vmap
+    def _(size: int, batched: Sequence[bool], tile: Array, place: Array) -> tuple[Array, bool]:
+        if not batched[1]:  # another axis: its tiles together are one larger tile to this move
+            return move(tile, place), True
+        block = tile if batched[0] else jnp.broadcast_to(tile, (size, *tile.shape))
+        return _permute_block(block, name, pairs, fill), True
 
-    return moved(tile, lax.axis_index(name))
+    return move(tile, lax.axis_index(name))
 
 
-def _moved(block: jax.Array, name: str, pairs: Pairs, fill: float) -> jax.Array:
+def _permute_block(
+    block: Shaped[Array, "block ..."], name: str, pairs: Pairs, fill: float
+) -> Shaped[Array, "block ..."]:
     spread = jax_collectives.spread_axis(name)
     assert spread is not None
-    plan = plan_of(lax.axis_size(spread), len(block), pairs)
-    if plan.stretches is None:
-        return _place_by_place(block, plan, spread, fill)
+    move = plan_move(lax.axis_size(spread), len(block), pairs)
+    if move.stretches is None:
+        return _gather_block(block, move, spread, fill)
+    # A slice copies neighboring rows at once, where `_gather_block` looks up each row.
     parts = []
-    for begin, length, of, ahead, hear in plan.stretches:
-        del begin
-        part = lax.slice_in_dim(block, of, of + length)
-        if ahead and hear.any():
-            part = lax.ppermute(part, spread, _between(hear, ahead))
-        parts.append(_filled(part, hear, spread, fill))
+    for stretch in move.stretches:
+        part = lax.slice_in_dim(block, stretch.source, stretch.source + stretch.length)
+        if stretch.distance and stretch.receives.any():
+            part = lax.ppermute(part, spread, _device_pairs(stretch.receives, stretch.distance))
+        parts.append(_fill_idle(part, stretch.receives, spread, fill))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _place_by_place(block, plan, spread, fill):
-    """The new block where PEs hear those of several blocks in no simple order."""
-    devices, size = plan.place.shape
+def _gather_block(
+    block: Shaped[Array, "block ..."], move: BlockMove, spread: str, fill: float
+) -> Shaped[Array, "block ..."]:
+    """The new block, place by place: for moves in no simple order, such as a folded ring's.
+
+    The rows that arrive are put behind the block's own, and the new block is gathered from both:
+
+        own rows   0 1 2 | from the device before   3 4 | from two before   5
+    """
+    devices, size = move.source.shape
     mine = lax.axis_index(spread)
-    heard = [block]
-    at: np.ndarray = np.where(plan.device == 0, plan.place, 0)
-    for ahead in range(1, devices):
-        hears = (plan.device == ahead) & (plan.place != _NOTHING)
-        most = int(hears.sum(1).max())
+    pool = [block]
+    row_in_pool: np.ndarray = np.where(move.distance == 0, move.source, 0)
+    for distance in range(1, devices):
+        receives = (move.distance == distance) & (move.source != _NOBODY)
+        most = int(receives.sum(1).max())
         if not most:
             continue
-        wanted = np.zeros((devices, most), np.int32)  # of each device's block, by another
+        # Which rows each device sends. All send as many as the largest request: one program runs
+        # on every device. Row 0 pads.
+        wanted = np.zeros((devices, most), np.int32)
         for device in range(devices):
-            own = plan.place[device][hears[device]]
-            wanted[(device - ahead) % devices, : len(own)] = own
-            at[device][hears[device]] = sum(map(len, heard)) + np.arange(len(own))
-        sent = jnp.take(block, jnp.asarray(wanted)[mine], axis=0, mode="clip")
-        heard.append(lax.ppermute(sent, spread, _between(hears, ahead)))
-    pool = jnp.concatenate(heard) if len(heard) > 1 else block
-    at = np.where(plan.place == _NOTHING, 0, at).astype(np.int32)
-    new = jnp.take(pool, jnp.asarray(at)[mine], axis=0, mode="clip")
-    return _filled(new, plan.place != _NOTHING, spread, fill)
+            rows = move.source[device][receives[device]]
+            wanted[(device - distance) % devices, : len(rows)] = rows
+            row_in_pool[device][receives[device]] = sum(map(len, pool)) + np.arange(len(rows))
+        rows_sent = jnp.take(block, jnp.asarray(wanted)[mine], axis=0, mode="clip")
+        pool.append(lax.ppermute(rows_sent, spread, _device_pairs(receives, distance)))
+    rows_here = jnp.concatenate(pool) if len(pool) > 1 else block
+    row_in_pool = np.where(move.source == _NOBODY, 0, row_in_pool).astype(np.int32)
+    # "clip": every row exists, and the default would make XLA fill rows that do not.
+    new = jnp.take(rows_here, jnp.asarray(row_in_pool)[mine], axis=0, mode="clip")
+    return _fill_idle(new, move.source != _NOBODY, spread, fill)
 
 
-def _between(hear: np.ndarray, ahead: int) -> list[tuple[int, int]]:
-    """The pairs of devices of whom the second hears the one `ahead` before it."""
-    devices = len(hear)
-    return [((d - ahead) % devices, d) for d in range(devices) if hear[d].any()]
+def _device_pairs(
+    receives: Bool[np.ndarray, "devices pes"], distance: int
+) -> list[tuple[int, int]]:
+    """(source, destination) of the devices whose PEs receive from `distance` devices before."""
+    devices = len(receives)
+    return [((d - distance) % devices, d) for d in range(devices) if receives[d].any()]
 
 
-def _filled(part: jax.Array, hear: np.ndarray, spread: str, fill: float) -> jax.Array:
-    if hear.all():
-        return part
-    here = jnp.asarray(hear)[lax.axis_index(spread)].reshape(-1, *[1] * (part.ndim - 1))
-    return jnp.where(here, part, jnp.asarray(fill, part.dtype))
+def _fill_idle(
+    rows: Shaped[Array, "pes ..."],
+    receives: Bool[np.ndarray, "devices pes"],
+    spread: str,
+    fill: float,
+) -> Shaped[Array, "pes ..."]:
+    """`rows`, with `fill` for the PEs of this device that receive nothing."""
+    if receives.all():
+        return rows
+    received = jnp.asarray(receives)[lax.axis_index(spread)].reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(received, rows, jnp.asarray(fill, rows.dtype))
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(devices: int, block: int, pairs: Pairs) -> Plan:
-    """How `devices` that hold `block` PEs each make the move that `pairs` describe."""
-    source: np.ndarray = np.full(devices * block, _NOTHING)
-    for a, b in pairs:
-        source[b] = a
-    source = source.reshape(devices, block)
-    hear = source != _NOTHING
-    device = np.where(hear, (np.arange(devices)[:, None] - source // block) % devices, 0)
-    place = np.where(hear, source % block, _NOTHING)
-    return Plan(device, place, _stretches(device, place))
+def plan_move(devices: int, block: int, pairs: Pairs) -> BlockMove:
+    """How `devices` with blocks of `block` PEs perform the move of `pairs`.
+
+    A shift by one with 2 devices of 3 PEs:
+
+        PE        0 1 2 | 3 4 5
+        source    5 0 1 | 2 3 4      in its block   2 0 1 | 2 0 1
+        distance  1 0 0 | 1 0 0
+    """
+    sender: np.ndarray = np.full(devices * block, _NOBODY)
+    for source, destination in pairs:
+        sender[destination] = source
+    sender = sender.reshape(devices, block)
+    receives = sender != _NOBODY
+    behind = (np.arange(devices)[:, None] - sender // block) % devices
+    distance = np.where(receives, behind, 0)
+    place = np.where(receives, sender % block, _NOBODY)
+    return BlockMove(distance, place, _stretches(distance, place))
 
 
-def _stretches(device: np.ndarray, place: np.ndarray) -> tuple[Stretch, ...] | None:
-    hear = place != _NOTHING
-    most = device.max(0, where=hear, initial=0), place.max(0)
-    if (hear & ((device != most[0]) | (place != most[1]))).any():
+def _stretches(
+    distance: Int[np.ndarray, "devices block"], source: Int[np.ndarray, "devices block"]
+) -> tuple[Stretch, ...] | None:
+    receives = source != _NOBODY
+    # One program runs on every device, so a slice must be the same on all that receive there.
+    common = distance.max(0, where=receives, initial=0), source.max(0)
+    if (receives & ((distance != common[0]) | (source != common[1]))).any():
         return None
-    # A place where no device hears anybody continues what comes before it.
-    ahead, of = most[0].copy(), most[1].copy()
-    for i in np.flatnonzero(~hear.any(0)):
-        ahead[i], of[i] = (ahead[i - 1], of[i - 1] + 1) if i else (0, 0)
-        if of[i] == len(of):
-            ahead[i], of[i] = 0, 0
-    new = np.r_[True, (np.diff(of) != 1) | (np.diff(ahead) != 0)]
-    begins = np.flatnonzero(new)
-    if len(begins) > _STRETCHES:
+    # A place where no device receives continues the stretch before it, which then is one slice.
+    distances, sources = common[0].copy(), common[1].copy()
+    for i in np.flatnonzero(~receives.any(0)):
+        distances[i], sources[i] = (distances[i - 1], sources[i - 1] + 1) if i else (0, 0)
+        if sources[i] == len(sources):  # beyond the block: any row will do, it is masked
+            distances[i], sources[i] = 0, 0
+    starts = np.r_[True, (np.diff(sources) != 1) | (np.diff(distances) != 0)]
+    begins = np.flatnonzero(starts)
+    if len(begins) > _MAX_STRETCHES:
         return None
-    ends = [*begins[1:], len(of)]
+    ends = [*begins[1:], len(sources)]
     return tuple(
-        Stretch(int(b), int(e - b), int(of[b]), int(ahead[b]), hear[:, b:e])
+        Stretch(int(b), int(e - b), int(sources[b]), int(distances[b]), receives[:, b:e])
         for b, e in zip(begins, ends, strict=True)
     )
 
 
-def permuted_by_tiles(tile: jax.Array, name: str, pairs: Pairs, fill: float) -> jax.Array:
-    """As `permuted`, differentiable before vmap: where a kernel calls `jax.vjp` itself.
+def permute_inside_vjp(
+    tile: Shaped[Array, "..."], name: str, pairs: Pairs, fill: float
+) -> Shaped[Array, "..."]:
+    """As `permute`, for kernels that call `jax.vjp` themselves.
+
+    `jax.vjp` runs before vmap there, and a `custom_vmap` has no derivative. So this one is made of
+    JAX's collectives over both axes, which have one. A few PEs at an edge are sent one by one; a
+    longer stretch takes the whole block.
 
     Raises:
-      NotImplementedError: the move is no shift.
+      NotImplementedError: the move is not a shift.
     """
     spread = jax_collectives.spread_axis(name)
     assert spread is not None
     block = lax.axis_size(name)
-    plan = plan_of(lax.axis_size(spread), block, pairs)
-    if plan.stretches is None:
+    move = plan_move(lax.axis_size(spread), block, pairs)
+    if move.stretches is None:
         raise NotImplementedError(
             f"fabric: a kernel differentiates a move along {name!r} that is no shift, on a wafer "
             "spread over devices; differentiate around Wafer.map"
         )
     place, new = lax.axis_index(name), tile
-    for stretch in plan.stretches:
-        if stretch.ahead and stretch.length <= _FEW:
-            new = _by_rows(tile, new, stretch, name, spread)
+    for stretch in move.stretches:
+        if stretch.distance and stretch.length <= _FEW:
+            new = _send_edge(tile, new, stretch, name, spread)
             continue
         part = tile
-        if stretch.ahead:
-            part = lax.ppermute(part, spread, _between(stretch.hear, stretch.ahead))
-        by = stretch.begin - stretch.of
+        if stretch.distance:
+            part = lax.ppermute(part, spread, _device_pairs(stretch.receives, stretch.distance))
+        # Cyclic, since a permutation under vmap must be complete. What wraps around lies outside
+        # the stretch, and is masked.
+        by = stretch.begin - stretch.source
         part = lax.ppermute(part, name, [(i, (i + by) % block) for i in range(block)])
-        here = (place >= stretch.begin) & (place < stretch.begin + stretch.length)
-        new = jnp.where(here, part, new)
-    hears = plan.place != _NOTHING
-    if hears.all():
+        in_stretch = (place >= stretch.begin) & (place < stretch.begin + stretch.length)
+        new = jnp.where(in_stretch, part, new)
+    receives = move.source != _NOBODY
+    if receives.all():
         return new
-    here = jnp.asarray(hears)[lax.axis_index(spread), place]
-    return jnp.where(here, new, jnp.asarray(fill, tile.dtype))
+    received = jnp.asarray(receives)[lax.axis_index(spread), place]
+    return jnp.where(received, new, jnp.asarray(fill, tile.dtype))
 
 
-def _by_rows(tile, new, stretch, name, spread):
-    """`new` with what a few PEs hear from another device."""
-    place, kind = lax.axis_index(name), tile.dtype
-    counted = tile.astype(jnp.int32) if kind == jnp.bool_ else tile
+def _send_edge(
+    tile: Shaped[Array, "..."],
+    new: Shaped[Array, "..."],
+    stretch: Stretch,
+    name: str,
+    spread: str,
+) -> Shaped[Array, "..."]:
+    """`new` with the few tiles of a stretch that come from another device."""
+    place, dtype = lax.axis_index(name), tile.dtype
+    summable = tile.astype(jnp.int32) if dtype == jnp.bool_ else tile
     for i in range(stretch.length):
-        # A sum of one tile and of zeros is the same for the whole block, so that it is sent once.
-        edge = lax.psum(jnp.where(place == stretch.of + i, counted, jnp.zeros_like(counted)), name)
-        edge = lax.ppermute(edge, spread, _between(stretch.hear, stretch.ahead))
-        new = jnp.where(place == stretch.begin + i, edge.astype(kind), new)
+        # The sum of one tile and zeros is the same on the whole block: vmap does not batch it, so
+        # that the device sends one tile.
+        mine = place == stretch.source + i
+        edge = lax.psum(jnp.where(mine, summable, jnp.zeros_like(summable)), name)
+        edge = lax.ppermute(edge, spread, _device_pairs(stretch.receives, stretch.distance))
+        new = jnp.where(place == stretch.begin + i, edge.astype(dtype), new)
     return new

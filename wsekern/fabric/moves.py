@@ -235,7 +235,7 @@ def _permuted(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> 
         return x if stays else jax.tree.map(lambda t: jnp.full_like(t, fill), x)
     (name,) = names
     if jax_collectives.spread_axis(name):
-        move = across_devices.permuted_by_tiles if is_differentiating() else across_devices.permuted
+        move = across_devices.permute_inside_vjp if is_differentiating() else across_devices.permute
         return jax.tree.map(lambda t: move(t, name, tuple(pairs), fill), x)
     size = lax.axis_size(name)
     receives = sorted(destination for _, destination in pairs)

@@ -217,7 +217,7 @@ def test_a_plan_says_who_hears_whom(devices, block):
     size = devices * block
     for by, cyclic in itertools.product(range(-size, size + 1), (True, False)):
         pairs = [(i, (i + by) % size) for i in range(size) if cyclic or 0 <= i + by < size]
-        plan = across_devices.plan_of(devices, block, tuple(pairs))
+        plan = across_devices.plan_move(devices, block, tuple(pairs))
         assert plan.stretches is not None and len(plan.stretches) <= 3
         heard = np.full((devices, block), -1)
         for begin, length, of, ahead, hear in plan.stretches:

@@ -1,11 +1,11 @@
-"""Old module paths: importing one raises ImportError with the new path. To go after release 0.2."""
+"""Old module paths: importing one raises ImportError with the new path. To be removed after 0.2."""
 
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# The new place of each module that moved; the modules below it moved with it unless named here.
+# Modules by their folders, as "old_name:new_name", or "name" if only the folder has changed.
 _FABRIC = "algorithms:choice chain cost k_tree line operation optimal ring star tree two_phase"
 _MATMUL = (
     "allgather cannon choose:choice collective:overlapped epilogue explain_matmul:explain gemv "
@@ -34,6 +34,7 @@ def _moves(old: str, new: str, names: str) -> dict[str, str]:
     return {f"{old}.{before}": f"{new}.{after or before}" for before, _, after in pairs}
 
 
+# Old path -> new path. The modules below a path moved with it, unless they are here themselves.
 MOVED = {
     **_moves("wsekern", "wsekern.wafer", _WAFER),
     **_moves("wsekern.placement", "wsekern.wafer.placement", _PLACEMENT),
@@ -64,7 +65,7 @@ MOVED = {
 
 
 class _Signpost:
-    """The last finder asked: it finds nothing, and names the new path of what has moved."""
+    """The last finder that Python asks. It finds no module; it names the new path of an old one."""
 
     @staticmethod
     def find_spec(
@@ -76,11 +77,15 @@ class _Signpost:
             if not dot:
                 return None
             below = f".{last}{below}"
-        # No ModuleNotFoundError: `from package import old` would hide its message.
-        raise ImportError(f"{name} has moved: import {MOVED[old]}{below}", name=name)
+        # Python imports a folder before the module in it, and only the folder's error is seen. So
+        # it also names the modules that went elsewhere.
+        others = [f"{path} to {MOVED[path]}" for path in MOVED if path.startswith(f"{name}.")]
+        also = f"; {', '.join(others)}" if others else ""
+        # Not ModuleNotFoundError: `from package import old` would hide its message.
+        raise ImportError(f"{name} has moved: import {MOVED[old]}{below}{also}", name=name)
 
 
 def put_up_signposts() -> None:
-    """Makes imports of old paths say the new one; done once, however often it is called."""
+    """Makes imports of old paths name the new one. It may be called again: one finder is enough."""
     if _Signpost not in sys.meta_path:
         sys.meta_path.append(_Signpost)

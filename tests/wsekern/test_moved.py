@@ -1,0 +1,51 @@
+"""Old module paths: what an import of one says."""
+
+import importlib
+import sys
+
+import pytest
+
+import wsekern.moved
+
+
+@pytest.mark.parametrize("old", wsekern.moved.MOVED)
+def test_an_old_path_names_a_new_one_that_can_be_imported(old):
+    new = wsekern.moved.MOVED[old]
+    # Python imports the folder first: the error of a folder that has moved names its modules too.
+    folder = old.rpartition(".")[0]
+    message = f"; (.*, )?{old} to {new}(,|$)" if folder in wsekern.moved.MOVED else f"import {new}"
+    with pytest.raises(ImportError, match=message) as error:
+        importlib.import_module(old)
+    # `from package import old` would hide the message of this kind of error.
+    assert not isinstance(error.value, ModuleNotFoundError)
+    importlib.import_module(new)
+
+
+@pytest.mark.parametrize(
+    ("statement", "new"),
+    [
+        ("import wsekern.kernels.cannon", "wsekern.kernels.matmul.cannon"),
+        ("from wsekern.kernels import cannon", "wsekern.kernels.matmul.cannon"),
+        ("from wsekern.kernels.cannon import cannon_matmul", "wsekern.kernels.matmul.cannon"),
+        ("from wsekern import pictures", "wsekern.estimator.pictures"),
+    ],
+)
+def test_every_form_of_import_names_the_new_path(statement, new):
+    with pytest.raises(ImportError, match=f"has moved: import {new}$"):
+        exec(statement, {})
+
+
+def test_modules_below_a_folder_that_moved_have_moved_with_it():
+    with pytest.raises(ImportError, match="import wsekern.estimator.pictures.roofline$"):
+        importlib.import_module("wsekern.pictures.roofline")
+
+
+@pytest.mark.parametrize("name", ["wsekern.nonsense", "wsekern.kernels.nonsense"])
+def test_a_module_that_never_was_is_not_found(name):
+    with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
+        importlib.import_module(name)
+
+
+def test_the_finder_is_put_up_once():
+    wsekern.moved.put_up_signposts()
+    assert sys.meta_path.count(wsekern.moved._Signpost) == 1

@@ -1,4 +1,7 @@
-"""This file is `wsekern estimate`: what a program costs, or the model held to measurements."""
+"""`wsekern estimate`: the cost of a program, or the model's predictions of published measurements.
+
+jax is imported only once a command runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 from wsekern.hardware import MACHINES, Machine
 from wsekern.wafer.launch import parse_height_width
 
-_TELL = (
+_DESCRIPTION = (
     "prints what a program costs on a wafer: cycles, time, energy, memory, traffic, and the "
     "operations that take longest; nothing is computed"
 )
@@ -24,37 +27,46 @@ _TELL = (
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command to those of `wsekern`."""
-    parser = commands.add_parser("estimate", help=_TELL, description=_TELL)
+    parser = commands.add_parser("estimate", help=_DESCRIPTION, description=_DESCRIPTION)
     parser.add_argument(
         "program", nargs="?", metavar="FILE.py:FUNCTION",
-        help="a jax function; its operands are --shapes, or what FILE.py calls SHAPES",
+        help="a jax function; its operands are --shapes, or the variable SHAPES of FILE.py",
     )  # fmt: skip
-    parser.add_argument("--machine", default="cs-3", help="wafer or system (default: cs-3)")
-    parser.add_argument("--grid", help="HEIGHTxWIDTH PEs (default: all that a program can use)")
-    parser.add_argument("--wafers", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--machine", default="cs-3", help="a wafer or a system (default: cs-3)")
+    parser.add_argument("--grid", help="HEIGHTxWIDTH, in PEs (default: all that a program can use)")
+    parser.add_argument("--wafers", type=int, default=1, help="number of wafers (default: 1)")
     parser.add_argument(
         "--pe-yield", type=float, metavar="SHARE",
-        help="of the PEs that work, drawn at random; moves take the hops around the others",
+        help="share of PEs that work, from 0 to 1, drawn at random; moves go around the others",
     )  # fmt: skip
-    parser.add_argument("--clock", type=float, metavar="GHZ", help="(default: the machine's)")
     parser.add_argument(
-        "--shapes", nargs="*", metavar="SHAPE", help="operands, as 4096x4096:float16"
+        "--clock", type=float, metavar="GHZ", help="clock rate (default: the machine's)"
+    )
+    parser.add_argument(
+        "--shapes", nargs="*", metavar="SHAPE", help="shapes of the operands, as 4096x4096:float16"
     )
     parser.add_argument(
         "--density", type=float, default=1.0,
-        help="share of a product's factors that are not zero: others are skipped (default: 1)",
+        help="share of a product's factors that are not zero; zeros are skipped (default: 1)",
     )  # fmt: skip
-    parser.add_argument("--trips", type=int, help="how often loops of unknown length run")
+    parser.add_argument(
+        "--trips", type=int, help="number of trips of a while loop, which a trace does not say"
+    )
     parser.add_argument(
         "--validate", nargs="?", const="", metavar="POINTS.csv",
-        help="predict published points instead, or those of a table of your own",
+        help="predict published measurements instead, or those of a table of your own",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", metavar="FILE.html", help="write it all as one page")
-    parser.add_argument("--trace", metavar="FILE.json", help="write a timeline, for Perfetto")
+    parser.add_argument(
+        "--html", metavar="FILE.html", help="write one web page with all figures and pictures"
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE.json", help="write a timeline, which https://ui.perfetto.dev opens"
+    )
     parser.add_argument(
         "--plot", metavar="FILE.png",
-        help="write a map of the wafer's links; with --validate, predicted against published",
+        help="write a map of the wafer's links (.png, .svg or .pdf); with --validate, a plot of "
+        "predicted against published",
     )  # fmt: skip
     parser.add_argument(
         "--map", nargs="?", const="load", metavar="QUANTITY",
@@ -63,25 +75,25 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(asked: argparse.Namespace) -> None:
-    """Prints what is asked for; ends with status 2 where that cannot be."""
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command; ends the process with status 2 if its arguments cannot be served."""
     try:
-        _check_outputs(asked)
-        if asked.validate is not None:
-            return _validate(asked.validate, asked.json, asked.plot)
-        if asked.program is None:
+        _check_outputs(arguments)
+        if arguments.validate is not None:
+            return _validate(arguments.validate, arguments.json, arguments.plot)
+        if arguments.program is None:
             raise ValueError("name a program, as FILE.py:FUNCTION, or --validate")
-        _estimate(asked)
+        _estimate(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"wsekern estimate: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def machine_called(name: str) -> Machine:
-    """The machine of a name or of a system, however it is written.
+    """The machine with this name or system: "CS-3", "cs3" and "WSE-3" are one machine.
 
     Raises:
-      ValueError: there is none; says which is nearest.
+      ValueError: there is none; the message has the nearest name.
     """
     known = {_plain(n): m for m in MACHINES for n in (m.name, m.system)}
     if _plain(name) in known:
@@ -92,24 +104,28 @@ def machine_called(name: str) -> Machine:
     raise ValueError(f"machine {name!r} is not known; {hint}")
 
 
-def _estimate(asked: argparse.Namespace) -> None:
-    machine = machine_called(asked.machine)
-    function, given = _loaded(asked.program)
-    shapes = given if asked.shapes is None else [_shape(text) for text in asked.shapes]
+def _estimate(arguments: argparse.Namespace) -> None:
+    machine = machine_called(arguments.machine)
+    function, file_shapes = _load_program(arguments.program)
+    shapes = (
+        file_shapes if arguments.shapes is None else [_shape(text) for text in arguments.shapes]
+    )
 
     from wsekern.estimator.estimate import estimate
     from wsekern.wafer.placement.defects import Defects
     from wsekern.wafer.wafer import Wafer
 
-    height, width = parse_height_width(asked.grid) if asked.grid else (None, None)
-    defects = None if asked.pe_yield is None else Defects.random(machine, asked.pe_yield)
-    wafer = Wafer.abstract(machine, height, width, asked.wafers, defects=defects)
-    clock = asked.clock and asked.clock * 1e9
-    options = {"clock_hz": clock, "trips": asked.trips, "density": asked.density}
+    height, width = parse_height_width(arguments.grid) if arguments.grid else (None, None)
+    defects = None if arguments.pe_yield is None else Defects.random(machine, arguments.pe_yield)
+    wafer = Wafer.abstract(machine, height, width, arguments.wafers, defects=defects)
+    clock = arguments.clock and arguments.clock * 1e9
+    options = {"clock_hz": clock, "trips": arguments.trips, "density": arguments.density}
     e = estimate(function, *shapes, wafer=wafer, **options)
-    _draw(e, asked)
-    if not asked.json:
+    _draw(e, arguments)
+    if not arguments.json:
         return print(e)
+    # The wafer is given by its machine and its grid. Events and link patterns are large, and have
+    # outputs of their own.
     names = [f.name for f in dataclasses.fields(e) if f.name not in ("wafer", "events", "tiles")]
     fields = {name: getattr(e, name) for name in names}
     derived = ("seconds", "energy", "bound", "fits", "sram_free", "host_seconds")
@@ -118,44 +134,44 @@ def _estimate(asked: argparse.Namespace) -> None:
     print(json.dumps(fields, indent=2))
 
 
-def _draw(e: Any, asked: argparse.Namespace) -> None:
+def _draw(e: Any, arguments: argparse.Namespace) -> None:
     from wsekern.estimator.pictures.terminal import terminal_map
     from wsekern.estimator.pictures.wafer_map import wafer_map
 
-    if asked.map is not None:
-        terminal_map(e, asked.map)
+    if arguments.map is not None:
+        terminal_map(e, arguments.map)
         print()
-    if asked.plot is not None:
-        wafer_map(e, path=asked.plot)
-    if asked.trace is not None:
-        e.timeline(asked.trace)
-    if asked.html is not None:
-        e.html(asked.html, pathlib.Path(asked.program).name)
+    if arguments.plot is not None:
+        wafer_map(e, path=arguments.plot)
+    if arguments.trace is not None:
+        e.timeline(arguments.trace)
+    if arguments.html is not None:
+        e.html(arguments.html, pathlib.Path(arguments.program).name)
 
 
-def _check_outputs(asked: argparse.Namespace) -> None:
-    """Refuses what cannot be written or drawn, before anything is estimated."""
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises before anything is estimated if an output cannot be written or drawn."""
     from wsekern.estimator.pictures import figure, output, quantities
 
-    if asked.validate is not None:
+    if arguments.validate is not None:
         for flag in ("html", "trace", "map"):
-            if getattr(asked, flag) is not None:
+            if getattr(arguments, flag) is not None:
                 raise ValueError(
                     f"--{flag} is of a program, not of --validate; give FILE.py:FUNCTION"
                 )
     for path, suffixes in (
-        (asked.html, ()), (asked.trace, ()), (asked.plot, figure.SUFFIXES)
+        (arguments.html, ()), (arguments.trace, ()), (arguments.plot, figure.SUFFIXES)
     ):  # fmt: skip
         if path is not None:
             output.check_writable(path, suffixes)
-    paths = [path for path in (asked.html, asked.trace, asked.plot) if path is not None]
+    paths = [path for path in (arguments.html, arguments.trace, arguments.plot) if path is not None]
     if len({str(pathlib.Path(path).resolve()) for path in paths}) < len(paths):
         raise ValueError("--html, --trace and --plot name one file twice")
-    if asked.html is not None or asked.plot is not None:
+    if arguments.html is not None or arguments.plot is not None:
         figure.check_installed()
-    if asked.map is not None:
-        quantities.check_quantity(asked.map)
-        if asked.json:
+    if arguments.map is not None:
+        quantities.check_quantity(arguments.map)
+        if arguments.json:
             raise ValueError(
                 "--map prints a picture, and --json nothing but JSON; give one of them"
             )
@@ -165,34 +181,36 @@ def _validate(table: str, as_json: bool, plot: str | None) -> None:
     from wsekern.estimator.pictures.published import published
     from wsekern.estimator.validation import points
 
-    found = points.validate(table or points.POINTS)
+    validation = points.validate(table or points.POINTS)
     if plot is not None:
-        published(found, plot)
+        published(validation, plot)
     if as_json:
-        for point, why in found.skipped.items():
+        for point, why in validation.skipped.items():
             print(f"left out: {point}: {why}", file=sys.stderr)
-        return print(found.as_json())
-    print(found)
+        return print(validation.as_json())
+    print(validation)
     if not table:
+        # This takes seconds, so that the line says first what is being computed.
         print("fitted anew without one kind of program, mean absolute error of that kind:", end="")
         sys.stdout.flush()
         errors = points.cross_validate()
         print(" " + ", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
 
 
-def _loaded(program: str) -> tuple[Callable, Sequence[Any]]:
-    """The function, and what its file calls SHAPES."""
+def _load_program(program: str) -> tuple[Callable, Sequence[Any]]:
+    """The function that FILE.py:FUNCTION names, and the variable SHAPES of its file."""
     path, _, name = program.rpartition(":")
     if not path:
         raise ValueError(f"{program!r} names no function; write FILE.py:FUNCTION")
     if not pathlib.Path(path).is_file():
         raise ValueError(f"there is no file {path!r}")
-    here = str(pathlib.Path(path).resolve().parent)
-    sys.path.insert(0, here)
+    # As `python FILE.py` would: the file may import its neighbors.
+    folder = str(pathlib.Path(path).resolve().parent)
+    sys.path.insert(0, folder)
     try:
         names = runpy.run_path(path, run_name=pathlib.Path(path).stem)
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)
     function = names.get(name)
     if not callable(function):
         functions = [n for n, v in names.items() if callable(v) and not n.startswith("_")]
@@ -203,17 +221,17 @@ def _loaded(program: str) -> tuple[Callable, Sequence[Any]]:
 
 
 def _shape(text: str) -> Any:
-    found = re.fullmatch(r"(\d+(?:x\d+)*|):(\w+)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:x\d+)*|):(\w+)", text)
+    if not match:
         raise ValueError(f"shape {text!r} is not like 4096x4096:float16, or :float32 for a scalar")
     import jax
     import jax.numpy as jnp
 
     try:
-        dtype = jnp.dtype(found[2])
+        dtype = jnp.dtype(match[2])
     except TypeError:
-        raise ValueError(f"shape {text!r}: {found[2]!r} is no dtype") from None
-    return jax.ShapeDtypeStruct(tuple(int(n) for n in found[1].split("x") if n), dtype)
+        raise ValueError(f"shape {text!r}: {match[2]!r} is no dtype") from None
+    return jax.ShapeDtypeStruct(tuple(int(n) for n in match[1].split("x") if n), dtype)
 
 
 def _plain(name: str) -> str:

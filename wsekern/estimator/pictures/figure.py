@@ -1,4 +1,4 @@
-"""This file is what all pictures share: their style, and how they become files or parts of a page.
+"""The style that all pictures share, and how they become files or parts of a page.
 
 matplotlib is loaded when a picture is drawn, and without pyplot: no window opens, and no state is
 shared with the user's own figures.
@@ -21,18 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Near Okabe and Ito's colors, which the color-blind tell apart, on white and on black.
+# Near the colors of M. Okabe and K. Ito, which color-blind readers tell apart; shifted a little so
+# that they show on white and on black.
 SERIES = ("#1A80C4", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 LANES = dict(zip(("compute", "N", "E", "S", "W", "wafer", "loop"), SERIES, strict=True))
-HEAT = "viridis"  # equal steps look equal, in gray and to the color-blind as well
+HEAT = "viridis"  # equal steps look equal, also in gray and to color-blind readers
 DEFECT = "#E0218A"
 _INK, _FAINT = "#1c2126", "#8c9096"
-_PAGE_INK = "#010203"  # stands for a page's own color of text
+# Stands for the text color of a page, which changes with the reader's dark mode. No picture uses
+# this color otherwise, so that `inline_svg` can replace it.
+_PAGE_INK = "#010203"
 _DPI = 200
 
 
 def check_installed() -> None:
-    """Returns if pictures can be drawn.
+    """Returns if pictures can be drawn, that is if matplotlib is installed.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -45,7 +48,12 @@ def check_installed() -> None:
 
 @contextlib.contextmanager
 def style(of_page: bool = False) -> Iterator[None]:
-    """The style of a picture that is made within; one `of_page` takes the page's color of text."""
+    """A context in which pictures are made in the common style.
+
+    Args:
+      of_page: whether the picture is for a page: transparent, with larger text in a color that
+        `inline_svg` makes that of the page.
+    """
     check_installed()
     import matplotlib
 
@@ -65,8 +73,8 @@ def style(of_page: bool = False) -> Iterator[None]:
         "grid.color": _FAINT,
         "grid.alpha": 0.25,
         "grid.linewidth": 0.5,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "wsekern",
+        "svg.fonttype": "none",  # text stays text, in the page's font
+        "svg.hashsalt": "wsekern",  # the same picture has the same ids each time
         "image.composite_image": False,
     }
     look |= dict.fromkeys(inked, ink) | dict.fromkeys(clear, "none" if of_page else "white")
@@ -90,7 +98,7 @@ def new_figure(width: float, height: float, laid_out: bool = True) -> Figure:
 
 
 def save(figure: Figure, path: output.Path | None) -> Figure:
-    """`figure`, written if a path is given.
+    """`figure`, after writing it to `path` if that is not None.
 
     Raises:
       ValueError: the path does not end in .png, .svg or .pdf.
@@ -106,12 +114,12 @@ def save(figure: Figure, path: output.Path | None) -> Figure:
     return figure
 
 
-def inline_svg(figure: Figure, told: str) -> str:
-    """An SVG element for a page, which loads nothing and takes the color of the page's text.
+def inline_svg(figure: Figure, description: str) -> str:
+    """An SVG element for a page; it loads nothing and takes the color of the page's text.
 
     Args:
-      figure: made in the style of a page.
-      told: what it shows, for those who cannot see it.
+      figure: made in `style(of_page=True)`.
+      description: what the picture shows, for readers who cannot see it.
     """
     text = io.StringIO()
     with style(of_page=True):
@@ -119,14 +127,14 @@ def inline_svg(figure: Figure, told: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[a-zA-Z0-9_.]+">', "<g>", svg)  # which several pictures share
+    svg = re.sub(r'<g id="[a-zA-Z0-9_.]+">', "<g>", svg)  # ids must be unique in a page
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = svg.replace(_PAGE_INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
 
 
 def engineering_ticks(axis: Axes, which: str, unit: str = "") -> None:
-    """Ticks of `which` axis ("x" or "y") as 200k, 3M or 1.5 m with a unit."""
+    """Ticks of the axis `which` ("x" or "y") as 200k or 3M; with a unit as 1.5 ms."""
     from matplotlib.ticker import EngFormatter
 
     formatter = EngFormatter(unit=unit, sep=" " if unit else "")

@@ -1,4 +1,4 @@
-"""This file is how a file is written: whole or not at all, and refused before it is made."""
+"""Output files: refused before anything is computed for them, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def check_writable(path: Path, suffixes: Collection[str] = ()) -> None:
 
     Args:
       path: of the file.
-      suffixes: what it may end in, as ".png"; empty: anything.
+      suffixes: the endings that it may have, as ".png"; empty: any.
 
     Raises:
-      OSError: its folder is missing or may not be written in, or it is no file.
-      ValueError: it ends in something else.
+      OSError: its folder is missing or read-only, or there is something else than a file.
+      ValueError: it has another ending.
     """
     if suffixes and pathlib.Path(path).suffix.lower() not in suffixes:
         raise ValueError(f"{str(path)!r} must end in {' or '.join(suffixes)}")
@@ -34,10 +34,10 @@ def check_writable(path: Path, suffixes: Collection[str] = ()) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file beside `path`, and then puts it there.
+    """Writes a file whole or not at all: beside `path` first, then renamed.
 
     Args:
-      path: of the file; a link stays one.
+      path: of the file; a symbolic link stays one, and its target is replaced.
       content: text is written as UTF-8.
 
     Raises:

@@ -1,4 +1,4 @@
-"""This file is an estimate as one HTML page, with its pictures in it, that loads nothing else."""
+"""An estimate as one HTML page that contains its pictures and loads nothing else."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from wsekern.estimator.result import Estimate
 
-_SIDE = 4.2  # inches of the map: what is read on a phone without scaling it much
-_OPEN = 12  # rows of a table that are shown without being asked for
+_MAP_INCHES = 4.2  # about a phone's width, so that the map is readable there
+_OPEN_ROWS = 12  # rows of a table that are not folded away
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5c646d; --line: #d8dce0;
   --back: #ffffff; --panel: #f5f6f8; --mark: #0072b2; }
@@ -50,10 +50,10 @@ summary { cursor: pointer; color: var(--mark); padding: 0.5rem 0; }
 
 
 def page(e: Estimate, path: output.Path, title: str | None = None) -> None:
-    """Writes the page: figures, pictures, operations, source lines and assumptions.
+    """Writes the page: figures, pictures, cycles by operation and by line, and assumptions.
 
     Args:
-      e: an estimate.
+      e: the estimate.
       path: of the page.
       title: its heading; by default the wafer.
 
@@ -67,9 +67,9 @@ def page(e: Estimate, path: output.Path, title: str | None = None) -> None:
 
 
 def render_page(e: Estimate, title: str | None = None) -> str:
-    """The page as text."""
-    told = (
-        f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz. Estimated by wsekern off the trace of the "
+    """The page as HTML text."""
+    subtitle = (
+        f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz. Estimated by wsekern from the trace of the "
         "program; nothing was run."
     )
     parts = [
@@ -81,54 +81,54 @@ def render_page(e: Estimate, title: str | None = None) -> str:
         "<h2>By operation</h2>",
         '<p class="soft">Cycles that operations take, one after another; what overlaps is counted '
         "each time.</p>",
-        _folded(("operation", "cycles", "share"), _by(e, 0)),
+        _folded(("operation", "cycles", "share"), _shares(e, 0)),
         "<h2>By source line</h2>",
-        _folded(("line", "cycles", "share"), _by(e, 1)),
+        _folded(("line", "cycles", "share"), _shares(e, 1)),
         "<h2>Each operation on its line</h2>",
         _folded(("operation", "line", "cycles"), [(o, s, _count(n)) for o, s, n in e.by_operation]),
         "<h2>Assumptions</h2>",
         render_table(("of", "what is assumed"), assumptions(e), numbers=()),
     ]
-    return render_document(title or of_wafer(e), told, parts)
+    return render_document(title or of_wafer(e), subtitle, parts)
 
 
-def render_document(title: str, told: str, parts: Iterable[str]) -> str:
-    """A page with a heading, a line below it, and `parts`, which are HTML."""
+def render_document(title: str, subtitle: str, parts: Iterable[str]) -> str:
+    """A page with a heading, a line of text below it, and `parts`, which are HTML."""
     heading = _escaped(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{heading}</title><style>{_STYLE}</style></head>\n<body>\n"
-        f'<h1>{heading}</h1>\n<p class="soft">{_escaped(told)}</p>\n'
+        f'<h1>{heading}</h1>\n<p class="soft">{_escaped(subtitle)}</p>\n'
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
 
 
 def assumptions(e: Estimate) -> list[tuple[str, str]]:
-    """What the figures and the pictures of an estimate rest on."""
+    """What the figures and pictures of an estimate assume, as (subject, assumption) rows."""
     machine = e.machine
     rows = [
         ("PEs", "All run the same program: compute, memory and its traffic are the same on each; "
-         "what links carry is counted link by link."),
+         "words are counted link by link."),
         ("clock", f"{e.clock_hz / 1e9:.3g} GHz, an input; cycles are the answer."),
         ("memory", f"{machine.sram_bytes:,} bytes of a PE, of which a kernel's code takes "
          f"{machine.code_bytes:,}."),
         ("links", f"{machine.link_bytes_per_cycle} bytes a cycle each way, "
          f"{machine.hop_cycles} cycle a hop, {machine.ramp_cycles} a ramp; routes go along x, "
          "then y."),
-        ("floods", "Where the trace does not say where one starts, they start on all PEs of their "
-         "lines in turn, on the map."),
+        ("floods", "Where the trace does not say where a flood starts, floods start on all PEs of "
+         "their lines in turn, on the map."),
         ("changes of layout", "Even traffic between all pairs of PEs, half of it across the middle "
          "of the wafer."),
-        ("timeline", "Of a loop whose trips come to take equally long, those before are shown."),
-        ("energy", "Of WSE-2, power measured at rest and in a stencil run, by how busy the PEs "
-         "are; of the others, the power of the system."),
+        ("timeline", "A loop is shown until its trips take equally long; one slice stands for the "
+         "others."),
+        ("energy", "WSE-2: between the power measured at rest and in a stencil run, by how busy "
+         "the PEs are. Others: the power of the system."),
         ("host", f"{with_unit(machine.io_bytes_per_second, 'B/s')} of each wafer; its latency is "
-         "not counted, nor is its time in that of the program."),
+         "not counted, and its time is not part of the program's."),
         ("chips", "At their roofline: arguments read once, results written once."),
-        ("not modeled", "Contention of different moves on one link beyond taking "
-         "turns."),
+        ("not modeled", "Contention of different moves on one link, beyond that they take turns."),
     ]  # fmt: skip
     spread = "without a figure, counted as elementwise and evenly spread"
     return rows + [(f"{name} ({line or 'no line'})", spread) for name, line in e.unknown.items()]
@@ -149,45 +149,54 @@ def _cards(e: Estimate) -> str:
 
 
 def render_cards(cards: Iterable[tuple[str, str, str]]) -> str:
-    """Figures that are read first: each a class ("bad", or none), the figure, and what it is."""
+    """The figures at the top of a page.
+
+    Args:
+      cards: for each, its class ("bad" or ""), the figure, and what it is.
+    """
     made = (
-        f'<div class="{kind}"><b>{_escaped(value)}</b><span>{_escaped(told)}</span></div>'
-        for kind, value, told in cards
+        f'<div class="{kind}"><b>{_escaped(value)}</b><span>{_escaped(label)}</span></div>'
+        for kind, value, label in cards
     )
     return f'<div class="cards">{"".join(made)}</div>'
 
 
 def _pictures(e: Estimate) -> str:
     load = quantities.on_wafer(e, quantities.quantity_of(e))
-    none = np.zeros(load.values.shape, bool)
+    no_defects = np.zeros(load.values.shape, bool)
     drawn = [
-        (lambda: wafer_map.draw_map(load, none, quantities.extent(e), _SIDE),
+        (lambda: wafer_map.draw_map(load, no_defects, quantities.extent(e), _MAP_INCHES),
          "Words that leave each PE by its busiest link, north at the top."),
         (lambda: views.draw_directions(e), "The same by direction, in the same colors."),
         (lambda: views.draw_lanes(e), "What one PE's engine and its links do. The file that "
          "Estimate.timeline writes has the names and the lines."),
-        (lambda: roofline.draw_roofline(e), "Below the wafer's roof: the program. On the roofs of "
-         "chips: what they would make of it at best."),
+        (lambda: roofline.draw_roofline(e), "The program is below its wafer's roof. On chips it "
+         "would at best be on their roofs."),
         (lambda: views.draw_longest(e), "Where the cycles go."),
     ]  # fmt: skip
+    # A program that computes nothing has no place under a roof.
     if not (e.flops and e.cycles):
         drawn.pop(3)
     return render_pictures(drawn)
 
 
 def render_pictures(drawn: Iterable[tuple[Callable[[], Figure], str]]) -> str:
-    """Pictures, each made when it is its turn, with what is told below it."""
+    """Pictures with their captions, as HTML.
+
+    Args:
+      drawn: for each, a function that draws it in the style of a page, and its caption.
+    """
     made = []
-    for draw, told in drawn:
+    for draw, caption in drawn:
         with figure.style(of_page=True):
             picture = draw()
-        svg = figure.inline_svg(picture, _escaped(told))
-        made.append(f"<figure>{svg}<figcaption>{_escaped(told)}</figcaption></figure>")
+        svg = figure.inline_svg(picture, _escaped(caption))
+        made.append(f"<figure>{svg}<figcaption>{_escaped(caption)}</figcaption></figure>")
     return f'<div class="pictures">{"".join(made)}</div>'
 
 
-def _by(e: Estimate, which: int) -> list[tuple[str, str, str]]:
-    """Cycles by operation (0) or by line (1), longest first, with their share of all."""
+def _shares(e: Estimate, which: int) -> list[tuple[str, str, str]]:
+    """Cycles by operation (`which` is 0) or by line (1), longest first, with their shares."""
     cycles: dict[str, float] = {}
     for name, line, each in e.by_operation:
         key = (name, line)[which]
@@ -198,17 +207,23 @@ def _by(e: Estimate, which: int) -> list[tuple[str, str, str]]:
 
 
 def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, of which all but the first rows are unfolded when asked for."""
+    """A table whose rows after the first are folded away."""
     numbers = [i for i, name in enumerate(head) if name in ("cycles", "share")]
-    first = render_table(head, rows[:_OPEN], numbers)
-    if len(rows) <= _OPEN:
+    first = render_table(head, rows[:_OPEN_ROWS], numbers)
+    if len(rows) <= _OPEN_ROWS:
         return first
-    rest = render_table(head, rows[_OPEN:], numbers)
-    return f"{first}<details><summary>{len(rows) - _OPEN:,} more</summary>{rest}</details>"
+    rest = render_table(head, rows[_OPEN_ROWS:], numbers)
+    return f"{first}<details><summary>{len(rows) - _OPEN_ROWS:,} more</summary>{rest}</details>"
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Rows below their heads; the columns `numbers` are flush right."""
+    """A table as HTML.
+
+    Args:
+      head: a title for each column; all empty: no line of titles.
+      rows: a cell for each column.
+      numbers: the columns that are flush right.
+    """
 
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = ['class="n"' if i in numbers else "" for i in range(len(cells))]

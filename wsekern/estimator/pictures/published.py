@@ -1,4 +1,4 @@
-"""This file is the plot of predictions against published measurements."""
+"""The plot of predictions against published measurements."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 
     from wsekern.estimator.validation.points import PredictedPoint, Validation
 
-_BAND = 10  # percent, shaded
+_BAND = 10  # percent of error; predictions within it lie in a shaded band
 
 
-def published(found: Validation, path: output.Path | None = None) -> Figure:
-    """Each point against what was measured, and its error; points that were fitted are hollow.
+def published(validation: Validation, path: output.Path | None = None) -> Figure:
+    """Each prediction against its measurement, and its error; hollow points were fitted on.
 
     Args:
-      found: of `wsekern.estimator.validation.points.validate`.
+      validation: from `wsekern.estimator.validation.points.validate`.
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
       ImportError: matplotlib is not installed.
-      ValueError: no point was predicted.
+      ValueError: no point was predicted, or the path has another ending.
       OSError: the path cannot be written.
     """
-    if not found.rows:
+    if not validation.rows:
         raise ValueError("no point of the table was predicted, so that there is nothing to plot")
     with figure.style():
-        made = figure.new_figure(8.4, max(3.4, 0.9 + 0.2 * len(found.rows)))
+        made = figure.new_figure(8.4, max(3.4, 0.9 + 0.2 * len(validation.rows)))
         left, right = made.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.15]})
-        families = list(dict.fromkeys(row.point.family for row in found.rows))
+        families = list(dict.fromkeys(row.point.family for row in validation.rows))
         colors = dict(zip(families, figure.SERIES * len(families), strict=False))
-        _scatter(left, found.rows, colors)
-        _errors(right, found.rows, colors)
+        _scatter(left, validation.rows, colors)
+        _errors(right, validation.rows, colors)
     return figure.save(made, path)
 
 
@@ -49,14 +49,15 @@ def _scatter(axes: Axes, rows: list[PredictedPoint], colors: dict[str, str]) -> 
                       color="gray", alpha=0.25, lw=0)  # fmt: skip
     axes.plot(ends, ends, color="gray", lw=0.8)
     for family, color in colors.items():
-        own = [row for row in rows if row.point.family == family]
+        family_rows = [row for row in rows if row.point.family == family]
         for fitted in (False, True):
-            some = [row for row in own if row.fitted == fitted]
+            some = [row for row in family_rows if row.fitted == fitted]
             axes.plot(
                 [row.point.value for row in some], [row.predicted for row in some], "o", ms=6,
                 mec=color, mfc="none" if fitted else color, mew=1.3,
             )  # fmt: skip
-        units = ", ".join(dict.fromkeys(row.point.unit for row in own))
+        units = ", ".join(dict.fromkeys(row.point.unit for row in family_rows))
+        # An empty series for the legend: the points above are drawn in two lots.
         axes.plot([], [], "o", color=color, label=f"{family or 'other'}, {units}")
     axes.plot([], [], "o", mec="gray", mfc="none", mew=1.3, label="fitted")
     axes.set(xlabel="measured", ylabel="predicted", title="predicted against published")

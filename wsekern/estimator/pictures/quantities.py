@@ -1,7 +1,7 @@
-"""This file is what a map of a wafer can show of an estimate, PE by PE.
+"""The quantities of an estimate that a map of a wafer can show, PE by PE.
 
-All PEs run one program: what they hold, compute and read from memory is the same on each. What
-their links carry differs, and with it how long each PE's busiest resource is taken.
+All PEs run the same program: what they hold, compute and read from memory is the same on each.
+Their links carry different loads, so that the busy time of each PE's busiest resource differs too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 SAME = "the same on each PE"
 _NAMES = ("load", "N", "E", "S", "W", "busy", "sram")
-# What is not in a trace, and taken to be so; see `wsekern.estimator.links.loads`.
-_TAKEN = {"flood": "floods from all PEs in turn", "relayout": "new layouts as even traffic"}
+# What a map assumes because a trace does not say it, by kind of move; see
+# `wsekern.estimator.links.loads`.
+_ASSUMED = {"flood": "floods from all PEs in turn", "relayout": "new layouts as even traffic"}
 _TOWARDS = {"N": "north", "E": "east", "S": "south", "W": "west"}
 
 
 class Quantity(NamedTuple):
-    """Values by PE, and how to call them."""
+    """Values by PE, with their title and unit."""
 
     values: np.ndarray  # [height, width]
     title: str
     unit: str
-    top: float | None = None  # what the colors end at, if not at the most
+    top: float | None = None  # the value at which the colors end; None: the largest
     note: str = ""
 
 
@@ -36,13 +37,13 @@ def quantity_of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
 
     Args:
       what: an estimate, or values by PE, `[height, width]`.
-      quantity: of an estimate: "load", words on each PE's busiest outgoing link; "N", "E", "S" or
-        "W", on that one; "busy", cycles for which its engine or busiest link is taken; "sram",
-        bytes of data at most.
-      label: what given values are.
+      quantity: for an estimate. "load": words on each PE's busiest outgoing link. "N", "E", "S" or
+        "W": words on its link in that direction. "busy": cycles for which its engine or busiest
+        link is busy. "sram": bytes of data at most.
+      label: the title of an array's values.
 
     Raises:
-      ValueError: values do not have two dimensions, or there is no such quantity.
+      ValueError: an array does not have two dimensions, or there is no such quantity.
     """
     if not hasattr(what, "link_words"):
         values = np.asarray(what, float)
@@ -57,7 +58,7 @@ def quantity_of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
 
 
 def on_wafer(what: Any, shown: Quantity) -> Quantity:
-    """The values where their PEs lie: around faulty ones, which are blank, as spare ones are."""
+    """The values at their PEs' physical places; faulty and spare PEs are blank."""
     placement = getattr(getattr(what, "wafer", None), "placement", None)
     if placement is None:
         return shown
@@ -68,7 +69,7 @@ def on_wafer(what: Any, shown: Quantity) -> Quantity:
 
 
 def extent(what: Any) -> tuple[int, int, int, int] | None:
-    """The rows y0 to y1 and columns x0 to x1 that a placed program lies in; None: all there are."""
+    """The (y0, y1, x0, x1) rows and columns of a program with a placement; None: the whole map."""
     placement = getattr(getattr(what, "wafer", None), "placement", None)
     if placement is None:
         return None
@@ -77,10 +78,10 @@ def extent(what: Any) -> tuple[int, int, int, int] | None:
 
 
 def check_quantity(quantity: str) -> None:
-    """Returns if estimates have such a quantity.
+    """Returns if an estimate has this quantity.
 
     Raises:
-      ValueError: they have not; says which is nearest.
+      ValueError: it has not; the message has the nearest name.
     """
     if quantity not in _NAMES:
         near = difflib.get_close_matches(quantity, _NAMES, n=1, cutoff=0.5)
@@ -96,14 +97,14 @@ def _of_estimate(e: Estimate, quantity: str) -> Quantity:
         return Quantity(values, "data in memory", "bytes", max(e.sram_free, e.sram_per_pe), note)
     words = e.link_words()
     kinds = {pattern.kind for pattern, _ in e.tiles if pattern.root is None}
-    told = [note for kind, note in _TAKEN.items() if kind in kinds]
+    notes = [note for kind, note in _ASSUMED.items() if kind in kinds]
     if quantity in words:
         title = f"words {_TOWARDS[quantity]}"
-        return Quantity(words[quantity], title, "words", note="; ".join(told))
+        return Quantity(words[quantity], title, "words", note="; ".join(notes))
     most = np.max(list(words.values()), axis=0)
     if quantity == "load":
         title = "words on the busiest link of each PE"
-        return Quantity(most, title, "words", note="; ".join(told))
+        return Quantity(most, title, "words", note="; ".join(notes))
     busy = np.maximum(e.busy["compute"], most * 4 / e.machine.link_bytes_per_cycle)
     note = f"engine {e.busy['compute']:,.0f} cycles, {SAME}"
     return Quantity(busy, "busy time of each PE", "cycles", max(e.cycles, busy.max()), note)

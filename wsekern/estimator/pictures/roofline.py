@@ -1,7 +1,7 @@
-"""This file is the roofline plot: what machines can do at most, and what programs make of it.
+"""The roofline plot: what machines can do at most, and what programs reach.
 
 S. Williams, A. Waterman and D. Patterson, "Roofline: An Insightful Visual Performance Model for
-Multicore Architectures", 2009. Bytes are those that a PE's memory or a chip's memory moves.
+Multicore Architectures", 2009. Bytes are those that the memories of PEs, or of a chip, move.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 class Roof(NamedTuple):
-    """The most that a machine does."""
+    """The most that a machine can do."""
 
     name: str
     bytes_per_second: float
-    flops: dict[str, float]  # by kind of operand
+    flops: dict[str, float]  # FLOP/s, by kind of operand: "float32", "16 bits"
 
 
 class RooflinePoint(NamedTuple):
-    """A program on a machine; of an accelerator, on its roof."""
+    """A program on a machine; on an accelerator it is assumed to reach the roof."""
 
     machine: str
     program: str
     intensity: float  # FLOP for each byte
-    flops: float  # a second
-    estimated: bool
+    flops: float  # FLOP/s
+    estimated: bool  # by the estimator; else the machine's roof
 
 
 def roofline(
@@ -46,19 +46,20 @@ def roofline(
     accelerators: Sequence[Accelerator] = (A100, H100),
     path: output.Path | None = None,
 ) -> Figure:
-    """Roofs of the wafers and of chips beside them, with the programs' points.
+    """The rooflines of wafers and chips, with a point for each program, as a matplotlib figure.
 
-    A program is under the roof of its wafer, at the operations for each byte that the PEs' memories
-    move. On a chip it is on the roof, at those for each byte of its arguments and results.
+    On its wafer, a program lies under the roof; its intensity is its FLOP for each byte that the
+    PEs' memories move. On a chip it is drawn on the roof, as the best case; its intensity there is
+    its FLOP for each byte of arguments and results. A notebook shows the figure by itself.
 
     Args:
-      estimates: one, or several by name.
+      estimates: an estimate, or several by name.
       accelerators: chips to compare with, one of each.
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: no program computes anything.
+      ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+      ValueError: no program computes anything, or the path has another ending.
       OSError: the path cannot be written.
     """
     with figure.style():
@@ -69,18 +70,19 @@ def roofline(
 def draw_roofline(
     estimates: Estimate | Mapping[str, Estimate], accelerators: Sequence[Accelerator] = (A100, H100)
 ) -> Figure:
-    """The plot, in the style in force."""
+    """The plot, in the current matplotlib style."""
     named: Mapping[str, Any] = estimates if isinstance(estimates, Mapping) else {"": estimates}
-    found = points(named, accelerators)
-    if not found:
+    programs = points(named, accelerators)
+    if not programs:
         raise ValueError("roofline: no program computes anything")
     tops = roofs(named, accelerators)
     made = figure.new_figure(5.4, 3.6)
     axes = made.subplots()
     axes.set(xscale="log", yscale="log", xlabel="FLOP for each byte", ylabel="FLOP/s")
-    turns = [max(roof.flops.values()) / roof.bytes_per_second for roof in tops]
-    x = np.array([min(*turns, *(p.intensity for p in found)) / 4,
-                  max(*turns, *(p.intensity for p in found)) * 4])  # fmt: skip
+    # A roof bends where its memory and its engine take equally long. x covers bends and programs.
+    bends = [max(roof.flops.values()) / roof.bytes_per_second for roof in tops]
+    x = np.array([min(*bends, *(p.intensity for p in programs)) / 4,
+                  max(*bends, *(p.intensity for p in programs)) * 4])  # fmt: skip
     colors = dict(zip([roof.name for roof in tops], figure.SERIES * len(tops), strict=False))
     for roof in tops:
         for kind, top in roof.flops.items():
@@ -88,11 +90,11 @@ def draw_roofline(
             style = "-" if kind == "16 bits" else "--"
             heights = np.minimum(at * roof.bytes_per_second, top)
             axes.plot(at, heights, style, color=colors[roof.name], lw=1.3)
-    for point in found:
+    for point in programs:
         color = colors[point.machine]
         face = color if point.estimated else "none"
         axes.plot(point.intensity, point.flops, "o", ms=6, mec=color, mfc=face, zorder=3)
-    _name_programs(axes, found)
+    _name_programs(axes, programs)
     _name_roofs(axes, tops, colors)
     axes.set_xlim(*x)
     figure.engineering_ticks(axes, "y")
@@ -106,7 +108,7 @@ def draw_roofline(
 
 def roofs(estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]) -> list[Roof]:
     """The roofs of the estimates' wafers and of the accelerators."""
-    found = {}
+    by_name = {}
     for e in estimates.values():
         pes, machine = e.wafer.size, e.machine
         memory = machine.read_bytes_per_cycle + machine.write_bytes_per_cycle
@@ -114,19 +116,19 @@ def roofs(estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]) -> 
             kind: 2.0 * machine.fmacs_per_cycle(dtype) * pes * e.clock_hz
             for kind, dtype in (("float32", "float32"), ("16 bits", "float16"))
         }
-        found[of_wafer(e)] = Roof(of_wafer(e), memory * pes * e.clock_hz, flops)
+        by_name[of_wafer(e)] = Roof(of_wafer(e), memory * pes * e.clock_hz, flops)
     for chip in accelerators:
         flops = {"16 bits": chip.bfloat16_flops}
         if chip.float32_flops:
             flops = {"float32": chip.float32_flops, **flops}
-        found[chip.name] = Roof(chip.name, chip.memory_bytes_per_second, flops)
-    return list(found.values())
+        by_name[chip.name] = Roof(chip.name, chip.memory_bytes_per_second, flops)
+    return list(by_name.values())
 
 
 def points(
     estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]
 ) -> list[RooflinePoint]:
-    """What programs do on wafers and would do on chips; without those that compute nothing."""
+    """The points of programs on their wafers and on chips; none for one that computes nothing."""
     found = []
     for name, e in estimates.items():
         if not e.flops or not e.cycles:
@@ -141,10 +143,10 @@ def points(
     return found
 
 
-def _name_programs(axes: Axes, found: Sequence[RooflinePoint]) -> None:
-    """Once on wafers, and once on chips, below the lowest point."""
+def _name_programs(axes: Axes, programs: Sequence[RooflinePoint]) -> None:
+    """Writes each program's name below its lowest point on wafers, and on chips."""
     lowest: dict[tuple, RooflinePoint] = {}
-    for point in found:
+    for point in programs:
         key = point.program, point.machine if point.estimated else ""
         if key not in lowest or point.flops < lowest[key].flops:
             lowest[key] = point
@@ -156,7 +158,7 @@ def _name_programs(axes: Axes, found: Sequence[RooflinePoint]) -> None:
 
 
 def _name_roofs(axes: Axes, tops: Sequence[Roof], colors: Mapping[str, str]) -> None:
-    """To the right of the roofs, and no nearer to one another than a line is high."""
+    """Writes the roofs' names to their right, at least the height of a line apart."""
     named = sorted((top, roof.name, kind) for roof in tops for kind, top in roof.flops.items())
     least, most = np.log10(axes.get_ylim())
     line, at = (most - least) / 20, -np.inf

@@ -1,4 +1,4 @@
-"""This file is the scaling plot: a quantity against PEs or wafers, predicted and measured."""
+"""The scaling plot: a quantity against PEs or wafers, predicted and measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from wsekern.estimator.pictures import figure, output
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Series = Sequence[tuple[float, float]]
@@ -24,19 +25,22 @@ def scaling(
     ideal: bool = False,
     path: output.Path | None = None,
 ) -> Figure:
-    """Lines of a quantity against a number of PEs or wafers, both on scales of powers.
+    """A quantity against a number of PEs or wafers, on logarithmic axes, as a matplotlib figure.
+
+    A notebook shows the figure by itself.
 
     Args:
-      lines: (number, value) pairs, by the name of what they are of.
-      measured: points, likewise; those of a line's name have its color.
-      of: what is counted along x.
+      lines: the (number, value) pairs of each line, by its name.
+      measured: pairs that are drawn as points, by name; a line of the same name has their color.
+      of: what the numbers along x count.
       quantity: what the values are, with their unit.
-      ideal: whether to draw, from the first point of each line, what twice as many would do twice.
+      ideal: whether to draw ideal scaling too: from the first point of each line, twice the number
+        has twice the value.
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: there is no value, or one that is not positive.
+      ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+      ValueError: there is no value, or one that is not positive, or the path has another ending.
       OSError: the path cannot be written.
     """
     with figure.style():
@@ -51,7 +55,7 @@ def draw_scaling(
     quantity: str = "",
     ideal: bool = False,
 ) -> Figure:
-    """The plot, in the style in force."""
+    """The plot, in the current matplotlib style; arguments as of `scaling`."""
     everything = [xy for series in (*lines.values(), *measured.values()) for xy in series]
     if not everything or min(map(min, everything)) <= 0:
         raise ValueError("scaling: it needs one (number, value) pair or more, all positive")
@@ -67,8 +71,8 @@ def draw_scaling(
             axes.plot(x, y[0] * x / x[0], ":", color=colors[name], lw=1.0)
     for name, series in measured.items():
         x, y = np.array(sorted(series), float).T
-        told = f"{name}, measured"
-        axes.plot(x, y, "o", ms=5, mfc="none", mec=colors[name], mew=1.3, label=told)
+        label = f"{name}, measured"
+        axes.plot(x, y, "o", ms=5, mfc="none", mec=colors[name], mew=1.3, label=label)
     if ideal:
         axes.plot([], [], ":", color="gray", label="ideal")
     _ticks(axes, sorted({x for x, _ in everything}))
@@ -79,8 +83,8 @@ def draw_scaling(
     return made
 
 
-def _ticks(axes, numbers: list[float]) -> None:
-    """Ticks where values stand, if they are few; and round ones on the other axis."""
+def _ticks(axes: Axes, numbers: list[float]) -> None:
+    """Along x a tick at each number, if there are few; along y round values."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
     if len(numbers) <= 8:

@@ -1,4 +1,7 @@
-"""This file is the map of a wafer in a terminal: half blocks, two PEs or blocks of them a cell."""
+"""The map of a wafer in a terminal: each character cell is two dots, as two half blocks.
+
+A dot is a PE, or a block of PEs on a large wafer.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from rich.text import Text
 from wsekern.estimator.pictures import quantities
 from wsekern.estimator.pictures.wafer_map import Zoom, check_defects
 
-# matplotlib's viridis at equal steps (N. Smith and S. van der Walt, 2015), which need not be there.
+# matplotlib's viridis at equal steps (N. Smith and S. van der Walt, 2015); a terminal map must do
+# without matplotlib.
 _HEAT = np.array([
     (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137),
     (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37),
 ], float)  # fmt: skip
 _DEFECT = (224, 33, 138)
-_SHADES = " .:-=+*#%@"  # where there are no colors
-_HIGH = 48  # dots, two of which are a line
-_WIDE = 76
+_SHADES = " .:-=+*#%@"  # for a console without colors
+_MAX_ROWS = 48  # dots; two rows of dots are a line of text
+_MAX_COLUMNS = 76
 
 
 def terminal_map(
@@ -33,21 +37,26 @@ def terminal_map(
     label: str = "",
     console: Console | None = None,
 ) -> None:
-    """Prints a heat map of a quantity by PE, each dot the most of the PEs that it stands for.
+    """Prints a heat map of a quantity by PE; it needs no matplotlib.
 
-    A dot is a defect where half of its PEs or more are. Without colors, darker characters are more.
+    A dot stands for one PE or a block of PEs and shows their largest value. It is a defect if half
+    of its PEs or more are. In a console without colors, denser characters are larger values.
 
     Args:
-      what: an `Estimate`, or values by PE, `[height, width]`.
-      quantity: of an estimate; as for `wk.wafer_map`.
-      defects: True where a PE does not work, `[height, width]`, of the wafer where the estimate is
-        of one with a placement: its PEs are drawn where they lie.
-      zoom: the rows y0 to y1 and columns x0 to x1 alone, as (y0, y1, x0, x1).
-      label: what given values are, with their unit.
-      console: where to; by default standard output.
+      what: a `wk.Estimate`, or values by PE, `[height, width]`.
+      quantity: for an estimate. "load": words on each PE's busiest outgoing link. "N", "E", "S" or
+        "W": words on its link in that direction. "busy": cycles for which its engine or busiest
+        link is busy. "sram": bytes of data at most.
+      defects: True where a PE does not work, `[height, width]`. For an estimate with a placement,
+        of the whole wafer, since its PEs are drawn at their physical places.
+      zoom: draw only the rows y0 to y1 and columns x0 to x1, as (y0, y1, x0, x1); y1 and x1 are
+        left out.
+      label: the title of an array's values, with their unit.
+      console: the rich console to print on; by default standard output.
 
     Raises:
-      ValueError: shapes differ, the zoom is outside, or there is no such quantity.
+      ValueError: the shapes of values and defects differ, the zoom is outside of the map, or there
+        is no such quantity.
     """
     shown = quantities.on_wafer(what, quantities.quantity_of(what, quantity, label))
     zoom = zoom or quantities.extent(what)
@@ -56,7 +65,7 @@ def terminal_map(
     height, width = shown.values.shape
     y0, y1, x0, x1 = zoom or (0, height, 0, width)
     values, faulty = shown.values[y0:y1, x0:x1], faulty[y0:y1, x0:x1]
-    dots, broken = _dots(values, faulty, min(_WIDE, console.width - 2))
+    dots, broken = _dots(values, faulty, min(_MAX_COLUMNS, console.width - 2))
     finite = values[np.isfinite(values)]
     least = min(0.0, float(finite.min(initial=0.0)))
     most = max(float(finite.max(initial=0.0)), least) if shown.top is None else shown.top
@@ -65,17 +74,17 @@ def terminal_map(
     if shown.note:
         console.print(Text(shown.note))
     colored = console.color_system is not None
-    paint = _painted if colored else _shaded
+    render = _color_line if colored else _text_line
     for top in range(0, len(dots), 2):
-        console.print(paint(share[top : top + 2], broken[top : top + 2]), soft_wrap=True)
+        console.print(render(share[top : top + 2], broken[top : top + 2]), soft_wrap=True)
     console.print(_legend(least, most, shown.unit, bool(faulty.any()), colored), soft_wrap=True)
 
 
-def _dots(values: np.ndarray, faulty: np.ndarray, wide: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most of each block of PEs, and whether it is defective; small grids are drawn larger."""
+def _dots(values: np.ndarray, faulty: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each block's largest value, and whether it is a defect; a small grid is enlarged."""
     height, width = values.shape
-    block = max(-(-width // wide), -(-height // _HIGH))
-    larger = max(1, min(wide // width, _HIGH // height, 2))
+    block = max(-(-width // columns), -(-height // _MAX_ROWS))
+    larger = max(1, min(columns // width, _MAX_ROWS // height, 2))
     rows, cols = np.arange(0, height, block), np.arange(0, width, block)
 
     def each(function: np.ufunc, array: np.ndarray) -> np.ndarray:
@@ -87,7 +96,7 @@ def _dots(values: np.ndarray, faulty: np.ndarray, wide: int) -> tuple[np.ndarray
     return tuple(np.kron(a, np.ones((larger, larger), a.dtype)) for a in (dots, broken))  # type: ignore[return-value]
 
 
-def _painted(share: np.ndarray, broken: np.ndarray) -> Text:
+def _color_line(share: np.ndarray, broken: np.ndarray) -> Text:
     line = Text()
     for x in range(share.shape[1]):
         halves = [_style_color(share[y, x], broken[y, x]) for y in range(len(share))]
@@ -95,7 +104,7 @@ def _painted(share: np.ndarray, broken: np.ndarray) -> Text:
     return line
 
 
-def _shaded(share: np.ndarray, broken: np.ndarray) -> Text:
+def _text_line(share: np.ndarray, broken: np.ndarray) -> Text:
     most, fault = np.fmax.reduce(share, 0), np.logical_or.reduce(broken, 0)
     return Text("".join("x" if f else _shade(s) for s, f in zip(most, fault, strict=True)))
 

@@ -1,8 +1,8 @@
-"""This file is a timeline as trace-event JSON, which Perfetto and chrome://tracing open.
+"""A timeline as trace-event JSON, which Perfetto and chrome://tracing open.
 
-The format is the "Trace Event Format" document of the Chromium project: complete events (ph X) with
-ts and dur in microseconds, on threads that metadata events (ph M) name. One process is one PE; all
-run one program, and the walk of the estimator times one that stands for them.
+The format is the Chromium project's "Trace Event Format": complete events (ph X) with ts and dur in
+microseconds, on threads that metadata events (ph M) name. The only process is one PE, which stands
+for all: they run the same program.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PID = 1
 
 
 def timeline(e: Estimate, path: output.Path) -> None:
-    """Writes the timeline of one PE: lanes for its engine and for the links each way.
+    """Writes the timeline of one PE, with a lane for its engine and one for its links each way.
 
-    Of a loop whose trips come to take equally long, those that were walked are drawn; what stands
-    for the others is one slice in a lane of its own.
+    A loop is drawn until its trips take equally long; one slice in a lane of its own stands for the
+    other trips.
 
     Args:
-      e: an estimate.
-      path: of the JSON file; https://ui.perfetto.dev opens it, and so does chrome://tracing.
+      e: the estimate.
+      path: of the JSON file, which https://ui.perfetto.dev and chrome://tracing open.
 
     Raises:
       OSError: the path cannot be written.
@@ -66,13 +66,14 @@ def trace_events(e: Estimate) -> dict[str, Any]:
 
 
 def lanes(e: Estimate) -> dict[str, str]:
-    """The lanes of an estimate's timeline, with their names; a PE's own are always there."""
+    """The lanes of an estimate's timeline with their titles; "wafer" and "loop" only if used."""
     used = {event.lane for event in e.events}
     return {k: v for k, v in LANES.items() if k in used or k not in ("wafer", "loop")}
 
 
 def _slice(event: Event, tid: int, clock_hz: float) -> dict[str, Any]:
-    # Whole nanoseconds, so that what follows at once does not overlap once it is rounded.
+    # Whole nanoseconds: rounded ends and starts of slices that touch are the same number, whereas
+    # viewers take slices that overlap by a fraction for nested ones.
     start, end = (round(cycle / clock_hz * 1e9) for cycle in (event.start, event.end))
     args = {"line": event.line, "cycles": round(event.end - event.start, 3)}
     return {
@@ -87,5 +88,5 @@ def _slice(event: Event, tid: int, clock_hz: float) -> dict[str, Any]:
     }
 
 
-def _metadata(what: str, tid: int, **args: Any) -> dict[str, Any]:
-    return {"ph": "M", "pid": _PID, "tid": tid, "name": what, "args": args}
+def _metadata(event: str, tid: int, **values: Any) -> dict[str, Any]:
+    return {"ph": "M", "pid": _PID, "tid": tid, "name": event, "args": values}

@@ -1,4 +1,4 @@
-"""This file is the pictures of an estimate that a page has beside the map and the roofline."""
+"""The pictures that a page of an estimate has beside the map and the roofline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from wsekern.estimator.result import Estimate
 
-_BARS = 12
-_DRAWN = 400  # slices up to which each is a shape of its own
+_BARS = 12  # operations in the bar chart
+_SHAPES = 400  # slices of a timeline; more than these are drawn as pixels, which keeps a page small
 
 
 def draw_directions(e: Estimate) -> Figure:
-    """Words on the link of each PE to the N, E, S and W, in the same colors."""
+    """Four maps on one color scale: the words on each PE's link to the N, E, S and W."""
     words = e.link_words()
     top = max(float(load.max()) for load in words.values())
     height, width = e.wafer.height, e.wafer.width
@@ -28,13 +28,13 @@ def draw_directions(e: Estimate) -> Figure:
     high = wide * min(max(height / width, 0.25), 2.0)
     whole, tall = left + 2 * wide + 2 * between, below + 2 * high + 0.7
     made = figure.new_figure(whole, tall, laid_out=False)
-    none = np.zeros((height, width), bool)
+    no_defects = np.zeros((height, width), bool)
     for place, direction in enumerate("NESW"):
         row, column = divmod(place, 2)
         at = left + column * (wide + between), below + (1 - row) * (high + 0.35)
         axes = made.add_axes((at[0] / whole, at[1] / tall, wide / whole, high / tall))
         shown = quantities.quantity_of(e, direction)
-        image = wafer_map.draw_on_axes(axes, shown, none, (0, height, 0, width), top)
+        image = wafer_map.draw_on_axes(axes, shown, no_defects, (0, height, 0, width), top)
         axes.set_title(f"{shown.title}, at most {words[direction].max():,.0f}", fontsize="small")
         wafer_map.count_ticks(axes, 4)
         axes.tick_params(labelleft=column == 0, labelbottom=row == 1)
@@ -51,11 +51,11 @@ def draw_directions(e: Estimate) -> Figure:
 
 
 def draw_lanes(e: Estimate) -> Figure:
-    """The timeline: what is done in each lane, and that until the first loop is steady."""
+    """The timeline by lane; a second one shows its start, until the first loop is steady."""
     steady = min((v.start for v in e.events if v.lane == "loop"), default=0.0)
     spans = {"one PE, which stands for all": e.cycles}
     if 0 < steady < e.cycles / 2:
-        spans["its start, until a loop's trips are alike"] = steady
+        spans["its start, until a loop's trips take equally long"] = steady
     made = figure.new_figure(4.8, (0.9 + 0.26 * len(lanes(e))) * len(spans))
     for axes, (title, end) in zip(
         made.subplots(len(spans), squeeze=False).flat, spans.items(), strict=True
@@ -73,8 +73,8 @@ def _draw_lanes(axes: Axes, e: Estimate, until: float) -> None:
         color = figure.LANES[lane]
         axes.broken_barh(
             spans, (y - 0.36, 0.72), facecolors=color, edgecolors=color,
-            linewidth=0.4,  # however short, it is seen
-            alpha=0.35 if lane == "loop" else 1.0, rasterized=len(events) > _DRAWN,
+            linewidth=0.4,  # so that the shortest slice is seen
+            alpha=0.35 if lane == "loop" else 1.0, rasterized=len(events) > _SHAPES,
         )  # fmt: skip
     axes.set_yticks(range(len(shown)), list(shown.values()))
     axes.tick_params(axis="y", length=0)
@@ -88,7 +88,7 @@ def draw_longest(e: Estimate) -> Figure:
     cycles: dict[str, float] = {}
     for name, _, each in e.by_operation:
         cycles[name] = cycles.get(name, 0.0) + each
-    least = sum(cycles.values()) / 500  # what would be seen
+    least = sum(cycles.values()) / 500  # a shorter bar would not be seen
     shown = [item for item in cycles.items() if item[1] > least]
     most = sorted(shown, key=lambda item: -item[1])[:_BARS]
     made = figure.new_figure(4.8, 0.8 + 0.24 * max(len(most), 1))

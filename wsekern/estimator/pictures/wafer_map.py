@@ -1,4 +1,4 @@
-"""This file is the map of a wafer: a color for each PE, north at the top."""
+"""The map of a wafer: a color for each PE, north at the top."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 Zoom = tuple[int, int, int, int]
-_LINED = 40  # PEs up to which the border of each is drawn
+_BORDERS = 40  # PEs a side; up to this size of a map, each PE has a border
 
 
 def wafer_map(
@@ -28,23 +28,25 @@ def wafer_map(
     label: str = "",
     path: Path | None = None,
 ) -> Figure:
-    """A heat map of a quantity by PE, as a matplotlib figure.
+    """A heat map of a quantity by PE, as a matplotlib figure, which a notebook shows by itself.
 
     Args:
-      what: an `Estimate`, or values by PE, `[height, width]`; those that are not finite are blank.
-      quantity: of an estimate; words on the busiest outgoing link of each PE ("load") or on one
-        ("N", "E", "S", "W"), cycles that its engine or busiest link is taken ("busy"), bytes of
-        data ("sram"). Only links differ from PE to PE: all run one program.
-      defects: True where a PE does not work, `[height, width]`, of the wafer where the estimate is
-        of one with a placement: its PEs are drawn where they lie.
-      zoom: the rows y0 to y1 and columns x0 to x1 alone, as (y0, y1, x0, x1); ends are left out.
-      label: what given values are, with their unit.
+      what: a `wk.Estimate`, or values by PE, `[height, width]`, blank where they are not finite.
+      quantity: for an estimate. "load": words on each PE's busiest outgoing link. "N", "E", "S" or
+        "W": words on its link in that direction. "busy": cycles for which its engine or busiest
+        link is busy. "sram": bytes of data at most. Links differ from PE to PE; the rest is the
+        same on each, since all run the same program.
+      defects: True where a PE does not work, `[height, width]`. For an estimate with a placement,
+        of the whole wafer, since its PEs are drawn at their physical places.
+      zoom: draw only the rows y0 to y1 and columns x0 to x1, as (y0, y1, x0, x1); y1 and x1 are
+        left out.
+      label: the title of an array's values, with their unit.
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: the shapes of values and defects differ, the zoom is outside, or there is no such
-        quantity.
+      ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+      ValueError: the shapes of values and defects differ, the zoom is outside of the map, there is
+        no such quantity, or the path has another ending.
       OSError: the path cannot be written.
     """
     shown = quantities.on_wafer(what, quantities.quantity_of(what, quantity, label))
@@ -56,7 +58,11 @@ def wafer_map(
 
 
 def check_defects(values: np.ndarray, defects: ArrayLike | None, zoom: Zoom | None) -> np.ndarray:
-    """The defects as a boolean array, where they and the zoom fit the values."""
+    """The defects as a boolean array, all False for None.
+
+    Raises:
+      ValueError: the defects have another shape than the values, or the zoom is outside of them.
+    """
     faulty = np.zeros(values.shape, bool) if defects is None else np.asarray(defects, bool)
     if faulty.shape != values.shape:
         raise ValueError(
@@ -75,7 +81,7 @@ def check_defects(values: np.ndarray, defects: ArrayLike | None, zoom: Zoom | No
 def draw_map(
     shown: quantities.Quantity, faulty: np.ndarray, zoom: Zoom | None = None, side: float = 6.0
 ) -> Figure:
-    """The map alone, `side` inches at most, with its scale of colors."""
+    """The map with its color scale, in the current style; `side` is its largest size, in inches."""
     height, width = shown.values.shape
     y0, y1, x0, x1 = zoom or (0, height, 0, width)
     scale = min(side / (x1 - x0), side / (y1 - y0))
@@ -85,11 +91,11 @@ def draw_map(
     made = figure.new_figure(whole, tall, laid_out=False)
     axes = made.add_axes((left / whole, below / tall, wide / whole, high / tall))
     image = draw_on_axes(axes, shown, faulty, (y0, y1, x0, x1))
-    axes.set_title(f"{shown.title}\n{_told(shown, zoom)}")
+    axes.set_title(f"{shown.title}\n{_describe(shown, zoom)}")
     axes.set_xlabel("x, west to east", loc="left")
     axes.set_ylabel("y, north to south")
     legend = axes.get_legend()
-    if legend is not None:  # beside the label of the axis below
+    if legend is not None:  # below the map, beside the label of the x axis
         legend.set_bbox_to_anchor((1.0, -0.2 / high))
     bar = made.colorbar(
         image,
@@ -106,15 +112,25 @@ def draw_map(
 def draw_on_axes(
     axes: Axes, shown: quantities.Quantity, faulty: np.ndarray, zoom: Zoom, top: float | None = None
 ) -> AxesImage:
-    """Draws values and defects on `axes`; ticks count PEs of the whole wafer."""
+    """Draws values and defects on `axes`, whose ticks are the PEs' places on the whole wafer.
+
+    Args:
+      axes: where to draw.
+      shown: the values.
+      faulty: where PEs do not work, of the same shape.
+      zoom: the part to draw, as (y0, y1, x0, x1).
+      top: the value at which the colors end; None: that of `shown`, or else the largest.
+    """
     y0, y1, x0, x1 = zoom
     values, faulty = shown.values[y0:y1, x0:x1], faulty[y0:y1, x0:x1]
     finite = values[np.isfinite(values) & ~faulty]
     least = min(0.0, float(finite.min())) if finite.size else 0.0
     top = shown.top if top is None else top
     most = max(float(finite.max()), least) if top is None and finite.size else top or 0.0
+    # A faulty PE is blank on a small map. A large map is scaled down, where a blank would spread to
+    # its neighbors; there, the square that `_mark` draws is enough.
     image = axes.imshow(
-        np.where(faulty & (np.max(values.shape) <= 4 * _LINED), np.nan, values),
+        np.where(faulty & (np.max(values.shape) <= 4 * _BORDERS), np.nan, values),
         cmap=figure.HEAT,
         vmin=least,
         vmax=most if most > least else least + 1.0,
@@ -125,7 +141,7 @@ def draw_on_axes(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=2)
     count_ticks(axes, 7)
-    if max(values.shape) <= _LINED:
+    if max(values.shape) <= _BORDERS:
         axes.set_xticks(np.arange(x0, x1 + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(y0, y1 + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", alpha=0.35, linewidth=0.5)
@@ -135,7 +151,7 @@ def draw_on_axes(
 
 
 def count_ticks(axes: Axes, at_most: int) -> None:
-    """So many ticks on either axis, at PEs."""
+    """Ticks at whole PEs, at most so many on either axis."""
     from matplotlib.ticker import MaxNLocator
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -143,7 +159,7 @@ def count_ticks(axes: Axes, at_most: int) -> None:
 
 
 def _mark(axes: Axes, faulty: np.ndarray, y0: int, x0: int) -> None:
-    """A square for each defect: as large as a PE, or large enough to be seen."""
+    """Draws a square for each defect: as large as a PE, or larger if that would not be seen."""
     ys, xs = np.nonzero(faulty)
     if not len(ys):
         return
@@ -156,8 +172,8 @@ def _mark(axes: Axes, faulty: np.ndarray, y0: int, x0: int) -> None:
     axes.legend(loc="upper right", borderpad=0, handletextpad=0, markerscale=6 / side)
 
 
-def _told(shown: quantities.Quantity, zoom: Zoom | None) -> str:
-    """Which PEs are drawn, and what is to be said of them."""
+def _describe(shown: quantities.Quantity, zoom: Zoom | None) -> str:
+    """The second line of the title: which PEs are drawn, and the note."""
     height, width = shown.values.shape
     part = f"{height} x {width} PEs"
     if zoom is not None:

@@ -1,4 +1,5 @@
-"""Every speed claim, side by side with what a user would pick instead: `python -m benchmarks`.
+"""Every claim of speed beside what a user would run instead: `python -m benchmarks`.
 
-May import every other folder; none imports it.
+`python -m benchmarks` lists the benchmarks, `python -m benchmarks NAME --help` the options of one.
+Their results are in `RESULTS.md`. This package may import every other one; none imports it.
 """

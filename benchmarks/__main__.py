@@ -1,4 +1,7 @@
-"""This file is the command line of the benchmarks: it lists them, or runs one."""
+"""The command line of the benchmarks: list them, or run one.
+
+`python -m benchmarks` lists them, `python -m benchmarks NAME` runs one.
+"""
 
 import ast
 import difflib
@@ -11,12 +14,12 @@ from rich.table import Table
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark that `argv` names first with the rest of `argv`; returns an exit status.
+    """Runs the benchmark `argv[0]` with the flags `argv[1:]`; returns an exit status.
 
     Every module of this folder that has a `main(argv)` is a benchmark.
     """
     argv = sys.argv[1:] if argv is None else argv
-    known = _benchmarks()
+    known = _summaries()
     if not argv or argv[0] in ("-h", "--help"):
         _list(known)
         return 0
@@ -30,24 +33,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _benchmarks() -> dict[str, str]:
-    """What each benchmark is, by name; nothing is imported for it."""
-    found = {}
+def _summaries() -> dict[str, str]:
+    """The first line of each benchmark's docstring by name; reads the files, imports none."""
+    summaries = {}
     for file in sorted(pathlib.Path(__file__).parent.glob("[a-z]*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-            found[file.stem] = summary.removeprefix("This file is ")
-    return found
+            summaries[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return summaries
 
 
 def _list(known: dict[str, str]) -> None:
     table = Table(title="python -m benchmarks NAME [--help]", title_justify="left", box=None)
     table.add_column("name", style="bold")
-    table.add_column("what it measures")
+    table.add_column("what is compared")
     for name, summary in known.items():
         table.add_row(name, summary)
     Console().print(table)
+    print("\nRESULTS.md in this folder has the figures measured last.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""This file is a training step on one device, and its share of the peak, against plain Flax.
+"""A training step on one device against the same model in plain Flax, and its share of the peak.
 
-`JAX_PLATFORMS=cuda python -m benchmarks accelerator` runs it on a GPU.
+Both steps (forward, backward, AdamW) are compiled whole, then run in turn; the ratio is to Flax.
+The table adds tokens per second, and FLOP/s over the device's peak. On a GPU: `JAX_PLATFORMS=cuda
+python -m benchmarks accelerator`
 """
 
 import dataclasses
@@ -15,20 +17,20 @@ from benchmarks import harness
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AcceleratorOptions:
-    """Tokens a second of a training step (AdamW) on one device: ours, and the same in Flax."""
+    """Time a training step (AdamW) on one device against the same model in plain Flax."""
 
     preset: str = "125m"
     """A Llama-like preset with a tied head."""
     batch: int = 8
-    """Sequences."""
+    """Sequences in a step."""
     context: int | None = None
-    """Tokens of a sequence. None: the preset's."""
+    """Tokens in a sequence. None: the preset's context."""
     dtype: str = "bfloat16"
-    """Computed in; weights and moments are float32."""
+    """Dtype of the arithmetic; weights and moments are float32."""
     rounds: int = 15
     """How often each candidate is timed."""
     json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the results to this file."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,9 @@
-"""This file is attention against jit with shardings, the public ring attention, one device."""
+"""Attention on a grid against jit with shardings, the public ring attention, and one device.
+
+The sequence is split along y and the heads along x. Every candidate computes the same attention and
+is compiled first; then all run in turn. The ratio is to `jax.nn.dot_product_attention` under
+`jax.jit` with the same shardings. Command: `python -m benchmarks attention --grid 2x4`
+"""
 
 import dataclasses
 import functools
@@ -15,36 +20,36 @@ from wsekern.wafer.launch import parse_height_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Times attention over a sequence along y, heads along x, the batch whole."""
+    """Time attention with the sequence split along y, the heads along x, and the batch whole."""
 
     grid: tuple[str, ...] = ("8x1", "2x4")
     """Grids of emulated devices, HEIGHTxWIDTH."""
     lengths: tuple[int, ...] = (2048, 4096, 8192)
-    """Tokens of a sequence."""
+    """Tokens in a sequence."""
     batch: int = 1
-    """Sequences."""
+    """Sequences in a batch."""
     heads: int = 8
     """Heads of the queries."""
     kv_heads: int | None = None
-    """Heads of keys and values; by default as many as the queries have."""
+    """Heads of keys and values. None: as many as the queries have."""
     head_size: int = 64
     """Features of a head."""
     causal: bool = True
-    """Whether a token sees only those before it."""
+    """Whether a token sees only the tokens before it."""
     window: int | None = None
-    """How many keys a token sees."""
+    """How many keys a token sees. None: all of them."""
     algorithms: tuple[str, ...] = ("ring", "allgather", "auto")
-    """What to measure of the library."""
+    """Algorithms of `wk.attention` to time."""
     backward: bool = False
-    """Time attention together with the gradients of queries, keys and values."""
+    """Include the gradients of queries, keys and values."""
     layers: int | None = None
-    """Time the gradient of so many layers in a scan, as in training, instead of one call."""
+    """Time the gradient of this many layers in a scan, as in training, instead of one call."""
     dtype: str = "float32"
-    """Of the operands."""
+    """Dtype of the operands."""
     rounds: int = 11
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +138,7 @@ def _candidates(grid, length, options):
 
 
 def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> Any:
-    """Attention in blocks on one device, those that no query sees left out: what ours has to do."""
+    """Attention in blocks on one device, without blocks that no query sees: our work, no moves."""
     from wsekern.kernels.attention import tile
     from wsekern.kernels.attention.mask import Keys, Rows, Rule
 
@@ -147,7 +152,7 @@ def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> A
 
 
 def _timed(attention: Callable, options: AttentionOptions) -> tuple[Callable, int]:
-    """What is timed, and how many of q, k, v and the result's gradient it takes."""
+    """The function to time, and how many of q, k, v and the result's gradient it takes."""
     import jax
     import jax.numpy as jnp
 

@@ -1,8 +1,12 @@
-"""This file is a linear system solved on every PE of a wafer, virtually, to convergence.
+"""A linear system solved on every PE of a virtual wafer, against the same solver on one array.
 
-It is the problem of K. Rocki et al., "Fast Stencil-Code Computation on a Wafer-Scale Processor", SC
-2020: a 7-point stencil on 600 x 595 columns, one a PE, by BiCGStab. The matrix differs from cell to
-cell, is not symmetric, and is scaled to a diagonal of ones, so that six of its diagonals are kept.
+The problem is that of K. Rocki et al., "Fast Stencil-Code Computation on a Wafer-Scale Processor",
+SC 2020: a 7-point stencil on 600 x 595 columns, one on each PE, solved by BiCGStab. The matrix
+differs from cell to cell and is not symmetric. It is scaled to a diagonal of ones, so six diagonals
+are stored.
+
+Each solver runs once, to convergence: a solve takes so long that other load evens out. The ratio is
+to `wk.bicgstab` on one array. Command: `python -m benchmarks bicgstab`
 """
 
 import dataclasses
@@ -15,7 +19,7 @@ import tyro
 
 from benchmarks import harness
 
-# 0.86 PFLOP/s on 600 x 595 x 1536 cells, 44 operations each in an iteration: the paper's.
+# The paper: 0.86 PFLOP/s on 600 x 595 x 1536 cells, 44 operations a cell in an iteration.
 _PUBLISHED_SECONDS = 600 * 595 * 1536 * 44 / 0.86e15
 _PUBLISHED_DEPTH = 1536
 _DIAGONALS = 6
@@ -23,20 +27,20 @@ _DIAGONALS = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BicgstabOptions:
-    """Solves by the kernel on virtual PEs and by `wk.bicgstab` on one array, and compares both."""
+    """Solve by one kernel on virtual PEs and by `wk.bicgstab` on one array; compare both."""
 
     grid: tuple[int, int] = (600, 595)
-    """PEs along y and x."""
+    """PEs along y and along x."""
     depth: int = 128
-    """Cells of a PE's column; the paper's are 1536, in float16."""
+    """Cells in a PE's column; the paper has 1536, in float16."""
     tolerance: float = 1e-6
-    """Of the residual, as a share of the right side's norm."""
+    """Residual to stop at, as a share of the right side's norm."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a table, how far the results are apart, and the estimate of an iteration on WSE-1."""
+    """Prints the times, the largest difference, and the estimate of an iteration on WSE-1."""
     options = tyro.cli(BicgstabOptions, prog="python -m benchmarks bicgstab", args=argv)
     harness.start(1)
     harness.show_environment()
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     out(f"memory of the program: {wk.memory(runs['virtual wafer'], matrix, b)}", highlight=False)
     results, answers = [], {}
     for name, run in runs.items():
-        result, answers[name] = _timed(name, run, matrix, b)
+        result, answers[name] = _time_once(name, run, matrix, b)
         results.append(result)
     ratios = [r.seconds / results[-1].seconds for r in results]
     results = [
@@ -76,21 +80,21 @@ def problem(shape: tuple[int, int, int], dtype: str = "float32", seed: int = 0):
     import jax
 
     @jax.jit
-    def made(key):
+    def draw(key):
         *keys, last = jax.random.split(key, _DIAGONALS + 1)
         pull = [jax.random.uniform(k, shape, minval=0.2, maxval=1.8) for k in keys]
-        whole = sum(pull) + 0.2  # the diagonal: a little more than what it is held against
+        whole = sum(pull) + 0.2  # the diagonal: a little more than the others' sum
         diagonals = tuple((-p / whole).astype(dtype) for p in pull)
         return diagonals, jax.random.normal(last, shape).astype(dtype)
 
-    return made(jax.random.key(seed))
+    return draw(jax.random.key(seed))
 
 
 def solve(matrix, b, wafer, tolerance: float = 1e-6, most: int = 200):
-    """`x`, iterations and the residual's share of `b`, by one kernel that runs to convergence.
+    """`x`, the iterations, and the relative residual, by one kernel that runs to convergence.
 
-    A PE sends its column to its four neighbors twice an iteration, and takes part in three sums of
-    one or two words over the whole wafer.
+    In an iteration a PE sends its column to its four neighbors twice, and takes part in three
+    all-reduces of one or two words over the whole wafer.
     """
     from jax.sharding import PartitionSpec as P
 
@@ -101,7 +105,7 @@ def solve(matrix, b, wafer, tolerance: float = 1e-6, most: int = 200):
 
 
 def plain(matrix, b, tolerance: float = 1e-6):
-    """The same by `wk.bicgstab` on one array."""
+    """The same system solved by `wk.bicgstab` on one array."""
     import jax
     import jax.numpy as jnp
 
@@ -121,14 +125,14 @@ def plain(matrix, b, tolerance: float = 1e-6):
                 c * shifted(u, axis, by) for c, (axis, by) in zip(matrix, ways, strict=True)
             )
 
-        found = wk.bicgstab(operator, b, tolerance=tolerance, max_iterations=200)
-        return found.x, found.iterations, found.residual / jnp.linalg.norm(b.ravel())
+        solution = wk.bicgstab(operator, b, tolerance=tolerance, max_iterations=200)
+        return solution.x, solution.iterations, solution.residual / jnp.linalg.norm(b.ravel())
 
     return run(matrix, b)
 
 
 def published() -> str:
-    """The paper's time of an iteration on WSE-1, and what the estimator says of the kernel."""
+    """The time of an iteration on WSE-1: the paper's, and the estimate for this kernel."""
     import jax
     import jax.numpy as jnp
 
@@ -150,8 +154,8 @@ def published() -> str:
     )
 
 
-def _timed(name, run, matrix, b):
-    """One run: a solve takes so long that what else the machine does evens out."""
+def _time_once(name, run, matrix, b):
+    """The time of a single run, and its solution."""
     import jax
 
     program = harness.compile_program(run, matrix, b)
@@ -175,7 +179,7 @@ def _per_pe(matrix, b, tolerance, most):
     import jax.numpy as jnp
     from jax import lax
 
-    apply = functools.partial(_applied, matrix)
+    apply = functools.partial(_apply_matrix, matrix)
     (bb,) = _sums((b, b))
 
     def body(state):
@@ -194,34 +198,34 @@ def _per_pe(matrix, b, tolerance, most):
         p = _plus(r, beta, _plus(p, -omega, v))
         return x, r, p, new, rr, k + 1
 
-    def goes_on(state):
+    def unsolved(state):
         *_, rr, k = state
         return (rr > tolerance**2 * bb) & (k < most)
 
-    start = (b - b, b, b, bb, bb, jnp.int32(0))  # of zeros that differ from PE to PE, to JAX
-    x, _, _, _, rr, k = lax.while_loop(goes_on, body, start)
+    start = (b - b, b, b, bb, bb, jnp.int32(0))  # b - b: zeros that JAX knows to vary from PE to PE
+    x, _, _, _, rr, k = lax.while_loop(unsolved, body, start)
     return x, k, jnp.sqrt(rr / bb)
 
 
-def _applied(matrix, u):
-    """The matrix times `u`: its column, its four neighbors', and the cells above and below."""
+def _apply_matrix(matrix, u):
+    """The matrix times `u`: from the four neighbor columns and the cells above and below."""
     north, south, west, east, below, above = matrix
-    out = u + north * _moved(u, "y", 1, 0) + south * _moved(u, "y", -1, 0)
-    out = out + west * _moved(u, "x", 1, 1) + east * _moved(u, "x", -1, 1)
-    return out + below * _within(u, 2, 1) + above * _within(u, 2, -1)
+    out = u + north * _shift_field(u, "y", 1, 0) + south * _shift_field(u, "y", -1, 0)
+    out = out + west * _shift_field(u, "x", 1, 1) + east * _shift_field(u, "x", -1, 1)
+    return out + below * _shift_tile(u, 2, 1) + above * _shift_tile(u, 2, -1)
 
 
-def _moved(u, along, by, axis):
-    """`u` moved by one cell over the whole field, zeros at its edge."""
+def _shift_field(u, along, by, axis):
+    """`u` moved by one cell along y or x, over the whole field; zeros enter at its edge."""
     from wsekern import fabric
 
     last = u.shape[axis] - 1
     edge = u.take(last if by > 0 else 0, axis)[None]
     arrived = fabric.shift(edge, along, by, periodic=False)[0]
-    return _within(u, axis, by, arrived) if last else arrived.reshape(u.shape)
+    return _shift_tile(u, axis, by, arrived) if last else arrived.reshape(u.shape)
 
 
-def _within(u, axis, by, arrived=None):
+def _shift_tile(u, axis, by, arrived=None):
     import jax.numpy as jnp
 
     kept = u[(slice(None),) * axis + (slice(None, -1) if by > 0 else slice(1, None),)]
@@ -235,7 +239,7 @@ def _plus(a, scale, b):
 
 
 def _sums(*pairs):
-    """Inner products over the whole wafer, in float32, as one message."""
+    """Inner products over the whole wafer in float32, in one all-reduce."""
     import jax.numpy as jnp
 
     from wsekern import fabric

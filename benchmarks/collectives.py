@@ -1,4 +1,9 @@
-"""This file is reductions: what each algorithm takes on a wafer, and on emulated devices."""
+"""All-reduce algorithms: predicted cycles on a wafer, and times on emulated devices.
+
+The first table has the cost model's cycles along a line of WSE-2 PEs. Then each algorithm runs in
+turn along y of a grid of devices; the ratio is to XLA's own all-reduce.
+Command: `python -m benchmarks collectives`
+"""
 
 import dataclasses
 import math
@@ -15,18 +20,18 @@ from wsekern.wafer.launch import parse_height_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectivesOptions:
-    """Predicts all-reduces along a line of WSE-2 PEs, then times them along y on devices."""
+    """Predict all-reduces along a line of WSE-2 PEs, then time them along y on devices."""
 
     pes: tuple[int, ...] = (16, 64, 256, 512)
-    """PEs of a line of the wafer."""
+    """PEs in a line of the wafer."""
     words: tuple[int, ...] = (1, 64, 1024, 16384)
-    """32-bit words of a PE's tile."""
+    """32-bit words in a PE's tile."""
     grid: tuple[str, ...] = ("8x1",)
     """Grids of emulated devices, HEIGHTxWIDTH."""
     rounds: int = 11
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:

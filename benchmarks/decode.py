@@ -1,8 +1,10 @@
-"""This file is a token's attention against jit with shardings and one device, near, half and full.
+"""One token of decoding against jit with shardings and one device, and by length of the cache.
 
-A step appends one token to every sequence and attends to all it has. Its time should not depend on
-how many tokens that is: shapes are static, so that it is the capacity that is paid for, and no row
-of PEs has more to do than another.
+A step appends one token to every sequence and attends to all its tokens. The first table compares
+candidates on a half-full cache; the ratio is to `jax.nn.dot_product_attention` under jit. The
+second times a nearly empty, a half-full and a nearly full cache, which should cost the same: shapes
+are static, so the capacity decides, and no row of PEs has more to do than another. Command: `python
+-m benchmarks decode --grid 2x4`
 """
 
 import dataclasses
@@ -21,30 +23,30 @@ from wsekern.wafer.launch import parse_height_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """Times one step of decoding against a cache of tokens along y, heads along x."""
+    """Time one step of decoding: the cache has its tokens along y and its heads along x."""
 
     grid: tuple[str, ...] = ("8x1", "2x4")
     """Grids of emulated devices, HEIGHTxWIDTH."""
     capacity: tuple[int, ...] = (4096,)
-    """Tokens that a sequence has room for."""
+    """Tokens that the cache has room for in a sequence."""
     batch: int = 1
-    """Sequences."""
+    """Sequences in a batch."""
     heads: int = 8
     """Heads of the queries."""
     kv_heads: int | None = None
-    """Heads of keys and values; by default as many as the queries have."""
+    """Heads of keys and values. None: as many as the queries have."""
     head_size: int = 64
     """Features of a head."""
     dtype: str = "float32"
-    """Of the operands."""
+    """Dtype of the operands."""
     rounds: int = 11
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints two tables for each grid and capacity: against the peers, and over lengths."""
+    """Prints two tables for each grid and capacity: against the peers, and by length."""
     options = tyro.cli(DecodeOptions, prog="python -m benchmarks decode", args=argv)
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
@@ -53,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     for grid in grids:
         for capacity in options.capacity:
             title = _title(grid, capacity, options)
-            for what, results, columns in _results(grid, capacity, options):
-                harness.show(f"{title}: {what}", results, columns)
-                tables[f"{title}: {what}"] = results
+            for part, results, columns in _results(grid, capacity, options):
+                harness.show(f"{title}: {part}", results, columns)
+                tables[f"{title}: {part}"] = results
     if options.json:
         harness.dump(options.json, tables)
 
@@ -69,7 +71,7 @@ def _title(grid, capacity, options):
 
 
 def _results(grid, capacity, options):
-    """The tables: what each is of, its results and its further columns."""
+    """Each table: the end of its title, its results, and its further columns."""
     import wsekern as wk
 
     wafer = wk.Wafer.devices(*grid)
@@ -107,7 +109,7 @@ def _share(step: _Step) -> str:
     return "" if step.temp_bytes is None else f"{step.temp_bytes / step.cache_bytes:.1%}"
 
 
-def _compiled(step: Callable, cache: Any, operands: tuple, rows: tuple[int, int]) -> _Step:
+def _compile_step(step: Callable, cache: Any, operands: tuple, rows: tuple[int, int]) -> _Step:
     """`step(cache, *operands)`, which returns the next cache first; the cache is donated."""
     import jax
 
@@ -146,7 +148,7 @@ def _ours(wafer, length, capacity, options):
         wafer=wafer,
     )
 
-    # The length stays what it is, so that each call is of the same step.
+    # `lengths` is not carried over, so every call times the same step.
     def step(kv, lengths, q, k, v):
         cache = dataclasses.replace(empty, k=kv[0], v=kv[1], lengths=lengths).append(k, v)
         return (cache.k, cache.v), wk.decode_attention(q, cache)
@@ -156,7 +158,7 @@ def _ours(wafer, length, capacity, options):
     held = [b - a for a, b in zip(first, first[1:], strict=False)]
     lengths = lengths if wafer is None else wafer.shard(lengths, P())
     operands = (lengths, *_tokens(wafer, options))
-    return _compiled(step, (empty.k, empty.v), operands, (min(held), max(held)))
+    return _compile_step(step, (empty.k, empty.v), operands, (min(held), max(held)))
 
 
 def _peer(wafer, length, capacity, options, by_head=False):
@@ -186,7 +188,7 @@ def _peer(wafer, length, capacity, options, by_head=False):
     cache = tuple(laid_out(jnp.zeros(shape, options.dtype)) for _ in range(2))
     rows = -(-capacity // (1 if wafer is None else wafer.height))
     held = (max(0, length + 1 - (capacity - rows)), min(length + 1, rows))
-    return _compiled(step, cache, (jnp.int32(length), *_tokens(wafer, options)), held)
+    return _compile_step(step, cache, (jnp.int32(length), *_tokens(wafer, options)), held)
 
 
 def _attention_of_jax(q, k, v, lengths):

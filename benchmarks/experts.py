@@ -1,4 +1,9 @@
-"""This file is a mixture of experts, against one dense feed-forward of the same FLOPs."""
+"""A mixture of experts on one device against one dense feed-forward of the same FLOPs.
+
+All candidates run in turn, forward alone and with the gradient. The ratio is to the dense
+feed-forward, which has one expert's weights and a row for every choice of every token.
+Command: `python -m benchmarks experts`
+"""
 
 import dataclasses
 import functools
@@ -13,15 +18,14 @@ from benchmarks import harness
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsOptions:
-    """Times routed tokens through their experts on one device, forward and with the gradient.
+    """Time tokens routed through their experts on one device, forward and with the gradient.
 
-    The dense feed-forward has one expert's weights and as many rows as there are choices.
-    `ragged_dot` is the same routing with XLA's grouped product, the loop every expert on every
-    token; both only where there are few tokens, since they take long.
+    With --peers, `ragged_dot` (the same routing with XLA's grouped product) and `loop` (every
+    expert on every token) are timed too. They take long: give few tokens.
     """
 
     tokens: tuple[int, ...] = (512, 2048)
-    """Tokens of a batch."""
+    """Tokens in a batch."""
     d_model: int = 1024
     """Features of a token."""
     d_ff: int = 512
@@ -29,13 +33,13 @@ class ExpertsOptions:
     experts: int = 128
     """How many experts there are."""
     chosen: int = 8
-    """How many of them a token goes to."""
+    """How many experts a token goes to."""
     peers: bool = False
-    """Whether ragged_dot and the dense loop are timed as well."""
+    """Time ragged_dot and the loop as well."""
     rounds: int = 5
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,13 +87,13 @@ def _candidates(
         gate, up, down = weights
         return (_gated(x @ gate, x @ up) @ down).reshape(1, tokens, k, D).sum(2)
 
-    found = {
+    cases = {
         "dense": (dense, jnp.repeat(x, k, axis=1), tuple(w[0] for w in weights)),
         "ours": (ours, x, weights),
     }
     if options.peers:
-        found["ragged_dot"] = (functools.partial(_ragged, chosen=chosen), x, weights)
-        found["loop"] = (functools.partial(_loop, chosen=chosen), x, weights)
+        cases["ragged_dot"] = (functools.partial(_ragged, chosen=chosen), x, weights)
+        cases["loop"] = (functools.partial(_loop, chosen=chosen), x, weights)
 
     def case(function, x, weights):
         if not backward:
@@ -97,7 +101,7 @@ def _candidates(
         loss = lambda *a: (function(*a) ** 2).sum()  # noqa: E731
         return harness.compile_program(jax.grad(loss, argnums=(0, 1, 2)), x, shares, weights)
 
-    return {name: case(*given) for name, given in found.items()}
+    return {name: case(*case_) for name, case_ in cases.items()}
 
 
 def _gated(gate, up):
@@ -122,8 +126,8 @@ def _loop(x, shares, weights, chosen):
     import jax
     import jax.numpy as jnp
 
-    def add(total, given):
-        e, gate, up, down = given
+    def add(total, expert):
+        e, gate, up, down = expert
         share = (shares * (chosen == e)).sum(-1, keepdims=True)
         return total + share * (_gated(x @ gate, x @ up) @ down), None
 

@@ -1,4 +1,4 @@
-"""This file is the peer of `models.decoder` on one device: the same decoder in plain Flax nnx."""
+"""The decoder of `models` on one device in plain Flax nnx: the peer that `accelerator` times."""
 
 import functools
 
@@ -11,7 +11,7 @@ from models.config import DecoderConfig
 
 
 class FlaxDecoder(nnx.Module):
-    """RMSNorm, rotary positions, SwiGLU, a tied head; a layer after another, as one writes it."""
+    """RMSNorm, rotary positions, SwiGLU, a tied head; one layer after another, not scanned."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike):
         self.config = config

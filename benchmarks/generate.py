@@ -1,4 +1,9 @@
-"""This file is text from a model: tokens a second, against transformers and llama.cpp."""
+"""Text from a model on one device: tokens per second against transformers and llama.cpp.
+
+A random Llama continues random prompts greedily. A time is that of the whole call, reading the
+prompts included; candidates run in turn, and the ratio is to ours. Command:
+`python -m benchmarks generate`
+"""
 
 import dataclasses
 import os
@@ -11,7 +16,7 @@ import tyro
 
 from benchmarks import harness
 
-# name -> the sizes that it differs in from the preset 125m
+# name -> its differences from the preset 125m
 _SIZES: dict[str, dict[str, Any]] = {
     "42m": {"d_model": 512, "d_ff": 1376, "layers": 8, "heads": 8, "kv_heads": 8, "vocab": 32_000},
     "125m": {"vocab": 32_000},
@@ -20,27 +25,26 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Times greedy continuations of random prompts by a random Llama on one device.
+    """Time greedy continuations of random prompts by a random Llama on one device.
 
-    Time is of the whole call, reading the prompts included; ratios are to ours. `transformers` is
-    timed where it and torch are installed (the extra `parity`), llama.cpp where `llama-cpp-python`
-    and gguf are, each with as many threads as there are processors.
+    `transformers` is timed if it and torch are installed (the extra `parity`), llama.cpp if
+    `llama-cpp-python` and gguf are; each uses as many threads as there are processors.
     """
 
     sizes: tuple[str, ...] = ("42m", "125m")
-    """Of the model: 42m, 125m."""
+    """Sizes of the model: 42m, 125m."""
     batch: tuple[int, ...] = (1, 8)
     """Sequences at once."""
     prompt: int = 128
-    """Tokens of a prompt."""
+    """Tokens in a prompt."""
     new: int = 128
     """Tokens to add."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the checkpoint; ours widens bfloat16 once, when it is read."""
+    """Dtype of the checkpoint; ours widens bfloat16 to float32 once, on reading."""
     rounds: int = 3
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,13 +92,13 @@ def _candidates(
     import numpy as np
 
     tokens = np.random.default_rng(0).integers(0, 32_000, (batch, options.prompt)).astype(np.int32)
-    found = {"ours": _ours(options, folder, tokens)}
+    candidates = {"ours": _ours(options, folder, tokens)}
     for name, other in (("transformers", _transformers), ("llama.cpp", _llama_cpp)):
         try:
-            found[name] = other(options, folder, tokens)
+            candidates[name] = other(options, folder, tokens)
         except ImportError as error:
             harness.console().print(f"{name} is not timed: {error}")
-    return found
+    return candidates
 
 
 def _ours(options, folder, tokens):
@@ -108,10 +112,10 @@ def _ours(options, folder, tokens):
     model = models.load(folder, stacked=False)
     resident = bytes_of(nnx.state(model)) / 1e6
     harness.console().print(f"ours keeps {resident:,.0f} MB of parameters")
-    given = jnp.asarray(tokens)
+    prompts = jnp.asarray(tokens)
 
     def run():
-        return jax.block_until_ready(models.generate(model, given, max_new_tokens=options.new))
+        return jax.block_until_ready(models.generate(model, prompts, max_new_tokens=options.new))
 
     run()
     return run
@@ -138,13 +142,13 @@ def _transformers(options, folder, tokens):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype)
     ).eval()
-    given = torch.tensor(tokens).long()
+    prompts = torch.tensor(tokens).long()
 
     def run():
         with torch.inference_mode():
             return model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+                prompts,
+                attention_mask=torch.ones_like(prompts),
                 max_new_tokens=options.new,
                 min_new_tokens=options.new,
                 do_sample=False,

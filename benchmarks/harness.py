@@ -1,10 +1,10 @@
-"""This file is how candidates are timed against one another, and how the outcome is shown.
+"""Time candidates against one another, and show the results.
 
-On a shared machine a time means little by itself; the ratio of two times taken within the same
-second means more. So candidates run in turn, round after round, in one process, and what is
-reported is the median over the rounds of each one's ratio to the baseline.
+On a shared machine a time alone means little; the ratio of two times taken within the same second
+means more. So candidates run in turn, round after round, in one process. A candidate's ratio to the
+baseline is taken in each round, and the median over the rounds is reported.
 
-A benchmark is a module with `main(argv)`: it parses its options, calls `start`, and only then
+A benchmark is a module with `main(argv)`. It parses its options, calls `start`, and only then
 imports jax.
 """
 
@@ -26,12 +26,12 @@ from rich.table import Table
 from wsekern.wafer.launch import prepare_devices
 
 _PIPED_WIDTH = 160
-_SAMPLE_SECONDS = 0.02  # a sample is as many calls as take this long
+_SAMPLE_SECONDS = 0.02  # one sample is as many calls as fit into this time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledProgram:
-    """A program ready to run on its operands: `compare` calls it and reports what it knows."""
+    """A compiled program with its operands; `compare` reports its compile time and memory."""
 
     run: Callable[[], Any]
     compile_seconds: float
@@ -43,7 +43,7 @@ class CompiledProgram:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How one candidate did."""
+    """The times of one candidate."""
 
     name: str
     seconds: float  # of one call, median
@@ -56,10 +56,10 @@ class Timing:
 
 
 def start(devices: int) -> None:
-    """Has jax run on as many CPU devices as `devices`; call it before jax starts.
+    """Makes jax run on `devices` emulated CPU devices; call it before jax starts.
 
-    `JAX_PLATFORMS` in the environment, `cuda` say, chooses another platform. Compiled programs are
-    not kept on disk, so that compile times are what they say.
+    `JAX_PLATFORMS` in the environment, such as `cuda`, chooses another platform. The disk cache of
+    compiled programs is off, so that compile times are true.
 
     Raises:
       RuntimeError: jax's backend has already started with fewer devices.
@@ -69,7 +69,7 @@ def start(devices: int) -> None:
 
 
 def compile_program(function: Callable, *operands: Any, **options: Any) -> CompiledProgram:
-    """`jax.jit(function, **options)`, compiled for `operands`, to be run on them."""
+    """`jax.jit(function, **options)`, compiled for `operands` and ready to run on them."""
     import jax
 
     begun = time.perf_counter()
@@ -92,14 +92,14 @@ def compare(
 ) -> list[Timing]:
     """The time of each candidate and its ratio to the baseline's, in the order given.
 
-    In every round each candidate runs once, for about 20 ms or one call, whichever is longer; every
-    other round goes backwards, so that none always follows the same one.
+    In every round each candidate runs once, for about 20 ms or one call, whichever is longer. Every
+    other round runs backwards, so that no candidate always follows the same one.
 
     Args:
-      candidates: what to call; jax arrays in what it returns are waited for.
-      baseline: the name of the candidate that the others are divided by.
-      rounds: how often each is timed.
-      notes: a remark on a candidate, by name.
+      candidates: functions to call; the jax arrays that they return are waited for.
+      baseline: name of the candidate whose time the others' are divided by.
+      rounds: how often each candidate is timed.
+      notes: remarks on candidates, by name.
 
     Raises:
       ValueError: `baseline` is not a candidate, or `rounds` is not positive.
@@ -110,7 +110,7 @@ def compare(
         )
     if rounds < 1:
         raise ValueError(f"compare: rounds is {rounds}, it must be 1 or more")
-    calls = {name: _calls(run) for name, run in candidates.items()}
+    calls = {name: _calls_in_a_sample(run) for name, run in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds):
         order = list(candidates)[:: -1 if round_ % 2 else 1]
@@ -127,12 +127,12 @@ def show(
     results: Sequence[Timing],
     columns: Mapping[str, Callable[[Timing], str]] | None = None,
 ) -> None:
-    """Prints `results` as a table, in Markdown where output is piped.
+    """Prints `results` as a table, in Markdown if output is piped.
 
     Args:
-      title: stands above it.
-      results: a row each.
-      columns: further columns, by their headings.
+      title: printed above the table.
+      results: one for each row.
+      columns: further columns: heading -> function from a result to its cell.
     """
     out = console()
     table = Table(box=box.HEAVY_HEAD if out.is_terminal else box.MARKDOWN)
@@ -161,7 +161,7 @@ def show(
 
 
 def environment() -> dict[str, Any]:
-    """Where and when: machine, cores, devices, versions and date. Starts jax's backend."""
+    """The machine, cores, devices, versions and date. Starts jax's backend."""
     import jax
 
     return {
@@ -175,19 +175,19 @@ def environment() -> dict[str, Any]:
 
 
 def show_environment() -> None:
-    """Prints `environment()` in one line."""
+    """Prints `environment()` on one line."""
     console().print(", ".join(f"{k} {v}" for k, v in environment().items()), highlight=False)
 
 
 def dump(
     path: pathlib.Path, tables: Mapping[str, Sequence[Timing]], extra: Mapping | None = None
 ) -> None:
-    """Writes tables of results by title, and the environment, to `path` as JSON.
+    """Writes tables of results, and the environment, to `path` as JSON.
 
     Args:
-      path: the file.
-      tables: results by the title of their table.
-      extra: what else to keep, such as the options of the run; any JSON values.
+      path: the file to write.
+      tables: title of a table -> its results.
+      extra: further entries, such as the options of the run; any JSON values.
     """
     content = {
         "environment": environment(),
@@ -198,13 +198,13 @@ def dump(
 
 
 def console() -> Console:
-    """Where tables go: as wide as the terminal, or wide enough where output is piped."""
+    """The console that tables are printed to: as wide as the terminal, or 160 columns if piped."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=_PIPED_WIDTH)
 
 
-def _calls(run: Callable[[], Any]) -> int:
-    """Warms `run` up; how many calls of it make one sample."""
+def _calls_in_a_sample(run: Callable[[], Any]) -> int:
+    """Warms `run` up; returns how many calls of it make one sample."""
     _sample(run, 1)
     return max(1, round(_SAMPLE_SECONDS / max(_sample(run, 1), 1e-7)))
 

@@ -1,4 +1,4 @@
-"""This file is greedy text from llama.cpp, through its C interface: what a CPU user would pick.
+"""Greedy text from llama.cpp through its C interface: the peer on CPUs that `generate` times.
 
 Needs `llama-cpp-python` and `gguf`.
 """
@@ -14,14 +14,15 @@ from models.checkpoints.gguf import LLAMA
 from models.checkpoints.tensors import open_folder
 from models.config import DecoderConfig
 
-# The first of two names is Llama's own.
+# Where two names of GGUF mean one of ours, the first is Llama's.
 _NAMES = {theirs: name for name, theirs in reversed(LLAMA.items())}
 
 
 def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) -> None:
     """Writes a Llama's safetensors as GGUF, without a tokenizer.
 
-    Rows of queries and keys stay in their order, so that it computes as fast but not the same.
+    GGUF wants the rows of queries and keys in another order. They are left as they are, so the
+    result is wrong, but it takes as long as the right one.
     """
     import gguf
 
@@ -45,7 +46,7 @@ def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) 
             _, _, number, module = module.split(".", 3)
             layer = f"blk.{number}."
         short = array.dtype.name == "bfloat16"
-        if short and len(shape) == 1:  # it knows no norms of 16 bits
+        if short and len(shape) == 1:  # GGUF has no 16-bit norms
             array, short = array.astype(np.float32), False
         writer.add_tensor(
             f"{layer}{_NAMES[module]}.{end}",
@@ -59,7 +60,7 @@ def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) 
 
 
 def greedy(file: pathlib.Path, tokens: np.ndarray, new: int) -> Callable[[], Any]:
-    """A function that continues `tokens` `[B, T]` by `new`, on all processors."""
+    """A function that continues `tokens` `[B, T]` by `new` tokens, on all processors."""
     import llama_cpp as cpp
 
     batch, length = tokens.shape
@@ -78,7 +79,7 @@ def greedy(file: pathlib.Path, tokens: np.ndarray, new: int) -> Callable[[], Any
     given = cpp.llama_batch_init(batch * length, 0, 1)
 
     def decode(rows: np.ndarray, first: int) -> np.ndarray:
-        """Reads `[B, t]` tokens from position `first` on; the likeliest that follow."""
+        """Reads `rows` `[B, t]` from position `first` on; the likeliest next tokens `[B, 1]`."""
         width = rows.shape[1]
         given.n_tokens = rows.size
         for i, token in enumerate(rows.reshape(-1)):

@@ -1,4 +1,10 @@
-"""This file is a checkpoint onto a wafer: time and memory of `models.load`, against reading."""
+"""A checkpoint loaded onto a wafer, time and memory, against reading and copying the file.
+
+A random Llama's safetensors lie in the page cache. `models.load` puts them on a grid of emulated
+devices; the baseline reads the same files into fresh memory and copies that once. Candidates run in
+turn; anonymous memory of the process is sampled every few milliseconds.
+Command: `python -m benchmarks load`
+"""
 
 import contextlib
 import ctypes
@@ -17,7 +23,7 @@ import tyro
 from benchmarks import harness
 from wsekern.wafer.launch import make_wafer, parse_grid
 
-# name -> the sizes that it differs in from the preset 1b
+# name -> its differences from the preset 1b
 _SIZES: dict[str, dict[str, Any]] = {
     "1.1b": {
         "d_model": 2048,
@@ -40,22 +46,21 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Times a random Llama's safetensors, in the page cache, onto a wafer of emulated devices.
+    """Time a random Llama's safetensors, in the page cache, onto a wafer of emulated devices.
 
-    The baseline reads the same file into fresh memory and copies that once. Anonymous memory is
-    that of the process, sampled every few milliseconds, less what it had before.
+    The peak of memory is the process's anonymous memory above what it was before the run.
     """
 
     size: Literal["1.1b", "125m"] = "1.1b"
-    """Of the model."""
+    """Size of the model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the checkpoint, and of the parameters."""
+    """Dtype of the checkpoint and of the parameters."""
     grid: str = "2x4"
-    """Of the wafer."""
+    """Grid of the wafer, HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH."""
     rounds: int = 3
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(options: LoadOptions, folder: pathlib.Path) -> int:
-    """Writes the checkpoint; gives the bytes of its largest tensor."""
+    """Writes the checkpoint; returns the bytes of its largest tensor."""
     import jax
     from flax import nnx
 
@@ -81,7 +86,7 @@ def _write(options: LoadOptions, folder: pathlib.Path) -> int:
         models.find_preset("1b"), **_SIZES[options.size], weights="out_in", tied=False
     )
     graph, shapes = nnx.split(models.Decoder.shapes(config))
-    # Values do not matter, but pages must not be one page of zeros.
+    # The values do not matter, but zeros could all be one shared page of memory.
     state = jax.tree.map(
         lambda a: jax.numpy.full(a.shape, 0.01, options.dtype),
         shapes,
@@ -123,8 +128,8 @@ def _compare(options, folder, largest):
     }
     for run in candidates.values():
         run()
-    for found in peaks.values():
-        found.clear()
+    for samples in peaks.values():  # of the warm-up
+        samples.clear()
     results = harness.compare(candidates, "read and copy", rounds=options.rounds)
     title = f"{options.size}, {options.dtype}, {weights / 1e6:,.0f} MB, onto {options.grid}"
     noted = []
@@ -139,11 +144,11 @@ def _compare(options, folder, largest):
 
 
 @contextlib.contextmanager
-def _peak(found: list[int]) -> Iterator[None]:
-    """Appends the most anonymous memory that was taken meanwhile, bytes, to `found`."""
+def _peak(peaks: list[int]) -> Iterator[None]:
+    """Appends to `peaks` the growth of anonymous memory at its highest meanwhile, in bytes."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed is taken again unseen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory is reused unseen
     before, most, done = _anonymous(), 0, threading.Event()
 
     def watch():
@@ -159,7 +164,7 @@ def _peak(found: list[int]) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-        found.append(max(most, _anonymous()) - before)
+        peaks.append(max(most, _anonymous()) - before)
 
 
 def _anonymous() -> int:

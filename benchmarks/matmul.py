@@ -1,4 +1,9 @@
-"""This file is matrix products: every algorithm against jit with shardings alone and one device."""
+"""Matrix products on a grid: every algorithm against jit with shardings alone, and one device.
+
+Operands and result are square and laid out P("y", "x"). All candidates are compiled first, then run
+in turn. The ratio is to `jnp.matmul` under `jax.jit` with the same shardings.
+Command: `python -m benchmarks matmul --grid 2x4 --sizes 1024`
+"""
 
 import dataclasses
 import functools
@@ -15,26 +20,26 @@ from wsekern.wafer.launch import parse_height_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulOptions:
-    """Times products of square matrices, both operands and the result laid out P("y", "x")."""
+    """Time products of square matrices; operands and result are laid out P("y", "x")."""
 
     grid: tuple[str, ...] = ("2x2", "2x4", "4x4")
     """Grids of emulated devices, HEIGHTxWIDTH."""
     sizes: tuple[int, ...] = (512, 1024, 2048, 4096)
     """Rows and columns of the matrices."""
     backward: bool = False
-    """Time the product together with the gradients of both operands."""
+    """Include the gradients of both operands."""
     form: Literal["nn", "nt", "tn"] = "nn"
     """`a @ b`, `a @ b^T` or `a^T @ b`."""
     dtype: str = "float32"
-    """Of the operands."""
+    """Dtype of the operands."""
     int8: bool = False
-    """Whether `b` is int8 with a scale for each column; forward alone."""
+    """Make `b` int8 with a scale for each column; forward only."""
     algorithms: tuple[str, ...] = ()
-    """Which to time beside `auto`; by default all that serve the grid."""
+    """Algorithms to time beside `auto`. Default: all that the grid allows."""
     rounds: int = 11
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     tables = {}
     for grid in grids:
         for size in options.sizes:
-            what = "forward and backward" if options.backward else "forward"
+            passes = "forward and backward" if options.backward else "forward"
             kind = f"{options.dtype} x int8" if options.int8 else options.dtype
-            title = f"{size} x {size} on {grid[0]}x{grid[1]}, {options.form}, {kind}, {what}"
+            title = f"{size} x {size} on {grid[0]}x{grid[1]}, {options.form}, {kind}, {passes}"
             candidates, notes = _candidates(grid, size, options)
             results = harness.compare(candidates, "jit", rounds=options.rounds, notes=notes)
             (alone,) = (r.ratio for r in results if r.name == "one device")
@@ -80,14 +85,14 @@ def _candidates(grid, size, options):
     def ours(a, b, algorithm="auto", wafer=wafer):
         return wk.matmul(a, b, scales=scales, algorithm=algorithm, wafer=wafer, **transposed)
 
-    # Without a wafer, and with one PE, it is the plain program.
+    # On one PE the product is the plain program.
     plain = functools.partial(ours, wafer=wk.Wafer.devices(1, 1))
 
     def case(product, operands, **layout):
         function, used = _timed(product, options.backward), 3 if options.backward else 2
         return harness.compile_program(function, *operands[:used], **layout)
 
-    # What a user has without the library: the same layouts, and XLA finds the moves.
+    # What a user has without the library: the same layouts, and XLA decides what moves.
     candidates = {"jit": case(plain, tiled, out_shardings=wafer.sharding(TILED))}
     auto = wk.explain_matmul(*whole[:2], wafer=wafer, **transposed)
     notes = {

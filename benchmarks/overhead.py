@@ -1,4 +1,8 @@
-"""This file is what a call costs where there is no wafer to use: eager, beside the plain call."""
+"""What an operation costs above the plain call where no wafer is in use, outside jit.
+
+Operands are so small (8 x 8) that the call itself takes the time. Candidates run in turn; the ratio
+is to the plain jax.numpy call. Command: `python -m benchmarks overhead`
+"""
 
 import dataclasses
 import pathlib
@@ -12,12 +16,12 @@ from benchmarks import harness
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OverheadOptions:
-    """Times calls outside jit on operands so small that the call itself is what is timed."""
+    """Time calls outside jit, on operands so small that only the call itself takes time."""
 
     rounds: int = 21
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""This file is the peer of `models.decoder`: the same mathematics in plain jnp, for jit alone.
+"""The decoder of `models` in plain jnp for `jax.jit` alone: the peer that `train_step` times.
 
-It reads the same parameters, so that both start from one state; where they lie on a mesh, XLA's
-partitioner decides what moves, helped by the constraints on activations that `constrain` makes.
+It reads the same parameters, so that both start from one state. On a mesh XLA's partitioner decides
+what moves, guided by the layouts that `constrain` gives the activations.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from models.config import DecoderConfig
 Constrain = Callable[[jax.Array, str], jax.Array]
 
 _TILED, _ROWS = P(None, "y", "x"), P(None, "y", None)
-# name -> how each kind of activation is laid out; XLA decides where nothing is said
+# name -> the layout of each kind of activation; XLA chooses the layout of the others
 CONSTRAINTS: dict[str, dict[str, P]] = {
     "no constraints": {},
     "residual tiled": {"residual": _TILED},
@@ -50,10 +50,9 @@ def loss(
     Args:
       params: the state of a `Decoder` with config `config`, in the dtype to compute in.
       tokens: int `[B, T]`.
-      targets: int `[B, T]`, each the token after.
+      targets: int `[B, T]`, the token after each of `tokens`.
       config: RMSNorm, rotary positions, SwiGLU, a tied head.
-      constrain: given an activation and what it is ("residual", "gathered", "wide" or "heads"),
-        lays it out.
+      constrain: lays out an activation, given its kind: "residual", "gathered", "wide" or "heads".
     """
     x = constrain(jnp.take(params["embedding"][...], tokens, axis=0), "residual")
     angles = rotary_angles(config, tokens.shape[1])
@@ -91,7 +90,7 @@ def _rms_norm(x, scale, eps):
 
 
 def rotary_angles(config: DecoderConfig, T: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, `[1, T, 1, H / 2]`, of the angles that `rotate` turns by."""
+    """Cosines and sines `[1, T, 1, H / 2]` of the angles for `rotate`."""
     half = config.d_head // 2
     inverse = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.arange(T, dtype=jnp.float32)[None, :, None, None] * inverse[None, None, None]
@@ -99,7 +98,7 @@ def rotary_angles(config: DecoderConfig, T: int) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`x`, `[B, T, N, H]`, with its features turned in pairs by `rotary_angles`."""
+    """`x` `[B, T, N, H]` with its features rotated in pairs by `rotary_angles`."""
     cos, sin = angles
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

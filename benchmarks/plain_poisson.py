@@ -1,7 +1,7 @@
-"""This file is Poisson's equation, with a wind, as one solves it by jax.scipy or scipy.sparse.
+"""Poisson's equation, with a wind, solved by jax.scipy and scipy.sparse: peers for `solvers`.
 
-On a square of cells, zero on the walls, which are the faces of the outermost cells: so the value
-beyond is the cell's own, negative.
+The domain is a square of cells. The solution is zero on the walls, which are the outer faces of the
+outermost cells; so the value beyond a wall is minus the cell's own.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 
-def solved(b: jax.Array, wind: float, tolerance: float) -> jax.Array:
-    """The solution for `b` `[n, n]` by `jax.scipy`: CG, or BiCGStab where there is a wind."""
+def solve(b: jax.Array, wind: float, tolerance: float) -> jax.Array:
+    """The solution for `b` `[n, n]` by `jax.scipy`: by CG, or with a wind by BiCGStab."""
     method = jax.scipy.sparse.linalg.bicgstab if wind else jax.scipy.sparse.linalg.cg
     return method(operator(b.shape[0], wind), b, tol=tolerance, maxiter=10_000)[0]
 
@@ -35,8 +35,8 @@ def operator(n: int, wind: float) -> Callable[[jax.Array], jax.Array]:
     return apply
 
 
-def counted(b: jax.Array, wind: float, tolerance: float) -> int:
-    """How many iterations `solved` takes, by how often it applies the operator."""
+def count_iterations(b: jax.Array, wind: float, tolerance: float) -> int:
+    """The iterations that `solve` takes, counted by its calls of the operator."""
     calls: list[int] = []
     apply = operator(b.shape[0], wind)
 
@@ -52,7 +52,7 @@ def counted(b: jax.Array, wind: float, tolerance: float) -> int:
 
 
 def by_scipy(b: jax.Array, wind: float, tolerance: float) -> Callable[[], tuple[int, Any]]:
-    """What solves for `b` by scipy.sparse in float32, and counts its iterations."""
+    """A function that solves for `b` by scipy.sparse in float32: the iterations, the solution."""
     a, right = matrix(b.shape[0], wind).astype(np.float32), np.asarray(b).ravel()
     method = scipy.sparse.linalg.bicgstab if wind else scipy.sparse.linalg.cg
 
@@ -65,7 +65,7 @@ def by_scipy(b: jax.Array, wind: float, tolerance: float) -> Callable[[], tuple[
 
 
 def residual(x: Any, b: Any, wind: float) -> float:
-    """The norm of `b - A x` over that of `b`, in float64."""
+    """The norm of `b - A x` over the norm of `b`, in float64."""
     right = np.float64(b).ravel()
     left = right - matrix(b.shape[0], wind) @ np.float64(x).ravel()
     return float(np.linalg.norm(left) / np.linalg.norm(right))
@@ -77,6 +77,6 @@ def matrix(n: int, wind: float) -> Any:
     ends[[0, -1]] = 1
     line = scipy.sparse.diags([-ones, 2 + ends, -ones], [-1, 0, 1])
     ends[-1] = -1
-    blown = scipy.sparse.diags([-ones, ends, ones], [-1, 0, 1])
+    windy = scipy.sparse.diags([-ones, ends, ones], [-1, 0, 1])
     eye = scipy.sparse.eye(n)
-    return (scipy.sparse.kron(line + wind * blown, eye) + scipy.sparse.kron(eye, line)).tocsr()
+    return (scipy.sparse.kron(line + wind * windy, eye) + scipy.sparse.kron(eye, line)).tocsr()

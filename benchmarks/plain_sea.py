@@ -1,4 +1,4 @@
-"""This file is the sea of `examples/shallow_water.py` as one writes it on whole arrays."""
+"""The sea of `examples/shallow_water.py` on whole arrays: a peer for `shallow_water`."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 
 def step(sea: dict[str, Any], land: dict[str, Any], sizes: Any, first: Any) -> dict[str, Any]:
-    """One time step of fields `[height, length]` by `jnp.roll`, walls by rows of zeros.
+    """One time step of fields `[height, length]`; walls are rows of zeros.
 
     Args:
-      sea: as in the example.
-      land: likewise.
+      sea: the fields, as in the example.
+      land: the coefficients, as in the example.
       sizes: the example's module, for its constants.
       first: whether it is the first step.
     """
@@ -38,13 +38,13 @@ def step(sea: dict[str, Any], land: dict[str, Any], sizes: Any, first: Any) -> d
     )
     v = _shut(v)
 
-    def rubbed(a, u):
+    def with_friction(a, u):
         fe = sizes.VISCOSITY * (_east(a) - u) / d
         fn = _shut(sizes.VISCOSITY * (_north(a) - u) / d)
         return a + sizes.STEP * ((fe - _west(fe)) / d + (fn - _south(fn)) / d)
 
-    u = rubbed(u, u)
-    return {"eta": eta, "u": u, "v": rubbed(v, u)} | change
+    u = with_friction(u, u)
+    return {"eta": eta, "u": u, "v": with_friction(v, u)} | change
 
 
 def _east(a):

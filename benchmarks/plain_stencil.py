@@ -1,4 +1,4 @@
-"""This file is stencils as a user writes them without the library, and their updates."""
+"""Stencils as a user writes them without the library, and their updates: peers for `stencil`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jax
 
-# Of the second derivative, to eighth order.
+# Weights of the second derivative to eighth order: the center, then 1 to 4 cells away.
 _EIGHTH = (-205 / 72, 8 / 5, -1 / 5, 8 / 315, -1 / 560)
 RADII: dict[str, Any] = {"5-point": 1, "9-point": 1, "25-point": (4, 4, 4)}
 
@@ -20,14 +20,14 @@ def five_points(v: jax.Array) -> jax.Array:
 
 
 def nine_points(v: jax.Array) -> jax.Array:
-    """Heat: a cell and all eight around it."""
+    """Heat: a cell and the eight around it."""
     around = v[2:, 1:-1] + v[:-2, 1:-1] + v[1:-1, 2:] + v[1:-1, :-2]
     corners = v[2:, 2:] + v[2:, :-2] + v[:-2, 2:] + v[:-2, :-2]
     return v[1:-1, 1:-1] + 0.05 * (around + corners - 8 * v[1:-1, 1:-1])
 
 
 def twenty_five_points(v: jax.Array) -> jax.Array:
-    """Heat: four cells to either side in three dimensions."""
+    """Heat in three dimensions: four cells to either side along each."""
     inside = (slice(4, -4),) * 3
     out = (1 + 0.3 * _EIGHTH[0]) * v[inside]
     for i, weight in enumerate(_EIGHTH[1:], 1):
@@ -45,22 +45,22 @@ UPDATES: dict[str, Callable] = {
 }
 
 
-def rolled(u: jax.Array, name: str, steps: int) -> jax.Array:
-    """`steps` steps of a periodic field by `jnp.roll`: what a user has on any mesh under jit."""
+def step_by_roll(u: jax.Array, name: str, steps: int) -> jax.Array:
+    """`steps` steps of a periodic field by `jnp.roll`: under jit it runs on any mesh."""
     import jax
 
     return jax.lax.fori_loop(0, steps, lambda _, u: _ROLLED[name](u), u)
 
 
-def padded(u: jax.Array, name: str, steps: int, unrolled: int) -> jax.Array:
-    """`steps` steps of a periodic field on one device, by padding, `unrolled` of them at once."""
+def step_by_pad(u: jax.Array, name: str, steps: int, unrolled: int) -> jax.Array:
+    """`steps` steps of a periodic field on one device; pads once for every `unrolled` steps."""
     import jax
     import jax.numpy as jnp
 
     margin = unrolled * (4 if name == "25-point" else 1)
 
     def some(_, u):
-        # Of two dimensions, a third is of columns that nothing leaves.
+        # In a 2-D stencil a third dimension holds columns, which are not padded.
         wide = [(margin, margin)] * (3 if name == "25-point" else 2)
         v = jnp.pad(u, wide + [(0, 0)] * (u.ndim - len(wide)), mode="wrap")
         for _ in range(unrolled):
@@ -70,8 +70,8 @@ def padded(u: jax.Array, name: str, steps: int, unrolled: int) -> jax.Array:
     return jax.lax.fori_loop(0, steps // unrolled, some, u)
 
 
-def exchanged(wafer: Any, width: int) -> Callable:
-    """One periodic halo exchange of a field of two dimensions, written out by hand."""
+def exchange_by_hand(wafer: Any, width: int) -> Callable:
+    """One periodic halo exchange of a 2-D field, written by hand with shard_map."""
     import jax
     import jax.numpy as jnp
     from jax import lax

@@ -1,7 +1,7 @@
-"""This file is the public halo exchange of the field as a peer: the PyPI package `jaxdecomp`.
+"""The halo exchange of the PyPI package `jaxdecomp`: a peer for `stencil`.
 
-W. Kabalan and F. Lanusse, "JAX bindings for the NVIDIA cuDecomp library", 2023. It is measured
-where it is installed (`pip install -e '.[bench]' -c constraints.txt`).
+W. Kabalan and F. Lanusse, "JAX bindings for the NVIDIA cuDecomp library", 2023. It is timed if it
+is installed: `pip install -e '.[bench]' -c constraints.txt`.
 """
 
 import functools
@@ -13,7 +13,7 @@ from benchmarks import plain_stencil
 
 
 def exchange(wafer: Any, width: int) -> Callable | None:
-    """Its periodic exchange of a field of two dimensions on a wafer of devices, or None."""
+    """Its periodic exchange of a 2-D field on a wafer of devices; None if not installed."""
     if importlib.util.find_spec("jaxdecomp") is None:
         return None
     import jax
@@ -23,7 +23,7 @@ def exchange(wafer: Any, width: int) -> Callable | None:
     from jaxdecomp import halo_exchange
 
     spec = P("y", "x")
-    # It takes three dimensions, and finds the mesh by the operand's sharding.
+    # It takes three dimensions, and reads the mesh from the operand's sharding.
     laid = NamedSharding(wafer.device_mesh, P("y", "x", None))
 
     def padded(u):
@@ -41,8 +41,8 @@ def exchange(wafer: Any, width: int) -> Callable | None:
     return run
 
 
-def stepped(wafer: Any, name: str, steps: int, depth: int) -> Callable | None:
-    """Steps of the periodic 5-point or 9-point stencil by it, `depth` of them to an exchange."""
+def step_by_exchange(wafer: Any, name: str, steps: int, depth: int) -> Callable | None:
+    """Steps of the periodic 5-point or 9-point stencil, `depth` of them after each exchange."""
     exchanged = exchange(wafer, depth)
     if exchanged is None:
         return None

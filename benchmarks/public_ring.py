@@ -1,7 +1,7 @@
-"""This file is the public ring attention of the field as a peer: the PyPI package `ringattention`.
+"""The ring attention of the PyPI package `ringattention`: a peer for `attention`.
 
-H. Liu, M. Zaharia and P. Abbeel, 2023. It is measured where it is installed
-(`pip install -e '.[bench]' -c constraints.txt`).
+H. Liu, M. Zaharia and P. Abbeel, 2023. It is timed if it is installed:
+`pip install -e '.[bench]' -c constraints.txt`.
 """
 
 import functools
@@ -10,15 +10,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_CHUNK = 512  # rows of queries and of keys that its inner loop takes at once
+_CHUNK = 512  # rows of queries, and of keys, in one turn of its inner loop
 
 
 def find(wafer: Any, causal: bool) -> Callable | None:
-    """Its attention of `[B, T, N, H]` arrays on a wafer of devices, or None.
+    """Its attention of `[B, T, N, H]` arrays on a wafer of devices; None if not installed.
 
     Args:
       wafer: the sequence is split along y, the heads along x.
-      causal: whether a token sees only those before it.
+      causal: whether a token sees only the tokens before it.
     """
     if any(importlib.util.find_spec(name) is None for name in ("ringattention", "einops")):
         return None
@@ -51,7 +51,7 @@ def find(wafer: Any, causal: bool) -> Callable | None:
 
 @functools.cache
 def _load() -> Any:
-    # The package's own __init__ asks jax for what newer versions lack; this module of it does not.
+    # The package's __init__ imports names that newer versions of jax lack; this module does not.
     package = importlib.util.find_spec("ringattention")
     assert package is not None and package.submodule_search_locations
     path = f"{package.submodule_search_locations[0]}/ringattention_jax.py"

@@ -1,4 +1,9 @@
-"""This file is the shallow sea, against whole arrays and against the demonstration of mpi4jax."""
+"""A step of the shallow sea against whole arrays under jit and against mpi4jax's own program.
+
+Candidates run in turn for many steps in one call; the ratio is to ours on the first grid. mpi4jax
+runs in processes of its own: each of its runs is divided by ours just before and just after.
+Command: `python -m benchmarks shallow_water`
+"""
 
 import dataclasses
 import math
@@ -17,10 +22,10 @@ from benchmarks import harness
 from benchmarks.example import example
 from wsekern.wafer.launch import make_wafer, parse_grid
 
-_CELLS = (180, 360)  # those of their program
-_ROUND = 100  # steps that their program takes at once
+_CELLS = (180, 360)  # of mpi4jax's program
+_ROUND = 100  # steps in one compiled call of their program
 _COMPARED = 100  # steps after which the fields are compared
-# Run by their Python: their steps timed by their own clock, or their fields kept.
+# Run by their Python. With steps it saves their fields; else their clock times a whole run.
 _RUN = """
 import importlib.util, sys
 import numpy as np
@@ -39,30 +44,30 @@ else:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShallowWaterOptions:
-    """Times a step of `examples/shallow_water.py`; ratios are to ours on the first grid.
+    """Time a step of `examples/shallow_water.py`; ratios are to ours on the first grid.
 
-    mpi4jax is timed where `theirs` names its `examples/shallow_water.py`, by a Python that has
-    mpi4jax, and an `mpirun` is at hand: each run of theirs is divided by ours before and after.
+    To time mpi4jax, give the path of its `examples/shallow_water.py` as --theirs, and a Python that
+    has mpi4jax as --python; `mpirun` must be installed.
     """
 
     cells: tuple[int, int] = _CELLS
-    """Height and length of the sea."""
+    """Height and length of the sea, in cells."""
     grids: tuple[str, ...] = ("1x1", "2x1", "2x4")
-    """Of the wafers."""
+    """Grids of emulated devices, HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH."""
     steps: int = 500
-    """In a call."""
+    """Steps in a call."""
     rounds: int = 5
     """How often each candidate is timed."""
     theirs: pathlib.Path | None = None
-    """The program of mpi4jax."""
+    """Path of mpi4jax's program. None: it is not timed."""
     python: str = sys.executable
-    """The interpreter that runs it."""
+    """Python that runs it."""
     ranks: tuple[int, ...] = (1, 2)
-    """Of its runs."""
+    """MPI ranks to run it on."""
     days: float = 1.0
-    """That each of them computes."""
+    """Days of the sea that a run of it computes."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,7 +113,7 @@ def _candidates(options):
 
         def run():
             with wafer:
-                return jax.block_until_ready(sizes.sailed(sea, land, options.steps))
+                return jax.block_until_ready(sizes.sail(sea, land, options.steps))
 
         return run
 
@@ -118,8 +123,8 @@ def _candidates(options):
 
 
 def _theirs(options, mine) -> list[harness.Timing]:
-    """Theirs on each number of ranks, over ours."""
-    # They take whole rounds of steps after the first one, until the days are over.
+    """The times of mpi4jax on each number of ranks, and their ratios to ours."""
+    # Their program takes one step, then whole rounds of steps until the days are over.
     steps = _ROUND * math.ceil((options.days * 86_400 / example("shallow_water").STEP - 1) / _ROUND)
     seconds: dict[int, list[float]] = {ranks: [] for ranks in options.ranks}
     ratios: dict[int, list[float]] = {ranks: [] for ranks in options.ranks}
@@ -146,7 +151,7 @@ def _theirs(options, mine) -> list[harness.Timing]:
 
 
 def _differences(options, dtype) -> str:
-    """How far their fields are from ours, of the largest value of each, in words."""
+    """The largest difference of each field over its largest value, as text."""
     import jax
     import numpy as np
 
@@ -157,7 +162,7 @@ def _differences(options, dtype) -> str:
         theirs = dict(np.load(path))
     theirs["eta"] = theirs.pop("h") - sizes.DEPTH
     with jax.enable_x64(dtype == "float64"):
-        ours = sizes.sailed(sizes.jet(*_CELLS), sizes.walls(*_CELLS), _COMPARED)
+        ours = sizes.sail(sizes.jet(*_CELLS), sizes.walls(*_CELLS), _COMPARED)
         ours = jax.tree.map(np.asarray, ours)
     apart = {
         name: abs(ours[name] - theirs[name]).max() / abs(theirs[name]).max()

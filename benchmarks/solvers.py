@@ -1,4 +1,9 @@
-"""This file is solvers of Poisson's equation against those of jax.scipy and of scipy.sparse."""
+"""Solvers of Poisson's equation on a grid against those of jax.scipy and scipy.sparse.
+
+Each candidate solves for the same noise to the same tolerance, in float32; a note gives its
+iterations and its true residual. Candidates run in turn; the ratio is to jax.scipy under `jax.jit`
+with the same sharding. Command: `python -m benchmarks solvers`
+"""
 
 import dataclasses
 import functools
@@ -14,20 +19,20 @@ from wsekern.wafer.launch import parse_height_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolversOptions:
-    """Times whole solutions in float32 of a right side of noise, to one tolerance."""
+    """Time whole solutions, in float32, for a right side of noise."""
 
     grid: tuple[str, ...] = ("2x4",)
     """Grids of emulated devices, HEIGHTxWIDTH."""
     size: int = 512
     """Rows and columns of the field."""
     wind: float = 0.3
-    """Beside the Laplacian, what BiCGStab is timed on; CG and multigrid have none."""
+    """Wind added to the Laplacian for BiCGStab; CG and multigrid are timed without."""
     tolerance: float = 1e-4
-    """Of the residual, beside the right side."""
+    """Residual to stop at, as a share of the right side's norm."""
     rounds: int = 5
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +61,7 @@ def _table(grid, wind, options) -> list[harness.Timing]:
     wafer = wk.Wafer.devices(*grid)
     whole = jax.random.normal(jax.random.key(0), (options.size,) * 2)
     tiled = wafer.shard(whole, TILED)
-    theirs = functools.partial(plain_poisson.solved, wind=wind, tolerance=options.tolerance)
+    theirs = functools.partial(plain_poisson.solve, wind=wind, tolerance=options.tolerance)
     candidates: dict[str, Callable[[], Any]] = {"jit": harness.compile_program(theirs, tiled)}
     for name, solver in _ours(wind, options.tolerance).items():
         candidates[name] = harness.compile_program(functools.partial(solver, wafer=wafer), tiled)
@@ -107,16 +112,16 @@ def _ours(wind, tolerance) -> dict[str, Callable[..., Any]]:
 
 
 def _update(u, *, wind, level):
-    """Minus the Laplacian of a tile with a cell around, and a wind along y."""
+    """Minus the Laplacian, plus a wind along y, of a tile with a halo of one cell."""
     down, up = u[2:, 1:-1], u[:-2, 1:-1]
     flow = 4 * u[1:-1, 1:-1] - down - up - u[1:-1, 2:] - u[1:-1, :-2]
     return (flow + wind * (down - up) if wind else flow) / level**2
 
 
 def _note(name, solution, b, wind, options) -> str:
-    """Iterations, and the true residual in float64."""
+    """The iterations, and the true residual in float64, as text."""
     if name == "jit" or name.startswith("jax.scipy"):
-        iterations, x = plain_poisson.counted(b, wind, options.tolerance), solution
+        iterations, x = plain_poisson.count_iterations(b, wind, options.tolerance), solution
     elif name == "scipy.sparse":
         iterations, x = solution
     else:

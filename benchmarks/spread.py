@@ -1,4 +1,9 @@
-"""This file is a virtual wafer on one device against the same wafer spread over several."""
+"""A virtual wafer on one device against the same wafer spread over several devices.
+
+Cannon's matrix product and steps of heat run in turn on both; the ratio is to one device. The notes
+have the processor time, since emulated devices share the cores. Command: `python -m benchmarks
+spread`
+"""
 
 import dataclasses
 import functools
@@ -15,22 +20,22 @@ from benchmarks.whole_wafer import heat_on
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpreadOptions:
-    """Times Cannon's product and heat on virtual PEs, on one device and in blocks on several."""
+    """Time Cannon's product and heat on virtual PEs, on one device and in blocks on several."""
 
     side: int = 360
-    """Rows and columns of PEs of the product."""
+    """Rows, and columns, of PEs for the product."""
     matrix: int = 720
-    """Rows and columns of the matrices of the product."""
+    """Rows, and columns, of the matrices."""
     heat: tuple[int, int, int] = (750, 994, 16)
-    """PEs along y and x and cells in each one's column, of a field of heat."""
+    """PEs along y, PEs along x, and cells in a PE's column, for the heat."""
     steps: int = 10
-    """How many the heat takes."""
+    """Time steps of the heat."""
     devices: tuple[int, int] = (2, 1)
     """Rows and columns of devices."""
     rounds: int = 5
-    """How often each is timed."""
+    """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,7 +95,7 @@ def _heat(options: SpreadOptions):
 
 
 def _processor_time(run: Callable[[], Any]) -> str:
-    """Of all cores together: emulated devices share them, and they are shared with others."""
+    """Processor time of one run over all cores, which the emulated devices share."""
     import jax
 
     begun = time.process_time()

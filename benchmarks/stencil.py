@@ -1,4 +1,9 @@
-"""This file is stencils: many steps against jnp.roll under jit, one device, and one exchange."""
+"""Stencils on a grid: many steps, and one halo exchange, against jnp.roll under jit and one device.
+
+Fields are periodic and float32. Candidates take the same steps and run in turn; the ratio is to
+`jnp.roll` under `jax.jit` with the same shardings. Command: `python -m benchmarks stencil --grid
+2x4`
+"""
 
 import dataclasses
 import functools
@@ -15,26 +20,26 @@ from wsekern.wafer.launch import parse_height_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StencilOptions:
-    """Times steps of periodic float32 stencils, and one halo exchange."""
+    """Time steps of periodic float32 stencils, and one halo exchange."""
 
     grid: tuple[str, ...] = ("2x4", "4x4")
     """Grids of emulated devices, HEIGHTxWIDTH."""
     stencils: tuple[str, ...] = ("5-point", "9-point", "25-point")
-    """Which stencils."""
+    """Which stencils to time."""
     size: int = 2048
-    """Rows and columns of the field of the 5-point and the 9-point stencil."""
+    """Rows, and columns, of the field for the 5-point and the 9-point stencil."""
     volume: tuple[int, int, int] = (256, 256, 128)
-    """Sizes of the field of the 25-point stencil, whose last dimension is not split."""
+    """Sizes of the field for the 25-point stencil; the last dimension is not split."""
     steps: int = 80
-    """How many steps one call takes; a tenth of them with 25 points."""
+    """Steps in one call; the 25-point stencil takes a tenth of them."""
     depths: tuple[int, ...] = (1, 4, 8)
-    """Steps between exchanges, besides what is chosen without asking."""
+    """Steps between exchanges to time, besides the automatic choice."""
     exchange: bool = True
     """Time a single exchange too."""
     rounds: int = 7
     """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +94,7 @@ def _steps_table(grid, name, shape, steps, options) -> list[harness.Timing]:
         )
         return harness.compile_program(run, tiled)
 
-    rolled = functools.partial(plain_stencil.rolled, name=name, steps=steps)
+    rolled = functools.partial(plain_stencil.step_by_roll, name=name, steps=steps)
     layout = wafer.sharding(TILED)
     candidates: dict[str, Callable[[], Any]] = {
         "jit": harness.compile_program(rolled, tiled, out_shardings=layout),
@@ -98,9 +103,11 @@ def _steps_table(grid, name, shape, steps, options) -> list[harness.Timing]:
     for depth in options.depths:
         candidates[f"stencil, depth {depth}"] = ours(depth)
     for depth in options.depths:
-        run = functools.partial(plain_stencil.padded, name=name, steps=steps, unrolled=depth)
+        run = functools.partial(plain_stencil.step_by_pad, name=name, steps=steps, unrolled=depth)
         candidates[f"one device, {depth} unrolled"] = harness.compile_program(run, whole)
-        peer = None if name == "25-point" else public_halo.stepped(wafer, name, steps, depth)
+        peer = (
+            None if name == "25-point" else public_halo.step_by_exchange(wafer, name, steps, depth)
+        )
         if peer is not None:
             candidates[f"jaxdecomp, depth {depth}"] = harness.compile_program(peer, tiled)
     notes = {"jit": "jnp.roll under jax.jit, same shardings"}
@@ -117,7 +124,7 @@ def _exchange_table(grid, width, options) -> list[harness.Timing]:
     u = wafer.shard(jax.random.normal(jax.random.key(0), (options.size,) * 2), TILED)
     ours = functools.partial(wk.halo_exchange, width=width, boundary="periodic", wafer=wafer)
     candidates = {
-        "by hand": harness.compile_program(plain_stencil.exchanged(wafer, width), u),
+        "by hand": harness.compile_program(plain_stencil.exchange_by_hand(wafer, width), u),
         "halo_exchange": harness.compile_program(ours, u),
     }
     peer = public_halo.exchange(wafer, width)

@@ -1,4 +1,9 @@
-"""This file is what every kernel sends on p x p PEs: read off its program, beside its formula."""
+"""Words that a PE receives in every kernel on p x p PEs, read off its trace, beside the formula.
+
+Nothing runs and nothing is timed: each kernel is traced for a wafer of WSE-2 PEs. Where the trace
+differs from the formula of the kernel's docstring, the table shows both.
+Command: `python -m benchmarks traffic`
+"""
 
 import dataclasses
 import functools
@@ -10,22 +15,22 @@ from rich.table import Table
 
 from benchmarks import harness
 
-# What a PE holds of an operand, in words: of a matrix, and of queries, keys or values.
+# Words of an operand on one PE: of a matrix, and of queries, keys or values.
 TILE = 8 * 8
 HEAD_TILE = 4 * 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrafficOptions:
-    """Traces each kernel for a wafer of WSE-2 PEs; nothing is computed and nothing is timed."""
+    """Trace each kernel for a wafer of WSE-2 PEs; nothing runs and nothing is timed."""
 
     sides: tuple[int, ...] = (2, 4, 8, 16, 32)
-    """Rows of PEs, and columns."""
+    """Values of p: rows, and columns, of PEs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A program on p x p PEs, and what its docstring says of one PE."""
+    """A program on p x p PEs, and its docstring's formulas for one PE."""
 
     program: Callable[..., Any]
     operands: Callable[[int], tuple]  # shapes, for p
@@ -34,7 +39,7 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints words and steps by p; marks the program that differs from its formula."""
+    """Prints words and steps by p, and the formula's figures where they differ."""
     options = tyro.cli(TrafficOptions, prog="python -m benchmarks traffic", args=argv)
     harness.start(1)
     table = Table(title="words a PE receives / steps that wait for one another", box=None)
@@ -48,17 +53,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def _cell(case: Case, p: int) -> str:
     words, steps = read(case, p)
-    said = case.words(p), case.steps(p)
+    formula = case.words(p), case.steps(p)
     cell = f"{words:,.0f} / {steps}"
-    return cell if (words, steps) == said else f"{cell}, not {said[0]:,.0f} / {said[1]}"
+    return cell if (words, steps) == formula else f"{cell}, not {formula[0]:,.0f} / {formula[1]}"
 
 
 def read(case: Case, p: int) -> tuple[float, int]:
     """Words and steps of `case` on p x p PEs, read off its trace."""
     import wsekern as wk
 
-    found = wk.traffic(case.program, *case.operands(p), wafer=wk.Wafer.abstract(wk.WSE2, p, p))
-    return found.words, found.steps
+    traffic = wk.traffic(case.program, *case.operands(p), wafer=wk.Wafer.abstract(wk.WSE2, p, p))
+    return traffic.words, traffic.steps
 
 
 def cases() -> dict[str, Case]:
@@ -116,7 +121,8 @@ def _attentions() -> dict[str, Case]:
         )
 
     def zigzag(moved):
-        # Queries, keys and values there and the result back; of two PEs, one half of each stays.
+        # Queries, keys and values go out and the result comes back: 4 tiles. Of two PEs each keeps
+        # one half of every tile: 2 tiles.
         return lambda p: moved(p) + (4 if p > 2 else 2)
 
     return {
@@ -136,7 +142,7 @@ def _attentions() -> dict[str, Case]:
 
 
 def _gradients_alone(forward: Callable) -> Callable:
-    """The gradients of `forward`, with what of it they need."""
+    """The gradients of `forward`, and the parts of `forward` that they need."""
     import jax
 
     def gradients(operands, dout):
@@ -181,7 +187,7 @@ def _decoding() -> dict[str, Case]:
 
 
 def _all_reduced(p: int, words: int) -> Any:
-    """What a PE receives in the all-reduce along one axis that a wafer takes."""
+    """The traffic of one PE in the all-reduce along one axis that is cheapest on WSE-2."""
     import wsekern as wk
     from wsekern import fabric
 

@@ -1,7 +1,9 @@
-"""This file is one training step on a grid of devices, against what a user has without wsekern.
+"""One training step on a grid of devices against the same model under jit alone, and one device.
 
-The peer is the same model in plain jnp under `jax.jit` alone, with the same layout of parameters
-and optimizer state, once for each sensible way to constrain its activations; the fastest counts.
+The peer is the same model in plain jnp under `jax.jit`, with the same layout of parameters and
+optimizer state. It is compiled once for each sensible way to constrain its activations; a short
+race finds the fastest, and the others are then timed in turn with that one as the baseline.
+Command: `python -m benchmarks train_step`
 """
 
 import dataclasses
@@ -26,16 +28,16 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStepOptions:
-    """Tokens a second of a training step (AdamW, float32): ours, jit alone, and one device."""
+    """Time a training step (AdamW, float32): ours, jit alone, and one device."""
 
     sizes: tuple[str, ...] = tuple(SIZES)
-    """Which models: nano (4 layers of 128, batch 12 x 64), width512 (8 of 512, batch 4 x 256)."""
+    """Models: nano (4 layers of 128, batch 12 x 64), width512 (8 layers of 512, batch 4 x 256)."""
     grid: str = "2x4"
     """Grid of devices, HEIGHTxWIDTH."""
     rounds: int = 15
     """How often each candidate is timed."""
     json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Also write the results to this file."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str]) -> None:
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
 def _measure(size: str, height: int, width: int, rounds: int) -> list[harness.Timing]:
     candidates = _candidates(size, height, width)
     alone = [name for name in candidates if name.startswith("jit alone")]
-    # A short race finds the best constraints; the long one is against these.
+    # A short race finds the best constraints, which are the baseline of the long one.
     race = harness.compare({name: candidates[name] for name in alone}, alone[0], rounds=5)
     best = min(race, key=lambda result: result.ratio).name
     kept = {best: candidates[best]} | {n: c for n, c in candidates.items() if n not in alone}
@@ -115,8 +117,8 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     return candidates | {"wsekern": ours, "one device": one}
 
 
-def _constrained(wafer: Any, specs: dict[str, Any], x: Any, what: str) -> Any:
-    return wafer.shard(x, specs[what]) if what in specs else x
+def _constrained(wafer: Any, specs: dict[str, Any], x: Any, kind: str) -> Any:
+    return wafer.shard(x, specs[kind]) if kind in specs else x
 
 
 def _tokens_per_s(size: str, result: harness.Timing) -> str:

@@ -1,4 +1,8 @@
-"""This file is products and heat on every PE of a wafer, virtually: how long one device takes."""
+"""Matrix products and heat on every PE of a virtual wafer, on one device, against plain jnp.
+
+Every PE's program runs, vectorized over the PEs. Candidates run in turn; the ratio is to the same
+product, or the same steps, without a wafer. Command: `python -m benchmarks whole_wafer`
+"""
 
 import dataclasses
 import functools
@@ -13,36 +17,38 @@ from benchmarks import harness, plain_stencil
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeWaferOptions:
-    """Times a matrix product by `mesh`, a GEMV and heat on a virtual wafer, PE by PE, exactly."""
+    """Time a matrix product (MeshGEMM), a GEMV and heat on every PE of a virtual wafer."""
 
     side: int = 720
-    """Rows and columns of PEs."""
+    """Rows, and columns, of PEs for the products."""
     matrix: int = 1440
-    """Rows and columns of the matrices of the product."""
+    """Rows, and columns, of the matrices of the product."""
     vector: int = 8192
-    """Rows and columns of the matrix of the GEMV."""
+    """Rows, and columns, of the matrix of the GEMV."""
     heat: tuple[int, int, int] = (750, 994, 64)
-    """PEs along y and x and cells in each one's column, of a field of heat."""
+    """PEs along y, PEs along x, and cells in a PE's column, for the heat."""
     steps: int = 10
-    """How many the heat takes."""
+    """Time steps of the heat."""
     only_heat: bool = False
     """Leave the products out."""
     rounds: int = 3
-    """How often each is timed."""
+    """How often each candidate is timed."""
     json: pathlib.Path | None = None
-    """Where to write the results."""
+    """Write the results to this file, as JSON."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one table for each product; the peer is the same product without a wafer."""
+    """Prints one table for each product, and one for the heat."""
     options = tyro.cli(WholeWaferOptions, prog="python -m benchmarks whole_wafer", args=argv)
     harness.start(1)
     harness.show_environment()
     tables = {}
     products = () if options.only_heat else ((options.matrix, False), (options.vector, True))
     for size, vector in products:
-        what = "GEMV" if vector else "matmul by mesh"
-        title = f"{what}, {size} x {size} on {options.side} x {options.side} virtual PEs, float32"
+        product = "GEMV" if vector else "matmul by mesh"
+        title = (
+            f"{product}, {size} x {size} on {options.side} x {options.side} virtual PEs, float32"
+        )
         candidates, notes = _candidates(options.side, size, vector)
         results = harness.compare(candidates, "one device", rounds=options.rounds, notes=notes)
         harness.show(title, results)
@@ -55,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def heat_on(wafer: Any, steps: int) -> Callable:
-    """Steps of periodic heat on a wafer, one cell of each PE's column after the other."""
+    """A function that takes `steps` steps of periodic heat, a column of cells on each PE."""
     import wsekern as wk
 
     return functools.partial(
@@ -78,8 +84,8 @@ def _heat(options: WholeWaferOptions):
     u = jax.random.normal(jax.random.key(0), options.heat)
     steps = options.steps
     ours = heat_on(wk.Wafer.virtual(wk.WSE2, rows, columns), steps)
-    padded = functools.partial(plain_stencil.padded, name="5-point", steps=steps, unrolled=1)
-    rolled = functools.partial(plain_stencil.rolled, name="5-point", steps=steps)
+    padded = functools.partial(plain_stencil.step_by_pad, name="5-point", steps=steps, unrolled=1)
+    rolled = functools.partial(plain_stencil.step_by_roll, name="5-point", steps=steps)
     plain: dict[str, Callable] = {"padded": padded, "rolled": rolled, "virtual wafer": ours}
     return {name: harness.compile_program(run, u) for name, run in plain.items()}
 

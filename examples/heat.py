@@ -1,8 +1,10 @@
 """Heat in a plate of copper, from two lines of user code, with a picture.
 
-`python examples/heat.py --wafer 2x4` runs on eight devices, emulated where there are none;
-`--virtual 8x8` on virtual PEs; `--estimate 64x64` says what a wafer would take. Needs the extra
-`viz`.
+    python examples/heat.py --wafer 2x4       on 8 devices, emulated if need be
+    python examples/heat.py --virtual 8x8     on virtual PEs, on one device
+    python examples/heat.py --estimate 64x64  only print what a wafer would take
+
+Needs the extra `viz`.
 """
 
 import functools
@@ -13,23 +15,23 @@ from where import flags, number, wafer_of
 
 import wsekern as wk
 
-WIDTH = 0.1  # of the plate, m
+WIDTH = 0.1  # side of the plate, m
 DIFFUSIVITY = 1.1e-4  # of copper, m^2/s
-SHARE = 0.2  # of a neighbor's excess that a cell takes over in one step; stable up to 1/4
+SHARE = 0.2  # of the difference to a neighbor that a cell takes over in a step; stable up to 1/4
 
 
 def main() -> None:
     parser = flags(__doc__, "heat.png")
-    number(parser, "--cells", 256, "along a side")
-    number(parser, "--steps", 1500, "of time")
+    number(parser, "--cells", 256, "cells along a side")
+    number(parser, "--steps", 1500, "time steps")
     asked = parser.parse_args()
     wafer = wafer_of(asked)
     start = plate(asked.cells)
     with wafer:
         if asked.estimate:
-            print(wk.estimate(functools.partial(diffused, steps=asked.steps), start))
+            print(wk.estimate(functools.partial(diffuse, steps=asked.steps), start))
             return
-        _, snapshots = diffused(start, steps=asked.steps, save_every=max(1, asked.steps // 3))
+        _, snapshots = diffuse(start, steps=asked.steps, save_every=max(1, asked.steps // 3))
     change = float(snapshots[-1].mean() / start.mean()) - 1
     print(f"after {asked.steps} steps the plate holds {change:+.1e} more heat than at first")
     draw(start, snapshots, asked.steps, asked.out)
@@ -37,13 +39,13 @@ def main() -> None:
 
 
 def step(u):
-    """The temperature a time step later, of tiles with one cell around."""
+    """The temperature one time step later; `u` is a tile with a halo of one cell."""
     around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
     return u[1:-1, 1:-1] + SHARE * (around - 4 * u[1:-1, 1:-1])
 
 
-def diffused(u, steps: int, save_every: int | None = None):
-    """The temperature of an insulated plate after `steps` steps, and on the way there."""
+def diffuse(u, steps: int, save_every: int | None = None):
+    """The temperature of an insulated plate after `steps` steps, and any snapshots on the way."""
     return wk.stencil(u, step, radius=1, boundary="edge", steps=steps, save_every=save_every)
 
 

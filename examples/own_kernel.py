@@ -1,6 +1,6 @@
-"""This file is a kernel of one's own: heat spreading over a plate, one tile of it on each PE.
+"""A kernel of one's own: heat spreads over a plate, one tile of it on each PE.
 
-Run it as `python examples/own_kernel.py`; docs/own_kernel.md tells it line by line.
+Run it as `python examples/own_kernel.py`; docs/own_kernel.md explains it line by line.
 """
 
 import functools

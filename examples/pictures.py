@@ -1,4 +1,4 @@
-"""This file is how the scientific examples draw: fields as pictures, and as films of them."""
+"""Draw fields as pictures and films, for the scientific examples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ class Panel:
     x: str = "x (m)"
     y: str = "y (m)"
     colors: str = "viridis"
-    unit: str = ""  # beside the colors
-    limits: tuple[float, float] | None = None  # of the colors; None: of the values
+    unit: str = ""  # label of the color bar
+    limits: tuple[float, float] | None = None  # of the colors; None: those of the values
     behind: Any = None  # another field, drawn below in gray
-    aspect: str = "equal"  # "auto" where x and y are not of one kind
+    aspect: str = "equal"  # "auto" if x and y have different units
 
 
 def picture(path: str, panels: Sequence[Panel], *, columns: int, size: tuple[float, float]) -> None:
-    """Draws `panels` in rows of so many; side by side they share what they have in common."""
+    """Draws `panels` in rows of `columns`; panels with equal colors share one color bar."""
     plt = _pyplot()
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -42,7 +42,7 @@ def picture(path: str, panels: Sequence[Panel], *, columns: int, size: tuple[flo
 
 
 def film(path: str, panel: Panel, frames: Any, titles: Sequence[str]) -> None:
-    """Writes `panel` with one of `frames` after another, in the format that `path` ends with."""
+    """Writes a film of `frames` drawn as `panel`; the end of `path` chooses the format."""
     plt = _pyplot()
     from matplotlib import animation
 
@@ -61,7 +61,7 @@ def film(path: str, panel: Panel, frames: Any, titles: Sequence[str]) -> None:
 
 
 def both_ways(values: Any, share: float = 1.0) -> tuple[float, float]:
-    """Limits about zero that hold this share of the largest value."""
+    """Limits symmetric about zero, at `share` of the largest absolute value."""
     most = share * float(np.abs(values).max()) or 1.0
     return -most, most
 

@@ -1,8 +1,10 @@
 """Poisson's equation on a square with cold walls, by BiCGStab and by multigrid, with a picture.
 
-`python examples/poisson.py --wafer 2x4` runs on eight devices, emulated where there are none;
-`--virtual 8x8` on virtual PEs; `--estimate 64x64` says what a wafer would take for as many
-iterations as it takes on one device. Needs the extra `viz`.
+    python examples/poisson.py --wafer 2x4       on 8 devices, emulated if need be
+    python examples/poisson.py --virtual 8x8     on virtual PEs, on one device
+    python examples/poisson.py --estimate 64x64  only print what a wafer would take
+
+The estimate is for as many iterations as one device takes. Needs the extra `viz`.
 """
 
 import functools
@@ -14,7 +16,7 @@ import wsekern as wk
 
 def main() -> None:
     parser = flags(__doc__, "poisson.png")
-    number(parser, "--cells", 256, "along a side")
+    number(parser, "--cells", 256, "cells along a side")
     asked = parser.parse_args()
     wafer = wafer_of(asked)
     if asked.estimate:
@@ -30,7 +32,7 @@ def main() -> None:
 
 
 def solve(cells: int):
-    """Both solutions of a problem whose exact one is known, and the error of the second."""
+    """Both solutions of a problem with a known solution, and the largest error of multigrid's."""
     import jax
     import jax.numpy as jnp
 
@@ -41,7 +43,7 @@ def solve(cells: int):
 
 
 def estimate(cells: int, wafer: wk.Wafer) -> None:
-    """Says what each solver costs; how many iterations it needs is the same on every wafer."""
+    """Prints what each solver costs; it takes the same number of iterations on every wafer."""
     b, _ = problem(cells)
     for name, s in solve(cells)[0].items():
         print(f"{name}, {int(s.iterations)} iterations\n")
@@ -49,13 +51,13 @@ def estimate(cells: int, wafer: wk.Wafer) -> None:
 
 
 def problem(cells: int):
-    """The right side, over the square of the cells' side, and the exact solution."""
+    """The right side, times the square of a cell's side, and the exact solution."""
     import jax.numpy as jnp
 
     middle = (jnp.arange(cells) + 0.5) / cells
 
     def wave(count: int, growth: float):
-        """exp(growth t) sin(count pi t), zero at both walls, and its second derivative."""
+        """exp(growth t) sin(count pi t), which is zero at both walls, and its second derivative."""
         sine, cosine = jnp.sin(count * jnp.pi * middle), jnp.cos(count * jnp.pi * middle)
         bend = (growth**2 - (count * jnp.pi) ** 2) * sine + 2 * growth * count * jnp.pi * cosine
         return jnp.exp(growth * middle) * sine, jnp.exp(growth * middle) * bend
@@ -66,7 +68,7 @@ def problem(cells: int):
 
 
 def laplacian(level: int):
-    """Minus the five-point Laplacian on cells `level` times as wide, zero on the walls."""
+    """Minus the five-point Laplacian, zero on the walls, on cells `level` times as wide."""
 
     def update(u):
         around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
@@ -78,8 +80,8 @@ def laplacian(level: int):
 
 
 def solvers(cells: int):
-    """Each by name, a function of the right side."""
-    # Of a residual that is much smaller beside the right side float32 says nothing.
+    """Name of a solver -> function from the right side to its solution."""
+    # Float32 cannot resolve a residual much smaller than this beside the right side.
     tolerance = max(1e-4, 3e-8 * cells**2)
     return {
         "BiCGStab": functools.partial(

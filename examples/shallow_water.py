@@ -1,9 +1,11 @@
 """An unstable jet in a rotating, shallow sea, with an animation: a small climate.
 
-`python examples/shallow_water.py --wafer 2x4` runs on eight devices, emulated where there are none;
-`--virtual 4x8` on virtual PEs; `--estimate 36x72` says what a wafer would take. Needs the extra
-`viz`. The terms are those of the demonstration of mpi4jax (D. Hafner and F. Vicentini, 2021), its
-friction of v included, which takes differences to u.
+    python examples/shallow_water.py --wafer 2x4       on 8 devices, emulated if need be
+    python examples/shallow_water.py --virtual 4x8     on virtual PEs, on one device
+    python examples/shallow_water.py --estimate 36x72  only print what a wafer would take
+
+The terms are those of the demonstration of mpi4jax (D. Hafner and F. Vicentini, 2021). Its friction
+of v is included as it is there, with differences to u. Needs the extra `viz`.
 """
 
 import functools
@@ -16,11 +18,11 @@ import wsekern as wk
 
 SPACING = 5e3  # m
 GRAVITY, DEPTH = 9.81, 100.0  # m/s^2, m
-CORIOLIS, BETA = 2e-4, 2e-11  # 1/s, and what it grows by to the north, 1/(m s)
+CORIOLIS, BETA = 2e-4, 2e-11  # at the southern wall, 1/s; its growth to the north, 1/(m s)
 VISCOSITY = 1e-3 * CORIOLIS * SPACING**2  # m^2/s
 STEP = 0.125 * SPACING / (GRAVITY * DEPTH) ** 0.5  # s
-NEW, OLD = 1.6, -0.6  # what Adams and Bashforth make of this step's change and of the last one's
-BOUNDARY = {  # walls in the south and the north, and around the world in x
+NEW, OLD = 1.6, -0.6  # Adams-Bashforth weights of this step's change and the last one's
+BOUNDARY = {  # walls in the south and the north; periodic in x
     name: ["zero" if name == "v" else "edge", "periodic"]
     for name in ("eta", "u", "v", "deta", "du", "dv")
 }
@@ -28,17 +30,17 @@ BOUNDARY = {  # walls in the south and the north, and around the world in x
 
 def main() -> None:
     parser = flags(__doc__, "shallow_water.gif")
-    number(parser, "--height", 180, "of the sea, cells")
-    number(parser, "--length", 360, "of the sea, cells")
-    number(parser, "--days", 10, "to compute")
-    number(parser, "--frames", 60, "of the animation")
+    number(parser, "--height", 180, "cells of the sea from south to north")
+    number(parser, "--length", 360, "cells of the sea from west to east")
+    number(parser, "--days", 10, "days to compute")
+    number(parser, "--frames", 60, "frames of the animation")
     asked = parser.parse_args()
     wafer = wafer_of(asked)
     shape = asked.height, asked.length
     every = max(1, round(asked.days * 86_400 / STEP / asked.frames))
     with wafer:
         sea = jet(*shape)
-        run = functools.partial(sailed, land=walls(*shape), steps=every * asked.frames)
+        run = functools.partial(sail, land=walls(*shape), steps=every * asked.frames)
         if asked.estimate:
             print(wk.estimate(run, sea))
             return
@@ -50,21 +52,24 @@ def main() -> None:
     print(f"drawn to {asked.out}")
 
 
-def sailed(sea, land, steps: int, save_every: int | None = None):
-    """The sea after `steps` steps: "eta", the surface over its rest (m), "u" and "v" (m/s) at a
-    cell's faces to the east and the north, and what each changed by in a second."""
+def sail(sea, land, steps: int, save_every: int | None = None):
+    """The sea after `steps` steps.
+
+    Its fields are "eta", the height of the surface over its rest (m); "u" and "v", the velocity
+    (m/s) at a cell's eastern and northern face; and the change of each in a second.
+    """
     options = {"coefficients": land, "steps": steps, "save_every": save_every}
     return wk.stencil(sea, step, radius=2, boundary=BOUNDARY, **options)
 
 
 def step(sea, land, step):
-    """One time step, of tiles with two cells around."""
+    """One time step; the fields are tiles with a halo of two cells."""
     import jax.numpy as jnp
 
     eta, u, v = sea["eta"], sea["u"], sea["v"]
     north, south, d = land["north"], land["south"], SPACING
     h = land["depth"] + eta
-    # Water through the faces to the east and to the north; none goes through a wall.
+    # Water through the eastern and the northern faces; none goes through a wall.
     fe = 0.5 * (h[:, 1:] + h[:, :-1]) * u[:, :-1]
     fn = 0.5 * (h[1:] + h[:-1]) * v[:-1] * north[:-1]
     corner = 0.25 * (h[:-1, :-1] + h[:-1, 1:] + h[1:, :-1] + h[1:, 1:])
@@ -90,18 +95,18 @@ def step(sea, land, step):
     )
     v = v * north[1:-1]
 
-    def rubbed(a):
+    def with_friction(a):
         fe = VISCOSITY * (a[:, 1:] - u[:, :-1]) / d
         fn = VISCOSITY * (a[1:] - u[:-1]) / d
         through = fn[1:, 1:-1] * north[2:-2] - fn[:-1, 1:-1] * south[2:-2]
         return a[1:-1, 1:-1] + STEP * (fe[1:-1, 1:] - fe[1:-1, :-1] + through) / d
 
-    state = {"eta": eta[1:-1, 1:-1], "u": rubbed(u), "v": rubbed(v)}
+    state = {"eta": eta[1:-1, 1:-1], "u": with_friction(u), "v": with_friction(v)}
     return state | {name: value[1:-1, 1:-1] for name, value in change.items()}
 
 
 def walls(height: int, length: int, depth=DEPTH):
-    """Depth of the sea (m), Coriolis parameter (1/s), and which faces are open, 1 or 0."""
+    """Depth of the sea (m), Coriolis parameter (1/s), and which faces are open (1 or 0)."""
     import jax.numpy as jnp
 
     row = jnp.arange(height)[:, None]
@@ -114,10 +119,12 @@ def walls(height: int, length: int, depth=DEPTH):
 
 
 def jet(height: int, length: int):
-    """A jet to the east in balance with the slope of the surface, and a ripple that breaks it."""
+    """An eastward jet, in balance with the slope of the surface, and a ripple that upsets it."""
     import jax.numpy as jnp
 
-    y, x = (np.arange(-1, n + 1) * SPACING for n in (height, length))  # a cell beyond either end
+    y, x = (
+        np.arange(-1, n + 1) * SPACING for n in (height, length)
+    )  # with one cell beyond each end
     wide, long = (height - 1) * SPACING, (length - 1) * SPACING
     u = 10 * np.exp(-(((y - 0.5 * wide) / (0.02 * long)) ** 2))[:, None] * np.ones_like(x)
     slope = -SPACING * u * (CORIOLIS + BETA * y)[:, None] / GRAVITY

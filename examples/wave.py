@@ -1,9 +1,13 @@
-"""Sound in the ground in three dimensions: a shot, what is recorded, and how that depends on rock.
+"""Sound in the ground in three dimensions: a shot, its record, and its sensitivity to the rock.
 
 A 25-point stencil, as in M. Jacquelin et al., "Scalable Distributed High-Order Stencil
-Computations", 2022; depth stays in each PE's memory. `python examples/wave.py --wafer 2x4` runs on
-eight devices, emulated where there are none; `--virtual 4x4` on virtual PEs; `--estimate 64x64`
-says what a wafer would take. Needs the extra `viz`.
+Computations", 2022; the depth stays in each PE's memory.
+
+    python examples/wave.py --wafer 2x4       on 8 devices, emulated if need be
+    python examples/wave.py --virtual 4x4     on virtual PEs, on one device
+    python examples/wave.py --estimate 64x64  only print what a wafer would take
+
+Needs the extra `viz`.
 """
 
 import functools
@@ -16,16 +20,16 @@ import wsekern as wk
 
 SPACING = 10.0  # m
 REACH = 4  # cells: differences of order 8
-PITCH = 18.0  # of the shot, Hz
-SLOW, FAST = 1500.0, 3400.0  # m/s, of all rock here
+PITCH = 18.0  # frequency of the shot, Hz
+SLOW, FAST = 1500.0, 3400.0  # slowest and fastest rock, m/s
 STEP = 0.7 * wk.wave_limit(FAST, [SPACING] * 3, order=2 * REACH)  # s
 WEIGHTS = wk.difference_coefficients(2, 2 * REACH)[1]
 
 
 def main() -> None:
     parser = flags(__doc__, "wave.png")
-    number(parser, "--cells", 80, "along y and x; half as many in depth")
-    number(parser, "--steps", 400, "of time")
+    number(parser, "--cells", 80, "cells along y and x; half as many in depth")
+    number(parser, "--steps", 400, "time steps")
     parser.add_argument("--film", default="wave.gif", help="the animation (default: wave.gif)")
     asked = parser.parse_args()
     wafer, rock = wafer_of(asked), ground(asked.cells)
@@ -35,7 +39,7 @@ def main() -> None:
             print(wk.estimate(functools.partial(shot, steps=asked.steps), rock))
             return
         _, frames, record = shot(rock, asked.steps, save_every=every)
-        gradient = sensitivity(smoothed(rock), record)
+        gradient = sensitivity(mean_by_depth(rock), record)
     cut = asked.cells // 2
     slices = rock[cut], frames["now"][:, cut], gradient[cut]
     earth, waves, slope = (np.swapaxes(a, -1, -2) for a in slices)
@@ -44,7 +48,7 @@ def main() -> None:
 
 
 def step(wave, rock):
-    """The pressure a time step later, of tiles with four cells around."""
+    """The pressure one time step later; the fields are tiles with a halo of four cells."""
     p = wave["now"]
 
     def moved(a, axis=0, by=0):
@@ -58,8 +62,11 @@ def step(wave, rock):
 
 
 def shot(velocity, steps: int, save_every: int | None = None, checkpoint: str | None = None):
-    """What a shot does to rock of `velocity` (m/s, `[y, x, depth]`): the last fields, snapshots of
-    them if any are asked for, and the record at the surface, `[steps, x]`."""
+    """A shot into rock of `velocity` (m/s, `[y, x, depth]`).
+
+    Returns the last fields; with `save_every`, snapshots of them; and the record at the surface,
+    `[steps, x]`.
+    """
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
 
@@ -91,14 +98,14 @@ def sensitivity(velocity, record):
     import jax
 
     def misfit(velocity):
-        found = shot(velocity, len(record), checkpoint="sqrt")[1]
-        return 0.5 * ((found - record) ** 2).sum()
+        predicted = shot(velocity, len(record), checkpoint="sqrt")[1]
+        return 0.5 * ((predicted - record) ** 2).sum()
 
     return jax.jit(jax.grad(misfit))(velocity)
 
 
 def ground(cells: int):
-    """Layers that dip, with a lens of fast rock in them, `[y, x, depth]`, m/s."""
+    """Velocity in dipping layers with a lens of fast rock, `[y, x, depth]`, m/s."""
     import jax.numpy as jnp
 
     sizes = cells, cells, cells // 2
@@ -108,15 +115,15 @@ def ground(cells: int):
     return jnp.asarray(np.where(lens, FAST, layers), jnp.float32)
 
 
-def smoothed(velocity):
-    """What one might know of the ground: the mean at each depth."""
+def mean_by_depth(velocity):
+    """A rough guess of the ground: the mean at each depth."""
     import jax.numpy as jnp
 
     return jnp.broadcast_to(velocity.mean((0, 1), keepdims=True), velocity.shape)
 
 
 def sponge(shape):
-    """What takes waves in, within 14 cells, before they come back from the sides and below."""
+    """Damping within 14 cells of the sides and the bottom, so that no wave comes back."""
     import jax.numpy as jnp
 
     y, x, z = np.ogrid[tuple(slice(n) for n in shape)]
@@ -126,7 +133,7 @@ def sponge(shape):
 
 
 def draw(rock, frames, gradient, record, every: int, asked) -> None:
-    """All but the record are slices, of rows in depth."""
+    """Draws slices `[depth, x]` of the rock, the wave and the gradient, and the record."""
     half, long = frames[len(frames) // 2], rock.shape[1] * SPACING
     earth = functools.partial(
         Panel, extent=(0, long, rock.shape[0] * SPACING, 0), y="depth (m)", colors="RdBu_r"

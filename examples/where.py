@@ -1,4 +1,4 @@
-"""This file is the flags that the scientific examples share: where they run, and what they draw."""
+"""The flags that the scientific examples share: where to run, and what to draw."""
 
 import argparse
 
@@ -7,22 +7,26 @@ from wsekern.wafer.launch import make_wafer, parse_grid, prepare_devices
 
 
 def flags(description: str | None, out: str) -> argparse.ArgumentParser:
-    """A parser with `--wafer`, `--virtual`, `--estimate` and `--out`."""
+    """A parser with the flags `--wafer`, `--virtual`, `--estimate` and `--out`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--wafer", default="2x4", help="HEIGHTxWIDTH devices (default: 2x4)")
-    where.add_argument("--virtual", metavar="HEIGHTxWIDTH", help="virtual PEs of a WSE-3 instead")
     where.add_argument(
-        "--estimate", metavar="HEIGHTxWIDTH", help="say what it costs on so many PEs of a WSE-3"
+        "--wafer", metavar="HEIGHTxWIDTH", default="2x4", help="grid of devices (default: 2x4)"
     )
-    parser.add_argument("--out", default=out, help=f"the picture (default: {out})")
+    where.add_argument("--virtual", metavar="HEIGHTxWIDTH", help="grid of virtual PEs instead")
+    where.add_argument(
+        "--estimate",
+        metavar="HEIGHTxWIDTH",
+        help="only print what it costs on this grid of a WSE-3",
+    )
+    parser.add_argument("--out", default=out, help=f"file to draw to (default: {out})")
     return parser
 
 
 def wafer_of(asked: argparse.Namespace) -> wk.Wafer:
-    """The wafer that the flags name; call it before jax is used: it may make devices."""
+    """The wafer that the flags name. Call it before jax is used: it may emulate devices."""
     text = asked.estimate or asked.virtual or asked.wafer
     try:
         wafers, height, width = parse_grid(text)

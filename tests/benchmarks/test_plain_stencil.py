@@ -16,8 +16,8 @@ def test_all_candidates_take_the_same_steps(name):
     u = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     update, radius = plain_stencil.UPDATES[name], plain_stencil.RADII[name]
     go = functools.partial(wk.stencil, update=update, radius=radius, boundary="periodic", steps=2)
-    want = jax.jit(functools.partial(plain_stencil.rolled, name=name, steps=2))(u)
-    padded = functools.partial(plain_stencil.padded, name=name, steps=2, unrolled=1)
+    want = jax.jit(functools.partial(plain_stencil.step_by_roll, name=name, steps=2))(u)
+    padded = functools.partial(plain_stencil.step_by_pad, name=name, steps=2, unrolled=1)
     ours = functools.partial(go, wafer=wk.Wafer.devices(2, 2))
     for candidate in (ours, padded):
         np.testing.assert_allclose(jax.jit(candidate)(u), want, atol=2e-6)
@@ -27,4 +27,4 @@ def test_the_exchange_by_hand_is_the_same():
     wafer = wk.Wafer.devices(2, 4)
     u = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
     got = wk.halo_exchange(u, 2, boundary="periodic", wafer=wafer)
-    np.testing.assert_array_equal(jax.jit(plain_stencil.exchanged(wafer, 2))(u), got)
+    np.testing.assert_array_equal(jax.jit(plain_stencil.exchange_by_hand(wafer, 2))(u), got)

@@ -21,8 +21,8 @@ def bumpy():
     return 80 + 15 * np.sin(y / 3.1) * np.cos(x * np.pi / 4)
 
 
-def sailed(sea, state, land, steps):
-    return jax.jit(functools.partial(sea.sailed, steps=steps))(state, land)
+def sail(sea, state, land, steps):
+    return jax.jit(functools.partial(sea.sail, steps=steps))(state, land)
 
 
 def test_it_is_the_scheme_on_whole_arrays(sea, full_wafer):
@@ -36,7 +36,7 @@ def test_it_is_the_scheme_on_whole_arrays(sea, full_wafer):
 
     want = plain(state)
     with full_wafer:
-        got = sailed(sea, state, land, 100)
+        got = sail(sea, state, land, 100)
     for name, value in want.items():
         assert abs(value).max() > 0
         np.testing.assert_allclose(got[name], value, atol=1e-4 * abs(value).max(), err_msg=name)
@@ -45,7 +45,7 @@ def test_it_is_the_scheme_on_whole_arrays(sea, full_wafer):
 def test_a_lake_at_rest_stays_at_rest_to_the_bit(sea, full_wafer):
     state = jax.tree.map(jnp.zeros_like, sea.jet(*CELLS)) | {"eta": jnp.full(CELLS, 0.37)}
     with full_wafer:
-        after = sailed(sea, state, sea.walls(*CELLS, bumpy()), 50)
+        after = sail(sea, state, sea.walls(*CELLS, bumpy()), 50)
     for name, value in state.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)
 
@@ -56,7 +56,7 @@ def test_no_water_is_lost_in_ten_thousand_steps(sea, dtype, most):
         as_dtype = functools.partial(jax.tree.map, lambda a: a.astype(dtype))
         state, land = as_dtype(sea.jet(*CELLS)), as_dtype(sea.walls(*CELLS))
         with wk.Wafer.virtual(wk.WSE3, 2, 2):
-            after = sailed(sea, state, land, 10_000)
+            after = sail(sea, state, land, 10_000)
         assert after["eta"].dtype == dtype and abs(after["eta"] - state["eta"]).max() > 1e-2
         mass = [
             sea.DEPTH * 192 + np.asarray(s["eta"]).sum(dtype=np.float64) for s in (state, after)
@@ -67,7 +67,7 @@ def test_no_water_is_lost_in_ten_thousand_steps(sea, dtype, most):
 def test_nothing_is_computed_at_each_place_that_reads_it(sea, as_shipped):
     """Left to itself XLA takes 377 operations a cell and step; with that, 222."""
     state, land = sea.jet(180, 360), sea.walls(180, 360)
-    go = functools.partial(sea.sailed, land=land, steps=200)
+    go = functools.partial(sea.sail, land=land, steps=200)
     costs = jax.jit(go).lower(state).compile(compiler_options=as_shipped).cost_analysis()
     assert costs is not None and costs["flops"] < 270 * 180 * 360
 

@@ -1,4 +1,4 @@
-"""This file is cross-entropy over a vocabulary that is split along x, and never gathered.
+"""Cross-entropy over a vocabulary that is split along x and never gathered.
 
 M. Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
 Parallelism", 2019, section 3.
@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from wsekern import fabric
 from wsekern.wafer import context, layout
@@ -26,16 +26,17 @@ def cross_entropy(
 ) -> Float[Array, "*batch T"]:
     """`logsumexp(logits) - logits[label]` of every token: its loss in nats, float32.
 
-    Computed in float32. Forward, two all-reduces along x, of one and of two words a token; backward
-    nothing is sent. On a wafer nothing is kept but `logits`, `labels` and one word a token, and no
-    PE holds more of the vocabulary than its own part. Reverse mode only.
+    Algorithm: Megatron-LM's. Forward, two all-reduces along x, of one and of two words for each
+    token; backward, nothing is sent. On a wafer the gradient keeps only `logits`, `labels` and one
+    word for each token, and no PE holds more of the vocabulary than its own part. Computed in
+    float32; reverse mode only.
 
     Args:
       logits: of every word of the vocabulary, tiled: tokens along y, vocabulary along x.
-      labels: the words that came, laid out as the rows of `logits`. A label outside 0 to vocab - 1
-        gives a loss of NaN, and what `logits` alone give as its gradient.
-      vocab: how many of the V columns are words; the rest is padding, which counts for nothing and
-        whose gradient is zero. By default all.
+      labels: the right words, laid out as the rows of `logits`. A label outside 0 to vocab - 1
+        gives a loss of NaN, and the gradient of `logsumexp(logits)` alone.
+      vocab: how many of the V columns are words; by default all. The rest is padding: it does not
+        count, and its gradient is zero.
       wafer: where to run; by default the current wafer, and the plain local operation without one.
 
     Raises:
@@ -55,12 +56,20 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _cross_entropy(logits, labels, vocab, wafer):
+def _cross_entropy(
+    logits: Float[Array, "*batch T V"], labels: Integer[Array, "*batch T"], vocab: int, wafer: Wafer
+) -> Float[Array, "*batch T"]:
     return _fwd(logits, labels, vocab, wafer)[0]
 
 
+# Logits, labels, and the log-sum-exp of every row.
+Residuals = tuple[Float[Array, "*batch T V"], Integer[Array, "*batch T"], Float[Array, "*batch T"]]
+
+
 # Plain autodiff would keep the exponentials, in float32, beside the logits.
-def _fwd(logits, labels, vocab, wafer):
+def _fwd(
+    logits: Float[Array, "*batch T V"], labels: Integer[Array, "*batch T"], vocab: int, wafer: Wafer
+) -> tuple[Float[Array, "*batch T"], Residuals]:
     tiled, rows = layout.tiled(logits.ndim), layout.tiled(labels.ndim, ROWS)
     kernel = functools.partial(_per_pe, vocab=vocab)
     run = wafer.map(kernel, in_specs=(tiled, rows), out_specs=(rows, rows))
@@ -68,7 +77,9 @@ def _fwd(logits, labels, vocab, wafer):
     return losses, (logits, labels, lse)
 
 
-def _bwd(vocab, wafer, residuals, dlosses):
+def _bwd(
+    vocab: int, wafer: Wafer, residuals: Residuals, dlosses: Float[Array, "*batch T"]
+) -> tuple[Float[Array, "*batch T V"], None]:
     tiled, rows = layout.tiled(dlosses.ndim + 1), layout.tiled(dlosses.ndim, ROWS)
     kernel = functools.partial(_gradient_per_pe, vocab=vocab)
     run = wafer.map(kernel, in_specs=(tiled, rows, rows, rows), out_specs=tiled)
@@ -85,8 +96,10 @@ def _per_pe(
     logits = jnp.where(words < vocab, logits.astype(jnp.float32), -jnp.inf)
     largest = fabric.all_reduce(lax.stop_gradient(jnp.max(logits, -1)), COLS, "max")
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), -1)
-    mine = jnp.sum(jnp.where(words == labels[..., None], logits, 0), -1)
-    exponentials, label_logits = fabric.all_reduce(jnp.stack([exponentials, mine]), COLS)
+    # The label's logit where this PE has its word, else 0: the sum along x is the logit.
+    label_logits = jnp.sum(jnp.where(words == labels[..., None], logits, 0), -1)
+    both = jnp.stack([exponentials, label_logits])
+    exponentials, label_logits = fabric.all_reduce(both, COLS)
     lse = jnp.log(exponentials) + largest
     known = (labels >= 0) & (labels < vocab)
     return jnp.where(known, lse - label_logits, jnp.nan), lse
@@ -105,23 +118,25 @@ def _gradient_per_pe(
     return jnp.where(words < vocab, dlogits, 0).astype(logits.dtype)
 
 
-def _words(logits):
-    """The word that each column of this PE's tile stands for."""
+def _words(logits: Float[Array, "*batch Tt Vt"]) -> Integer[Array, "..."]:
+    """The word of each column of this PE's tile, broadcastable to the tile."""
     words = fabric.axis_index(COLS) * logits.shape[-1] + jnp.arange(logits.shape[-1])
     return words.reshape((1,) * (logits.ndim - 1) + words.shape)
 
 
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
 @functools.partial(jax.jit, static_argnames="vocab", inline=True)
-def _local(logits, labels, vocab):
+def _local(
+    logits: Float[Array, "*batch T V"], labels: Integer[Array, "*batch T"], vocab: int
+) -> Float[Array, "*batch T"]:
     logits = logits[..., :vocab].astype(jnp.float32)
     # A negative index would count from the end.
     labels = jnp.where(labels < 0, vocab, labels)
-    mine = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill", fill_value=jnp.nan)
-    return jax.nn.logsumexp(logits, -1) - mine[..., 0]
+    of_label = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill", fill_value=jnp.nan)
+    return jax.nn.logsumexp(logits, -1) - of_label[..., 0]
 
 
-def _check(logits, labels, vocab):
+def _check(logits: Shaped[Array, "..."], labels: Shaped[Array, "..."], vocab: int | None) -> None:
     if logits.ndim < 2:
         raise ValueError(
             f"cross_entropy: logits is {logits.shape}, it must have two dimensions or more: "

@@ -1,8 +1,8 @@
-"""This file is embedding lookup in a table whose vocabulary is split along x.
+"""Embedding lookup in a table whose vocabulary is split along x and whose features along y.
 
 M. Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
-Parallelism", 2019, section 3, for a table split over the vocabulary; here its features are split
-along y as well, as those of an output head transposed.
+Parallelism", 2019, section 3, for a table split over the vocabulary. Splitting the features too
+gives the table the layout of an output head, transposed.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from wsekern import fabric
 from wsekern.wafer import context, layout
@@ -25,16 +25,18 @@ def embedding(
 ) -> Float[Array, "*batch T D"]:
     """`table[tokens]`, tiled: rows along y, features along x.
 
-    Each PE looks up what lies in its own part of the vocabulary. Whichever is less moves along y:
-    the table, whose tiles are gathered to V / width rows of all features, or the tokens, all of
-    whose partial rows come back by an all-to-all. One reduce-scatter along x then sums the partial
-    rows onto their features; with them a PE holds width times its part of the result. The gradient
-    takes the same way back, scatters into float32 and is summed over the wafers. Reverse mode only.
+    Algorithm: Megatron-LM's, with the features split too. Each PE looks up the tokens of its own
+    part of the vocabulary, in partial rows. Whichever is less moves along y: the table, gathered to
+    V / width rows of all features, or the tokens, whose partial rows then come back by an
+    all-to-all. One reduce-scatter along x sums the partial rows, and leaves each PE its features of
+    them; until then it holds width times its part of the result. The gradient takes the same way
+    back, is summed in float32, and over the wafers. Reverse mode only.
 
     Args:
-      tokens: rows of the table to take, along y, the first leading dimension over the wafers. A
-        token outside 0 to V - 1 gives a row of NaN, and no gradient.
-      table: one row a token, laid out `P("x", "y")`: an output head's `P("y", "x")`, transposed.
+      tokens: rows of the table to take. T lies along y, the first leading dimension over the
+        wafers. A token outside 0 to V - 1 gives a row of NaN, and no gradient.
+      table: one row for each token, laid out `P("x", "y")`: an output head's `P("y", "x")`
+        transposed.
       wafer: where to run; by default the current wafer, and the plain local operation without one.
 
     Raises:
@@ -53,22 +55,37 @@ def embedding(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _embedding(tokens, table, logical, wafer):
-    return _fwd(tokens, table, logical, wafer)[0]
+def _embedding(
+    tokens: Integer[Array, "*batch T"],
+    table: Float[Array, "V D"],
+    sizes: tuple[int, int],
+    wafer: Wafer,
+) -> Float[Array, "*batch T _"]:
+    return _fwd(tokens, table, sizes, wafer)[0]
 
 
 # Plain autodiff would scatter in the table's dtype, which may be too short to sum in.
-def _fwd(tokens, table, logical, wafer):
+def _fwd(
+    tokens: Integer[Array, "*batch T"],
+    table: Float[Array, "V D"],
+    sizes: tuple[int, int],
+    wafer: Wafer,
+) -> tuple[Float[Array, "*batch T _"], tuple[Integer[Array, "*batch T"], Float[Array, "V D"]]]:
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(tokens.ndim + 1)
-    kernel = functools.partial(_per_pe, logical=logical)
+    kernel = functools.partial(_per_pe, sizes=sizes)
     out = wafer.map(kernel, in_specs=(rows, _TABLE), out_specs=tiled)(tokens, table)
     return out, (tokens, table)
 
 
-def _bwd(logical, wafer, residuals, dout):
+def _bwd(
+    sizes: tuple[int, int],
+    wafer: Wafer,
+    residuals: tuple[Integer[Array, "*batch T"], Float[Array, "V D"]],
+    dout: Float[Array, "*batch T _"],
+) -> tuple[None, Float[Array, "V D"]]:
     tokens, table = residuals
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(dout.ndim)
-    kernel = functools.partial(_gradient_per_pe, logical=logical)
+    kernel = functools.partial(_gradient_per_pe, sizes=sizes)
     run = wafer.map(kernel, in_specs=(rows, _TABLE, tiled), out_specs=_TABLE)
     return None, run(tokens, table, dout)
 
@@ -77,17 +94,18 @@ _embedding.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt Dy"], logical: tuple[int, int]
+    tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt Dy"], sizes: tuple[int, int]
 ) -> Float[Array, "*batch Tt Dx"]:
-    V, D = logical
-    mine = tokens
+    V, D = sizes  # without padding
     if _table_moves(tokens, table):
-        rows = _looked_up(mine, fabric.all_gather(table, ROWS, 1))
+        rows = _look_up(tokens, fabric.all_gather(table, ROWS, 1))
     else:
-        every = fabric.all_gather(mine, ROWS, mine.ndim - 1)
-        rows = fabric.all_to_all(_looked_up(every, table), ROWS, mine.ndim - 1, mine.ndim)
+        all_tokens = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
+        rows = _look_up(all_tokens, table)
+        rows = fabric.all_to_all(rows, ROWS, tokens.ndim - 1, tokens.ndim)
+    # D was padded to the height of the grid; the result is padded to its width.
     rows = layout.resize(rows, -1, -(-D // fabric.axis_size(COLS)) * fabric.axis_size(COLS))
-    rows = fabric.reduce_scatter(rows, COLS, mine.ndim)
+    rows = fabric.reduce_scatter(rows, COLS, tokens.ndim)
     known = (tokens >= 0) & (tokens < V)
     return jnp.where(known[..., None], rows, jnp.nan)
 
@@ -96,53 +114,60 @@ def _gradient_per_pe(
     tokens: Integer[Array, "*batch Tt"],
     table: Float[Array, "Vt Dy"],
     dout: Float[Array, "*batch Tt Dx"],
-    logical: tuple[int, int],
+    sizes: tuple[int, int],
 ) -> Float[Array, "Vt Dy"]:
     drows = fabric.all_gather(dout, COLS, tokens.ndim)
     drows = layout.resize(drows, -1, table.shape[1] * fabric.axis_size(ROWS))
     if _table_moves(tokens, table):
-        dtable = fabric.reduce_scatter(_scattered(tokens, drows, table.shape[0]), ROWS, 1)
+        dtable = fabric.reduce_scatter(_scatter_add(tokens, drows, table.shape[0]), ROWS, 1)
     else:
-        every = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
+        all_tokens = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
         drows = fabric.all_to_all(drows, ROWS, tokens.ndim, tokens.ndim - 1)
-        dtable = _scattered(every, drows, table.shape[0])
+        dtable = _scatter_add(all_tokens, drows, table.shape[0])
     # Tokens without a leading dimension are replicated over the wafers, and so is their gradient.
     dtable = fabric.all_reduce(dtable, WAFERS) if tokens.ndim > 1 else dtable
     return dtable.astype(table.dtype)
 
 
-def _table_moves(tokens, table):
+def _table_moves(tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt Dy"]) -> bool:
     """Whether gathering the table along y moves less than sending back the partial rows."""
     return table.shape[0] <= tokens.size
 
 
-def _looked_up(tokens, table):
-    """Rows of this PE's part of the vocabulary; zeros for tokens that lie in another part."""
-    return table.at[_places(tokens, table.shape[0])].get(
+def _look_up(
+    tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt D"]
+) -> Float[Array, "*batch Tt D"]:
+    """The rows of tokens in this PE's part of the vocabulary, and zeros for the others."""
+    return table.at[_local_index(tokens, table.shape[0])].get(
         mode="fill", fill_value=0, wrap_negative_indices=False
     )
 
 
-def _scattered(tokens, drows, length):
-    places = _places(tokens, length)
+def _scatter_add(
+    tokens: Integer[Array, "*batch Tt"], drows: Float[Array, "*batch Tt D"], length: int
+) -> Float[Array, "{length} D"]:
+    """The gradient of this PE's `length` rows of the table, in float32."""
+    index = _local_index(tokens, length)
     zeros = jnp.zeros((length, drows.shape[-1]), jnp.float32)
-    return zeros.at[places].add(drows.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
+    return zeros.at[index].add(drows.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
 
 
-def _places(tokens, length):
+def _local_index(tokens: Integer[Array, "*batch Tt"], length: int) -> Integer[Array, "*batch Tt"]:
     return tokens - fabric.axis_index(COLS) * length
 
 
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
 @functools.partial(jax.jit, inline=True)
-def _local(tokens, table):
-    # Looked up in float32, so that the gradient is scattered in it.
-    whole = table.astype(jnp.promote_types(table.dtype, jnp.float32))
-    rows = whole.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+def _local(
+    tokens: Integer[Array, "*batch T"], table: Float[Array, "V D"]
+) -> Float[Array, "*batch T D"]:
+    # Look up in float32, so that the gradient is summed in it.
+    table32 = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    rows = table32.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return rows.astype(table.dtype)
 
 
-def _check(tokens, table):
+def _check(tokens: Shaped[Array, "..."], table: Shaped[Array, "..."]) -> None:
     if table.ndim != 2:
         raise ValueError(
             f"embedding: table is {table.shape}, it must have two dimensions: vocabulary, features"

@@ -1,14 +1,13 @@
-"""This file is rotary position embedding: pairs of features turn with the position.
+"""Rotary position embedding: pairs of features turn by an angle that grows with the position.
 
-J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. Feature i is
-paired with feature i + H/2, as in GPT-NeoX and Llama.
+J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from wsekern.wafer.wafer import Wafer
 
@@ -23,15 +22,15 @@ def rotary(
 ) -> Float[Array, "B T N H"]:
     """`x` with its features i and i + H/2 turned by `position * frequencies[i]`.
 
-    Every element needs only what its own PE has: nothing is sent. Computed in float32, returned in
-    `x`'s dtype; both modes of differentiation.
+    Feature i is paired with feature i + H/2, as in GPT-NeoX and Llama. Both are on one PE, so
+    nothing is sent. Computed in float32, returned in `x`'s dtype; both modes of differentiation.
 
     Args:
       x: queries or keys, laid out `P("wafer", "y", "x", None)`.
       positions: of each token, `[T]` or `[B, T]`; by default 0 to T - 1.
-      theta: the base: frequency i is `theta ** (-2 i / H)`, in radians a position.
+      theta: the base; frequency i is `theta ** (-2 i / H)`, in radians for each position.
       frequencies: the H/2 frequencies themselves, instead of `theta`.
-      wafer: accepted as by every operation; the program is the same on each.
+      wafer: accepted by every operation; here the program is the same on all.
 
     Raises:
       ValueError: the shapes do not fit, H is odd, or the positions are not integers.
@@ -42,12 +41,16 @@ def rotary(
         frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if positions is None:
         positions = jnp.arange(x.shape[1])
-    return _turned(x, positions, frequencies)
+    return _turn(x, positions, frequencies)
 
 
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
 @functools.partial(jax.jit, inline=True)
-def _turned(x, positions, frequencies):
+def _turn(
+    x: Float[Array, "B T N H"],
+    positions: Integer[Array, "*B T"],
+    frequencies: Float[Array, " H/2"],
+) -> Float[Array, "B T N H"]:
     T, half = x.shape[1], x.shape[3] // 2
     positions = positions.astype(jnp.float32).reshape(-1, T, 1, 1)
     angles = positions * frequencies.astype(jnp.float32).reshape(1, 1, 1, half)
@@ -57,7 +60,11 @@ def _turned(x, positions, frequencies):
     return turned.astype(x.dtype)
 
 
-def _check(x, positions, frequencies):
+def _check(
+    x: Shaped[Array, "..."],
+    positions: Shaped[Array, "..."] | None,
+    frequencies: Shaped[Array, "..."] | None,
+) -> None:
     if x.ndim != 4:
         raise ValueError(
             f"rotary: x is {x.shape}, it must have four dimensions: batch, sequence, heads, head "

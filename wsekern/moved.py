@@ -71,18 +71,14 @@ class _Signpost:
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        old, below = name, ""
-        while old not in MOVED:
-            old, dot, last = old.rpartition(".")
-            if not dot:
-                return None
-            below = f".{last}{below}"
-        # Python imports a folder before the module in it, and only the folder's error is seen. So
-        # it also names the modules that went elsewhere.
-        others = [f"{path} to {MOVED[path]}" for path in MOVED if path.startswith(f"{name}.")]
-        also = f"; {', '.join(others)}" if others else ""
+        if name not in MOVED:
+            return None
+        # Python imports a folder before the modules in it, so that only the folder's error is
+        # seen. It therefore names the modules that went elsewhere.
+        elsewhere = [f"{old} is now {MOVED[old]}" for old in MOVED if old.startswith(f"{name}.")]
         # Not ModuleNotFoundError: `from package import old` would hide its message.
-        raise ImportError(f"{name} has moved: import {MOVED[old]}{below}{also}", name=name)
+        message = "; ".join([f"{name} has moved: import {MOVED[name]}", *elsewhere])
+        raise ImportError(message, name=name)
 
 
 def put_up_signposts() -> None:

@@ -1,10 +1,8 @@
-"""This file is the wafer in force: the one entered by `with`, or the one whose kernel is traced.
+"""The wafer in force: the one entered by `with`, or the one whose kernel is being traced.
 
-Kept in jax's own user context, so that every jit, scan and checkpoint trace is keyed on it; under a
-plain global, a function jitted for one grid would silently be reused on another.
+It is kept in jax's own user context, on which every trace of a jit, scan or checkpoint is keyed. If
+it were a plain global, a function jitted for one grid would silently be reused on another.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -17,25 +15,28 @@ if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
 _context = jax.make_user_context(None)
-_differentiated = jax.make_user_context(False)
+_differentiating = jax.make_user_context(False)
 _entered = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Inside:
-    wafer: Wafer
+class _InsideKernel:
+    wafer: "Wafer"
 
 
-def current() -> Wafer | None:
-    """The wafer entered by the innermost `with`; None outside all of them and inside a kernel."""
+def current() -> "Wafer | None":
+    """The wafer entered by the innermost `with`; None outside of any, and inside a kernel."""
     value = _context.value
-    return None if isinstance(value, _Inside) else value
+    return None if isinstance(value, _InsideKernel) else value
 
 
-def resolve(wafer: Wafer | None) -> Wafer | None:
-    """The wafer an operation shall use: the one given or else the current one; None means none.
+def resolve(wafer: "Wafer | None") -> "Wafer | None":
+    """The wafer that an operation uses: `wafer`, else the current one; None for neither.
 
-    A wafer of one PE is None too: there the plain operation is the program.
+    None for a wafer of one PE too: the plain operation is the program there.
+
+    Raises:
+      ValueError: it is not a Wafer.
     """
     wafer = current() if wafer is None else wafer
     if wafer is not None and not hasattr(wafer, "backend"):
@@ -46,28 +47,28 @@ def resolve(wafer: Wafer | None) -> Wafer | None:
     return None if wafer is None or wafer.size == 1 else wafer
 
 
-def inside() -> Wafer | None:
+def inside() -> "Wafer | None":
     """The wafer whose kernel is being traced; None outside every kernel."""
     value = _context.value
-    return value.wafer if isinstance(value, _Inside) else None
+    return value.wafer if isinstance(value, _InsideKernel) else None
 
 
-def within(wafer: Wafer) -> contextlib.AbstractContextManager:
+def within(wafer: "Wafer") -> contextlib.AbstractContextManager:
     """The context in which a kernel of `wafer` is traced."""
-    return _context(_Inside(wafer))
+    return _context(_InsideKernel(wafer))
 
 
 def is_differentiating() -> bool:
-    """Whether what is traced is differentiated inside the kernel, per PE."""
-    return bool(_differentiated.value)
+    """Whether the kernel being traced is differentiating its own moves by `jax.vjp`."""
+    return bool(_differentiating.value)
 
 
 def differentiating() -> contextlib.AbstractContextManager:
-    """The context in which a kernel calls `jax.vjp` on moves of its own."""
-    return _differentiated(True)
+    """The context in which a kernel calls `jax.vjp` on its own moves."""
+    return _differentiating(True)
 
 
-def enter(wafer: Wafer) -> None:
+def enter(wafer: "Wafer") -> None:
     """Makes `wafer` the current one in this thread, until the matching `leave`."""
     entry = _context(wafer)
     entry.__enter__()
@@ -79,7 +80,8 @@ def leave() -> None:
     _stack().pop().__exit__(None, None, None)
 
 
-def _stack() -> list:
+def _stack() -> list[contextlib.AbstractContextManager]:
+    # A wafer is a value that several threads may enter, so that it cannot keep this itself.
     if not hasattr(_entered, "stack"):
         _entered.stack = []
     return _entered.stack

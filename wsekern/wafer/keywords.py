@@ -1,7 +1,7 @@
-"""Keywords that JAX spells otherwise: an operation takes either name, and not two values.
+"""Keywords that JAX spells otherwise: an operation takes either name, but not two values.
 
-The rule is the same everywhere. Our own name is the parameter that is documented; JAX's name for
-the same thing is accepted beside it, as the last keyword, `None` unless it is given.
+Everywhere the documented parameter has this library's name. JAX's name for the same thing is
+accepted beside it, as the last keyword, `None` by default.
 """
 
 from typing import TypeVar
@@ -9,23 +9,24 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def either_name(what: str, ours: tuple[str, T], default: T, theirs: tuple[str, T | None]) -> T:
-    """The value of a keyword that may be given by our name or by JAX's.
+def either_name(operation: str, own: tuple[str, T], default: T, alias: tuple[str, T | None]) -> T:
+    """The value of a keyword that may be given by this library's name or by JAX's.
 
     Args:
-      what: the operation, for the message.
-      ours: our name and its value.
-      default: the value of ours where nothing is given.
-      theirs: JAX's name and its value, None where it is not given.
+      operation: its name, for the message.
+      own: this library's keyword and its value.
+      default: the value of that keyword when the caller gives none.
+      alias: JAX's keyword and its value, None if it is not given.
 
     Raises:
       ValueError: both are given, with different values.
     """
-    (name, value), (alias, aliased) = ours, theirs
-    if aliased is None:
+    (name, value), (alias_name, alias_value) = own, alias
+    if alias_value is None:
         return value
-    if value != default and value != aliased:
+    if value != default and value != alias_value:
         raise ValueError(
-            f"{what}: {name}={value!r} and {alias}={aliased!r} name one keyword twice; give one"
+            f"{operation}: {name}={value!r} and {alias_name}={alias_value!r} name one keyword "
+            "twice; give one"
         )
-    return aliased
+    return alias_value

@@ -1,10 +1,12 @@
-"""This file is `Wafer`: which PEs, in which grid, read in which of three ways.
+"""`Wafer`: a grid of PEs, and the backend that runs kernels on it.
 
-A kernel runs over real devices (`jax.shard_map` on a mesh), over virtual PEs (nested `jax.vmap` on
-one device) or abstractly (a trace over an `AbstractMesh`); `Wafer.map` is its door to all three.
+A kernel runs on one of three backends: on real devices (`jax.shard_map` over a mesh), on virtual
+PEs (nested `jax.vmap` on one device), or abstractly (a trace over an `AbstractMesh`, never run).
+`Wafer.map` is the door to all three.
 """
 
 import dataclasses
+import html
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -28,10 +30,11 @@ TILED = P(ROWS, COLS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wafer:
-    """A grid of PEs and how programs on it are read; immutable, equal by value.
+    """A grid of PEs and the backend of the programs on it; immutable, equal by value.
 
-    Make one with `Wafer.devices`, `Wafer.of`, `Wafer.virtual` or `Wafer.abstract`. As a context
-    manager it is the wafer that operations use when they are given none.
+    Make one with `Wafer.devices` (real or emulated devices), `Wafer.of` (a mesh that you have),
+    `Wafer.virtual` (many PEs on few devices) or `Wafer.abstract` (to estimate, never to run).
+    Inside `with wafer:` it is the wafer of every operation that is given none.
     """
 
     backend: Literal["devices", "virtual", "abstract"]
@@ -39,13 +42,13 @@ class Wafer:
     width: int  # PEs west to east
     wafers: int = 1
     mesh: Mesh | AbstractMesh | None = None  # None for virtual PEs on one device
-    machine: Machine | None = None  # what the PEs are taken to be; None for plain devices
-    # What the mesh calls each axis; an axis that it lacks has size 1.
+    machine: Machine | None = None  # None for plain devices
+    # (axis of the wafer, the mesh's name for it); an axis that the mesh lacks has size 1.
     names: tuple[tuple[str, str], ...] = ((ROWS, ROWS), (COLS, COLS))
-    placement: Placement | None = None  # on which physical PEs; None: side by side
-    corner: tuple[int, int] = (0, 0)  # of a region, the row and column it begins at
+    placement: Placement | None = None  # the physical PEs; None: side by side
+    corner: tuple[int, int] = (0, 0)  # the row and column of the whole wafer where a region begins
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("height", "width", "wafers"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < 1:
@@ -61,51 +64,53 @@ class Wafer:
         *,
         failed: Collection[int] = (),
     ) -> "Wafer":
-        """A wafer of real or CPU-emulated devices, neighbors in the grid near in the machine.
+        """A wafer of real or CPU-emulated devices, one PE each.
+
+        Neighbors in the grid are near one another in the machine.
 
         Args:
           height: rows of the grid.
           width: columns of the grid.
-          wafers: how many such grids work together.
-          devices: which devices; by default the first of `jax.devices()`, in the order that suits
-            their physical topology.
+          wafers: how many grids of this size work together.
+          devices: which devices, in order; by default the first of `jax.devices()`, in the order
+            that suits their physical topology.
           failed: ids of devices to leave out.
 
         Raises:
-          ValueError: the grid is not positive, or needs more devices than there are (and what the
-            largest grid is without those that failed), or `failed` names a stranger.
+          ValueError: the grid is not positive; it needs more devices than there are (with `failed`,
+            the message gives the largest grid that is left); or `failed` has an unknown id.
         """
-        shape = cls(backend="devices", height=height, width=width, wafers=wafers)
+        wafer = cls(backend="devices", height=height, width=width, wafers=wafers)
         available = list(jax.devices() if devices is None else devices)
-        at_places = None
+        rectangle = None
         if failed:
             available = failed_devices.working_devices(available, failed)
             failed_devices.check_enough(height, width, wafers, len(available), len(set(failed)))
-            at_places = failed_devices.rectangle(available, height * wafers, width)
-        if shape.size > len(available):
+            rectangle = failed_devices.rectangle(available, height * wafers, width)
+        if wafer.size > len(available):
             raise ValueError(
-                f"Wafer.devices: {_grid_text(shape)} needs {shape.size} devices, there are "
+                f"Wafer.devices: {_grid_text(wafer)} needs {wafer.size} devices, there are "
                 f"{len(available)}; ask for a smaller grid, or on a CPU call "
-                f"wsekern.emulate_devices({shape.size}) before jax starts"
+                f"wsekern.emulate_devices({wafer.size}) before jax starts"
             )
-        axes = shape.axes if wafers == 1 else AXES
-        grid = tuple(shape.axis_size(axis) for axis in axes)
-        chosen = available[: shape.size]
-        if at_places is None and devices is None and not failed:
-            ordered = mesh_utils.create_device_mesh(grid, chosen)
+        axes = wafer.axes if wafers == 1 else AXES
+        sizes = tuple(wafer.axis_size(axis) for axis in axes)
+        chosen = available[: wafer.size]
+        if rectangle is None and devices is None and not failed:
+            ordered = mesh_utils.create_device_mesh(sizes, chosen)
         else:
-            ordered = np.array(chosen if at_places is None else at_places, object).reshape(grid)
+            ordered = np.array(chosen if rectangle is None else rectangle, object).reshape(sizes)
         mesh = Mesh(ordered, axes, axis_types=(AxisType.Auto,) * len(axes))
-        return dataclasses.replace(shape, mesh=mesh, names=_same(axes))
+        return dataclasses.replace(wafer, mesh=mesh, names=_same_names(axes))
 
     @classmethod
     def of(cls, mesh: Mesh, y: str, x: str, wafer: str | None = None) -> "Wafer":
-        """The mesh you already have, Auto or Explicit, as a wafer.
+        """The mesh you already have, with Auto or Explicit axes, as a wafer.
 
-        Operations then run on its arrays inside your own jit. Along mesh axes not named here every
-        PE does the same: an operand that is split along one is gathered first on Explicit axes, and
-        as XLA's partitioner sees fit on Auto ones. An axis of data parallelism is best named
-        `wafer`.
+        Operations then run on its arrays inside your own jit. Along mesh axes not named here, every
+        PE does the same work: an operand that is split along one is gathered first on Explicit
+        axes, and as XLA's partitioner sees fit on Auto ones. So give your axis of data parallelism
+        as `wafer`.
 
         Args:
           mesh: your mesh.
@@ -114,18 +119,18 @@ class Wafer:
           wafer: the name of its axis that counts wafers, if it has one.
 
         Raises:
-          ValueError: a name is not an axis of the mesh, is used twice, or the named axes mix
-            Explicit with Auto.
+          ValueError: a name is not an axis of the mesh or is used twice, or some of the axes named
+            are Explicit and others Auto.
         """
-        given = {ROWS: y, COLS: x} | ({WAFERS: wafer} if wafer is not None else {})
-        on_devices.check_mesh(mesh, given)
+        mesh_names = {ROWS: y, COLS: x} | ({WAFERS: wafer} if wafer is not None else {})
+        on_devices.check_mesh(mesh, mesh_names)
         return cls(
             backend="devices",
             height=mesh.shape[y],
             width=mesh.shape[x],
             wafers=1 if wafer is None else mesh.shape[wafer],
             mesh=mesh,
-            names=tuple((axis, given[axis]) for axis in AXES if axis in given),
+            names=tuple((axis, mesh_names[axis]) for axis in AXES if axis in mesh_names),
         )
 
     @classmethod
@@ -140,31 +145,32 @@ class Wafer:
         defects: Defects | None = None,
         folded: bool = False,
     ) -> "Wafer":
-        """PEs of a wafer-scale machine, each with its own tile, on one device or in blocks on more.
+        """Every PE of a wafer-scale machine simulated, with a tile of its own.
 
-        Results are those of `height * width * wafers` PEs, exactly; the time is the devices'.
+        The PEs are on one device, or in blocks on several. Results are exactly those of `height *
+        width * wafers` PEs; the time is that of the devices.
 
         Args:
-          machine: what it is made of.
+          machine: the wafer-scale machine, such as `wk.WSE2`.
           height: rows of PEs.
-          width: columns.
-          wafers: how many such wafers work together.
-          devices: the grid of devices, `(2, 4)` or with the wafers first `(2, 2, 4)`, each of which
-            has a block of neighboring PEs and sends others their edges; or a wafer that
-            `Wafer.devices` made, to say which devices.
-          defects: of the physical wafer, of each alike; the PEs are placed around them
-            (`wsekern.wafer.placement.place`), which no result shows, only `wsekern.estimate`.
-          folded: whether both axes are folded on the wafer: neighbors in a ring, its two ends too,
+          width: columns of PEs.
+          wafers: how many wafers of this grid work together.
+          devices: the grid of devices, `(2, 4)`, or with the wafers first, `(2, 2, 4)`. Each has a
+            block of neighboring PEs, and sends others the edges of its block. Or a wafer made by
+            `Wafer.devices`, to choose the devices.
+          defects: the faulty PEs of the physical wafer; all wafers have the same. The program is
+            placed around them. That changes no result, only what `wsekern.estimate` says.
+          folded: whether both axes are folded on the wafer. Neighbors in a ring, its two ends too,
             are then two hops apart, and so are neighbors on a line.
 
         Raises:
-          ValueError: the grid is not positive, does not fit the machine's usable rectangle, or
-            what the defects leave of it (says the largest that does), or does not divide by the
-            devices.
+          ValueError: the grid is not positive; it does not fit the machine's usable rectangle, or
+            what the defects leave of it (the message gives the largest grid that fits); or it does
+            not divide by the devices.
         """
         check_fits("Wafer.virtual", machine, height, width)
         wafer = cls(backend="virtual", height=height, width=width, wafers=wafers, machine=machine)
-        wafer = _present(wafer)
+        wafer = _with_own_axes(wafer)
         placement = place_on(machine, height, width, defects, folded)
         if devices is not None:
             over = (
@@ -186,44 +192,47 @@ class Wafer:
         defects: Defects | None = None,
         folded: bool = False,
     ) -> "Wafer":
-        """A wafer that programs are traced over but never run on; no device is needed.
+        """A wafer over which programs are traced but never run; no device is needed.
 
         Args:
-          machine: what it is made of.
-          height: rows; by default all that a program can use.
-          width: columns; likewise.
-          wafers: how many such wafers work together.
-          defects: as in `virtual`.
-          folded: as in `virtual`.
+          machine: the wafer-scale machine, such as `wk.WSE3`.
+          height: rows of PEs; by default all that a program can use.
+          width: columns of PEs; by default all that a program can use.
+          wafers: how many wafers of this grid work together.
+          defects: the faulty PEs of the physical wafer; the program is placed around them.
+          folded: whether both axes are folded on the wafer, so that the two ends of a ring are two
+            hops apart, as all its neighbors.
 
         Raises:
-          ValueError: as `virtual`.
+          ValueError: the grid is not positive; or it does not fit the machine's usable rectangle,
+            or what the defects leave of it (the message gives the largest grid that fits).
         """
         height = machine.usable_height if height is None else height
         width = machine.usable_width if width is None else width
         check_fits("Wafer.abstract", machine, height, width)
-        shape = _present(
+        wafer = _with_own_axes(
             cls(backend="abstract", height=height, width=width, wafers=wafers, machine=machine)
         )
-        sizes = tuple(shape.axis_size(axis) for axis in shape.axes)
-        mesh = AbstractMesh(sizes, shape.axes, axis_types=(AxisType.Auto,) * len(sizes))
+        sizes = tuple(wafer.axis_size(axis) for axis in wafer.axes)
+        mesh = AbstractMesh(sizes, wafer.axes, axis_types=(AxisType.Auto,) * len(sizes))
         placement = place_on(machine, height, width, defects, folded)
-        return dataclasses.replace(shape, mesh=mesh, placement=placement)
+        return dataclasses.replace(wafer, mesh=mesh, placement=placement)
 
     def region(self, y: int, x: int, height: int, width: int) -> "Wafer":
-        """The PEs of a sub-rectangle, as a wafer of their own, for one of several programs.
+        """The PEs of a sub-rectangle as a wafer, for one of several programs at a time.
 
-        Programs on regions that share no PE do not meet: on devices they run side by side. A region
-        has its PEs' places on the physical wafer.
+        Programs on regions that share no PE do not wait for one another: on devices they run side
+        by side. A region keeps its PEs' places on the physical wafer.
 
         Args:
-          y: the row of this wafer that it begins at.
-          x: the column.
+          y: the row of this wafer where the region begins.
+          x: the column where it begins.
           height: its rows.
           width: its columns.
 
         Raises:
-          ValueError: it is not inside this wafer, or of a spread one, is no blocks of devices.
+          ValueError: the region is not inside this wafer; or virtual PEs are spread over devices,
+            and it does not consist of whole blocks.
         """
         regions.check_region(y, x, height, width, self)
         names, placement = dict(self.names), self.placement
@@ -240,10 +249,12 @@ class Wafer:
         )
 
     def split(self, rows: int, columns: int) -> tuple["Wafer", ...]:
-        """This wafer cut into `rows * columns` regions, row by row, as equal in size as can be.
+        """This wafer cut into `rows * columns` regions, in row-major order.
+
+        Their heights differ by one PE at most, and so do their widths.
 
         Raises:
-          ValueError: there are not so many PEs along an axis.
+          ValueError: an axis has fewer PEs than it should have parts.
         """
         down = regions.split_evenly("rows", self.height, rows)
         across = regions.split_evenly("columns", self.width, columns)
@@ -251,7 +262,7 @@ class Wafer:
 
     @property
     def size(self) -> int:
-        """How many PEs there are, over all wafers."""
+        """How many PEs there are on all wafers together."""
         return self.height * self.width * self.wafers
 
     @property
@@ -261,10 +272,10 @@ class Wafer:
 
     @property
     def device_mesh(self) -> Mesh | AbstractMesh:
-        """The mesh, of a wafer that has one.
+        """The mesh that programs run on, or are traced over.
 
         Raises:
-          ValueError: all PEs are virtual ones of one device.
+          ValueError: the wafer has none, since all PEs are virtual and on one device.
         """
         if self.mesh is None:
             raise ValueError(f"{self!r} has no mesh: virtual PEs all live on one device")
@@ -272,12 +283,12 @@ class Wafer:
 
     @property
     def reading(self) -> str:
-        """`backend`, as it was called in 0.1."""
+        """The name of `backend` in 0.1."""
         return self.backend
 
     @property
     def platform(self) -> str | None:
-        """What its programs run on: "cpu", "gpu" or "tpu"; None for one that never runs."""
+        """Where its programs run: "cpu", "gpu" or "tpu"; None for an abstract wafer."""
         if self.backend == "abstract":
             return None
         if self.mesh is None:
@@ -286,7 +297,7 @@ class Wafer:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that this wafer has, outermost first, as kernels name them."""
+        """The axes that this wafer has, outermost first: "y" and "x", or "wafer", "y" and "x"."""
         return tuple(axis for axis, _ in self.names)
 
     def axis_size(self, axis: str) -> int:
@@ -294,14 +305,14 @@ class Wafer:
         return {ROWS: self.height, COLS: self.width, WAFERS: self.wafers}[axis]
 
     def axis_name(self, axis: str) -> str | None:
-        """What the mesh calls `axis`; None where it has no such axis."""
+        """The mesh's name for `axis`; None if it has no such axis."""
         return dict(self.names).get(axis)
 
     def __enter__(self) -> "Wafer":
         context.enter(self)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         context.leave()
 
     def map(
@@ -315,28 +326,29 @@ class Wafer:
     ) -> Callable[..., Any]:
         """`kernel`, a function of one PE's tiles, as a function of whole arrays.
 
-        The meaning is `jax.shard_map`'s on every backend: an axis of the wafer that a spec does not
-        name is one along which an operand is handed whole to every PE, and along which a result
-        must be the same on every PE. The program is jitted, and kept for the next call with an
-        equal kernel: partials and lambdas are equal if their functions and all they hold are.
+        The meaning is that of `jax.shard_map`, on every backend. If a spec does not name an axis of
+        the wafer, every PE along it gets the whole operand, or must return the same result.
+
+        The program is jitted, and kept for the next call with an equal kernel. Partials and
+        lambdas are equal if their functions are, and all that they hold.
 
         Args:
-          kernel: computes with `jnp` and communicates through `wsekern.fabric` only. Differentiate
-            around `map`, never inside the kernel. What a lambda holds is read when `map` is called;
-            one that holds an array is compiled each time, so hand arrays over as operands.
+          kernel: computes with `jnp`, and communicates through `wsekern.fabric` only. Differentiate
+            around `map`, never inside the kernel. What a lambda holds is read when `map` is called.
+            A lambda that holds an array is compiled at each call: pass arrays as operands.
           in_specs: a `PartitionSpec` in the names `"y"`, `"x"` and `"wafer"` for every operand, or
             a tuple of them (pytree prefixes, as in shard_map).
-          out_specs: likewise for the results.
-          replicated_by_construction: True where a result that is the same on every PE cannot be
-            seen to be so by JAX (one passed round a ring, say). It turns JAX's check off for this
-            map: compare all PEs' copies in a test, and test the gradient. Virtual PEs are never
-            compared: the first one's result is taken.
-          donate_argnums: operands whose memory the results may take, as in `jax.jit`.
+          out_specs: the same for the results.
+          replicated_by_construction: True if a result is the same on every PE but JAX cannot infer
+            it (one passed around a ring, say). It turns JAX's check off for this map: compare all
+            PEs' copies in a test, and test the gradient. Virtual PEs are never compared; the result
+            of the first one is taken.
+          donate_argnums: operands whose memory the results may reuse, as in `jax.jit`.
 
         Raises:
-          ValueError: a spec is none or names an axis that does not exist, or one twice; from the
-            returned function: an operand's size does not divide by the PEs along it, or it lies on
-            other devices.
+          ValueError: a spec is not a PartitionSpec, names an unknown axis, or names one twice. The
+            returned function raises it if an operand's size does not divide by the PEs along it, or
+            the operand lies on other devices.
         """
         specs = Specs.of(in_specs, out_specs)
         return program.mapped_program(
@@ -344,9 +356,9 @@ class Wafer:
         )
 
     def mesh_spec(self, spec: P) -> P:
-        """`spec` in the mesh's own names, without the axes that the mesh lacks."""
+        """`spec` in the mesh's names, without the axes that the mesh lacks."""
 
-        def rename(entry):
+        def rename(entry: Any) -> None | str | tuple[str, ...]:
             names = [self._mesh_name(a) for a in axes_of(entry)]
             names = [n for n in names if n is not None]
             return None if not names else names[0] if len(names) == 1 else tuple(names)
@@ -358,15 +370,15 @@ class Wafer:
         return names[axis] if axis in self.axes else None
 
     def devices_along(self, axis: str) -> int:
-        """Over how many devices the PEs along `axis` are spread; 1 where they are on one."""
+        """Over how many devices the PEs along `axis` are spread; 1 if they are on one."""
         if self.mesh is None or self.backend == "abstract":
             return 1
         return self.mesh.shape.get(self._mesh_name(axis), 1)
 
     def sharding(self, spec: P) -> Sharding:
-        """Where an array laid out by `spec` lives; for `jax.device_put` and `out_shardings=`.
+        """The sharding of an array laid out by `spec`, for `jax.device_put` and `out_shardings=`.
 
-        Virtual PEs on one device keep every array whole there.
+        With virtual PEs on one device, every array is whole on that device.
         """
         if self.mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -374,6 +386,11 @@ class Wafer:
 
     def shard(self, array: jax.typing.ArrayLike, spec: P = TILED) -> jax.Array:
         """`array` laid out by `spec`, inside or outside jit.
+
+        Args:
+          array: the whole array.
+          spec: the axes of the wafer that each dimension is split over; by default rows over y and
+            columns over x.
 
         Raises:
           ValueError: a size does not divide by the PEs along it.
@@ -388,7 +405,14 @@ class Wafer:
         return jax.device_put(array, self.sharding(spec))
 
     def tile(self, array: jax.Array, y: int, x: int, wafer: int = 0, spec: P = TILED) -> jax.Array:
-        """The tile of `array` that PE (`y`, `x`) holds when it is laid out by `spec`.
+        """The tile of `array` that one PE holds if the array is laid out by `spec`.
+
+        Args:
+          array: the whole array.
+          y: the PE's row.
+          x: its column.
+          wafer: its wafer.
+          spec: the axes of the wafer that each dimension is split over.
 
         Raises:
           ValueError: there is no such PE, or a size does not divide by the PEs along it.
@@ -397,7 +421,8 @@ class Wafer:
         check_inside(self, "Wafer.tile", at)
         check_divides(self, "Wafer.tile", array, spec)
         if self.backend == "devices" and on_devices.explicit(self):
-            array = on_devices.constrain(self, array, P())  # a split dimension could not be cut
+            # An Explicit dimension that is split cannot be sliced: gather the array first.
+            array = on_devices.constrain(self, array, P())
         return tile_at(self, array, at, spec)
 
     def __repr__(self) -> str:
@@ -409,13 +434,25 @@ class Wafer:
         )
         return f"<Wafer {self.backend} {_grid_text(self)}{of}{on}>"
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: backend, grid, machine, devices."""
+        rows = {"backend": self.backend, "grid": f"{_grid_text(self)}, {self.size:,} PEs"}
+        if self.machine:
+            rows["machine"] = self.machine.name
+        if self.backend != "abstract":
+            devices = [jax.devices()[0]] if self.mesh is None else self.device_mesh.devices.flat
+            rows["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+        cells = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+        return f"<table>{cells}</table>"
 
-def _same(axes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+
+def _same_names(axes: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((axis, axis) for axis in axes)
 
 
-def _present(wafer: Wafer) -> Wafer:
-    return dataclasses.replace(wafer, names=_same(AXES if wafer.wafers > 1 else (ROWS, COLS)))
+def _with_own_axes(wafer: Wafer) -> Wafer:
+    """`wafer` with the axes that it has, by their own names: "wafer" only if it has several."""
+    return dataclasses.replace(wafer, names=_same_names(AXES if wafer.wafers > 1 else (ROWS, COLS)))
 
 
 def _grid_text(wafer: Wafer) -> str:

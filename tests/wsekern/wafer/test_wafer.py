@@ -313,3 +313,31 @@ def test_a_mesh_is_no_wafer():
     mesh: Any = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     with pytest.raises(ValueError, match="is a Mesh, not a Wafer; adopt a mesh with"):
         wk.matmul(jnp.ones((4, 4)), jnp.ones((4, 4)), wafer=mesh)
+
+
+@pytest.mark.parametrize(
+    ("wafer", "rows"),
+    [
+        (
+            wk.Wafer.devices(2, 4),
+            [("backend", "devices"), ("grid", "2x4, 8 PEs"), ("devices", "8 x cpu")],
+        ),
+        (
+            wk.Wafer.virtual(wk.WSE2, 2, 4, 2, devices=(1, 2)),
+            [
+                ("backend", "virtual"),
+                ("grid", "2x2x4, 16 PEs"),
+                ("machine", "WSE-2"),
+                ("devices", "2 x cpu"),
+            ],
+        ),
+        (
+            wk.Wafer.abstract(wk.WSE3),
+            [("backend", "abstract"), ("grid", "755x1170, 883,350 PEs"), ("machine", "WSE-3")],
+        ),
+    ],
+    ids=["devices", "virtual", "abstract"],
+)
+def test_a_notebook_shows_a_table(wafer, rows):
+    cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
+    assert wafer._repr_html_() == f"<table>{cells}</table>"

@@ -40,6 +40,7 @@ def _peak(
       wafer: over which whole arrays are spread.
       in_kernel: whether the jaxpr is a kernel's.
     """
+    # Constants of a kernel are part of its program; those of a whole program are arrays.
     static: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, in_kernel)
     static |= dict(zip(jaxpr.invars, static_ins, strict=True))
     specs: _Specs = {}
@@ -128,6 +129,7 @@ def _homes(jaxpr: Jaxpr) -> dict[Any, Any]:
         name = equation.primitive.name
         for v in equation.outvars:
             home[v] = v
+        # A barrier hands on all its operands, any other view only its first.
         if name in cost.VIEWS and tiles:
             home[equation.outvars[0]] = home[tiles[0]]
             if name == "optimization_barrier":

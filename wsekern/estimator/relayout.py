@@ -50,6 +50,7 @@ def result_layout(
         if known is None or known == wanted:
             return wanted, []
         return wanted, [relayout_move(out, wafer)]
+    # An array whose layout is not known is spread evenly, and stays so.
     if known is None:
         return None, []
     if name == "transpose":
@@ -76,6 +77,7 @@ def relayout_move(aval: Any, wafer: Wafer) -> price.PricedMove:
     # As many links cross the middle as the shorter side has PEs; each carries an even share.
     side = min(wafer.height, wafer.width)
     load = words / (2 * side)
+    # The farthest pair of PEs is in opposite corners; a word takes half of that way on average.
     far = (wafer.height + wafer.width - 2) * wafer.machine.hop_cycles
     move = price.PricedMove(
         "relayout",
@@ -108,6 +110,7 @@ def part_count(spec: Spec | None, wafer: Wafer) -> int:
 
 
 def _from_partition_spec(spec: Any, ndim: int) -> Spec:
+    # P("y") of a 3-dimensional array leaves out the dimensions that are not split.
     entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
     return tuple(entries) + ((),) * (ndim - len(entries))
 

@@ -91,7 +91,7 @@ class ScanParts(NamedTuple):
 def scan_parts(equation: JaxprEqn) -> ScanParts:
     """The parts of a scan.
 
-    They are told by the ranks of operands, because the names of a scan's parameters differ between
+    The ranks of operands tell them apart, because the names of a scan's parameters differ between
     jax 0.10 and 0.12. A scan over x [8, 4] of a body that takes c [3] and x [4] has
 
       operands [3], [8, 4]   body [3], [4]    so that x, which loses a dimension, is scanned

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from wsekern.estimator import trace
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.links import loads
 from wsekern.fabric.flood import cost as flood_cost
@@ -65,7 +66,9 @@ def price_move(equation: JaxprEqn, sizes: dict[str, int], machine: Machine) -> P
         return price_reduction("xla", _axes(params), words, sizes, machine)
     if name in ("jit", "pjit"):
         return _named(equation, sizes, machine)
-    P = math.prod(sizes[a] for a in _axes(params)) if "axis_name" in params else 1
+    if name not in trace.MOVES:
+        return None
+    P = math.prod(sizes[a] for a in _axes(params))
     line = functools.partial(
         _along_line, axes=_axes(params), sizes=sizes, machine=machine, tile=words
     )
@@ -237,13 +240,13 @@ def _two(lengths: Sequence[int]) -> tuple[int, int]:
 
 def _axes_within(jaxpr: Any) -> tuple[str, ...]:
     """The axes along which anything moves in a call, in the order of their first use."""
-    found: dict[str, None] = {}  # a set that keeps its order
+    axes: dict[str, None] = {}  # a set that keeps its order
     for equation in jaxpr.eqns:
         if equation.primitive.name in (*_SUMS, "ppermute"):
-            found |= dict.fromkeys(_axes(equation.params))
+            axes |= dict.fromkeys(_axes(equation.params))
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    found |= dict.fromkeys(_axes_within(inner))
-    return tuple(found)
+                    axes |= dict.fromkeys(_axes_within(inner))
+    return tuple(axes)

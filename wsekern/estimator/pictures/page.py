@@ -212,8 +212,8 @@ def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     first = render_table(head, rows[:_OPEN_ROWS], numbers)
     if len(rows) <= _OPEN_ROWS:
         return first
-    rest = render_table(head, rows[_OPEN_ROWS:], numbers)
-    return f"{first}<details><summary>{len(rows) - _OPEN_ROWS:,} more</summary>{rest}</details>"
+    more = render_table(head, rows[_OPEN_ROWS:], numbers)
+    return f"{first}<details><summary>{len(rows) - _OPEN_ROWS:,} more</summary>{more}</details>"
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:

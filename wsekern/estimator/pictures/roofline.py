@@ -129,18 +129,22 @@ def points(
     estimates: Mapping[str, Any], accelerators: Sequence[Accelerator]
 ) -> list[RooflinePoint]:
     """The points of programs on their wafers and on chips; none for one that computes nothing."""
-    found = []
+    program_points = []
     for name, e in estimates.items():
         if not e.flops or not e.cycles:
             continue
         moved = max(e.port_bytes * e.wafer.size, 1.0)
-        found.append(RooflinePoint(of_wafer(e), name, e.flops / moved, e.flops_per_second, True))
+        program_points.append(
+            RooflinePoint(of_wafer(e), name, e.flops / moved, e.flops_per_second, True)
+        )
         for chip in accelerators:
             seconds = e.accelerators.get(chip.name)
             if seconds:
                 intensity = e.flops / max(e.host_bytes, 1.0)
-                found.append(RooflinePoint(chip.name, name, intensity, e.flops / seconds, False))
-    return found
+                program_points.append(
+                    RooflinePoint(chip.name, name, intensity, e.flops / seconds, False)
+                )
+    return program_points
 
 
 def _name_programs(axes: Axes, programs: Sequence[RooflinePoint]) -> None:

@@ -236,10 +236,12 @@ def _per_pe_gradients(
         kind = _tile_kind(plan) if floats.sinks is None else "any"
         grads = vendor.gradients(rows, keys, plan.rule, kind)
     dkv = grads.dkv
+    # After a gather, a PE has gradients for all keys: sum each tile's at the PE that owns it.
     if plan.order == "allgather":
         dkv = tile.split_blocks(dkv, plan.k_blocks * fabric.axis_size(ROWS))
         dkv = fabric.reduce_scatter(dkv, ROWS)
     dk, dv = tile.unblock_keys(dkv.astype(floats.k.dtype))
+    # The queries were scaled before the products, so their gradient is scaled after them.
     dq = (grads.dq * plan.query_scale).astype(floats.q.dtype).transpose(0, 1, 2, 4, 5, 3)
     tiles = _restore_order((tile.unblock_queries(dq), dk, dv), plan)
     dbias = _bias_gradient(floats.bias, grads.dbias, plan)
@@ -262,7 +264,7 @@ def _start(
         gradient of the result, and its dot product with the result `[B, T, N]`, both not yet moved.
     """
     lse, dout, delta = for_gradients or (None, None, None)
-    moved = (floats.q, floats.k, floats.v, dout, delta)
+    moved = (floats.q, floats.k, floats.v, dout, delta)  # one pytree: one step moves them all
     if plan.order == "zigzag":
         moved, segments = zigzag.to_zigzag((moved, segments))
     elif plan.order == "ulysses":

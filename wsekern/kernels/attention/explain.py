@@ -78,6 +78,7 @@ def explain(
 def _candidates(
     floats: Floats, segments: Segments, options: AttentionOptions, wafer: Wafer
 ) -> dict[str, Candidate]:
+    # "ring" asked for is one of two: in order, or in zig-zag order where that serves.
     no_zigzag = zigzag_refused(floats, options)
     refused = {
         "ring": "" if no_zigzag else "taken in zig-zag order, which gives all PEs the same work",
@@ -116,6 +117,7 @@ def _cost(floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer)
         share, ids = (p - 1) / p, (p - 1) * (q_ids + k_ids)
         steps = 2 * (p > 1)
         return _candidate(share * (2 * queries + keys) + ids, steps, share * (queries + keys) + ids)
+    # Two tiles at a time: one to compute with, one arriving.
     if plan.order == "ring":
         return _candidate((tiles - 1) * visitor, tiles - 1, min(tiles - 1, 2) * visitor)
     # Of two PEs, each has one of its chunks already.

@@ -109,6 +109,7 @@ def travel_with_gradients(
         return (visit(_shift_dkv(sums), keys, distance), arriving), None
 
     (sums, keys), _ = lax.scan(step, (sums, arriving), jnp.arange(1, tiles - 1))
+    # After the last visit a tile's gradient is `tiles - 1` places from home: one shift, that far.
     sums = visit(_shift_dkv(sums), keys, tiles - 1)
     return sums._replace(dkv=fabric.shift(sums.dkv, ROWS, 1 - tiles))
 

@@ -52,6 +52,7 @@ def block_queries(
 ) -> Float[Array, "nq B K G c H"]:
     """A tile of queries, or of anything with a number for each of their rows, in blocks."""
     B, T, N, H = x.shape
+    # Rows next to features: the products are then batches of [c, H] matrices, without a transpose.
     x = x.reshape(B, blocks, T // blocks, kv_heads, N // kv_heads, H)
     return x.transpose(1, 0, 3, 4, 2, 5)
 
@@ -103,6 +104,7 @@ def block_starts(x: Float[Array, "n ..."], place: Int[Array, ""] | int) -> Int[A
 def empty_softmax(q: Float[Array, "nq B K G c H"]) -> RunningSoftmax:
     """A softmax over no keys."""
     rows = jnp.zeros(q.shape[:-1], jnp.float32)
+    # JAX wants a loop's carry marked as varying over PEs from the start, as it is in the end.
     return fabric.varying(RunningSoftmax(jnp.zeros(q.shape, jnp.float32), rows, rows + LOWEST))
 
 
@@ -111,6 +113,7 @@ def absorb(running: RunningSoftmax | None, rows: Rows, keys: Keys, rule: Rule) -
 
     A block of keys is skipped where no query of a block of `rows` sees any of them.
     """
+    # One block each: a plain softmax, without loops and without older sums to rescale.
     if running is None and rule.band is None and len(rows.q) == len(keys.kv) == 1:
         row, key = jax.tree.map(lambda x: x[0], (rows, keys))
         softmax = _absorb_block(None, row, key, rule, rule.masks_positions)
@@ -148,13 +151,14 @@ def finish(
       dtype: of the result. A row that sees no key is zeros.
     """
     out, total, peak = running
+    # A sink may be higher than every score: rescale to the new peak, as for any other key.
     if sinks is not None:
         sink = jnp.broadcast_to(sinks[None, None, :, :, None], peak.shape)
         new_peak = jnp.maximum(peak, sink)
         fade = jnp.exp(peak - new_peak)
         out, total = out * fade[..., None], total * fade + jnp.exp(sink - new_peak)
         peak = new_peak
-    total = jnp.where(total > 0, total, 1)
+    total = jnp.where(total > 0, total, 1)  # where no key was seen, `out` is 0 and stays 0
     return (out / total[..., None]).astype(dtype), peak + jnp.log(total)
 
 
@@ -185,6 +189,8 @@ def _absorb_block(
     products = dot("bkgth,bksh->bkgts", rows.q, k, rule.precision)
     scores, _ = to_scores(products, rows, keys, rule, masked)
     peak = jnp.maximum(LOWEST if running is None else running.peak, scores.max(-1))
+    # The peak is at least LOWEST, so a row of -inf gives weights of 0 and not NaN. The weights take
+    # the operands' dtype: 16-bit operands are multiplied in 16 bits, and summed in float32.
     weights = jnp.exp(scores - peak[..., None])
     new = dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v, rule.precision)
     if running is None:

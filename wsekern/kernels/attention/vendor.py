@@ -43,6 +43,8 @@ def gradients(rows: Rows, keys: Keys, rule: Rule, kind: TileKind) -> Gradients:
     causal, kv_heads = kind == "diagonal", rows.q.shape[2]
     q, dout = tile.unblock_queries(rows.q), tile.unblock_queries(rows.dout)
     operands = q, *tile.unblock_keys(keys.kv)
+    # Its vjp computes the forward pass again, hence the log-sum-exp of this one tile: that is the
+    # row's own only because the queries see no other tile.
     _, pullback = jax.vjp(lambda q, k, v: _kernel(q, k, v, rule, causal)[0], *operands)
     dq, dk, dv = (x.astype(jnp.float32) for x in pullback(dout.astype(q.dtype)))
     dq = tile.block_queries(dq, kv_heads, rows.q.shape[0]).transpose(0, 1, 2, 5, 3, 4)

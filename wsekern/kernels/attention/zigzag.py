@@ -55,6 +55,7 @@ def from_zigzag(tiles: Tree) -> Tree:
     """The inverse of `to_zigzag`, at the same cost."""
     even = fabric.axis_index(ROWS) % 2 == 0
     early, late = _half(tiles, EARLY), _half(tiles, LATE)
+    # Each chunk takes the route back that it came by.
     first, second = _where(even, early, late), _where(even, late, early)
     first = fabric.route(first, ROWS, [(b, a) for a, b in _chunk_routes(0)])
     second = fabric.route(second, ROWS, [(b, a) for a, b in _chunk_routes(1)])
@@ -79,6 +80,7 @@ def zigzag_attention(rows: Rows, keys: Keys, rule: Rule) -> tile.RunningSoftmax:
         return _put(running, vendor.absorb(*chunks, rule, kind), queries)
 
     def first(running: tile.RunningSoftmax, keys: Keys, _: Distance) -> tile.RunningSoftmax:
+        # A PE's own tile: all of the early chunk lies before the late one.
         running = absorb(running, EARLY, EARLY, keys, "diagonal")
         running = absorb(running, LATE, EARLY, keys, "full")
         return absorb(running, LATE, LATE, keys, "diagonal")
@@ -113,6 +115,7 @@ def zigzag_gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
         return add(sums, LATE, LATE, keys, rule)
 
     def visit(sums: Gradients, keys: Keys, distance: Distance) -> Gradients:
+        # Every visible pair is visible completely: no mask, and no positions needed.
         sums = add(sums, LATE, EARLY, keys, rule.without_positions())
         chunk = _second_pair(distance)
         return add(sums, chunk, chunk, keys, rule.without_positions())
@@ -148,7 +151,7 @@ def _join_chunks(tree: Tree) -> Tree:
 
 
 def _chunk(tree: Tree, chunk: Chunk) -> Tree:
-    if isinstance(chunk, int):
+    if isinstance(chunk, int):  # known: a static slice
         return jax.tree.map(lambda t: t[chunk], tree)
     return jax.tree.map(lambda t: lax.dynamic_index_in_dim(t, chunk, keepdims=False), tree)
 

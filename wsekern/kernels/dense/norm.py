@@ -204,6 +204,7 @@ def _rms_gradients_per_pe(
     features: int,
 ) -> tuple[Float[Array, "*batch Tt Dt"], Float[Array, " Dt"]]:
     dy = dy.astype(jnp.float32)
+    # y = n * scale with n = x * rstd: dx = rstd * (dn - n * mean(dn * n)).
     normal = x.astype(jnp.float32) * rstd[..., None]
     dnormal = dy * _rowwise(scale, x)
     along = fabric.all_reduce(jnp.sum(dnormal * normal, -1), COLS) / features
@@ -235,6 +236,8 @@ def _layer_gradients_per_pe(
     dy: Float[Array, "*batch Tt Dt"],
     features: int,
 ) -> tuple[Float[Array, "*batch Tt Dt"], tuple[Float[Array, " Dt"], ...]]:
+    # y = n * scale + bias with n = (x - mean) * rstd:
+    # dx = rstd * (dn - mean(dn) - n * mean(dn * n)). Both means travel in one all-reduce.
     dy = _zero_padding(dy.astype(jnp.float32), features)
     normal = _zero_padding((x.astype(jnp.float32) - mean[..., None]) * rstd[..., None], features)
     dnormal = dy * _rowwise(weights[0], x)
@@ -253,11 +256,12 @@ def _moments(
 ) -> tuple[Float[Array, "*batch Tt"], Float[Array, "*batch Tt"]]:
     """Mean and variance of every row, whose parts lie along x."""
     p, tile = fabric.axis_size(COLS), x.shape[-1]
+    # How many of this PE's columns are features; none where it has only padding.
     count = jnp.clip(features - fabric.axis_index(COLS) * tile, 0, tile).astype(jnp.float32)
     mean = jnp.sum(x, -1) / jnp.maximum(count, 1)
     # The sum of squared deviations, not of squares: squares minus the squared mean would cancel.
     m2 = jnp.sum(jnp.square(_zero_padding(x - mean[..., None], features)), -1)
-    if 2 * p > tile:
+    if 2 * p > tile:  # the gathered pairs would be more words than this PE has of a row
         mean = fabric.all_reduce(count * mean, COLS) / features
         squares = jnp.sum(jnp.square(_zero_padding(x - mean[..., None], features)), -1)
         return mean, fabric.all_reduce(squares, COLS) / features
@@ -265,6 +269,7 @@ def _moments(
     counts = jnp.clip(features - tile * jnp.arange(p), 0, tile).astype(jnp.float32)
     counts = counts.reshape(p, *(1,) * mean.ndim)
     mean = jnp.sum(counts * means, 0) / features
+    # The deviations from the whole mean are those within the parts and those between their means.
     between = jnp.sum(counts * jnp.square(means - mean[None]), 0)
     return mean, (jnp.sum(m2s, 0) + between) / features
 

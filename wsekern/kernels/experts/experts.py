@@ -235,6 +235,7 @@ def _per_pe(
             of_part = tokens._replace(groups=groups)
             return y + _forward(of_part, weights, biases, plan, _FABRIC)[0], None
 
+        # A row's expert is in one part; in the others its result is 0.
         y, _ = _for_each_part(add, y, tokens.groups, weights, biases, plan)
         return route.send_back(tokens.sum_choices(y * tokens.shares))
 
@@ -255,6 +256,7 @@ def _gradient_per_pe(
     dout = dout.reshape(-1, dout.shape[2])
     work = functools.partial(_gradient_by_route, rows, weights, biases, dout, plan)
     dx, dshares, dweights, dbiases = routing.run_routed(rows[1], weights[0].shape[0], work)
+    # Features were cut to D for the products; pad them to the grid again, to scatter them.
     dx = layout.resize(dx, 1, x.shape[2] * fabric.axis_size(COLS))
     dx = fabric.reduce_scatter(dx, COLS, 1).reshape(x.shape)
     dshares = fabric.all_reduce(dshares, COLS).reshape(shares.shape)
@@ -283,6 +285,7 @@ def _gradient_by_route(
         sums: tuple[Float[Array, "R D"], Float[Array, " R"]],
         part: tuple[grouped_matmul.Groups, Weights, Biases],
     ) -> tuple[tuple[Float[Array, "R D"], Float[Array, " R"]], tuple[Weights, Biases]]:
+        # Gate and up are multiplied again: their products of all parts would have to be kept.
         groups, weights, biases = part
         of_part = tokens._replace(groups=groups)
         _, products = _forward(of_part, weights, biases, plan, _FABRIC)
@@ -321,6 +324,7 @@ def _receive(
     """The rows that reach this wafer, sorted by the `held` experts that it has."""
     x, chosen, shares = (route.send(a) for a in rows)
     local = chosen - fabric.axis_index(WAFERS) * held
+    # `held` stands for no expert: choices of other wafers' experts, and empty places of buckets.
     local = jnp.where((local >= 0) & (local < held), local, held)
     return _sort(x, local, shares, held)
 
@@ -404,6 +408,7 @@ def _backward(
     )
     has_group = groups.has_group()[:, None]
     dy = jnp.where(has_group, dy, 0)
+    # dy lacks the factor `share` until it is multiplied in below, so that dshares comes out too.
     h, activation_vjp = jax.vjp(plan.activation, *products)
     (dh,) = product(dy, (down,))
     dh = exchange.scatter(layout.resize(dh, 1, h.shape[1] * exchange.pes(COLS)), COLS, 1)

@@ -97,7 +97,7 @@ def _products() -> dict[str, Case]:
             steps=lambda p: _all_reduced(p, 8).steps,
         ),
         "matmul, cannon": case("cannon", lambda p: 2 * p * TILE, lambda p: p),
-        "matmul, mesh": case("mesh", lambda p: 2 * p * TILE, lambda p: p),
+        "matmul, mesh_gemm": case("mesh_gemm", lambda p: 2 * p * TILE, lambda p: p),
     }
 
 

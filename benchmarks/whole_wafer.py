@@ -105,7 +105,7 @@ def _candidates(side: int, size: int, vector: bool):
     def on_wafer(a, b):
         if vector:
             return wk.gemv(a, b, wafer=wafer)
-        return wk.matmul(a, b, algorithm="mesh", wafer=wafer)
+        return wk.matmul(a, b, algorithm="mesh_gemm", wafer=wafer)
 
     candidates = {
         "one device": harness.compile_program(jnp.matmul, a, b),

@@ -242,7 +242,7 @@ def _head(wafer: wk.Wafer, config: DecoderConfig, mode: Mode, context: int, batc
 def _loss(
     h: Float[Array, "T D"], weight: Float[Array, "D V"], labels: Int[Array, " T"]
 ) -> Float[Array, ""]:
-    logits = wk.matmul(h, weight, algorithm="mesh")
+    logits = wk.matmul(h, weight, algorithm="mesh_gemm")
     return wk.cross_entropy(logits[None], labels[None]).mean()
 
 

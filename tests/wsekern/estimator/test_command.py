@@ -15,7 +15,7 @@ SHAPES = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 2
 
 
 def step(a, b):
-    return wk.matmul(a, b, algorithm="mesh")
+    return wk.matmul(a, b, algorithm="mesh_gemm")
 """
 
 

@@ -189,7 +189,7 @@ def test_unknown_operations_are_named_and_counted():
 
 def test_a_gradient_costs_about_twice_the_product():
     wafer, a = abstract(8), array(256, 256)
-    product = functools.partial(wk.matmul, algorithm="mesh")
+    product = functools.partial(wk.matmul, algorithm="mesh_gemm")
     forward = wk.estimate(product, a, a, wafer=wafer)
     both = wk.estimate(jax.grad(lambda a, b: product(a, b).sum(), (0, 1)), a, a, wafer=wafer)
     assert both.flops == pytest.approx(2 * forward.flops, rel=0.02)
@@ -198,7 +198,7 @@ def test_a_gradient_costs_about_twice_the_product():
 
 def test_machines_differ_and_the_clock_is_an_input():
     a = array(1024, 1024, dtype=jnp.float16)
-    run = functools.partial(wk.matmul, algorithm="mesh")
+    run = functools.partial(wk.matmul, algorithm="mesh_gemm")
     two, three = (wk.estimate(run, a, a, wafer=abstract(16, machine=m)) for m in (wk.WSE2, wk.WSE3))
     assert three.cycles < two.cycles and two.energy != three.energy
     fast = wk.estimate(run, a, a, wafer=abstract(16), clock_hz=1.1e9)
@@ -208,7 +208,7 @@ def test_machines_differ_and_the_clock_is_an_input():
 
 def test_what_does_not_fit_says_by_how_much():
     a = array(1024, 1024)
-    e = wk.estimate(functools.partial(wk.matmul, algorithm="mesh"), a, a, wafer=abstract(2))
+    e = wk.estimate(functools.partial(wk.matmul, algorithm="mesh_gemm"), a, a, wafer=abstract(2))
     assert not e.fits
     assert f"{e.sram_per_pe - e.sram_free:,.0f} too many" in str(e)
 

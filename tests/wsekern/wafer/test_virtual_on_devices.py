@@ -43,7 +43,7 @@ def agrees(wafers, function, *operands):
     jax.tree.map(close, got, want)
 
 
-@pytest.mark.parametrize("algorithm", ["cannon", "mesh", "summa", "allgather"])
+@pytest.mark.parametrize("algorithm", ["cannon", "mesh_gemm", "summa", "allgather"])
 def test_a_product_is_the_same(algorithm):
     def product(wafer, a, b):
         return wk.matmul(a, b, algorithm=algorithm, wafer=wafer)

@@ -97,7 +97,7 @@ def prefill_layer(
     def product(
         a: Float[Array, "..."], b: Float[Array, "..."], transpose_b: bool = False
     ) -> Float[Array, "..."]:
-        return matmul(a, b, algorithm="mesh", transpose_b=transpose_b, wafer=wafer)
+        return matmul(a, b, algorithm="mesh_gemm", transpose_b=transpose_b, wafer=wafer)
 
     scale = jnp.ones(h.shape[-1], h.dtype)
     run = wafer.map(_softmax, in_specs=ACROSS, out_specs=ACROSS)

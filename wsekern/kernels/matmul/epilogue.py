@@ -1,6 +1,6 @@
-"""This file is what a product may end with: scales of integer weights, a bias and an activation.
+"""What a matrix product may end with: scales of integer weights, a bias and an activation.
 
-On a wafer it is applied to the float32 sums of each PE's own tile, and rounded once.
+On a wafer they are applied to the float32 sums of each PE's own tile, which are then rounded once.
 """
 
 import functools
@@ -8,9 +8,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-Activation = str | Callable[[jax.Array], jax.Array] | None
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+from wsekern import fabric
+from wsekern.wafer.limits import sum_dtype
+
+Function = Callable[[jax.Array], jax.Array]
+Activation = str | Function | None
+ACTIVATIONS: dict[str, Function] = {
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -20,27 +25,46 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def applied(
-    sums: jax.Array,
-    bias: jax.Array | None,
-    scales: jax.Array | None,
-    activation: Callable | None,
-) -> tuple[jax.Array, jax.Array]:
-    """`activation(sums * scales + bias)`, and what the activation was taken of."""
+def apply_epilogue(
+    sums: Float[Array, "*batch N"],
+    bias: Float[Array, " N"] | None,
+    scales: Float[Array, " N"] | None,
+    activation: Function | None,
+) -> tuple[Float[Array, "*batch N"], Float[Array, "*batch N"]]:
+    """`activation(sums * scales + bias)`, and the argument that the activation was given."""
     if scales is not None:
-        sums = sums * along_last(scales, sums)
+        sums = sums * as_row(scales, sums)
     if bias is not None:
-        sums = sums + along_last(bias, sums)
+        sums = sums + as_row(bias, sums)
     return (sums if activation is None else activation(sums)), sums
 
 
-def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector` as a row of `like`, in its dtype."""
+def before_activation(
+    dc: Float[Array, "..."], argument: Float[Array, "..."], activation: Function | None
+) -> Float[Array, "..."]:
+    """The gradient of the activation's argument, from that of its result; element by element."""
+    if activation is None:
+        return dc
+    wide = argument.astype(sum_dtype(argument.dtype))
+    (gradient,) = jax.vjp(activation, wide)[1](dc.astype(wide.dtype))
+    return gradient.astype(dc.dtype)
+
+
+def as_row(vector: Float[Array, " N"], like: Float[Array, "*batch N"]) -> Float[Array, "... N"]:
+    """`vector` with as many dimensions as `like`, and its dtype."""
     return jnp.expand_dims(vector.astype(like.dtype), tuple(range(like.ndim - 1)))
 
 
-def function(what: str, activation: Activation) -> Callable | None:
-    """The activation of a name.
+def sum_over_rows(
+    columns: Float[Array, "*batch N"], like: Float[Array, " N"], along: str | tuple[str, ...]
+) -> Float[Array, " N"]:
+    """The gradient of a vector that was added to, or multiplied by, every row of a product."""
+    by_column = jnp.sum(columns, tuple(range(columns.ndim - 1)))
+    return (fabric.all_reduce(by_column, along) if along else by_column).astype(like.dtype)
+
+
+def find_activation(operation: str, activation: Activation) -> Function | None:
+    """The activation of that name.
 
     Raises:
       ValueError: the name is unknown, or it is neither a name nor a function.
@@ -50,31 +74,7 @@ def function(what: str, activation: Activation) -> Callable | None:
     if activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(
-            f"{what}: activation={activation!r} is not one of {known}, nor a function of an array"
+            f"{operation}: activation={activation!r} is not one of {known}, nor a function of an "
+            "array"
         )
     return ACTIVATIONS[activation]
-
-
-def check(what: str, a, b, N: int, bias, scales) -> None:
-    """Raises ValueError where dtypes or the sizes of bias and scales do not fit `a @ b`."""
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        raise ValueError(f"{what}: a is {a.dtype}; cast it to a floating dtype")
-    if b.dtype == jnp.int8 and scales is None:
-        raise ValueError(
-            f"{what}: b is int8 and scales is None; give the scale of each of its {N} output "
-            "channels, scales=[N]"
-        )
-    if scales is not None and b.dtype != jnp.int8:
-        raise ValueError(f"{what}: scales are for int8 weights, b is {b.dtype}; leave them out")
-    if scales is None and a.dtype != b.dtype:
-        raise ValueError(f"{what}: a is {a.dtype} and b is {b.dtype}: cast one of them first")
-    for name, vector in (("bias", bias), ("scales", scales)):
-        if vector is None:
-            continue
-        if vector.shape != (N,):
-            raise ValueError(
-                f"{what}: {name} is {vector.shape}, it must be ({N},): one for each column of the "
-                "result"
-            )
-        if not jnp.issubdtype(vector.dtype, jnp.floating):
-            raise ValueError(f"{what}: {name} is {vector.dtype}; cast it to a floating dtype")

@@ -1,19 +1,23 @@
-"""This file is the product of vectors and a matrix, of which a decode step is made: `gemv`.
+"""Products of vectors and a matrix, as decoding needs them: `gemv`.
 
 C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025 (MeshGEMV): the
-matrix never moves, and a vector split along one axis comes out split along the other, so that a
-chain of products alternates between the axes and nothing is ever transposed.
+matrix never moves. A vector that is split along one axis comes out split along the other, so a
+chain of products alternates between the axes and transposes nothing.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int8
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int8, Num
 
 from wsekern import fabric
 from wsekern.kernels.matmul import epilogue, tile
+from wsekern.kernels.matmul.right_factor import RightFactor, check_right_factor, is_trained
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.limits import sum_dtype
@@ -21,153 +25,198 @@ from wsekern.wafer.wafer import Wafer
 
 
 def gemv(
-    x: Float[Array, "*batch K"],
+    x: Float[Array, "*batch _"],
     b: Float[Array, "_ _"] | Int8[Array, "_ _"],
     *,
     transpose_b: bool = False,
     bias: Float[Array, " N"] | None = None,
     activation: epilogue.Activation = None,
     scales: Float[Array, " N"] | None = None,
+    precision: jax.lax.PrecisionLike = None,
     wafer: Wafer | None = None,
 ) -> Float[Array, "*batch N"]:
-    """`activation(x @ b * scales + bias)` of vectors, in one product and one sum along one axis.
+    """`activation(x @ b * scales + bias)` for vectors `x`: one product, and a sum along one axis.
 
-    On h x w PEs a PE receives what `fabric.all_reduce` of its N / w columns (for each vector)
-    takes: 2 (h - 1) / h of them in one step; with `transpose_b` 2 (w - 1) / w of N / h. On a wafer
-    that is the algorithm of the fewest predicted cycles, the K-tree for one. No word of the matrix
-    moves. Sums are float32, rounded once to `x`'s dtype. The gradient of `x` costs as much along
-    the other axis, that of `b` nothing. Reverse mode only.
+    No word of the matrix moves. On h x w PEs each PE receives what `fabric.all_reduce` takes for
+    its N / w columns of each vector: 2 (h - 1) / h of them, in one step; with `transpose_b`,
+    2 (w - 1) / w of N / h. On a wafer that is the algorithm with the fewest predicted cycles, for
+    one vector the K-tree. Sums are float32 and are rounded once, to `x`'s dtype. The gradient of
+    `x` costs as much along the other axis, that of `b` nothing. Reverse mode only.
 
     Args:
       x: vectors, `[..., K]`, split along y and the same on all PEs along x, `P(..., "y")`; the
-        first leading dimension, if any, lies over the wafers. With `transpose_b` along x.
-      b: the matrix, laid out `P("y", "x")`; `[N, K]` with `transpose_b`. `x`'s dtype, or int8.
+        first leading dimension, if any, lies over the wafers. Split along x with `transpose_b`.
+      b: the matrix, laid out `P("y", "x")`: `[K, N]`, or `[N, K]` with `transpose_b`. It has `x`'s
+        dtype, or is int8 with `scales`.
       transpose_b: whether `b` is taken transposed; the result is then split along y, not x.
-      bias: one for each element of the result, laid out as it.
-      activation: a name or a function, as in `matmul`.
-      scales: the scale of each output channel of int8 weights, laid out as the result.
+      bias: one number an element of the result, laid out like it.
+      activation: "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", or an element-wise
+        function of an array that holds no traced values.
+      scales: the scale of each output channel of int8 weights, laid out like the result.
+      precision: of every product, as in `jax.lax.dot_general`; the gradient's too.
       wafer: where to run; by default the current wafer, and plain `jnp` without one.
 
     Raises:
       ValueError: the shapes do not fit one another, the dtypes differ or are not floating, int8
         comes without scales, or `activation` is unknown.
     """
-    x, b = layout.as_array(x), layout.as_array(b)
-    _check(x, b, transpose_b, bias, scales)
-    activation = epilogue.function("gemv", activation)
+    x, right = layout.as_array(x), RightFactor.of(b, bias, scales)
+    _check(x, right, transpose_b)
+    function = epilogue.find_activation("gemv", activation)
     wafer = context.resolve(wafer)
-    if wafer is None or 0 in (*x.shape, *b.shape):
-        return _plain(x, b, transpose_b, bias, scales, activation)
-    of_x, of_y = (COLS, ROWS) if transpose_b else (ROWS, COLS)
-    shape = (*x.shape[:-1], b.shape[0 if transpose_b else 1])
-    x = layout.pad(x, layout.tiled(x.ndim, of_x), wafer)
-    b = layout.pad(b, layout.tiled(2), wafer)
-    bias, scales = (
-        v if v is None else layout.pad(jnp.asarray(v), layout.tiled(1, of_y), wafer)
-        for v in (bias, scales)
+    if wafer is None or x.size == 0 or right.matrix.size == 0:
+        return _plain(x, right, transpose_b, function, precision)
+    operation = _Operation("nt" if transpose_b else "nn", function, precision)
+    x_spec, y_spec = operation.specs(x.ndim)
+    shape = (*x.shape[:-1], right.matrix.shape[0 if transpose_b else 1])
+    x = layout.pad(x, x_spec, wafer)
+    right = jax.tree.map(
+        lambda part, spec: layout.pad(part, spec, wafer), right, right.specs(operation.y_axis)
     )
-    y = _product(x, b, bias, scales, activation, transpose_b, wafer)
-    return layout.crop(y, shape, layout.tiled(x.ndim, of_y), wafer)
+    return layout.crop(_product(x, right, operation, wafer), shape, y_spec, wafer)
 
 
-def _plain(x, b, transpose_b, bias, scales, activation):
-    b = b.T if transpose_b else b
-    if scales is not None:
-        y = jnp.matmul(x, b.astype(x.dtype), preferred_element_type=sum_dtype(x.dtype))
-        y = (y * epilogue.along_last(jnp.asarray(scales), y)).astype(x.dtype)
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """Everything that is known of a product but its operands."""
+
+    form: tile.Form
+    activation: epilogue.Function | None
+    precision: jax.lax.PrecisionLike
+
+    @property
+    def x_axis(self) -> str:
+        """The axis that `x` is split along, and that products are summed along."""
+        return COLS if self.form == "nt" else ROWS
+
+    @property
+    def y_axis(self) -> str:
+        """The axis that the result is split along."""
+        return ROWS if self.form == "nt" else COLS
+
+    def specs(self, ndim: int) -> tuple[P, P]:
+        """How vectors of `ndim` dimensions lie, and their products."""
+        return layout.tiled(ndim, self.x_axis), layout.tiled(ndim, self.y_axis)
+
+
+def _plain(
+    x: Float[Array, "*batch _"],
+    right: RightFactor[jax.Array],
+    transpose_b: bool,
+    activation: epilogue.Function | None,
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "*batch _"]:
+    b = right.matrix.T if transpose_b else right.matrix
+    if right.scales is not None:
+        wide, b = sum_dtype(x.dtype), b.astype(x.dtype)
+        y = jnp.matmul(x, b, precision=precision, preferred_element_type=wide)
+        y = (y * epilogue.as_row(right.scales, y)).astype(x.dtype)
     else:
-        y = jnp.matmul(x, b)
-    bias = None if bias is None else jnp.asarray(bias)
-    return epilogue.applied(y, bias, None, activation)[0].astype(x.dtype)
+        y = jnp.matmul(x, b, precision=precision)
+    return epilogue.apply_epilogue(y, right.bias, None, activation)[0].astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _product(x, b, bias, scales, activation, transpose_b, wafer):
-    return _run(x, b, bias, scales, activation, transpose_b, wafer)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "*batch _"],
+    right: RightFactor[jax.Array],
+    operation: _Operation,
+    wafer: Wafer,
+) -> Float[Array, "*batch _"]:
+    return _forward_program(x, right, operation, wafer)(x, right)[0]
 
 
-def _run(x, b, bias, scales, activation, transpose_b, wafer):
-    of_x, of_y = (COLS, ROWS) if transpose_b else (ROWS, COLS)
-    ends = layout.tiled(1, of_y)
-    kernel = functools.partial(
-        _per_pe, activation=activation, form="nt" if transpose_b else "nn", along=of_x
+def _forward_program(
+    x: jax.Array, right: RightFactor[jax.Array], operation: _Operation, wafer: Wafer
+) -> Callable[..., Any]:
+    x_spec, y_spec = operation.specs(x.ndim)
+    return wafer.map(
+        functools.partial(_per_pe, operation=operation),
+        in_specs=(x_spec, right.specs(operation.y_axis)),
+        out_specs=y_spec,
     )
+
+
+# Plain autodiff would sum the gradient of `x` over PEs that all hold the same `x`.
+def _fwd(
+    x: jax.Array, right: RightFactor[jax.Array], operation: _Operation, wafer: Wafer
+) -> tuple[jax.Array, tuple]:
+    y, argument = _forward_program(x, right, operation, wafer)(x, right)
+    return y, (x, right, None if operation.activation is None else argument)
+
+
+def _bwd(
+    operation: _Operation, wafer: Wafer, residuals: tuple, dy: jax.Array
+) -> tuple[jax.Array, RightFactor]:
+    x, right, argument = residuals
+    if operation.activation is not None:
+        dy = epilogue.before_activation(dy, argument, operation.activation)
+    x_spec, y_spec = operation.specs(x.ndim)
+    right_specs = right.specs(operation.y_axis)
     run = wafer.map(
-        kernel,
-        in_specs=(layout.tiled(x.ndim, of_x), layout.tiled(2), ends, ends),
-        out_specs=layout.tiled(x.ndim, of_y),
+        functools.partial(_per_pe_gradients, operation=operation),
+        in_specs=(x_spec, right_specs, y_spec),
+        out_specs=(x_spec, right_specs),
     )
-    return run(x, b, bias, scales)
-
-
-# Plain autodiff would sum the gradient of `x` over PEs that hold the same.
-def _fwd(x, b, bias, scales, activation, transpose_b, wafer):
-    y, before = _run(x, b, bias, scales, activation, transpose_b, wafer)
-    return y, (x, b, bias, scales, None if activation is None else before)
-
-
-def _bwd(activation, transpose_b, wafer, residuals, dy):
-    x, b, bias, scales, before = residuals
-    if activation is not None:
-        wide = before.astype(sum_dtype(before.dtype))
-        dy = jax.vjp(activation, wide)[1](dy.astype(wide.dtype))[0].astype(dy.dtype)
-    of_x, of_y = (COLS, ROWS) if transpose_b else (ROWS, COLS)
-    x_spec, y_spec, ends = (
-        layout.tiled(x.ndim, of_x),
-        layout.tiled(x.ndim, of_y),
-        layout.tiled(1, of_y),
-    )
-    learns = jnp.issubdtype(b.dtype, jnp.floating)
-    kernel = functools.partial(
-        _per_pe_gradients, form="nt" if transpose_b else "nn", along=of_y, across=of_x
-    )
-    run = wafer.map(
-        kernel,
-        in_specs=(x_spec, layout.tiled(2), ends, ends, y_spec),
-        out_specs=(x_spec, layout.tiled(2) if learns else (), ends, ends),
-    )
-    dx, db, dbias, dscales = run(x, b, bias, scales, dy)
-    return dx, db if learns else np.zeros(b.shape, jax.dtypes.float0), dbias, dscales
+    dx, dright = run(x, right, dy)
+    return dx, dright.with_float0(right)
 
 
 _product.defvjp(_fwd, _bwd)
 
 
-def _per_pe(x, b, bias, scales, activation, form, along):
-    sums = fabric.all_reduce(_row(form, x, b), along)
-    y, before = epilogue.applied(sums, bias, scales, activation)
-    return y.astype(x.dtype), before.astype(x.dtype)
+def _per_pe(
+    x: Float[Array, "*batch Kt"], right: RightFactor[jax.Array], operation: _Operation
+) -> tuple[Float[Array, "*batch Nt"], Float[Array, "*batch Nt"]]:
+    """This PE's part of the result, and of the activation's argument."""
+    sums = _multiply(operation.form, x, right.matrix, operation.precision)
+    sums = fabric.all_reduce(sums, operation.x_axis)
+    y, argument = epilogue.apply_epilogue(sums, right.bias, right.scales, operation.activation)
+    return y.astype(x.dtype), argument.astype(x.dtype)
 
 
-def _per_pe_gradients(x, b, bias, scales, dy, form, along, across):
-    def summed(columns, like):
-        by_column = jnp.sum(columns, tuple(range(columns.ndim - 1)))
-        total = fabric.all_reduce(by_column, WAFERS) if x.ndim > 1 else by_column
-        return total.astype(like.dtype)
-
+def _per_pe_gradients(
+    x: Float[Array, "*batch Kt"],
+    right: RightFactor[jax.Array],
+    dy: Float[Array, "*batch Nt"],
+    operation: _Operation,
+) -> tuple[Float[Array, "*batch Kt"], RightFactor[jax.Array | None]]:
+    form, b, precision = operation.form, right.matrix, operation.precision
+    along = WAFERS if x.ndim > 1 else ()  # with a batch, wafers have different vectors
     wide = dy.astype(sum_dtype(dy.dtype))
-    dbias = None if bias is None else summed(wide, bias)
-    dscales = None
-    if scales is not None:
-        dscales = summed(fabric.all_reduce(_row(form, x, b), across) * wide, scales)
-        dy = (wide * epilogue.along_last(scales, wide)).astype(x.dtype)
-    dx = fabric.all_reduce(_row("nn" if form == "nt" else "nt", dy, b), along)
-    if not jnp.issubdtype(b.dtype, jnp.floating):
-        return dx.astype(x.dtype), (), dbias, dscales
-    left, right = (dy, x) if form == "nt" else (x, dy)
-    db = tile.product("tn", left[..., None, :], right[..., None, :], 2)
-    db = fabric.all_reduce(db, WAFERS) if x.ndim > 1 else db
-    return dx.astype(x.dtype), db.astype(x.dtype), dbias, dscales
+    dbias = dscales = db = None
+    if right.bias is not None:
+        dbias = epilogue.sum_over_rows(wide, right.bias, along)
+    if right.scales is not None:
+        sums = fabric.all_reduce(_multiply(form, x, b, precision), operation.x_axis)
+        dscales = epilogue.sum_over_rows(sums * wide, right.scales, along)
+        dy = (wide * epilogue.as_row(right.scales, wide)).astype(x.dtype)
+    dx = _multiply("nn" if form == "nt" else "nt", dy, b, precision)
+    dx = fabric.all_reduce(dx, operation.y_axis).astype(x.dtype)
+    if is_trained(b):
+        left, other = (dy, x) if form == "nt" else (x, dy)
+        result = tile.TileResult(b.shape, precision)
+        db = tile.product("tn", left[..., None, :], other[..., None, :], result)
+        db = (fabric.all_reduce(db, WAFERS) if x.ndim > 1 else db).astype(x.dtype)
+    return dx, right.replace(matrix=db, bias=dbias, scales=dscales)
 
 
-def _row(form, x, b):
-    """The product of vectors `[..., K]`, which are rows to `tile.product`."""
+def _multiply(
+    form: tile.Form,
+    x: Float[Array, "*batch _"],
+    b: Num[Array, "_ _"],
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "*batch _"]:
+    """The product of vectors, which are rows to `tile.product`."""
     rows = x[None] if x.ndim == 1 else x
-    sums = tile.product(form, rows, b, rows.ndim)
+    columns = b.shape[0 if form == "nt" else 1]
+    result = tile.TileResult((*rows.shape[:-1], columns), precision)
+    sums = tile.product(form, rows, b, result)
     return sums[0] if x.ndim == 1 else sums
 
 
-def _check(x, b, transpose_b, bias, scales):
+def _check(x: jax.Array, right: RightFactor[jax.Array], transpose_b: bool) -> None:
+    b = right.matrix
     if x.ndim < 1 or b.ndim != 2:
         raise ValueError(
             f"gemv: x is {x.shape} and b is {b.shape}: x must have at least one dimension and b "
@@ -175,10 +224,9 @@ def _check(x, b, transpose_b, bias, scales):
         )
     K, N = b.shape[::-1] if transpose_b else b.shape
     if x.shape[-1] != K:
-        what = "columns" if transpose_b else "rows"
+        side = "columns" if transpose_b else "rows"
         raise ValueError(
             f"gemv: x is {x.shape} and b is {b.shape}: x's length ({x.shape[-1]}) must equal b's "
-            f"{what} ({K})"
+            f"{side} ({K})"
         )
-    ends = (v if v is None else jnp.asarray(v) for v in (bias, scales))
-    epilogue.check("gemv", x, b, N, *ends)
+    check_right_factor("gemv", x, right, N)

@@ -1,152 +1,228 @@
-"""This file is the matrix product whose moves along one axis are hidden behind its parts.
+"""Matrix product that hides its moves along one axis behind partial products.
 
-Public per-PE functions, of tiles. S. Wang et al., "Overlap Communication with Dependent Computation
-via Decomposition in Large Deep Learning Models", ASPLOS 2023: the gather before a product, or the
-scatter after it, becomes a ring whose every step goes on while the part at hand is multiplied. Both
-directions of the ring are used, each by half of every tile.
+S. Wang et al., "Overlap Communication with Dependent Computation via Decomposition in Large Deep
+Learning Models", ASPLOS 2023: the gather before a product, or the scatter after it, becomes a ring,
+and each of its steps goes on while the tile at hand is multiplied. Half of every tile goes round
+one way and half the other, so both directions of the links are used.
 
-Along the other axis an operand is gathered, or a result summed, at once and whole: choose as
-`along` the axis that leaves the smaller one to be held. X goes round along x, or Y along y; on a
-wafer, whose lines have ends, in the order of a folded ring.
+Along the other axis an operand is gathered, or a result summed, at once and whole; `price` chooses
+the axis that leaves the smaller one to be held. X goes round along x, or Y along y. A wafer's lines
+have ends, so there the ring is folded.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int, Num
 
 from wsekern import fabric
 from wsekern.kernels.matmul import allgather, tile
+from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
+from wsekern.kernels.matmul.tile import TileResult
+from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 
-
-def nn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:
-    """S = X @ Y, in float32: one operand is gathered, the halves of the other go round."""
-    moving = a if along == COLS else b
-    held = _held(b if along == COLS else a, along, moving.shape[_meeting(along)])
-    bys, halves = _halves(moving, along)
-
-    def parts(halves, s):
-        blocks = [_block(held, along, _place(along, ring, -by * s), moving) for by in bys]
-        pairs = list(zip(halves, blocks, strict=True))
-        pairs = pairs if along == COLS else [pair[::-1] for pair in pairs]
-        return [tile.product("nn", x, y, len(shape)) for x, y in pairs]
-
-    def step(carry, s):
-        halves, sums = carry
-        halves = _shifted(halves, along, bys, ring)
-        return (halves, jax.tree.map(jnp.add, sums, parts(halves, s))), None
-
-    carry = (halves, parts(halves, 0))
-    (_, sums), _ = lax.scan(step, carry, jnp.arange(1, fabric.axis_size(along)))
-    return jnp.concatenate(sums, _free(along))
+Halves = list[jax.Array]  # of a tile; one whole tile if it is too small to halve
 
 
-def nt(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:
-    """X = S @ Y^T, in float32: Y is gathered and sums go round, or Y goes round and X is summed."""
-    part = lambda s, y: tile.product("nt", s, y, len(shape))  # noqa: E731
-    if along == COLS:
-        return _sums_go_round(a, _held(b, along, shape[-1]), shape, along, ring, part)
-    whole = _operand_goes_round(b, a, shape, along, ring, lambda y, s: part(s, y))
-    return allgather.scattered_columns(tile.sized(whole, -1, shape[-1] * fabric.axis_size(COLS)))
+def price(problem: MatmulProblem) -> PricedPlan:
+    """As many words as `allgather`, and 2 w - 1 steps along x (2 h - 1 along y)."""
+    h, w = problem.wafer.height, problem.wafer.width
+    x, y = problem.x, problem.y
+    along = COLS if h * y <= w * x else ROWS
+    size, moving, gathered = (w, x, h * y) if along == COLS else (h, y, w * x)
+    ring: fabric.Ring = "plain" if problem.wafer.machine is None else "folded"
+    return problem.price(
+        MatmulPlan(name="collective", algorithm=Overlapped(along=along, ring=ring)),
+        words=((w - 1) * x + (h - 1) * y) / WORD_BYTES,
+        steps=2 * size - 1,
+        hops=h + w + 2 * size,
+        held_bytes=gathered + 2 * moving,
+        note=f"round along {along}",
+    )
 
 
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, along: str, ring: fabric.Ring) -> jax.Array:
-    """Y = X^T @ S, in float32: X is gathered and sums go round, or X goes round and Y is summed."""
-    part = lambda x, s: tile.product("tn", x, s, len(shape))  # noqa: E731
-    if along == ROWS:
-        held = _held(a, along, shape[-2])
-        return _sums_go_round(b, held, shape, along, ring, lambda s, x: part(x, s))
-    whole = _operand_goes_round(a, b, shape, along, ring, part)
-    whole = tile.sized(whole, -2, shape[-2] * fabric.axis_size(ROWS))
-    return fabric.reduce_scatter(whole, ROWS, -2)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlapped:
+    """Tiles go round along one axis, in halves, while others are multiplied."""
+
+    along: str
+    ring: fabric.Ring
+
+    def nn(
+        self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
+    ) -> Float[Array, "... Mt Nt"]:
+        """S = X @ Y: one operand is gathered, the halves of the other go round."""
+        along, ring = self.along, self.ring
+        moving, stays = (x, y) if along == COLS else (y, x)
+        gathered = _gather(stays, along, moving.shape[_meeting(along)])
+        directions, halves = _halve(moving, along)
+
+        def summands(halves: Halves, i: Int[Array, ""] | int) -> Halves:
+            blocks = [
+                _block(gathered, along, _place(along, ring, -direction * i), moving)
+                for direction in directions
+            ]
+            pairs = zip(halves, blocks, strict=True)
+            if along == ROWS:
+                pairs = zip(blocks, halves, strict=True)
+            products = []
+            for pair in pairs:
+                products.append(tile.product("nn", *pair, result))
+            return products
+
+        def step(carry: tuple[Halves, Halves], i: Int[Array, ""]) -> tuple:
+            halves, sums = carry
+            halves = _shift(halves, along, directions, ring)
+            return (halves, jax.tree.map(jnp.add, sums, summands(halves, i))), None
+
+        first = (halves, summands(halves, 0))
+        (_, sums), _ = lax.scan(step, first, jnp.arange(1, fabric.axis_size(along)))
+        return jnp.concatenate(sums, _free(along))
+
+    def nt(
+        self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
+    ) -> Float[Array, "... Mt Kx"]:
+        """X = S @ Y^T: Y is gathered and sums go round, or Y goes round and X is summed."""
+        if self.along == COLS:
+            gathered = _gather(y, COLS, result.shape[-1])
+            multiply = functools.partial(tile.product, "nt", result=result)
+            return _send_sums_round(s, gathered, result.shape, COLS, self.ring, multiply)
+
+        def multiply_swapped(
+            y: Num[Array, "... _ _"], s: Num[Array, "... _ _"]
+        ) -> Float[Array, "... _ _"]:
+            return tile.product("nt", s, y, result)
+
+        summands = _send_operand_round(y, s, result.shape, ROWS, self.ring, multiply_swapped)
+        width = result.shape[-1] * fabric.axis_size(COLS)
+        return allgather.reduce_scatter_columns(layout.resize(summands, -1, width))
+
+    def tn(
+        self, x: Num[Array, "... Mt Kx"], s: Num[Array, "... Mt Nt"], result: TileResult
+    ) -> Float[Array, "... Ky Nt"]:
+        """Y = X^T @ S: X is gathered and sums go round, or X goes round and Y is summed."""
+        if self.along == ROWS:
+            gathered = _gather(x, ROWS, result.shape[-2])
+
+            def multiply_swapped(
+                s: Num[Array, "... _ _"], x: Num[Array, "... _ _"]
+            ) -> Float[Array, "... _ _"]:
+                return tile.product("tn", x, s, result)
+
+            return _send_sums_round(s, gathered, result.shape, ROWS, self.ring, multiply_swapped)
+        multiply = functools.partial(tile.product, "tn", result=result)
+        summands = _send_operand_round(x, s, result.shape, COLS, self.ring, multiply)
+        height = result.shape[-2] * fabric.axis_size(ROWS)
+        return fabric.reduce_scatter(layout.resize(summands, -2, height), ROWS, -2)
 
 
-def _sums_go_round(
-    stays: jax.Array,
-    held: jax.Array,
-    shape: tile.Shape,
+def _send_sums_round(
+    stays: Num[Array, "... _ _"],
+    gathered: Num[Array, "... _ _"],
+    shape: tuple[int, ...],
     along: str,
     ring: fabric.Ring,
-    part: Callable,
-) -> jax.Array:
-    """Each PE adds its part to the sums that pass, which reach home in the last step."""
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Float[Array, "... _ _"]:
+    """Each PE adds its summand to the sums that pass; they reach their own PE in the last step."""
     size = fabric.axis_size(along)
-    bys, halves = _halves(stays, along)
-    like = jax.ShapeDtypeStruct(shape, held.dtype)
+    directions, halves = _halve(stays, along)
+    like = jax.ShapeDtypeStruct(shape, gathered.dtype)
 
-    def parts(s):
-        homes = [_place(along, ring, by * (size - 1 - s)) for by in bys]
+    def summands(i: Int[Array, ""] | int) -> Halves:
+        # The sums that pass now have size - 1 - i steps to go.
+        places = [_place(along, ring, direction * (size - 1 - i)) for direction in directions]
         return [
-            part(half, _block(held, along, home, like))
-            for half, home in zip(halves, homes, strict=True)
+            multiply(half, _block(gathered, along, place, like))
+            for half, place in zip(halves, places, strict=True)
         ]
 
-    def step(sums, s):
-        return jax.tree.map(jnp.add, _shifted(sums, along, bys, ring), parts(s)), None
+    def step(sums: Halves, i: Int[Array, ""]) -> tuple[Halves, None]:
+        return jax.tree.map(jnp.add, _shift(sums, along, directions, ring), summands(i)), None
 
-    return jnp.concatenate(lax.scan(step, parts(0), jnp.arange(1, size))[0], _free(along))
+    return jnp.concatenate(lax.scan(step, summands(0), jnp.arange(1, size))[0], _free(along))
 
 
-def _operand_goes_round(
-    moving: jax.Array,
-    stays: jax.Array,
-    shape: tile.Shape,
+def _send_operand_round(
+    moving: Num[Array, "... _ _"],
+    stays: Num[Array, "... _ _"],
+    shape: tuple[int, ...],
     along: str,
     ring: fabric.Ring,
-    part: Callable,
-) -> jax.Array:
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Float[Array, "... _ _"]:
     """This PE's summands of the whole result: a block of it from each tile that passes."""
     size = fabric.axis_size(along)
-    bys, halves = _halves(moving, along)
-    others = _halves(stays, along)[1]
+    directions, halves = _halve(moving, along)
+    _, stays_halves = _halve(stays, along)
     length = moving.shape[_meeting(along)]
     axis = _meeting(_across(along)) % len(shape)  # of the result, along the other axis
 
-    def added(whole, halves, s):
-        for by, half, other in zip(bys, halves, others, strict=True):
-            new = part(half, other)
-            at = _place(along, ring, -by * s) * length
+    def add_blocks(
+        whole: Float[Array, "... _ _"], halves: Halves, i: Int[Array, ""] | int
+    ) -> Float[Array, "... _ _"]:
+        for direction, half, other in zip(directions, halves, stays_halves, strict=True):
+            block = multiply(half, other)
+            at = _place(along, ring, -direction * i) * length
             old = lax.dynamic_slice_in_dim(whole, at, length, axis)
-            whole = lax.dynamic_update_slice_in_dim(whole, old + new, at, axis)
+            whole = lax.dynamic_update_slice_in_dim(whole, old + block, at, axis)
         return whole
 
-    def step(carry, s):
+    def step(carry: tuple[Halves, jax.Array], i: Int[Array, ""]) -> tuple:
         halves, whole = carry
-        halves = _shifted(halves, along, bys, ring)
-        return (halves, added(whole, halves, s)), None
+        halves = _shift(halves, along, directions, ring)
+        return (halves, add_blocks(whole, halves, i)), None
 
     whole = tuple(length * size if d == axis else n for d, n in enumerate(shape))
-    carry = (halves, added(tile.zeros(whole, moving, stays), halves, 0))
-    return lax.scan(step, carry, jnp.arange(1, size))[0][1]
+    first = (halves, add_blocks(tile.zeros(whole, moving, stays), halves, 0))
+    return lax.scan(step, first, jnp.arange(1, size))[0][1]
 
 
-def _held(x: jax.Array, along: str, length: int) -> jax.Array:
-    """What does not go round `along`, gathered along the other axis for as many blocks of it."""
-    whole = allgather.columns(x) if along == ROWS else fabric.all_gather(x, ROWS, -2)
-    return tile.sized(whole, _meeting(_across(along)), length * fabric.axis_size(along))
+def _gather(x: Num[Array, "... _ _"], along: str, length: int) -> Num[Array, "... _ _"]:
+    """The operand that does not go round `along`, gathered along the other axis.
+
+    Its meeting dimension becomes `length` for each PE along `along`, so that it can be cut into one
+    block for each tile that goes round.
+    """
+    whole = allgather.gather_columns(x) if along == ROWS else fabric.all_gather(x, ROWS, -2)
+    return layout.resize(whole, _meeting(_across(along)), length * fabric.axis_size(along))
 
 
-def _block(held, along, place, like):
+def _block(
+    gathered: Num[Array, "... _ _"],
+    along: str,
+    place: Int[Array, ""],
+    like: jax.Array | jax.ShapeDtypeStruct,
+) -> Num[Array, "... _ _"]:
     length = like.shape[_meeting(along)]
-    axis = _meeting(_across(along)) % held.ndim
-    return lax.dynamic_slice_in_dim(held, place * length, length, axis)
+    axis = _meeting(_across(along)) % gathered.ndim
+    return lax.dynamic_slice_in_dim(gathered, place * length, length, axis)
 
 
-def _halves(x: jax.Array, along: str) -> tuple[list[int], list[jax.Array]]:
-    """The directions, and the part of `x` that takes each; one where there is nothing to halve."""
+def _halve(x: Num[Array, "... _ _"], along: str) -> tuple[list[int], Halves]:
+    """The directions, and the part of `x` that goes in each; one of either if `x` is too small."""
     if x.shape[_free(along)] < 2:
         return [1], [x]
     return [1, -1], jnp.split(x, [x.shape[_free(along)] // 2], _free(along))
 
 
-def _shifted(halves, along, bys, ring):
-    return [fabric.shift(half, along, by, ring=ring) for half, by in zip(halves, bys, strict=True)]
+def _shift(halves: Halves, along: str, directions: list[int], ring: fabric.Ring) -> Halves:
+    return [
+        fabric.shift(half, along, direction, ring=ring)
+        for half, direction in zip(halves, directions, strict=True)
+    ]
 
 
-def _place(along: str, ring: fabric.Ring, further: jax.Array | int) -> jax.Array:
-    """The place on the line of the PE that stands `further` places on in the ring."""
+def _place(along: str, ring: fabric.Ring, further: Int[Array, ""] | int) -> Int[Array, ""]:
+    """The place on the line of the PE that is `further` places on in the ring.
+
+    A folded ring visits even places on the way out and odd ones on the way back: 0 2 4 5 3 1.
+    """
     size = fabric.axis_size(along)
     place = (fabric.ring_index(along, ring) + further) % size
     if ring == "plain":
@@ -155,12 +231,12 @@ def _place(along: str, ring: fabric.Ring, further: jax.Array | int) -> jax.Array
 
 
 def _meeting(along: str) -> int:
-    """The meeting dimension of what goes round along `along`."""
+    """The meeting dimension of the operand that goes round `along`."""
     return -1 if along == COLS else -2
 
 
 def _free(along: str) -> int:
-    """Its other dimension, which it shares with what stays."""
+    """Its other dimension, which it has in common with S."""
     return -2 if along == COLS else -1
 
 

@@ -1,53 +1,57 @@
-"""This file is shares of the meeting dimension of a matrix product.
+"""Equal shares of the meeting dimension of a matrix product.
 
-Public per-PE functions, of tiles. A share is the same part of every tile, not some tiles: whoever
-multiplies a share moves no more words than that share's.
+Public per-PE functions, of tiles. A share is the same part of every tile, not some of the tiles, so
+that multiplying a share moves only that share's words.
 """
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from wsekern import fabric
 from wsekern.wafer.axes import COLS, ROWS
 
 
-def cut_columns(x: jax.Array, shares: int) -> jax.Array:
-    """The tile's shares of its last dimension, [shares, ...]."""
-    return _cut(x, -1, _blocks(COLS), shares)
+def split_columns(x: Shaped[Array, "..."], shares: int) -> Shaped[Array, "{shares} ..."]:
+    """The tile's shares of its last dimension."""
+    return _split(x, -1, _blocks(COLS), shares)
 
 
-def cut_rows(y: jax.Array, shares: int) -> jax.Array:
-    """The tile's shares of its last dimension but one, [shares, ...]."""
-    return _cut(y, -2, _blocks(ROWS), shares)
+def split_rows(y: Shaped[Array, "..."], shares: int) -> Shaped[Array, "{shares} ..."]:
+    """The tile's shares of its last dimension but one."""
+    return _split(y, -2, _blocks(ROWS), shares)
 
 
-def joined_columns(shares: jax.Array) -> jax.Array:
-    """The inverse of `cut_columns`."""
-    return _joined(shares, -1, _blocks(COLS))
+def join_columns(shares: Shaped[Array, "shares ..."]) -> Shaped[Array, "..."]:
+    """The inverse of `split_columns`."""
+    return _join(shares, -1, _blocks(COLS))
 
 
-def joined_rows(shares: jax.Array) -> jax.Array:
-    """The inverse of `cut_rows`."""
-    return _joined(shares, -2, _blocks(ROWS))
+def join_rows(shares: Shaped[Array, "shares ..."]) -> Shaped[Array, "..."]:
+    """The inverse of `split_rows`."""
+    return _join(shares, -2, _blocks(ROWS))
 
 
 def _blocks(along: str) -> int:
-    # What is cut into as many blocks along x as along y has the same share of each block in both.
+    # The meeting dimension lies along x in one operand and along y in the other. A share must be
+    # the same places in both, so it is taken from blocks that neither side of the grid cuts: on a
+    # 2 x 4 grid from four blocks, of which a tile of X has one and a tile of Y has two.
     size = fabric.axis_size(along)
     return math.lcm(fabric.axis_size(ROWS), fabric.axis_size(COLS)) // size
 
 
-def _cut(x, axis, blocks, shares):
+def _split(
+    x: Shaped[Array, "..."], axis: int, blocks: int, shares: int
+) -> Shaped[Array, "{shares} ..."]:
     axis %= x.ndim
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    apart = jnp.moveaxis(jnp.reshape(x, (*before, blocks, shares, -1, *after)), axis + 1, 0)
-    return jnp.reshape(apart, (shares, *before, -1, *after))
+    split = jnp.moveaxis(jnp.reshape(x, (*before, blocks, shares, -1, *after)), axis + 1, 0)
+    return jnp.reshape(split, (shares, *before, -1, *after))
 
 
-def _joined(shares, axis, blocks):
+def _join(shares: Shaped[Array, "shares ..."], axis: int, blocks: int) -> Shaped[Array, "..."]:
     axis %= shares.ndim - 1
     before, after = shares.shape[1 : axis + 1], shares.shape[axis + 2 :]
-    apart = jnp.reshape(shares, (shares.shape[0], *before, blocks, -1, *after))
-    return jnp.reshape(jnp.moveaxis(apart, 0, axis + 1), (*before, -1, *after))
+    split = jnp.reshape(shares, (shares.shape[0], *before, blocks, -1, *after))
+    return jnp.reshape(jnp.moveaxis(split, 0, axis + 1), (*before, -1, *after))

@@ -1,94 +1,184 @@
-"""This file is the matrix product of few rows: the large factor stays, rows and results move.
+"""Matrix product of few rows: the large factor stays, rows and results move.
 
-Public per-PE functions, of tiles, where S and X have few rows and Y is large (a weight). R. Pope et
-al., "Efficiently Scaling Transformer Inference", 2022, call it weight-stationary. A PE's tile of Y
-needs the part of X that meets it, all rows of it, which lies along the other axis: rows are first
-gathered along y, then that part is flooded along x, as far as each PE there has it. On a square
-grid tiles can be turned about its diagonal first, and rows gathered along x instead (`turned`).
-Many rows go in rounds, each of the same share of every tile's rows.
+R. Pope et al., "Efficiently Scaling Transformer Inference", 2022, call it weight-stationary. X and
+S have few rows and Y is large (a weight). A PE's tile of Y meets a part of X's columns, in all
+rows. That part lies along x, so rows are first gathered along y, and then the part is flooded along
+x by the PEs that have it. On a square grid of devices the tiles are mirrored across its diagonal
+first, and rows are gathered along x instead (`mirrored`): that saves the flood.
+
+Many rows go in rounds, each with the same share of every tile's rows.
 """
 
-import jax
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Num
 
 from wsekern import fabric
-from wsekern.kernels.matmul import panels, tile
+from wsekern.kernels.matmul import panels, summa, tile
+from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
+from wsekern.kernels.matmul.tile import TileResult
+from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 
-
-def nn(
-    a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1, turned: bool = False
-) -> jax.Array:
-    """S = X @ Y, in float32: Y stays, and the sums over y are the last move."""
-
-    def run(a, shape, rows):
-        met = _met_rows(a, rows, b.shape[-2], turned)
-        return _own_rows(tile.product("nn", met, b, len(shape)), shape)
-
-    return _by_rows(run, a, shape, rows, rounds)
+_ROUND_ROWS = 512  # with fewer rows, a product runs at a lower rate on a CPU
 
 
-def nt(
-    a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, rounds: int = 1, turned: bool = False
-) -> jax.Array:
-    """X = S @ Y^T, in float32: Y stays, and the moves are those of `nn` backwards."""
-
-    def run(a, shape, rows):
-        partial = tile.product("nt", _all_rows(a, rows), b, len(shape))
-        if turned:
-            return fabric.transpose(_own_rows(partial, shape, COLS))
-        met = fabric.all_reduce(partial, COLS)
-        start = fabric.axis_index(COLS) * shape[-1] - fabric.axis_index(ROWS) * met.shape[-1]
-        return _own_rows(panels.overlap(met, -1, start, shape[-1]), shape)
-
-    return _by_rows(run, a, shape, rows, rounds)
-
-
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape, rows: int, turned: bool = False) -> jax.Array:
-    """Y = X^T @ S, in float32: the rows of both come to it, and nothing is summed.
-
-    In rounds it would be a sum over them: SUMMA, which keeps no more, is faster then.
-    """
-    met = _met_rows(a, rows, shape[-2], turned)
-    return tile.product("tn", met, _all_rows(b, rows), len(shape))
+def price(problem: MatmulProblem) -> PricedPlan:
+    """(h - 1) X + M K / h + (h - 1) S words in 3 steps a round; M K / w and M K / h are held."""
+    h, w = problem.wafer.height, problem.wafer.width
+    rounds, mirrored = _rounds(problem), h == w and problem.wafer.machine is None
+    met = problem.x_copies * problem.rows * -(-problem.meeting // h) * problem.x_bytes
+    gathered = problem.x_copies * problem.rows * -(-problem.meeting // w) * problem.x_bytes
+    return problem.price(
+        MatmulPlan(
+            name="stationary",
+            algorithm=Stationary(rows=problem.rows, rounds=rounds, mirrored=mirrored),
+        ),
+        words=_bytes_moved(problem, met, mirrored) / WORD_BYTES,
+        steps=3 * rounds,
+        hops=(2 * h + w) * rounds,
+        held_bytes=(gathered + met) / rounds,
+        overlaps=False,  # nothing is multiplied before all is there
+        rounds=rounds,
+        note=f"in {rounds} rounds" if rounds > 1 else "",
+    )
 
 
-def _by_rows(run, a, shape, rows, rounds):
-    if rounds == 1:
-        return run(a, shape, rows)
-    shape = (*shape[:-2], shape[-2] // rounds, shape[-1])
-    rows = fabric.axis_size(ROWS) * shape[-2]
-    parts = jnp.moveaxis(lax.map(lambda part: run(part, shape, rows), _cut(a, rounds)), 0, -3)
-    return jnp.reshape(parts, (*parts.shape[:-3], -1, parts.shape[-1]))
+def _rounds(problem: MatmulProblem) -> int:
+    """How many shares the rows of a tile are best cut into; 1 if no number near it divides them."""
+    wafer = problem.wafer
+    if problem.form == "tn" or wafer.machine is not None or problem.gathers_little:
+        return 1
+    tall = -(-problem.rows // wafer.height)
+    wanted = problem.x_copies * tall * wafer.height // _ROUND_ROWS
+    near = range(wanted, wanted // 2, -1)
+    return next((rounds for rounds in near if rounds and tall % rounds == 0), 1)
 
 
-def _cut(x, rounds):
-    return jnp.moveaxis(jnp.reshape(x, (*x.shape[:-2], rounds, -1, x.shape[-1])), -3, 0)
+def _bytes_moved(problem: MatmulProblem, met: int, mirrored: bool) -> float:
+    h, w = problem.wafer.height, problem.wafer.width
+    tall = -(-problem.rows // h) * h
+    few = 2 * problem.rows <= tall  # padding is most of what a gather would move
+    tile_x, tile_s = -(-problem.meeting // w), -(-problem.columns // w)
+
+    def gathered(columns: int, size: int) -> float:
+        whole = problem.x_copies * columns * size
+        return whole * problem.rows if few else whole * tall * (h - 1) / h
+
+    def summed(columns: int) -> float:
+        rows = 2 * problem.rows if few else tall
+        return problem.x_copies * rows * columns * WORD_BYTES * (h - 1) / h
+
+    flooded = met if problem.form != "nt" else 2 * met * (w - 1) / w
+    moved = {
+        "nn": gathered(tile_x, problem.x_bytes) + flooded + summed(tile_s),
+        "nt": gathered(tile_s, problem.s_bytes) + flooded + summed(tile_x),
+        "tn": gathered(tile_x, problem.x_bytes) + flooded + gathered(tile_s, problem.s_bytes),
+    }[problem.form]
+    return moved - flooded + problem.x if mirrored else moved
 
 
-def _met_rows(x: jax.Array, rows: int, length: int, turned: bool) -> jax.Array:
-    """All rows, and the columns that meet this PE's `length` rows of Y."""
-    if turned:
-        return _all_rows(fabric.transpose(x), rows, COLS)
-    x = _all_rows(x, rows)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stationary:
+    """Y stays; the rows of X come to it, and the sums go where S lies."""
+
+    rows: int  # of the whole matrices, without padding
+    rounds: int = 1
+    mirrored: bool = False
+
+    def nn(
+        self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
+    ) -> Float[Array, "... Mt Nt"]:
+        """S = X @ Y: the sums over y are the last move."""
+
+        def one_round(
+            x: Num[Array, "... Mt Kx"], result: TileResult, rows: int
+        ) -> Float[Array, "... Mt Nt"]:
+            met = _gather_met_columns(x, rows, y.shape[-2], self.mirrored)
+            return _sum_own_rows(tile.product("nn", met, y, result), result)
+
+        return self._in_rounds(one_round, x, result)
+
+    def nt(
+        self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
+    ) -> Float[Array, "... Mt Kx"]:
+        """X = S @ Y^T: the moves of `nn` backwards."""
+
+        def one_round(
+            s: Num[Array, "... Mt Nt"], result: TileResult, rows: int
+        ) -> Float[Array, "... Mt Kx"]:
+            partial = tile.product("nt", _gather_rows(s, rows), y, result)
+            if self.mirrored:
+                return fabric.transpose(_sum_own_rows(partial, result, COLS))
+            met = fabric.all_reduce(partial, COLS)
+            width = result.shape[-1]
+            start = fabric.axis_index(COLS) * width - fabric.axis_index(ROWS) * met.shape[-1]
+            return _sum_own_rows(panels.take_padded(met, -1, start, width), result)
+
+        return self._in_rounds(one_round, s, result)
+
+    def tn(
+        self, x: Num[Array, "... Mt Kx"], s: Num[Array, "... Mt Nt"], result: TileResult
+    ) -> Float[Array, "... Ky Nt"]:
+        """Y = X^T @ S: the rows of both come to it, and nothing is summed.
+
+        In rounds it would be a sum over them. SUMMA is faster then, and holds no more.
+        """
+        if self.rounds > 1:
+            return summa.Summa().tn(x, s, result)
+        met = _gather_met_columns(x, self.rows, result.shape[-2], self.mirrored)
+        return tile.product("tn", met, _gather_rows(s, self.rows), result)
+
+    def _in_rounds(
+        self,
+        one_round: Callable[..., Float[Array, "... _ _"]],
+        a: Num[Array, "... _ _"],
+        result: TileResult,
+    ) -> Float[Array, "... _ _"]:
+        if self.rounds == 1:
+            return one_round(a, result, self.rows)
+        *leading, height, width = result.shape
+        share = result.with_shape(*leading, height // self.rounds, width)
+        rows = fabric.axis_size(ROWS) * share.shape[-2]
+        shares = jnp.reshape(a, (*a.shape[:-2], self.rounds, -1, a.shape[-1]))
+        run = functools.partial(one_round, result=share, rows=rows)
+        results = jnp.moveaxis(lax.map(run, jnp.moveaxis(shares, -3, 0)), 0, -3)
+        return jnp.reshape(results, (*results.shape[:-3], -1, results.shape[-1]))
+
+
+def _gather_met_columns(
+    x: Num[Array, "... Mt Kx"], rows: int, length: int, mirrored: bool
+) -> Num[Array, "... {rows} {length}"]:
+    """All rows of the columns of X that meet this PE's `length` rows of Y."""
+    if mirrored:
+        return _gather_rows(fabric.transpose(x), rows, COLS)
+    x = _gather_rows(x, rows)
     start = fabric.axis_index(ROWS) * length - fabric.axis_index(COLS) * x.shape[-1]
-    return fabric.flood(panels.overlap(x, -1, start, length), COLS)
+    return fabric.flood(panels.take_padded(x, -1, start, length), COLS)
 
 
-def _all_rows(x: jax.Array, rows: int, along: str = ROWS) -> jax.Array:
+def _gather_rows(
+    x: Num[Array, "... Mt _"], rows: int, along: str = ROWS
+) -> Num[Array, "... {rows} _"]:
     """All rows along an axis, without those that are padding."""
     size, length = fabric.axis_size(along), x.shape[-2]
     if 2 * rows > size * length:
-        return tile.sized(fabric.all_gather(x, along, -2), -2, rows)
-    # So many are padding that a flood of the true ones, each in its place, is less to send.
-    return fabric.flood(panels.overlap(x, -2, -fabric.axis_index(along) * length, rows), along)
+        return layout.resize(fabric.all_gather(x, along, -2), -2, rows)
+    # Most rows are padding. A flood of the true ones, each in its place, sends fewer words.
+    own_rows = panels.take_padded(x, -2, -fabric.axis_index(along) * length, rows)
+    return fabric.flood(own_rows, along)
 
 
-def _own_rows(x: jax.Array, shape: tile.Shape, along: str = ROWS) -> jax.Array:
-    """The sum of `x` along an axis, of which this PE keeps its own rows."""
-    size, length = fabric.axis_size(along), shape[-2]
+def _sum_own_rows(
+    x: Float[Array, "... _ _"], result: TileResult, along: str = ROWS
+) -> Float[Array, "... _ _"]:
+    """The sum of `x` along an axis; this PE keeps its own rows."""
+    size, length = fabric.axis_size(along), result.shape[-2]
     if 2 * x.shape[-2] > size * length:
-        return fabric.reduce_scatter(tile.sized(x, -2, size * length), along, -2)
+        return fabric.reduce_scatter(layout.resize(x, -2, size * length), along, -2)
     whole = fabric.all_reduce(x, along)
-    return panels.overlap(whole, -2, fabric.axis_index(along) * length, length)
+    return panels.take_padded(whole, -2, fabric.axis_index(along) * length, length)

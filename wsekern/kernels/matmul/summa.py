@@ -1,69 +1,109 @@
-"""This file is the matrix product by SUMMA: panels of both operands are broadcast, one at a time.
+"""Matrix product by SUMMA: panels of both operands are broadcast, one at a time.
 
-Public per-PE functions, of tiles on a grid of any height and width. R. A. van de Geijn and J.
-Watts, "SUMMA: Scalable Universal Matrix Multiplication Algorithm", 1997. A panel is as wide as a
-tile along the longer side of the grid; along the shorter it may lie in two tiles, and each PE then
-sends its part of it: a flood of what each PE has of the panel.
+R. A. van de Geijn and J. Watts, "SUMMA: Scalable Universal Matrix Multiplication Algorithm", 1997.
+The grid may have any height and width. A panel is as wide as a tile along the longer side of the
+grid. Along the shorter side it may lie in two tiles; each PE then sends its part of the panel, as a
+flood in which the other PEs have zeros.
 """
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Num
 
 from wsekern import fabric
 from wsekern.kernels.matmul import panels, tile
+from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
+from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer.axes import COLS, ROWS
 
 
-def nn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
-    """S = X @ Y, in float32: in each step a panel of either is broadcast, and one product.
-
-    There are max(height, width) steps; a PE holds one panel of each operand at a time.
-    """
-    width = min(a.shape[-1], b.shape[-2])
-
-    def part(s):
-        pair = _panel(a, -1, COLS, width, s), _panel(b, -2, ROWS, width, s)
-        return tile.product("nn", *pair, len(shape))
-
-    def step(c, s):
-        return c + part(s), None
-
-    return lax.scan(step, part(0), jnp.arange(1, _steps()))[0]
-
-
-def nt(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
-    """X = S @ Y^T, in float32: in each step a panel of Y is broadcast, and one of X summed."""
-    width = min(shape[-1], b.shape[-2])
-
-    def step(x, s):
-        partial = tile.product("nt", a, _panel(b, -2, ROWS, width, s), len(shape))
-        return _put(x, fabric.all_reduce(partial, COLS), -1, COLS, s), None
-
-    return lax.scan(step, tile.zeros(shape, a, b), jnp.arange(_steps()))[0]
+def price(problem: MatmulProblem) -> PricedPlan:
+    """w X + h Y words in 2 max(h, w) floods; a panel of each is held."""
+    h, w = problem.wafer.height, problem.wafer.width
+    steps = max(h, w)
+    panel_x, panel_y = problem.x * w / steps, problem.y * h / steps
+    # A panel of an operand is flooded; one of the result is summed.
+    moves_x = 2 * (w - 1) / w if problem.form == "nt" else 1
+    moves_y = 2 * (h - 1) / h if problem.form == "tn" else 1
+    return problem.price(
+        MatmulPlan(name="summa", algorithm=Summa()),
+        words=steps * (moves_x * panel_x + moves_y * panel_y) / WORD_BYTES,
+        steps=2 * steps,
+        hops=steps * (h + w),
+        held_bytes=panel_x + panel_y,
+    )
 
 
-def tn(a: jax.Array, b: jax.Array, shape: tile.Shape) -> jax.Array:
-    """Y = X^T @ S, in float32: in each step a panel of X is broadcast, and one of Y summed."""
-    width = min(a.shape[-1], shape[-2])
+@dataclasses.dataclass(frozen=True)
+class Summa:
+    """max(height, width) steps; a PE holds one panel of each operand at a time."""
 
-    def step(y, s):
-        partial = tile.product("tn", _panel(a, -1, COLS, width, s), b, len(shape))
-        return _put(y, fabric.all_reduce(partial, ROWS), -2, ROWS, s), None
+    def nn(
+        self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
+    ) -> Float[Array, "... Mt Nt"]:
+        """S = X @ Y: each step broadcasts a panel of X and one of Y, and multiplies them."""
+        width = min(x.shape[-1], y.shape[-2])
 
-    return lax.scan(step, tile.zeros(shape, a, b), jnp.arange(_steps()))[0]
+        def summand(i: Int[Array, ""] | int) -> Float[Array, "... Mt Nt"]:
+            pair = _broadcast_panel(x, -1, COLS, width, i), _broadcast_panel(y, -2, ROWS, width, i)
+            return tile.product("nn", *pair, result)
+
+        def step(
+            total: Float[Array, "... Mt Nt"], i: Int[Array, ""]
+        ) -> tuple[Float[Array, "... Mt Nt"], None]:
+            return total + summand(i), None
+
+        return lax.scan(step, summand(0), jnp.arange(1, _steps()))[0]
+
+    def nt(
+        self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
+    ) -> Float[Array, "... Mt Kx"]:
+        """X = S @ Y^T: each step broadcasts a panel of Y and sums one of X."""
+        width = min(result.shape[-1], y.shape[-2])
+
+        def step(
+            x: Float[Array, "... Mt Kx"], i: Int[Array, ""]
+        ) -> tuple[Float[Array, "... Mt Kx"], None]:
+            partial = tile.product("nt", s, _broadcast_panel(y, -2, ROWS, width, i), result)
+            return _put_panel(x, fabric.all_reduce(partial, COLS), -1, COLS, i), None
+
+        return lax.scan(step, tile.zeros(result.shape, s, y), jnp.arange(_steps()))[0]
+
+    def tn(
+        self, x: Num[Array, "... Mt Kx"], s: Num[Array, "... Mt Nt"], result: TileResult
+    ) -> Float[Array, "... Ky Nt"]:
+        """Y = X^T @ S: each step broadcasts a panel of X and sums one of Y."""
+        width = min(x.shape[-1], result.shape[-2])
+
+        def step(
+            y: Float[Array, "... Ky Nt"], i: Int[Array, ""]
+        ) -> tuple[Float[Array, "... Ky Nt"], None]:
+            partial = tile.product("tn", _broadcast_panel(x, -1, COLS, width, i), s, result)
+            return _put_panel(y, fabric.all_reduce(partial, ROWS), -2, ROWS, i), None
+
+        return lax.scan(step, tile.zeros(result.shape, x, s), jnp.arange(_steps()))[0]
 
 
 def _steps() -> int:
     return max(fabric.axis_size(ROWS), fabric.axis_size(COLS))
 
 
-def _panel(x: jax.Array, axis: int, along: str, width: int, s: Int[Array, ""] | int) -> jax.Array:
-    start = s * width - fabric.axis_index(along) * x.shape[axis]
-    return fabric.flood(panels.part(x, axis, start, width), along)
+def _broadcast_panel(
+    x: Num[Array, "... _ _"], axis: int, along: str, width: int, i: Int[Array, ""] | int
+) -> Num[Array, "... _ _"]:
+    # Panel i begins `start` after this PE's tile does; before it, if negative.
+    start = i * width - fabric.axis_index(along) * x.shape[axis]
+    return fabric.flood(panels.take(x, axis, start, width), along)
 
 
-def _put(x: jax.Array, panel: jax.Array, axis: int, along: str, s: Int[Array, ""]) -> jax.Array:
-    start = s * panel.shape[axis] - fabric.axis_index(along) * x.shape[axis]
+def _put_panel(
+    x: Float[Array, "... _ _"],
+    panel: Float[Array, "... _ _"],
+    axis: int,
+    along: str,
+    i: Int[Array, ""],
+) -> Float[Array, "... _ _"]:
+    start = i * panel.shape[axis] - fabric.axis_index(along) * x.shape[axis]
     return panels.put(x, panel, axis, start)

@@ -7,7 +7,7 @@ import pytest
 
 import wsekern as wk
 
-both = pytest.mark.parametrize("algorithm", ["cannon", "mesh"])
+both = pytest.mark.parametrize("algorithm", ["cannon", "mesh_gemm"])
 
 
 def product(algorithm):
@@ -51,7 +51,7 @@ def test_tiles_shift_once_less_than_there_are_products(algorithm):
     assert len(moves) == 2
 
 
-@pytest.mark.parametrize(("algorithm", "hops"), [("cannon", 3), ("mesh", 2)])
+@pytest.mark.parametrize(("algorithm", "hops"), [("cannon", 3), ("mesh_gemm", 2)])
 def test_no_shift_of_the_folded_ring_is_longer_than_two_hops(algorithm, hops):
     run = product(algorithm)
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8, 8)), jnp.ones((8, 8))).jaxpr

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,15 @@ def test_int8_weights(full_wafer, transpose_b):
     np.testing.assert_array_equal(y, x @ b * scales)
     np.testing.assert_array_equal(dx, (dy * scales) @ b.T)
     np.testing.assert_array_equal(dscales, (x @ b * dy).sum(0))
+
+
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_precision_is_that_of_every_product(full_wafer, transpose_b):
+    run = product(full_wafer, transpose_b=transpose_b, precision="highest")
+    x, b = jnp.ones(8), jnp.ones((8, 8))
+    program = jax.jit(lambda x, b, dy: jax.vjp(run, x, b)[1](dy)).lower(x, b, x).as_text()
+    found = re.findall(r"stablehlo.dot_general.* precision = (\[\w+, \w+\])", program)
+    assert len(found) >= 2 and set(found) == {"[HIGHEST, HIGHEST]"}
 
 
 def test_a_chain_alternates_axes_and_moves_only_sums(as_shipped):

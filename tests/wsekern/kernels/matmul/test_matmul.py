@@ -1,5 +1,9 @@
 import functools
+import inspect
+import pathlib
 import re
+import traceback
+from typing import assert_type
 
 import hypothesis
 import hypothesis.strategies as st
@@ -9,7 +13,9 @@ import numpy as np
 import pytest
 
 import wsekern as wk
+from wsekern.kernels.matmul.choice import PRICES
 from wsekern.kernels.matmul.choice import serving as algorithms
+from wsekern.wafer.explanation import Explanation
 
 DIVIDES, PADDED = (8, 16, 8), (5, 39, 7)  # M, K, N
 OPERANDS = {
@@ -54,7 +60,11 @@ def with_gradients(run):
     return call
 
 
-FORMS = {"nn": {}, "nt": {"transpose_b": True}, "tn": {"transpose_a": True}}
+FORMS: dict[str, dict[str, bool]] = {
+    "nn": {},
+    "nt": {"transpose_b": True},
+    "tn": {"transpose_a": True},
+}
 
 
 def as_form(form, a, b):
@@ -70,20 +80,26 @@ def assert_right(run, a, b, dc, dtype=jnp.float32):
         np.testing.assert_array_equal(x, want.astype(np.float32).astype(dtype))
 
 
+def assert_highest(program, products):
+    """A StableHLO program has so many products, or more, and each in the highest precision."""
+    found = re.findall(r"stablehlo.dot_general.* precision = (\[\w+, \w+\])", program)
+    assert len(found) >= products and set(found) == {"[HIGHEST, HIGHEST]"}
+
+
 # Every algorithm where no axis has one PE only, devices and virtual; on rectangles where it can.
 EVERYWHERE = [
     ("allgather", "2x4"),
     ("summa", "virtual-2x4"),
     ("cannon", "2of2x2"),
-    ("mesh", "3x3"),
-    ("mesh", "virtual-2x4"),
+    ("mesh_gemm", "3x3"),
+    ("mesh_gemm", "virtual-2x4"),
     ("collective", "2x4"),
     ("stationary", "2of2x2"),
 ]
 MORE = [
     ("allgather", "2of2x2"),
     ("summa", "2of2x2"),
-    ("mesh", "virtual-4x4"),
+    ("mesh_gemm", "virtual-4x4"),
     ("collective", "virtual-4x4"),
     ("stationary", "2x4"),
     ("stationary", "virtual-4x4"),
@@ -152,7 +168,7 @@ def test_the_gradient_keeps_nothing_but_the_operands(algorithm):
     assert sorted(x.shape for x in jax.tree.leaves(kept)) == [(4, 8), (8, 12)]
 
 
-@pytest.mark.parametrize("algorithm", ["summa", "cannon", "mesh"])
+@pytest.mark.parametrize("algorithm", ["summa", "cannon", "mesh_gemm"])
 def test_temporaries_are_fewer_than_those_of_gathering(algorithm, as_shipped):
     a = b = jax.ShapeDtypeStruct((512, 512), jnp.float32)
 
@@ -221,7 +237,7 @@ def test_runs_on_the_wafer_in_force():
 
 def test_a_grid_is_offered_what_serves_it():
     anywhere = {"allgather", "summa", "collective", "stationary"}
-    assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 2, 3))) == anywhere | {"cannon", "mesh"}
+    assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 2, 3))) == anywhere | {"cannon", "mesh_gemm"}
     assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 3, 5))) == anywhere
     assert "2.5d" in algorithms(wk.Wafer.virtual(wk.WSE2, 2, 2, 2))
 
@@ -258,8 +274,8 @@ def test_many_rows_in_rounds(form):
     wafer = wk.Wafer.devices(2, 4)
     run = functools.partial(product(wafer), **FORMS[form])
     a, b, dc = whole_numbers(1024, 1536), whole_numbers(1536, 1500), whole_numbers(1024, 1500)
-    operands = as_form(form, a, b)
-    explained = str(wk.explain_matmul(*operands, wafer=wafer, **FORMS[form]))
+    left, right = operands = as_form(form, a, b)
+    explained = str(wk.explain_matmul(left, right, wafer=wafer, **FORMS[form]))
     assert ("summa, " if form == "tn" else "in 2 rounds") in explained
     c, da, db = with_gradients(run)(*operands, dc)
     np.testing.assert_array_equal(c, a @ b)
@@ -350,6 +366,62 @@ def test_the_explanation_of_auto_is_what_runs(rows):
     )
     assert auto == named
     assert wk.explain_matmul(a, b).algorithm == "plain"
+
+
+def test_explain_is_known_to_type_checkers():
+    """Mypy, which checks these files, accepts neither `matmul.explain` nor these types of Any."""
+    a = jnp.ones((4, 4))
+    assert_type(wk.matmul.explain(a, a), Explanation)
+    assert_type(wk.matmul(a, a), jax.Array)
+    assert_type(wk.matmul(a, (a, a)), tuple[jax.Array, ...])
+    assert wk.matmul.explain is wk.explain_matmul
+    assert inspect.isfunction(wk.matmul) and "- `mesh_gemm`: " in (wk.matmul.__doc__ or "")
+
+
+def test_the_former_name_of_mesh_gemm_is_accepted():
+    wafer, operands = wk.Wafer.abstract(wk.WSE2, 4, 4), [jnp.ones((8, 8))] * 2
+    former, new = (
+        str(jax.make_jaxpr(product(wafer, name))(*operands)) for name in ("mesh", "mesh_gemm")
+    )
+    assert former == new
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", ["1x1", "2x4", "virtual-4x4"])
+def test_precision_is_that_of_every_product(form, grid, wafer_called):
+    run = functools.partial(wk.matmul, wafer=wafer_called(grid), precision="highest", **FORMS[form])
+    operands = as_form(form, jnp.ones((8, 8)), jnp.ones((8, 8)))
+    assert_highest(with_gradients(run).lower(*operands, jnp.ones((8, 8))).as_text(), products=3)
+
+
+OURS = pathlib.Path(wk.__file__).parent
+ON_WAFERS = [(name, grid) for grid in ("2x4", "virtual-2x4") for name in ("auto", *PRICES)]
+ON_WAFERS = [pair for pair in ON_WAFERS if pair[0] != "2.5d"]
+ON_WAFERS += [("auto", "1x1"), ("2.5d", "2of2x2"), ("2.5d", "virtual-2of2x2")]
+
+
+@pytest.mark.parametrize("where", ON_WAFERS, ids=" on ".join)
+def test_a_product_is_few_calls_away(where, wafer_called, monkeypatch):
+    """At most 12 functions of ours, in 6 files, from `wk.matmul` to the product of its tiles."""
+    algorithm, grid = where
+    stacks = []
+
+    def recording(multiply):
+        def call(*args, **kwargs):
+            stacks.append([frame.filename for frame in traceback.extract_stack()])
+            return multiply(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(jax.lax, "dot_general", recording(jax.lax.dot_general))
+    monkeypatch.setattr(jnp, "matmul", recording(jnp.matmul))  # on one PE
+    # Sizes of no other call: a program that is there already is not traced.
+    K = 400 + ON_WAFERS.index(where)
+    product(wafer_called(grid), algorithm)(jnp.ones((40, K)), jnp.ones((K, 24)))
+    assert stacks
+    for stack in stacks:
+        files = [file for file in stack if OURS in pathlib.Path(file).parents]
+        assert len(files) <= 12 and len(set(files)) <= 6, files
 
 
 @pytest.mark.slow

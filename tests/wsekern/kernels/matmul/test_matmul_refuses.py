@@ -49,7 +49,10 @@ def test_refuses_dtypes_that_do_not_fit(dtypes, message):
         ({"activation": "swish"}, "activation='swish' is not one of 'relu', 'gelu'"),
         ({"bias": jnp.ones(3)}, r"bias is \(3,\), it must be \(4,\)"),
         ({"scales": jnp.ones(4)}, "scales are for int8 weights, b is float32"),
-        ({"algorithm": "mesh"}, r"least common multiple .* it is 3x5; use one of \('allgather'"),
+        (
+            {"algorithm": "mesh_gemm"},
+            r"least common multiple .* it is 3x5; use one of \('allgather'",
+        ),
         ({"algorithm": "2.5d"}, "needs more than one wafer, there is one; use one of"),
     ],
 )

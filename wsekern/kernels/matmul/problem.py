@@ -1,0 +1,164 @@
+"""A matrix product on a wafer in numbers: its sizes, the plan of an algorithm, and its price.
+
+Words are 32-bit and are those that a PE receives; steps are moves that wait for one another; held
+bytes are what a PE keeps of others' tiles at a time. All are of the product alone. Cycles are
+predicted for wafers only, by the model of P. Luczynski et al., "Near-Optimal Wafer-Scale Reduce",
+HPDC 2024: the longer of words through a PE and arithmetic, then hops, and 2 ramps + 1 for every
+dependent step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+
+from wsekern.kernels.matmul.tile import ROLES, Form, Matrix, TileAlgorithm
+from wsekern.wafer.explanation import Candidate
+from wsekern.wafer.limits import gather_limit
+from wsekern.wafer.wafer import Wafer
+
+WORD_BYTES = 4
+_GATHERED_BYTES = 4 * 2**20  # on an emulated device (benchmarks/RESULTS.md)
+Described = jax.Array | jax.ShapeDtypeStruct  # only its shape and dtype are read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulPlan:
+    """An algorithm with its options, and what it asks of the sizes."""
+
+    name: str
+    algorithm: TileAlgorithm
+    unit: int = 1  # the meeting dimension is padded to a multiple of it
+
+    def multiples(self, matrix: Matrix) -> tuple[int, int]:
+        """What the rows and the columns of a matrix are padded to a multiple of."""
+        return {"X": (1, self.unit), "Y": (self.unit, 1), "S": (1, 1)}[matrix]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PricedPlan(Candidate):
+    """A plan, and what it would cost a PE or why it cannot serve."""
+
+    plan: MatmulPlan
+    hops: int = 0
+    rounds: int = 1  # one after another, each of a share of the rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulProblem:
+    """The matrices S = X @ Y (see `tile`) on a wafer, whichever of them is to be computed.
+
+    Sizes are those of the whole matrices; bytes are those of one element.
+    """
+
+    form: Form = "nn"
+    rows: int  # of X and S
+    meeting: int  # columns of X, rows of Y
+    columns: int  # of Y and S
+    x_bytes: int
+    y_bytes: int
+    s_bytes: int
+    x_copies: int = 1  # leading dimensions on one wafer
+    y_copies: int = 1
+    batched: bool = False
+    wafer: Wafer
+
+    @classmethod
+    def of(cls, form: Form, a: Described, bs: Sequence[Described], wafer: Wafer) -> "MatmulProblem":
+        """The problem of multiplying `a` by all `bs`, which are moved as one factor."""
+        leading = a.shape[:-2] or bs[0].shape[:-2]
+        copies = math.prod(leading[1:]) * -(-leading[0] // wafer.wafers) if leading else 1
+        width_b = sum(b.shape[-2 if form == "nt" else -1] for b in bs)
+        rows, columns_a = a.shape[-2:]
+        meeting, columns = (width_b, columns_a) if form == "nt" else (columns_a, width_b)
+        size_a, size_b = a.dtype.itemsize, bs[0].dtype.itemsize
+        # The result has a's dtype.
+        size = dict(zip(ROLES[form], (size_a, size_b, size_a), strict=True))
+        return cls(
+            form=form,
+            rows=rows,
+            meeting=meeting,
+            columns=columns,
+            x_bytes=size["X"],
+            y_bytes=size["Y"],
+            s_bytes=size["S"],
+            x_copies=copies,
+            y_copies=copies if form == "tn" or bs[0].ndim > 2 else 1,
+            batched=bool(leading),
+            wafer=wafer,
+        )
+
+    @property
+    def x(self) -> int:
+        """Bytes of a PE's tile of X."""
+        return self.x_copies * self._tile(self.rows, self.meeting) * self.x_bytes
+
+    @property
+    def y(self) -> int:
+        """Bytes of a PE's tile of Y."""
+        return self.y_copies * self._tile(self.meeting, self.columns) * self.y_bytes
+
+    @property
+    def s(self) -> int:
+        """Bytes of a PE's tile of S."""
+        return self.x_copies * self._tile(self.rows, self.columns) * self.s_bytes
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of a row of X's tiles and a column of Y's."""
+        return self.wafer.width * self.x + self.wafer.height * self.y
+
+    @property
+    def gathers_little(self) -> bool:
+        """Whether what `allgather` gathers is little enough for the machine."""
+        limit = gather_limit(self.wafer)
+        if self.wafer.platform == "cpu":
+            limit = min(limit, _GATHERED_BYTES)
+        return self.gathered <= limit
+
+    def price(
+        self,
+        plan: MatmulPlan,
+        *,
+        words: float,
+        steps: int,
+        hops: int,
+        held_bytes: float,
+        overlaps: bool = True,
+        wafers: int = 1,
+        rounds: int = 1,
+        note: str = "",
+    ) -> PricedPlan:
+        """`plan` with its costs, and on a wafer with the cycles that are predicted from them.
+
+        Args:
+          overlaps: whether it multiplies while words move.
+          wafers: how many wafers share the arithmetic.
+        """
+        return PricedPlan(
+            plan=plan,
+            words=words,
+            steps=steps,
+            hops=hops,
+            held_bytes=held_bytes,
+            cycles=self._cycles(words, steps, hops, overlaps, wafers),
+            rounds=rounds,
+            note=note,
+        )
+
+    def _cycles(
+        self, words: float, steps: int, hops: int, overlaps: bool, wafers: int
+    ) -> float | None:
+        machine = self.wafer.machine
+        if machine is None:
+            return None
+        products = self.x_copies * self._tile(self.rows, self.columns) * self.meeting
+        dtype = "float16" if min(self.x_bytes, self.s_bytes) == 2 else "float32"
+        arithmetic = products / machine.fmacs_per_cycle(dtype) / wafers
+        moves = words * WORD_BYTES / machine.link_bytes_per_cycle
+        busy = max(arithmetic, moves) if overlaps else arithmetic + moves
+        return busy + hops * machine.hop_cycles + steps * (2 * machine.ramp_cycles + 1)
+
+    def _tile(self, rows: int, columns: int) -> int:
+        return -(-rows // self.wafer.height) * -(-columns // self.wafer.width)

@@ -1,0 +1,88 @@
+"""The type of `matmul`, for editors and type checkers; at run time it is a plain function."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, cast, overload
+
+import jax
+from jaxtyping import Array, Float, Int8
+
+from wsekern.kernels.matmul.epilogue import Activation
+from wsekern.kernels.matmul.explain import explain_matmul
+from wsekern.kernels.matmul.problem import Described
+from wsekern.wafer.explanation import Explanation
+from wsekern.wafer.wafer import Wafer
+
+Algorithm = Literal[
+    "auto",
+    "allgather",
+    "summa",
+    "cannon",
+    "mesh_gemm",
+    "mesh",
+    "collective",
+    "stationary",
+    "2.5d",
+]
+Matrix = Float[Array, "... _ _"] | Int8[Array, "... _ _"]
+Shape = tuple[int, ...]
+
+
+class Explain(Protocol):
+    """The type of `matmul.explain`."""
+
+    def __call__(
+        self,
+        a: Described | Shape,
+        b: Described | Shape | Sequence[Described | Shape],
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        dtype: Any = ...,
+        wafer: Wafer | None = None,
+    ) -> Explanation: ...
+
+
+class Matmul(Protocol):
+    """One right factor gives an array, a tuple of them a tuple."""
+
+    @overload
+    def __call__(
+        self,
+        a: Float[Array, "*batch M K"],
+        b: Float[Array, "... K N"] | Int8[Array, "... K N"],
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Float[Array, " N"] | None = None,
+        activation: Activation = None,
+        scales: Float[Array, " N"] | None = None,
+        algorithm: Algorithm = "auto",
+        precision: jax.lax.PrecisionLike = None,
+        wafer: Wafer | None = None,
+    ) -> Float[Array, "*batch M N"]: ...
+
+    @overload
+    def __call__(
+        self,
+        a: Float[Array, "*batch M K"],
+        b: Sequence[Matrix],
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Sequence[Float[Array, " _"] | None] | None = None,
+        activation: Activation = None,
+        scales: Sequence[Float[Array, " _"] | None] | None = None,
+        algorithm: Algorithm = "auto",
+        precision: jax.lax.PrecisionLike = None,
+        wafer: Wafer | None = None,
+    ) -> tuple[Float[Array, "*batch M _"], ...]: ...
+
+    @property
+    def explain(self) -> Explain:
+        """Which algorithm "auto" takes for these factors, and what each would cost."""
+
+
+def with_signature(function: Callable[..., Any]) -> Matmul:
+    """`function` with its `explain`, and known by the type above."""
+    function.explain = explain_matmul  # type: ignore[attr-defined]
+    return cast(Matmul, function)

@@ -69,8 +69,8 @@ def bicgstab(
       ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
         both names with different values.
     """
-    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("bicgstab", ours, theirs, _MOST)
+    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("bicgstab", values, jax_values, _MOST)
     named = ("preconditioner", preconditioner)
     precondition = either_name("bicgstab", named, None, ("M", M)) or (lambda r: r)
     step = functools.partial(_step, precondition)

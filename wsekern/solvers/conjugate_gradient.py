@@ -68,8 +68,8 @@ def cg(
       ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
         both names with different values.
     """
-    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("cg", ours, theirs, _MOST)
+    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("cg", values, jax_values, _MOST)
     named = ("preconditioner", preconditioner)
     precondition = either_name("cg", named, None, ("M", M)) or (lambda r: r)
     begin = functools.partial(_begin, precondition)

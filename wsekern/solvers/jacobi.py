@@ -64,8 +64,8 @@ def jacobi(
     """
     if not damping > 0:
         raise ValueError(f"jacobi: damping={damping} must be above 0")
-    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("jacobi", ours, theirs, _MOST)
+    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("jacobi", values, jax_values, _MOST)
 
     def step(
         matvec: Operator, x: Fields, r: Fields, carry: tuple[()]

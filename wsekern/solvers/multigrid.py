@@ -82,8 +82,8 @@ def multigrid(
         solution's reason is that it diverged.
     """
     _check(b, sweeps, damping)
-    ours, theirs = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("multigrid", ours, theirs, _MOST)
+    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
+    limits = check_limits("multigrid", values, jax_values, _MOST)
     cycle = v_cycle(operator_at, b.shape, diagonal_at=diagonal_at, sweeps=sweeps, damping=damping)
 
     def step(

@@ -61,29 +61,29 @@ class Limits(NamedTuple):
 
 def check_limits(
     method: str,
-    ours: tuple[float, float, int],
-    theirs: tuple[float | None, float | None, int | None],
+    values: tuple[float, float, int],
+    jax_values: tuple[float | None, float | None, int | None],
     most: int,
 ) -> Limits:
     """The limits by our names, or by those of `jax.scipy.sparse.linalg`.
 
     Args:
       method: the solver's name, for messages.
-      ours: tolerance, absolute, max_iterations.
-      theirs: tol, atol, maxiter, each None if it is not given.
+      values: tolerance, absolute, max_iterations.
+      jax_values: tol, atol, maxiter, each None if it is not given.
       most: the default of max_iterations.
 
     Raises:
       ValueError: one limit is given by both names with two values, or a limit is out of range.
     """
     names = (("tolerance", "tol"), ("absolute", "atol"), ("max_iterations", "maxiter"))
-    values = [
-        either_name(method, (name, value), default, (alias, aliased))
-        for (name, alias), value, default, aliased in zip(
-            names, ours, (TOLERANCE, ABSOLUTE, most), theirs, strict=True
+    defaults = (TOLERANCE, ABSOLUTE, most)
+    tolerance, absolute, max_iterations = (
+        either_name(method, (name, value), default, (jax_name, jax_value))
+        for (name, jax_name), value, default, jax_value in zip(
+            names, values, defaults, jax_values, strict=True
         )
-    ]
-    tolerance, absolute, max_iterations = values
+    )
     if max_iterations < 1 or tolerance < 0 or absolute < 0:
         raise ValueError(
             f"{method}: max_iterations={max_iterations} must be 1 or more, tolerance={tolerance} "

@@ -173,8 +173,8 @@ def _back_through_units(
     if units:  # XLA would compile a loop of no turns too
         (now, _), starts = lax.scan(ahead, (start, start), begins)
     if steps:
-        rest = _tail(dreadings, done)
-        current = _back_through_steps(run, current, now, begin + done, steps, rest)
+        of_steps = _tail(dreadings, done)
+        current = _back_through_steps(run, current, now, begin + done, steps, of_steps)
     if not units:
         return current
 
@@ -192,8 +192,8 @@ def _back_through_steps(
     rebuild_run, rebuild_now = _floating(run)[1], _floating(now)[1]
 
     def ahead(run_arrays: list[Any], buffers: list[Any]) -> tuple[Any, Any]:
-        here = rebuild_run(run_arrays, run)
-        after, end, record = here.take_steps_reverse(rebuild_now(buffers, now), begin, steps)
+        traced_run = rebuild_run(run_arrays, run)
+        after, end, record = traced_run.take_steps_reverse(rebuild_now(buffers, now), begin, steps)
         results = _floating(after)[0], _floating(end)[0]
         return results, None if dreadings is None else record
 

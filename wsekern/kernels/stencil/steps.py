@@ -299,9 +299,9 @@ def _with_halos(plan: StencilPlan, coefficients: Sequence[Tile]) -> Tiles:
     buffers = [pad_tile(result[i], m) for (i, _), m in zip(split, margins, strict=True)]
     if buffers:
         buffers = exchange(buffers, lines, margins, mode=Mode.PADDED)
-    for (i, own), buffer, m in zip(split, buffers, margins, strict=True):
+    for (i, field), buffer, m in zip(split, buffers, margins, strict=True):
         [result[i]] = boundary.fill(
-            [buffer], [own], padding=m, margins=m, radius=m, mode=Mode.PADDED
+            [buffer], [field], padding=m, margins=m, radius=m, mode=Mode.PADDED
         )
     return tuple(result)
 

@@ -14,7 +14,7 @@ Any pytree of such variables is a state, optax's moments included. Then
 
 JAX needs every dimension to divide by the PEs along it, so `initialize` pads a state with zeros and
 remembers the shapes without padding; `logical` cuts the padding off. Gradients of padding are zero,
-so optimizers leave it as it is. `docs/models.md` has a whole training loop.
+so optimizers leave it as it is. `docs/sharding.md` has a whole training loop.
 
 This package imports `wsekern` alone. Names are loaded when first used.
 """

@@ -1,4 +1,4 @@
-"""The command `wsekern estimate`."""
+"""The command `wsekern estimate`: what it prints, and what it refuses."""
 
 import json
 
@@ -31,13 +31,13 @@ def test_it_prints_a_table_and_json(program, capsys):
     assert "WSE-2, 8x8 PEs, 0.85 GHz" in capsys.readouterr().out
     words = ["--grid", "4x4", "--json", "--clock", "1.1", "--shapes", "8x8:float16", "8x8:float16"]
     main(["estimate", f"{program}:step", *words])
-    found = json.loads(capsys.readouterr().out)
-    assert found["machine"] == "WSE-3" and found["grid"] == [4, 4, 1]
-    assert found["extra_cycles"] == 0.0
-    assert found["seconds"] == pytest.approx(found["cycles"] / 1.1e9)
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["machine"] == "WSE-3" and fields["grid"] == [4, 4, 1]
+    assert fields["extra_cycles"] == 0.0
+    assert fields["seconds"] == pytest.approx(fields["cycles"] / 1.1e9)
 
 
-def test_defects_are_told(program, capsys):
+def test_the_table_has_a_line_about_defects(program, capsys):
     main(["estimate", f"{program}:step", "--grid", "32x32", "--pe-yield", "0.95"])
     assert " of 762x1272 PEs faulty; neighbors up to" in capsys.readouterr().out
 
@@ -58,7 +58,7 @@ def test_defects_are_told(program, capsys):
         (["--validate", "nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_it_refuses_by_name(program, capsys, words, message):
+def test_refuses_by_message(program, capsys, words, message):
     with pytest.raises(SystemExit) as ended:
         main(["estimate", *(word.format(program) for word in words)])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""What the estimator says of programs whose cost is counted by hand."""
+"""Estimates of programs whose cost can be counted by hand."""
 
 import functools
 import html
@@ -37,18 +37,18 @@ def mapped(wafer, kernel, specs=GRID):
 
 @pytest.mark.parametrize("p", [2, 4, 8])
 def test_cannon_equals_a_hand_count(p):
-    """Skewed and shifted p - 1 times, either operand; two of each held, beside those given."""
+    """Either operand is skewed and shifted p - 1 times, and held twice beside the inputs."""
     tile = 6 * 6
     a = array(6 * p, 6 * p)
     e = wk.estimate(functools.partial(wk.matmul, algorithm="cannon"), a, a, wafer=abstract(p))
     assert e.received == 2 * p * tile and e.moves == 2 * p
     assert e.flops == 2 * (6 * p) ** 3
-    assert e.sram_per_pe == 4 * tile * (2 + 4 + 1)  # given, held of either, result
+    assert e.sram_per_pe == 4 * tile * (2 + 4 + 1)  # inputs, two held of each, result
 
 
 @pytest.mark.parametrize("p", [2, 4, 8])
 def test_summa_equals_a_hand_count(p):
-    """Two floods of a panel for each of p products; both are held, and the source of one."""
+    """Each of p products floods a panel of each operand; both are held, and the source of one."""
     tile = 6 * 6
     a = array(6 * p, 6 * p)
     e = wk.estimate(functools.partial(wk.matmul, algorithm="summa"), a, a, wafer=abstract(p))
@@ -58,7 +58,7 @@ def test_summa_equals_a_hand_count(p):
 
 
 def test_ring_attention_equals_a_hand_count():
-    """Keys and values travel p - 1 times; q, k, v, blocked keys and values, one pair on its way."""
+    """Keys and values move p - 1 times round the ring."""
     p, T, heads, size = 4, 32, 2, 8
     q = array(1, T, heads, size)
     run = functools.partial(wk.attention, algorithm="ring")
@@ -72,7 +72,7 @@ def test_ring_attention_equals_a_hand_count():
 
 @pytest.mark.parametrize(("p", "depth"), [(2, 1), (4, 2)])
 def test_a_halo_equals_a_hand_count(p, depth):
-    """Rows first, then columns with the rows' halo in them."""
+    """Rows are exchanged first, then columns with the rows' halo in them."""
     h, w = 8, 6
     run = functools.partial(wk.halo_exchange, width=depth, boundary="periodic")
     e = wk.estimate(run, array(h * p, w * p), wafer=abstract(p))
@@ -80,8 +80,8 @@ def test_a_halo_equals_a_hand_count(p, depth):
     assert e.moves == 4
 
 
-def test_a_tile_product_is_so_many_instructions():
-    """Of 3 x 5 and 5 x 40: fifteen of forty elements, whichever factor is longer."""
+def test_a_tile_product_takes_one_instruction_for_each_element_of_its_smaller_factor():
+    """3 x 5 times 5 x 40 takes 15 instructions of 40 elements; so does 40 x 5 times 5 x 3."""
     rows = 15 * (DEFAULT.product_start + 40 / 4)
     for shapes in ([(3, 5), (5, 40)], [(40, 5), (5, 3)]):
         a, b = (array(2 * s[0], 2 * s[1], dtype=jnp.float16) for s in shapes)
@@ -137,7 +137,7 @@ def test_a_scan_costs_its_trips():
 
 
 def test_a_solver_costs_its_iterations():
-    """Of a linear solve, what its solution runs; each iteration moves as much as any other."""
+    """Only the solution of a linear solve runs, and each iteration moves the same."""
 
     def update(u, k):
         around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
@@ -160,7 +160,7 @@ def test_a_solver_costs_its_iterations():
     assert cycles[1] - cycles[0] == pytest.approx((cycles[2] - cycles[1]) / 18, rel=1e-2)
 
 
-def test_what_the_place_of_a_pe_decides_costs_nothing():
+def test_what_only_the_place_of_a_pe_decides_costs_nothing():
     def kernel(x):
         place = fabric.axis_index("x") * 2 + 1
         return jnp.where(place > 3, x, -x) if False else jnp.where(place > 3, x, jnp.zeros_like(x))
@@ -174,10 +174,10 @@ def test_a_change_of_layout_is_charged_and_named():
     wafer = abstract(8)
     first = wafer.map(lambda x: x * 2.0, in_specs=GRID, out_specs=GRID)
     second = wafer.map(lambda x: x + 1.0, in_specs=P("x", "y"), out_specs=P("x", "y"))
-    apart = wk.estimate(lambda x: second(first(x)), array(64, 64), wafer=wafer)
-    alike = wk.estimate(lambda x: first(first(x)), array(64, 64), wafer=wafer)
-    assert any(name == "relayout" for name, _, _ in apart.by_operation)
-    assert apart.moves == 1 and alike.moves == 0
+    differs = wk.estimate(lambda x: second(first(x)), array(64, 64), wafer=wafer)
+    same = wk.estimate(lambda x: first(first(x)), array(64, 64), wafer=wafer)
+    assert any(name == "relayout" for name, _, _ in differs.by_operation)
+    assert differs.moves == 1 and same.moves == 0
 
 
 def test_unknown_operations_are_named_and_counted():
@@ -206,14 +206,14 @@ def test_machines_differ_and_the_clock_is_an_input():
     assert two.accelerators["H100 SXM"] > two.accelerators["H200 SXM"] * 0.5
 
 
-def test_what_does_not_fit_says_by_how_much():
+def test_a_program_that_does_not_fit_says_by_how_much():
     a = array(1024, 1024)
     e = wk.estimate(functools.partial(wk.matmul, algorithm="mesh_gemm"), a, a, wafer=abstract(2))
     assert not e.fits
     assert f"{e.sram_per_pe - e.sram_free:,.0f} too many" in str(e)
 
 
-def test_refuses_what_it_cannot_count():
+def test_refuses_a_loop_of_unknown_length_and_a_wafer_without_cycles():
     def until_done(x):
         return lax.while_loop(lambda x: x.sum() < 3, lambda x: x + 1, x)
 
@@ -226,7 +226,7 @@ def test_refuses_what_it_cannot_count():
         wk.estimate(jnp.sin, array(8, 8), wafer=wk.Wafer.devices(2, 2))
 
 
-def test_zeros_are_skipped_in_products_alone():
+def test_only_products_skip_zeros():
     a = jax.ShapeDtypeStruct((512, 512), jnp.float16)
     wafer = wk.Wafer.abstract(wk.WSE3, 8, 8)
     full, half = (wk.estimate(wk.matmul, a, a, wafer=wafer, density=d) for d in (1.0, 0.5))
@@ -236,8 +236,8 @@ def test_zeros_are_skipped_in_products_alone():
         wk.estimate(wk.matmul, a, a, wafer=wafer, density=1.5)
 
 
-def test_what_is_computed_again_for_the_gradient_is_priced():
-    """Differentiation leaves a flood without operands behind in its trace."""
+def test_recomputation_for_a_gradient_is_priced():
+    """Differentiation leaves a flood without operands behind in the trace."""
     wafer = wk.Wafer.abstract(wk.WSE3, 4, 8)
     a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 
@@ -248,7 +248,7 @@ def test_what_is_computed_again_for_the_gradient_is_priced():
     product = 2 * 64**3
     assert product < wk.estimate(layer, a, a, wafer=wafer).flops < 1.5 * product
     e = wk.estimate(jax.grad(lambda a, b: layer(a, b).sum(), (0, 1)), a, a, wafer=wafer)
-    # Nobody asks for the sum, so that the product is computed once, again, and its two gradients.
+    # The sum itself has no reader. Left are the product, its recomputation, and two gradients.
     assert 3 * product < e.flops < 3.5 * product
 
 

@@ -1,3 +1,5 @@
+"""The words and steps that `wk.traffic` counts, against counts by hand."""
+
 import functools
 import re
 from typing import Any
@@ -18,7 +20,7 @@ TILE = 16 * 8  # words of a PE's tile
 WHOLE = jax.ShapeDtypeStruct((4 * 16, 8 * 8), jnp.float32)
 
 
-def of(kernel, whole: Any = WHOLE):
+def traffic_of(kernel, whole: Any = WHOLE):
     return traffic(WAFER.map(kernel, in_specs=TILED, out_specs=TILED), whole, wafer=WAFER)
 
 
@@ -35,18 +37,20 @@ def of(kernel, whole: Any = WHOLE):
     ids=["shift", "route", "all_gather", "reduce_scatter", "all_to_all", "all_reduce"],
 )
 def test_words_of_one_move(move, words):
-    read = of(move)
-    assert (read.words, read.steps, read.moves) == (words, 1, 1)
+    count = traffic_of(move)
+    assert (count.words, count.steps, count.moves) == (words, 1, 1)
 
 
 def test_sixteen_bits_are_half_a_word():
-    read = of(lambda u: fabric.shift(u, "x"), jax.ShapeDtypeStruct(WHOLE.shape, jnp.bfloat16))
-    assert read.words == TILE / 2
+    count = traffic_of(
+        lambda u: fabric.shift(u, "x"), jax.ShapeDtypeStruct(WHOLE.shape, jnp.bfloat16)
+    )
+    assert count.words == TILE / 2
 
 
 def test_a_step_is_a_move_that_waits():
-    side_by_side = of(lambda u: fabric.shift(u, "x") + fabric.shift(u, "y"))
-    one_by_one = of(lambda u: fabric.shift(fabric.shift(u, "x"), "y"))
+    side_by_side = traffic_of(lambda u: fabric.shift(u, "x") + fabric.shift(u, "y"))
+    one_by_one = traffic_of(lambda u: fabric.shift(fabric.shift(u, "x"), "y"))
     assert (side_by_side.steps, side_by_side.moves) == (1, 2)
     assert (one_by_one.steps, one_by_one.moves) == (2, 2)
     assert side_by_side.words == one_by_one.words == 2 * TILE
@@ -62,13 +66,13 @@ def test_a_scan_counts_every_trip_and_the_chain_through_its_carry():
         (far, _, total), _ = lax.scan(step, fabric.varying(start), length=5)
         return far + total
 
-    read = of(kernel)
-    assert (read.steps, read.moves, read.words) == (5, 10, 10 * TILE)
+    count = traffic_of(kernel)
+    assert (count.steps, count.moves, count.words) == (5, 10, 10 * TILE)
 
 
-def test_what_stays_is_no_move():
-    assert of(lambda u: fabric.shift(u, "x", 8)).moves == 0
-    assert of(lambda u: u + 1).words == 0
+def test_a_shift_by_the_whole_axis_is_no_move():
+    assert traffic_of(lambda u: fabric.shift(u, "x", 8)).moves == 0
+    assert traffic_of(lambda u: u + 1).words == 0
 
 
 def test_the_branch_that_receives_more_is_counted():
@@ -80,57 +84,57 @@ def test_the_branch_that_receives_more_is_counted():
             u,
         )
 
-    assert of(kernel).words_by_move["shift"] == 2 * TILE
+    assert traffic_of(kernel).words_by_move["shift"] == 2 * TILE
 
 
-def test_gradients_are_read_too():
+def test_gradients_are_counted_too():
     run = WAFER.map(lambda u: fabric.shift(u, "x"), in_specs=TILED, out_specs=TILED)
-    read = traffic(jax.grad(lambda u: run(u * u).sum()), WHOLE, wafer=WAFER)
-    assert read.words == 2 * TILE
+    count = traffic(jax.grad(lambda u: run(u * u).sum()), WHOLE, wafer=WAFER)
+    assert count.words == 2 * TILE
 
 
 @pytest.mark.parametrize(
     "wafer", [wk.Wafer.devices(2, 4), wk.Wafer.virtual(wk.WSE2, 2, 4)], ids=["devices", "virtual"]
 )
-def test_every_reading_has_the_same_moves(wafer):
+def test_every_backend_has_the_same_moves(wafer):
     a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     run = functools.partial(wk.matmul, algorithm="allgather")
     with wafer:
-        read = traffic(run, a, a)
-    assert read.words == 3 * 32 * 16 + 1 * 32 * 16
+        count = traffic(run, a, a)
+    assert count.words == 3 * 32 * 16 + 1 * 32 * 16
 
 
-def test_it_prints_what_it_read():
-    read = of(lambda u: fabric.shift(u, "x"))
-    assert str(read) == "128 words a PE in 1 steps, 1 moves (shift 128)"
+def test_it_prints_words_steps_and_moves():
+    count = traffic_of(lambda u: fabric.shift(u, "x"))
+    assert str(count) == "128 words a PE in 1 steps, 1 moves (shift 128)"
 
 
 def test_a_notebook_shows_it_as_a_table():
-    read = of(lambda u: fabric.shift(u, "x"))
+    count = traffic_of(lambda u: fabric.shift(u, "x"))
     assert isinstance(read, wk.Traffic)
-    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", read._repr_html_())
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", count._repr_html_())
     assert cells == ["words a PE", "128", "steps", "1", "moves", "1", "shift, words", "128"]
 
 
-def test_a_linear_solve_is_read():
-    """As its solution runs, which waits for its own operands and not for those of the product."""
+def test_a_linear_solve_counts_as_its_solution():
+    """Only the solution runs. It waits for its own operands, not for those of the product."""
 
     def kernel(u):
         near = fabric.shift(u, "y")
         return lax.custom_linear_solve(lambda x: near * x, u, lambda _, b: fabric.shift(b, "x"))
 
-    read = of(kernel)
-    assert (read.steps, read.words) == (1, 2 * TILE)
+    count = traffic_of(kernel)
+    assert (count.steps, count.words) == (1, 2 * TILE)
 
 
-def test_refuses_a_loop_whose_length_is_not_known():
+def test_refuses_a_move_in_a_loop_of_unknown_length():
     def kernel(u):
         return lax.while_loop(lambda u: jnp.all(u < 0), lambda u: fabric.shift(u, "x"), u)
 
     with pytest.raises(ValueError, match="a move stands in a while loop"):
-        of(kernel)
+        traffic_of(kernel)
 
 
-def test_refuses_to_read_without_a_wafer():
+def test_refuses_without_a_wafer():
     with pytest.raises(ValueError, match="there is no wafer"):
         traffic(lambda u: u, WHOLE)

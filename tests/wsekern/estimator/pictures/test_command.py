@@ -24,12 +24,12 @@ def step(a, b):
 
 @pytest.fixture
 def program(tmp_path):
-    def written(ran):
+    def write(ran):
         path = tmp_path / "mine.py"
         path.write_text(PROGRAM.replace("RAN", str(ran)))
         return f"{path}:step"
 
-    return written
+    return write
 
 
 def test_it_writes_a_page_a_trace_and_a_map(program, tmp_path, capsys):
@@ -37,8 +37,9 @@ def test_it_writes_a_page_a_trace_and_a_map(program, tmp_path, capsys):
              (("--html", ".html"), ("--trace", ".json"), ("--plot", ".png"))}  # fmt: skip
     flags = [str(word) for pair in paths.items() for word in pair]
     main(["estimate", program(False), "--grid", "4x4", "--map", *flags])
-    told = capsys.readouterr().out
-    assert "words on the busiest link of each PE" in told and "WSE-3, 4x4 PEs, 0.85 GHz" in told
+    printed = capsys.readouterr().out
+    assert "words on the busiest link of each PE" in printed
+    assert "WSE-3, 4x4 PEs, 0.85 GHz" in printed
     assert "mine.py:step</h1>" in paths["--html"].read_text()
     assert json.loads(paths["--trace"].read_text())["traceEvents"]
     assert paths["--plot"].read_bytes().startswith(b"\x89PNG")
@@ -63,7 +64,7 @@ def test_it_refuses_before_it_estimates(program, tmp_path, capsys, words, messag
     assert message in capsys.readouterr().err
 
 
-def test_it_plots_predictions_and_refuses_what_they_have_not(tmp_path, capsys):
+def test_it_plots_predictions_and_refuses_a_page_of_them(tmp_path, capsys):
     table = tmp_path / "points.csv"
     table.write_text(
         "id,machine,workload,grid,parameters,quantity,value,unit,clock_ghz,source\n"

@@ -1,4 +1,4 @@
-"""What the pictures of an estimate show: their values, their names, and what they refuse."""
+"""The pictures of an estimate: the values and names that they show, and what they refuse."""
 
 import functools
 import io
@@ -44,7 +44,7 @@ def test_a_map_shows_the_busiest_link_of_each_pe(e):
     assert north.get_extent() == [-0.5, 11.5, 4.5, 1.5]
 
 
-def test_what_is_the_same_on_each_pe_says_so(e):
+def test_a_map_of_equal_values_says_so(e):
     memory, busy = (quantities.quantity_of(e, name) for name in ("sram", "busy"))
     assert set(memory.values.flat) == {e.sram_per_pe} and quantities.SAME in memory.note
     assert busy.values.min() >= e.busy["compute"] and quantities.SAME in busy.note
@@ -57,7 +57,7 @@ def test_defects_are_blank_and_marked(tmp_path):
     figure = wk.wafer_map(values, defects=defects, label="bytes", path=path)
     shown = image_of(figure).get_array()
     np.testing.assert_array_equal(np.ma.getmaskarray(shown), defects)
-    assert image_of(figure).get_clim()[1] == 28  # the most of those that work
+    assert image_of(figure).get_clim()[1] == 28  # the largest value of a PE that works
     (marks,) = figure.axes[0].collections
     assert sorted(np.asarray(marks.get_offsets()).tolist()) == [[2, 1], [5, 4]]
     assert figure.axes[0].get_legend_handles_labels()[1] == ["2 defects"]
@@ -82,7 +82,7 @@ def test_a_map_refuses(arguments, message):
         wk.wafer_map(**{"what": np.zeros((4, 4))} | arguments)
 
 
-def test_it_refuses_an_unknown_quantity_by_the_nearest(e):
+def test_an_unknown_quantity_is_refused_with_the_nearest_name(e):
     with pytest.raises(ValueError, match="no quantity 'laod'; did you mean 'load'"):
         wk.wafer_map(e, "laod")
 
@@ -92,7 +92,7 @@ def test_without_matplotlib_it_says_what_to_install(e, tmp_path, monkeypatch):
     for draw in (e.plot, lambda: e.html(tmp_path / "e.html")):
         with pytest.raises(ImportError, match=r'pip install "wsekern\[viz\]"'):
             draw()
-    e.timeline(tmp_path / "e.json")  # which needs none
+    e.timeline(tmp_path / "e.json")  # which needs no matplotlib
 
 
 def test_a_timeline_is_a_trace_that_viewers_open(e, tmp_path):
@@ -129,8 +129,8 @@ def test_a_page_has_every_row_and_loads_nothing(e, tmp_path):
     cells = re.findall(r"<td[^>]*>(.*?)</td>", text)
     for name, line, cycles in e.by_operation:
         assert {name, line, f"{cycles:,.0f}"} <= set(cells)
-    for told, value in page.figures(e) + page.assumptions(e):
-        assert told in cells and page._escaped(value) in cells
+    for name, value in page.figures(e) + page.assumptions(e):
+        assert name in cells and page._escaped(value) in cells
     assert text.count("<svg ") == 5 and "currentColor" in text
     loads = re.findall(r"""(?:href|src|action|data)=["']([^"']*)|url\(([^)]*)\)""", text)
     assert loads and all(re.match("data:|#", a or b) for a, b in loads)
@@ -138,7 +138,7 @@ def test_a_page_has_every_row_and_loads_nothing(e, tmp_path):
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
-def test_a_page_of_what_computes_nothing_has_no_roofline():
+def test_a_page_of_a_program_that_computes_nothing_has_no_roofline():
     wafer = wk.Wafer.abstract(wk.WSE2, 1, 4)
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     idle = wk.estimate(lambda x: x.T, a, wafer=wafer)
@@ -151,12 +151,12 @@ def test_a_roofline_has_roofs_and_points_under_them(e, tmp_path):
     wafer, *_ = roofline.roofs({"product": e}, (wk.H100,))
     assert wafer.flops["16 bits"] == 2 * 8 * 144 * e.clock_hz
     assert wafer.bytes_per_second == 24 * 144 * e.clock_hz
-    own, chip = roofline.points({"product": e}, (wk.H100,))
-    assert own.estimated and own.flops == e.flops_per_second < wafer.flops["16 bits"]
-    assert chip.flops == pytest.approx(e.flops / e.accelerators["H100 SXM"])
+    on_wafer, on_chip = roofline.points({"product": e}, (wk.H100,))
+    assert on_wafer.estimated and on_wafer.flops == e.flops_per_second < wafer.flops["16 bits"]
+    assert on_chip.flops == pytest.approx(e.flops / e.accelerators["H100 SXM"])
     figure = wk.roofline({"product": e}, accelerators=(wk.H100,), path=tmp_path / "roof.svg")
-    told = [text.get_text() for text in figure.axes[0].texts]
-    assert "WSE-3, 12x12, 16 bits" in told and told.count("product") == 2
+    names = [text.get_text() for text in figure.axes[0].texts]
+    assert "WSE-3, 12x12, 16 bits" in names and names.count("product") == 2
 
 
 def test_a_scaling_plot_has_lines_and_measured_points():
@@ -171,7 +171,7 @@ def test_a_scaling_plot_has_lines_and_measured_points():
         wk.scaling({"WSE-3": [(1, 0.0)]})
 
 
-def test_predictions_stand_against_what_was_published(tmp_path):
+def test_predictions_are_plotted_against_measurements(tmp_path):
     point = [p for p in points.read_points(points.POINTS) if p.family == "product"]
     rows = [
         points.PredictedPoint(p, 1.1 * p.value, fitted)
@@ -186,7 +186,7 @@ def test_predictions_stand_against_what_was_published(tmp_path):
         published.published(points.Validation([], {}))
 
 
-def printed(what, colors, **arguments):
+def printed_lines(what, colors, **arguments):
     text = io.StringIO()
     console = Console(
         file=text, width=80, color_system="truecolor" if colors else None, force_terminal=colors
@@ -195,11 +195,11 @@ def printed(what, colors, **arguments):
     return text.getvalue().splitlines()
 
 
-def test_a_terminal_map_is_downsampled_by_the_most():
+def test_a_dot_of_a_terminal_map_is_the_largest_value_of_its_pes():
     values = np.zeros((200, 100))
     values[150, 99] = 5.0
-    told, *lines, legend = printed(values, colors=False, label="words")
-    assert "rows 0 to 199, columns 0 to 99" in told and legend.endswith("5")
+    title, *lines, legend = printed_lines(values, colors=False, label="words")
+    assert "rows 0 to 199, columns 0 to 99" in title and legend.endswith("5")
     assert len(lines) == 20 and [line.rstrip()[-1:] for line in lines].count("@") == 1
     assert lines[15].rstrip().endswith("@") and len(lines[15].rstrip()) == 20
 
@@ -207,7 +207,7 @@ def test_a_terminal_map_is_downsampled_by_the_most():
 def test_a_terminal_map_has_colors_and_defects(e):
     defects = np.zeros((12, 12), bool)
     defects[0, 0] = True
-    lines = printed(e, colors=True, defects=defects)
+    lines = printed_lines(e, colors=True, defects=defects)
     assert "\x1b[38;2;224;33;138" in lines[1] and lines[1].count("▀") == 24
     assert "defect" in lines[-1] and "words" in lines[-1]
 
@@ -221,7 +221,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_cannot_be_written_is_refused(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(OSError, match="there is no folder"):
         output.check_writable(tmp_path / "none" / "e.html")
     with pytest.raises(OSError, match="no regular file"):
@@ -261,18 +261,18 @@ def test_a_figure_is_shown_by_a_notebook_without_a_magic_line(e):
         assert (width, height) == tuple(100 * picture.get_size_inches() // 1)
 
 
-def test_a_placed_program_is_drawn_where_its_pes_lie():
-    """Around faulty PEs, on the part of the wafer that it has."""
+def test_a_program_with_a_placement_is_drawn_at_its_physical_places():
+    """Its PEs lie around faulty ones, and the map shows only the part of the wafer that it has."""
     defects = wk.Defects.random(wk.WSE2, pe_yield=0.9, seed=1)
     wafer = wk.Wafer.abstract(wk.WSE2, 12, 15, defects=defects)
     a = jax.ShapeDtypeStruct((60, 60), jnp.float32)
     e = wk.estimate(wk.matmul, a, a, wafer=wafer)
     assert wafer.placement is not None
-    own = quantities.quantity_of(e)
-    shown = quantities.on_wafer(e, own)
+    load = quantities.quantity_of(e)
+    shown = quantities.on_wafer(e, load)
     assert shown.values.shape == wafer.placement.physical
     np.testing.assert_array_equal(
-        shown.values[wafer.placement.rows, wafer.placement.columns], own.values
+        shown.values[wafer.placement.rows, wafer.placement.columns], load.values
     )
     assert np.isfinite(shown.values).sum() == 12 * 15
     extent = quantities.extent(e)

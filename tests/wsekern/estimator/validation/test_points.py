@@ -1,4 +1,4 @@
-"""The model against what was published, and the published programs against plain ones."""
+"""The model against published measurements, and the published programs against plain ones."""
 
 import dataclasses
 import functools
@@ -15,20 +15,20 @@ from wsekern.estimator.validation import gemm, points, programs, waferllm, wave2
 
 
 @pytest.fixture(scope="module")
-def found():
+def validation():
     return points.validate()
 
 
-def test_predictions_are_near_what_was_measured(found):
-    errors = [abs(row.error) for row in found.counted]
+def test_predictions_are_near_the_measurements(validation):
+    errors = [abs(row.error) for row in validation.counted]
     assert len(errors) == 9
     assert np.mean(errors) < 0.05 and max(errors) < 0.1
-    assert all(abs(row.error) < 0.003 for row in found.rows if row.fitted)
+    assert all(abs(row.error) < 0.003 for row in validation.rows if row.fitted)
     assert len(dataclasses.fields(Constants)) == len(points.FITTED) <= 6
 
 
-def test_orderings_are_the_published_ones(found):
-    predicted = {row.point.id: row.predicted for row in found.rows}
+def test_orderings_are_the_published_ones(validation):
+    predicted = {row.point.id: row.predicted for row in validation.rows}
     decode = [predicted[f"decode-8b-{side}"] for side in (420, 540, 660)]
     prefill = [predicted[f"prefill-8b-{side}"] for side in (480, 600, 720)]
     assert decode == sorted(decode, reverse=True) and prefill == sorted(prefill)
@@ -41,7 +41,7 @@ def test_orderings_are_the_published_ones(found):
     assert mesh < cannon < summa
 
 
-def test_a_table_of_ones_own_is_read(tmp_path, found):
+def test_a_table_of_ones_own_is_predicted(tmp_path, validation):
     text = points.POINTS.read_text().splitlines()
     one = next(line for line in text if line.startswith("decode-8b-420"))
     table = tmp_path / "mine.csv"
@@ -50,7 +50,7 @@ def test_a_table_of_ones_own_is_read(tmp_path, found):
     table.write_text("\n".join([text[0], other, odd]))
     mine = points.validate(table)
     assert [row.point.id for row in mine.rows] == ["mine"] and not mine.rows[0].fitted
-    assert mine.rows[0].predicted < found.rows[0].predicted
+    assert mine.rows[0].predicted < validation.rows[0].predicted
     assert "workload 'FFT of something' is none of those" in mine.skipped["fft"]
     (row,) = json.loads(mine.as_json())
     assert row["id"] == "mine" and row["measured"] == 2699.9
@@ -66,8 +66,7 @@ def test_a_table_without_a_column_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_programs_tell_the_constants(found):
-    """Fitted without one kind of program, the model predicts that kind within a third."""
+def test_constants_fitted_on_other_programs_predict_a_kind_within_a_third(validation):
     errors = points.cross_validate()
     assert set(errors) == set(points.COUNTED)
     assert max(errors.values()) < 1 / 3
@@ -75,17 +74,18 @@ def test_other_programs_tell_the_constants(found):
 
 def test_a_fit_finds_the_constants_that_made_the_points():
     stencils = [p for p in points.read_points(points.POINTS) if p.family == "stencil"]
-    made = [programs.program_of(p) for p in stencils]
-    told = Constants(vector_start=20.0, paired_float32=1.3)
+    traced = [programs.program_of(p) for p in stencils]
+    truth = Constants(vector_start=20.0, paired_float32=1.3)
     exact = [
-        dataclasses.replace(p, value=g.predicted(told)) for p, g in zip(stencils, made, strict=True)
+        dataclasses.replace(p, value=g.predicted(truth))
+        for p, g in zip(stencils, traced, strict=True)
     ]
-    got = points.fit(exact, made, trust=1e-3)
-    for p, g in zip(exact, made, strict=True):
-        assert g.predicted(got) == pytest.approx(p.value, rel=5e-3)
+    fitted = points.fit(exact, traced, trust=1e-3)
+    for p, g in zip(exact, traced, strict=True):
+        assert g.predicted(fitted) == pytest.approx(p.value, rel=5e-3)
 
 
-def test_the_published_layers_compute_what_a_plain_one_does():
+def test_the_published_layers_equal_plain_ones():
     wafer = wk.Wafer.virtual(wk.WSE2, 4, 4)
     D, F, S = 8, 16, 12
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_the_published_layers_compute_what_a_plain_one_does():
     n = norm(h)
     np.testing.assert_allclose(v[-1:], n @ w["value"], atol=1e-5)
     np.testing.assert_array_equal(k[:-1], keys[:-1])
-    # A PE's two features are one pair.
+    # The two features that a PE holds are one rotary pair.
     turn = lambda x: x * np.cos(1) + x.reshape(-1, 2)[:, ::-1].reshape(x.shape) * np.sin(1)  # noqa: E731
     q = turn(n @ w["query"])
     np.testing.assert_allclose(k[-1:], turn(n @ w["key"]), atol=1e-5)
@@ -122,8 +122,8 @@ def test_the_published_layers_compute_what_a_plain_one_does():
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_queries_that_share_keys_are_summed_by_group_in_a_layer_without_a_gate():
-    """Of two sequences; what a PE has of the queries is its part of each group in turn."""
+def test_a_layer_with_grouped_queries_and_no_gate_equals_a_plain_one():
+    """With two sequences. A PE holds its part of each group of queries, one group after another."""
     wafer, B, D, F, S, P = wk.Wafer.virtual(wk.WSE2, 4, 4), 2, 8, 16, 12, 4
     rng = np.random.default_rng(0)
     shapes = waferllm.shapes(D, F, jnp.float32, d_query=2 * D, d_kv=D, gated=False)
@@ -150,7 +150,7 @@ def test_queries_that_share_keys_are_summed_by_group_in_a_layer_without_a_gate()
     np.testing.assert_allclose(logits, n @ w["up"], atol=1e-5)
 
 
-def test_the_published_stencil_and_product_compute_what_plain_ones_do():
+def test_the_published_stencil_and_product_equal_plain_ones():
     wafer = wk.Wafer.virtual(wk.WSE2, 6, 5)
     rng = np.random.default_rng(0)
     u, before, speed = (np.float32(rng.normal(size=(6, 5, 7))) * 0.1 for _ in range(3))

@@ -114,3 +114,14 @@ def test_refuses_an_array_on_other_devices():
         ValueError, match=r"committed to 1 device\(s\) .* not the wafer's 8; move it"
     ):
         layout.pad(stray, P("y", "x"), wk.Wafer.devices(2, 4))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_resize_cuts_or_adds_zeros_at_the_far_end(axis, length):
+    x = np.arange(1.0, 10).reshape(3, 3)
+    got = np.asarray(layout.resize(jnp.asarray(x), axis, length))
+    kept = min(length, 3)
+    assert got.shape[axis] == length and got.size == 3 * length
+    np.testing.assert_array_equal(got.take(range(kept), axis), x.take(range(kept), axis))
+    assert not got.take(range(kept, length), axis).any()

@@ -6,6 +6,8 @@ Streaming Language Models with Attention Sinks", 2024, learned as in gpt-oss. Th
 Gemma 2's.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -203,8 +205,8 @@ def _visible(
 
 
 def _lay_out(
-    x: Shaped[Array, "..."], axis: int, length: int, spec: P, wafer: Wafer
-) -> Shaped[Array, "..."]:
+    x: Shaped[Array, ...], axis: int, length: int, spec: P, wafer: Wafer
+) -> Shaped[Array, ...]:
     """`x` with `length` along one axis, then padded and laid out by `spec`."""
     if length == x.shape[axis]:
         return layout.pad(x, spec, wafer)
@@ -215,10 +217,10 @@ def _lay_out(
 
 
 def _check(
-    q: Shaped[Array, "..."],
+    q: Shaped[Array, ...],
     cache: KVCache,
     soft_cap: float | None,
-    sinks: Shaped[Array, "..."] | None,
+    sinks: Shaped[Array, ...] | None,
 ) -> None:
     if q.ndim != 4:
         raise ValueError(

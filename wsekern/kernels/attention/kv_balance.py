@@ -13,6 +13,8 @@ Three rows, one token after another:
     row 2           2 3     3 4     4 5     4 5 6
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax.numpy as jnp

@@ -4,6 +4,8 @@ C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 20
 that keeps the rows of PEs balanced (see `kv_balance`).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -78,7 +80,7 @@ class KVCache:
         chunk: int = 1,
         dtype: jax.typing.DTypeLike = jnp.float32,
         wafer: Wafer | None = None,
-    ) -> "KVCache":
+    ) -> KVCache:
         """A cache of `batch` sequences without a token.
 
         A PE holds 2 B K H ceil(capacity / height) elements, with B and K its share of sequences and
@@ -155,7 +157,7 @@ class KVCache:
         v: Float[Array, "B T K H"],
         *,
         active: Bool[Array, " B"] | None = None,
-    ) -> "KVCache":
+    ) -> KVCache:
         """The cache with T more tokens of each sequence.
 
         A PE receives 2 T B K H words (B and K its share) in T steps, one for each token: rows pass
@@ -187,7 +189,7 @@ class KVCache:
         lengths: Integer[Array, " B"] | None = None,
         *,
         active: Bool[Array, " B"] | None = None,
-    ) -> "KVCache":
+    ) -> KVCache:
         """The cache with these prompts and nothing else; with a window, only their last tokens.
 
         Tiles of the prompts go once round y, and each PE takes the tokens that it is to hold: it
@@ -215,7 +217,7 @@ class KVCache:
         after = jnp.where(active, lengths, self.lengths)
         return self._run(kv_rows.fill, _PROMPTS, (k, v), after, active, after)
 
-    def _allocate(self, head_size: int, dtype: np.dtype) -> "KVCache":
+    def _allocate(self, head_size: int, dtype: np.dtype) -> KVCache:
         slots = self.balance.slots * self.balance.rows
         shape = (len(self.lengths), self.kv_heads * self.repeats, slots, head_size)
         if self.wafer is None:
@@ -241,7 +243,7 @@ class KVCache:
         lengths: Int[Array, " B"],
         active: Bool[Array, " B"],
         after: Int[Array, " B"],
-    ) -> "KVCache":
+    ) -> KVCache:
         """The next cache: `kernel` takes in `tokens`, laid out by `spec`.
 
         Args:
@@ -336,7 +338,7 @@ def _check_sizes(sizes: dict[str, int], dtype: jax.typing.DTypeLike) -> None:
 
 
 def _check_tokens(
-    operation: str, cache: KVCache, k: Shaped[Array, "..."], v: Shaped[Array, "..."]
+    operation: str, cache: KVCache, k: Shaped[Array, ...], v: Shaped[Array, ...]
 ) -> None:
     sizes = (
         (0, len(cache.lengths), "sequences"),
@@ -383,7 +385,7 @@ def _check_room(cache: KVCache, active: Bool[Array, " B"], tokens: int) -> None:
 
 def _check_lengths(
     cache: KVCache,
-    lengths: Shaped[Array, "..."],
+    lengths: Shaped[Array, ...],
     active: Bool[Array, " B"],
     room: int,
     S: int,

@@ -4,6 +4,8 @@ Public per-PE functions. C. He et al., "WaferLLM: Large Language Model Inference
 OSDI 2025, for the shift.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -5,6 +5,8 @@ Parallelism", 2019, section 3, for a table split over the vocabulary. Splitting 
 gives the table the layout of an output head, transposed.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax
@@ -167,7 +169,7 @@ def _local(
     return rows.astype(table.dtype)
 
 
-def _check(tokens: Shaped[Array, "..."], table: Shaped[Array, "..."]) -> None:
+def _check(tokens: Shaped[Array, ...], table: Shaped[Array, ...]) -> None:
     if table.ndim != 2:
         raise ValueError(
             f"embedding: table is {table.shape}, it must have two dimensions: vocabulary, features"

@@ -3,6 +3,8 @@
 J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax
@@ -61,9 +63,9 @@ def _turn(
 
 
 def _check(
-    x: Shaped[Array, "..."],
-    positions: Shaped[Array, "..."] | None,
-    frequencies: Shaped[Array, "..."] | None,
+    x: Shaped[Array, ...],
+    positions: Shaped[Array, ...] | None,
+    frequencies: Shaped[Array, ...] | None,
 ) -> None:
     if x.ndim != 4:
         raise ValueError(

@@ -4,6 +4,8 @@ N. Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixtu
 Layer", 2017. No token is dropped.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -451,15 +453,15 @@ def _gather_hidden(
 
 
 def _cast_like(
-    values: tuple[Float[Array, "..."], ...], like: tuple[Float[Array, "..."], ...]
-) -> tuple[Float[Array, "..."], ...]:
+    values: tuple[Float[Array, ...], ...], like: tuple[Float[Array, ...], ...]
+) -> tuple[Float[Array, ...], ...]:
     return tuple(v.astype(a.dtype) for v, a in zip(values, like, strict=True))
 
 
 def _check(
-    x: Shaped[Array, "..."],
-    chosen: Shaped[Array, "..."],
-    shares: Shaped[Array, "..."],
+    x: Shaped[Array, ...],
+    chosen: Shaped[Array, ...],
+    shares: Shaped[Array, ...],
     weights: Weights,
     biases: Biases,
 ) -> None:

@@ -11,6 +11,8 @@ of 4 rows and groups of 3 and 6:
     group 1             3 4 5 6 7 8 9 10
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -32,7 +34,7 @@ class Groups(NamedTuple):
     starts: Int[Array, " G"]  # place of each group's first row
     nonempty: Int[Array, " G"]  # the groups that have rows, in order, then the others
 
-    def select(self, first: Int[Array, ""] | int, groups: int) -> "Groups":
+    def select(self, first: Int[Array, ""] | int, groups: int) -> Groups:
         """`groups` of them, from `first` on. The rows of other groups then have no group."""
         counts = lax.dynamic_slice_in_dim(self.counts, first, groups)
         starts = lax.dynamic_slice_in_dim(self.starts, first, groups)

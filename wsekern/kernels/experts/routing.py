@@ -10,6 +10,8 @@ many. By buckets, a row goes once to each wafer that holds any of its experts: w
 (1 - (1 - 1/W)^k) n rows to each wafer. A bucket has room for a half more than that.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar

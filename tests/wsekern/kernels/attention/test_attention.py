@@ -1,3 +1,5 @@
+"""Attention on every kind of wafer against all scores at once: results, gradients, programs."""
+
 import functools
 import re
 

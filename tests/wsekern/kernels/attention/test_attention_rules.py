@@ -32,7 +32,7 @@ def operands(B, T, S, N, K, H, bias=None, sinks=False):
 
 
 def packed(B, length, parts=3):
-    """Segments of unequal lengths, other ones in each sequence."""
+    """Segments of unequal lengths, different in each sequence."""
     return jnp.asarray(
         np.sort(np.random.default_rng(length).integers(0, parts, (B, length))).astype(np.int32)
     )
@@ -56,8 +56,8 @@ def plain(
     if window:
         seen &= t - s < window
     if segment_ids is not None:
-        mine, its = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        seen &= (mine[:, :, None] == its[:, None])[:, None]
+        pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        seen &= (pair[0][:, :, None] == pair[1][:, None])[:, None]
     top = jax.lax.stop_gradient(jnp.abs(scores).max())
     weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
     total = weights.sum(-1, keepdims=True)
@@ -67,7 +67,7 @@ def plain(
 
 
 def results(run, arrays):
-    """Of the operands: the result, and all gradients."""
+    """The result, and the gradients of all operands."""
     floats = {name: arrays[name] for name in NAMES if name in arrays}
 
     @jax.jit

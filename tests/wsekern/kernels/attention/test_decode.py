@@ -12,7 +12,7 @@ import wsekern as wk
 
 H, STEPS = 4, 6
 SINKS = jnp.linspace(-1, 2, 8)
-# What the cache is made with, and what attends to it.
+# Options of the cache, and of the attention to it.
 KINDS = {
     "all tokens": ({"capacity": 13}, {}),
     "window, sinks, soft cap": (
@@ -56,35 +56,38 @@ def plain(q, k, v, window=None, scale=None, soft_cap=None, sinks=None):
 @functools.cache
 def wanted(kind):
     """The plain result of each step: sequences without a token have none."""
-    options, how = KINDS[kind]
+    options, attends = KINDS[kind]
     q, k, v = tokens(options.get("kv_heads", 2))
     outs, lengths = [], PROMPTS.copy()
-    held = [list(range(n)) for n in lengths]  # which of k and v a sequence has
+    in_cache = [list(range(n)) for n in lengths]  # indices in k and v of a sequence's tokens
     for step in range(STEPS):
         for b in np.flatnonzero(ACTIVE[step]):
-            held[b].append(7 + step)
+            in_cache[b].append(7 + step)
         window = options.get("window")
         outs += [
-            [plain(q[b, step, None], k[b, i], v[b, i], window, **how) for b, i in enumerate(held)]
+            [
+                plain(q[b, step, None], k[b, i], v[b, i], window, **attends)
+                for b, i in enumerate(in_cache)
+            ]
         ]
     return np.array(outs)
 
 
-def steps(cache, **how):
+def steps(cache, **attends):
     """A jitted step that appends to the cache, donated, and attends to it."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(cache, q, k, v, active):
         cache = cache.append(k, v, active=active)
-        return cache, wk.decode_attention(q, cache, **how)
+        return cache, wk.decode_attention(q, cache, **attends)
 
     return run
 
 
-def decoded(cache, q, k, v, **how):
+def decoded(cache, q, k, v, **attends):
     """The results of all steps, after the prompts."""
     cache = jax.jit(lambda c, *x: c.fill(*x))(cache, k[:, :7], v[:, :7], PROMPTS)
-    run, outs = steps(cache, **how), []
+    run, outs = steps(cache, **attends), []
     for step in range(STEPS):
         at = slice(7 + step, 8 + step)
         cache, out = run(cache, q[:, step : step + 1], k[:, at], v[:, at], ACTIVE[step])
@@ -94,9 +97,9 @@ def decoded(cache, q, k, v, **how):
 
 @kinds
 def test_every_step_equals_attention_over_all_tokens_so_far(wafer, kind):
-    options, how = KINDS[kind]
+    options, attends = KINDS[kind]
     cache = cache_of(wafer, **options)
-    outs, cache = decoded(cache, *tokens(cache.kv_heads), **how)
+    outs, cache = decoded(cache, *tokens(cache.kv_heads), **attends)
     assert outs.dtype == np.float32
     np.testing.assert_allclose(outs, wanted(kind), atol=2e-6, rtol=1e-5)
     np.testing.assert_array_equal(cache.lengths, PROMPTS + ACTIVE.sum(0))
@@ -104,9 +107,9 @@ def test_every_step_equals_attention_over_all_tokens_so_far(wafer, kind):
 
 @kinds
 def test_without_a_wafer(kind):
-    options, how = KINDS[kind]
+    options, attends = KINDS[kind]
     cache = cache_of(None, **options)
-    outs, _ = decoded(cache, *tokens(cache.kv_heads), **how)
+    outs, _ = decoded(cache, *tokens(cache.kv_heads), **attends)
     np.testing.assert_allclose(outs, wanted(kind), atol=2e-6, rtol=1e-5)
 
 
@@ -119,7 +122,7 @@ def test_16_bits_are_as_near_as_their_digits(dtype):
 
 
 def test_several_tokens_at_once_see_those_before_them(full_wafer):
-    """A window is kept for so many tokens as `chunk` says."""
+    """With a window, `chunk` says for how many tokens at once it is kept."""
     q, k, v = tokens(2)
     for window in (None, 4):
         cache = cache_of(full_wafer, window=window, chunk=3)

@@ -19,7 +19,7 @@ def cache_of(wafer, **options):
 
 
 def numbered(starts, tokens):
-    """Keys and values of so many tokens from `starts` on, which say which token they are of."""
+    """Keys and values of `tokens` tokens from position `starts`; each number is its position."""
     position = np.asarray(starts)[:, None] + np.arange(tokens)
     k = jnp.broadcast_to(position[..., None, None], (*position.shape, 2, 4)).astype(jnp.float32)
     return k, k + 100

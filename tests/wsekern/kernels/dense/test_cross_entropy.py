@@ -1,3 +1,5 @@
+"""Cross-entropy over a split vocabulary against its definition in float64."""
+
 import functools
 import re
 

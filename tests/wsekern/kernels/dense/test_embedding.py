@@ -1,3 +1,5 @@
+"""Lookup in a split table against a one-hot product, and its gradient."""
+
 import functools
 import re
 
@@ -9,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 
-# Which of the two moves along y depends on which is less.
+# Whichever is less moves along y: the table or the tokens.
 SHAPES = {  # tokens, table
     "few words": ((2, 16), (8, 8)),
     "few words, padded": ((3, 21), (5, 7)),
@@ -29,7 +31,7 @@ def shaped(shapes):
 
 
 def operands(shapes):
-    """Numbers whose sums are exact in float32, and not in bfloat16."""
+    """Numbers whose sums are exact in float32, but not in bfloat16."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shapes[1][0], shapes[0], np.int32)
     return tokens, rng.integers(-99, 100, shapes[1]).astype(np.float32)

@@ -1,3 +1,5 @@
+"""RMSNorm and LayerNorm over split features against their definitions."""
+
 import functools
 
 import jax
@@ -184,7 +186,7 @@ def test_a_large_mean_costs_the_variance_no_digits(wafer, D):
     ],
 )
 def test_one_move_a_row_forward_and_one_more_backward(norm, D, forward, both):
-    """And one of the weights' gradients."""
+    """And one that sums the gradients of the weights."""
     run, x = normalized(norm, wk.Wafer.devices(2, 4)), operands(norm, (2, 8, D))
     programs = jax.jit(run).lower(*x).as_text(), with_gradients(run).lower(x[0], *x).as_text()
     kinds = ("all_gather", "all_reduce", "all_to_all", "collective_permute", "reduce_scatter")

@@ -1,3 +1,5 @@
+"""Rotary positions against multiplication of complex numbers."""
+
 import functools
 
 import jax
@@ -11,7 +13,7 @@ import wsekern as wk
 DIVIDES, PADDED = (2, 8, 4, 8), (3, 5, 3, 6)  # B T N H
 POSITIONS = {
     "by default": None,
-    "of all alike": np.array([7, 0, 3, 3, 1000], np.int32),
+    "one for all sequences": np.array([7, 0, 3, 3, 1000], np.int32),
     "of each sequence": np.arange(15, dtype=np.int32).reshape(3, 5)[:, ::-1],
 }
 each_position = pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
@@ -53,7 +55,7 @@ def test_positions_say_how_far(positions):
 
 
 def test_bfloat16_is_computed_in_float32():
-    """A position like 1001 has no bfloat16, nor has its angle the digits."""
+    """Neither a position like 1001 nor its angle is exact in bfloat16."""
     x, positions = queries(PADDED).astype(jnp.bfloat16), np.arange(1001, 1006, dtype=np.int32)
     y = turn()(x, positions)
     assert y.dtype == jnp.bfloat16

@@ -1,3 +1,5 @@
+"""A mixture of experts against the dense loop over all of them, on every kind of wafer."""
+
 import importlib
 import re
 
@@ -46,14 +48,14 @@ def value_and_gradients(operation):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
 
 
-def ours(*operands):
+def experts(*operands):
     return wk.experts(*operands, activation=gated)
 
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_it_is_the_dense_loop_over_experts(biased):
     x, chosen, shares, weights, biases = operands(biased)
-    check(value_and_gradients(ours), x, shares, weights, biases, chosen)
+    check(value_and_gradients(experts), x, shares, weights, biases, chosen)
 
 
 @pytest.mark.parametrize("grid", ["1x4", "4x1", "2x4", "2of2x2", "virtual-4x4", "virtual-2of2x2"])
@@ -64,7 +66,7 @@ def test_on_every_wafer_with_its_gradients(grid, parts, wafer_called, monkeypatc
         monkeypatch.setattr(module, "_MOST_GATHERED", 100)
     x, chosen, shares, weights, biases = operands()
     with wafer_called(grid):
-        check(value_and_gradients(lambda *a: ours(*a)), x, shares, weights, biases, chosen)
+        check(value_and_gradients(lambda *a: experts(*a)), x, shares, weights, biases, chosen)
 
 
 def check(program, x, shares, weights, biases, chosen):
@@ -92,7 +94,7 @@ def test_every_product_has_the_precision_asked_for(wafer):
 def test_a_choice_out_of_range_adds_nothing():
     x, chosen, shares, weights, biases = operands()
     some = chosen.at[0, :, 1].set(jnp.array([-1, E, 99, -7, 0, 1]))
-    got = jax.jit(ours)(x, some, shares, weights, biases)
+    got = jax.jit(experts)(x, some, shares, weights, biases)
     np.testing.assert_allclose(got, dense(x, some, shares, weights, biases), atol=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_all_tokens_to_one_expert_and_short_dtypes():
     x, chosen, shares, weights, biases = operands(dtype=jnp.bfloat16)
     one = jnp.full((B, T, 1), 2)
     share = jnp.ones((B, T, 1), jnp.bfloat16)
-    got = jax.jit(ours)(x, one, share, weights, biases)
+    got = jax.jit(experts)(x, one, share, weights, biases)
     assert got.dtype == jnp.bfloat16
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, share, weights, biases))
     want = dense(wide[0], one, *wide[1:])
@@ -130,6 +132,6 @@ def test_even_use_has_a_balance_loss_of_k():
 )
 def test_refuses(change, message):
     names = ("x", "chosen", "shares", "weights", "biases")
-    given = dict(zip(names, operands(), strict=True)) | change
+    changed = dict(zip(names, operands(), strict=True)) | change
     with pytest.raises(ValueError, match=message):
-        ours(*given.values())
+        experts(*changed.values())

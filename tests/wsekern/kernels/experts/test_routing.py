@@ -1,3 +1,5 @@
+"""Rows sent to the wafers of their experts and back, by buckets and by a gather."""
+
 import functools
 
 import jax
@@ -19,7 +21,7 @@ def make_wafer(backend):
 
 
 def choices(fits):
-    """One expert a token: every wafer's tokens spread over all of them, or all to the first."""
+    """One expert for each token: evenly, so that buckets fit, or the same one for all tokens."""
     spread = jnp.arange(B * T).reshape(B, T, 1) % E
     return spread if fits else spread // 2 * 0 + 1
 
@@ -31,10 +33,10 @@ def test_rows_go_by_buckets_if_they_fit_and_come_back_summed(backend, fits):
         rows, chosen = x.reshape(-1, x.shape[2]), chosen.reshape(-1, 1)
 
         def work(route):
-            mine = route.send(chosen)[:, 0] // (E // 4) == wk.fabric.axis_index(WAFERS)
-            there = jnp.where(mine[:, None], 2 * route.send(rows), 0)
+            for_this_wafer = route.send(chosen)[:, 0] // (E // 4) == wk.fabric.axis_index(WAFERS)
+            results = jnp.where(for_this_wafer[:, None], 2 * route.send(rows), 0)
             gathered = jnp.full_like(rows, float(route is routing._GATHER))
-            return route.send_back(there), gathered
+            return route.send_back(results), gathered
 
         out, gathered = routing.run_routed(chosen, E // 4, work)
         return out.reshape(x.shape), gathered.reshape(x.shape)

@@ -6,6 +6,7 @@ Stencils need no `with wafer`: an array that is split over a mesh says enough.
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
@@ -18,7 +19,7 @@ Entry = None | str | tuple[str, ...]  # the axes over which one dimension is spl
 
 
 def field_layout(
-    field: Shaped[Array, "..."], spec: P | None, wafer: Wafer | None
+    field: Shaped[Array | np.ndarray, "..."], spec: P | None, wafer: Wafer | None
 ) -> tuple[Wafer | None, tuple[Entry, ...]]:
     """The wafer of a field, None for none, and the axes that each dimension is split over.
 

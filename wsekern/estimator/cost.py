@@ -26,18 +26,15 @@ from wsekern.hardware import Machine
 class Constants:
     """The fitted constants, in cycles; the same for every machine and every program."""
 
-    # To start a vector instruction, also one that sends or receives.
-    vector_start: float = 14.8
-    # To start a multiply-accumulate within a tile product's loops.
-    product_start: float = 9.44
-    # To start what PEs begin together: a trip of a loop that moves anything, or a phase of a
-    # collective.
-    phase_start: float = 178.1
-    # For a float32 element of an instruction that reads two vectors. One cycle would do, but the
-    # vectors meet in the memory's banks.
-    paired_float32: float = 1.566
-    # For a float32 element of a multiply-accumulate, which also writes one vector back.
-    accumulate_float32: float = 2.142
+    vector_start: float = 14.8  # to start a vector instruction, also one that sends or receives
+    product_start: float = 9.44  # to start a multiply-accumulate within a tile product's loops
+    phase_start: float = (
+        178.1  # to start a loop's trip that moves anything, or a collective's phase
+    )
+    # Float32 takes more than a cycle for each element where several vectors meet in the memory's
+    # banks; a multiply-accumulate also writes one of them back.
+    paired_float32: float = 1.566  # an element of a float32 instruction that reads two vectors
+    accumulate_float32: float = 2.142  # an element of a float32 multiply-accumulate
 
 
 DEFAULT = Constants()

@@ -111,7 +111,7 @@ def test_it_prints_words_steps_and_moves():
 
 def test_a_notebook_shows_it_as_a_table():
     count = traffic_of(lambda u: fabric.shift(u, "x"))
-    assert isinstance(read, wk.Traffic)
+    assert isinstance(count, wk.Traffic)
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", count._repr_html_())
     assert cells == ["words a PE", "128", "steps", "1", "moves", "1", "shift, words", "128"]
 

@@ -1,9 +1,9 @@
-"""This file is the command `python -m training`; it imports jax only once the devices are made."""
+"""The command `python -m training`; imports jax only after the devices are prepared."""
 
 from training.signals import KILLED, STOPPED, end_at_once
 
 if __name__ == "__main__":
-    end_at_once()  # before what is slow to import, and swallows a KeyboardInterrupt now and then
+    end_at_once()  # before slow imports, which sometimes swallow a KeyboardInterrupt
 
 import io  # noqa: E402
 import os  # noqa: E402
@@ -14,9 +14,15 @@ from wsekern.wafer.launch import prepare_devices  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as `argv` says; an exit status: 0; 1 diverged or unsaved; 2 refused; 75; 130."""
+    """Trains as `argv` says, and returns an exit status.
+
+    0: done. 1: the loss diverged, or the last step could not be saved. 2: the configuration was
+    refused. 75: stopped by a signal and saved. 130: interrupted before there was anything to save.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all that a model writes
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a model may write more characters than the terminal has
     config = parse(argv)
     try:
         prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
@@ -26,21 +32,21 @@ def main(argv: list[str] | None = None) -> int:
         try:
             result = Trainer(config).fit()
         except Diverged as error:
-            return _say(error, 1)
+            return _report(error, 1)
     except (ValueError, OSError) as error:
-        return _say(error, 2)
+        return _report(error, 2)
     except KeyboardInterrupt:
         return KILLED
     try:
         sys.stdout.flush()
-    except OSError:  # what could not be written was said in vain, but is no failure of the run
+    except OSError:  # lost output is no failure of the run; the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not result.saved:
-        return _say("the last step could not be saved; the lines above say why", 1)
+        return _report("the last step could not be saved; the lines above say why", 1)
     return STOPPED if result.stopped else 0
 
 
-def _say(error: object, status: int) -> int:
+def _report(error: object, status: int) -> int:
     print(f"python -m training: error: {error}", file=sys.stderr)
     return status
 

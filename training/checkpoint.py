@@ -1,8 +1,14 @@
-"""This file is checkpoints: saved while training goes on, checked on disk, restored on any mesh.
+"""Checkpoints: saved while training goes on, checked on disk, restored on any mesh.
 
-A step is a folder with the arrays (Orbax's), and a manifest that is written after them and holds
-their checksums. It gets its name only when it has been read back and found right, and older steps
-are removed only then.
+A step is a folder with the arrays, written by Orbax, and a manifest with their checksums, written
+after them:
+
+    checkpoints/300/arrays/...        one array for each leaf of the state, without padding
+    checkpoints/300/manifest.json     names, shapes, dtypes, checksums
+    checkpoints/400.partial/          a step that is being written
+
+A step gets its final name only after it has been read back and found right. Only then are older
+steps removed.
 """
 
 import dataclasses
@@ -25,39 +31,39 @@ from training.manifest import Leaf, Manifest, Place
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
-_PARTIAL = ".partial"  # ends the name of a step that is not finished
+_PARTIAL = ".partial"  # suffix of a step that is not finished
 
 _log = logging.getLogger(__name__)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    # Orbax logs what goes wrong with the trace of each of its threads, and then raises it.
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    # Orbax logs an error with the traceback of each of its threads, and then raises it anyway.
     return "orbax" not in pathlib.Path(record.pathname).parts
 
 
-logging.getLogger("absl").addFilter(_is_news)
+logging.getLogger("absl").addFilter(_is_not_from_orbax)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Copy:
-    leaf: Leaf  # without its checksum, which the worker works out
+class _LeafCopy:
+    leaf: Leaf  # without its checksum, which the worker computes
     array: np.ndarray
 
 
 class Checkpoints:
     """The checkpoints in one folder.
 
-    A save goes on in the background; what goes wrong there is told by the next `save`, `wait` or
-    `close`, each of which returns a line for every trouble since the last. `skipped` has a line for
-    every step that the last `restore` passed over, with the reason.
+    `save` writes in the background. Errors there are returned, one line each, by the next `save`,
+    `wait` or `close`. `skipped` has a line, with the reason, for each step that the last `restore`
+    could not use.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 3):
-        """Looks at a folder, which need not exist yet.
+    def __init__(self, directory: str | os.PathLike, keep: int = 3) -> None:
+        """Opens a folder of checkpoints, which need not exist yet.
 
         Args:
           directory: holds the steps and nothing else.
-          keep: how many steps to keep, the newest ones.
+          keep: how many steps to keep: the newest ones.
 
         Raises:
           ValueError: `keep` is less than 1.
@@ -74,23 +80,23 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for trouble in self.close():
             _log.warning(trouble)
 
     def steps(self) -> list[int]:
-        """The steps that are finished, oldest first; whether they are sound, `restore` tells."""
-        return [step for step in self._numbered() if (self._folder(step) / _MANIFEST).exists()]
+        """The finished steps, oldest first; only `restore` checks whether they are damaged."""
+        return [step for step in self._step_folders() if (self._folder(step) / _MANIFEST).exists()]
 
     def empty(self) -> bool:
         """Whether nothing was ever saved here."""
-        return not self._numbered()
+        return not self._step_folders()
 
     def check_writable(self, state: Any = None) -> None:
-        """Returns if checkpoints can be written here; call it before the first step of training.
+        """Raises if checkpoints cannot be written here; call it before the first step of training.
 
         Args:
-          state: the state to be saved, or its shapes; None leaves its size out of the question.
+          state: the state to be saved, or its shapes; None: the free space is not checked.
 
         Raises:
           OSError: the folder cannot be written, or the disk has no room for two checkpoints.
@@ -122,40 +128,40 @@ class Checkpoints:
         logical_shapes: Any = None,
         wait: bool = False,
     ) -> list[str]:
-        """Copies `state` and writes the copy in the background; `state` may then be donated.
+        """Copies `state`, and writes the copy in the background; `state` may then be donated.
 
-        It first waits for a save that is still going on, so that there is one copy at most.
+        It first waits for the save before it, so memory holds one copy at most.
 
         Args:
-          step: names the checkpoint; one of the same step is replaced, later ones are removed (a
-            resumed run has left their course).
-          state: a pytree of arrays, laid out anyhow over the devices of this process.
-          extra: kept beside it, as JSON.
-          logical_shapes: a tree of the structure of `state`: the shapes without padding, which is
-            not saved; None where nothing is padded.
-          wait: return only when it is done.
+          step: names the checkpoint. A checkpoint of the same step is replaced; those of later
+            steps are removed, since a resumed run no longer leads to them.
+          state: a pytree of arrays, in any layout over the devices of this process.
+          extra: saved beside the state, as JSON.
+          logical_shapes: a tree of the same structure with the shapes without padding, which is not
+            saved; None: nothing is padded.
+          wait: return only after the checkpoint is written.
 
         Returns:
-          A line for each trouble since it was last asked.
+          A line for each error in the background since the last call that returned them.
 
         Raises:
           ValueError: `extra` is not JSON, a logical shape does not fit, or a leaf lies on devices
             of other processes.
         """
-        Manifest(step=step, leaves=(), extra=extra).to_json()  # complains now, not in the worker
-        self._settle()
+        Manifest(step=step, leaves=(), extra=extra).to_json()  # raises here, not in the worker
+        self._finish_save()
         places = manifest.places(state, logical_shapes)
         copies = [_copy(number, place) for number, place in enumerate(places)]
         self._saving = self._worker.submit(self._save, step, copies, extra)
-        return self.wait() if wait else self._told()
+        return self.wait() if wait else self._take_troubles()
 
     def wait(self) -> list[str]:
-        """Waits for the save that is going on; a line for each trouble since it was last asked."""
-        self._settle()
-        return self._told()
+        """Waits for the save in the background; returns its errors, as `save` does."""
+        self._finish_save()
+        return self._take_troubles()
 
     def close(self) -> list[str]:
-        """As `wait`; no save is possible afterwards."""
+        """Waits for the save in the background; returns its errors. It is the last call."""
         troubles = self.wait()
         self._worker.shutdown()
         return troubles
@@ -163,23 +169,23 @@ class Checkpoints:
     def restore(
         self, template: Any, step: int | None = None, *, logical_shapes: Any = None
     ) -> tuple[int, Any, dict[str, Any]]:
-        """The newest checkpoint that is sound: its step, state and extra.
+        """The newest checkpoint that is undamaged and fits: its step, its state and its extra.
 
-        Every leaf's checksum is compared. Steps that are passed over are in `skipped`.
+        The checksum of every leaf is compared. `skipped` then names the steps passed over.
 
         Args:
-          template: a pytree of `ShapeDtypeStruct`s (or arrays) with the sharding that the leaves
-            shall have, on any mesh.
-          step: this one and no other.
-          logical_shapes: as for `save`; what the template has more is filled with zeros.
+          template: a pytree of `ShapeDtypeStruct`s (or arrays) with the shardings that the restored
+            leaves are to have, on any mesh.
+          step: restore this step only; None: the newest that can be restored.
+          logical_shapes: as for `save`; the template's padding is filled with zeros.
 
         Raises:
-          FileNotFoundError: there is no checkpoint, or not that of `step`.
-          ValueError: none is sound and fits `template`; each is named with the reason.
+          FileNotFoundError: there is no checkpoint, or none of `step`.
+          ValueError: no checkpoint is undamaged and fits `template`; each is named with the reason.
         """
-        self._settle()
+        self._finish_save()
         wanted = manifest.places(template, logical_shapes)
-        numbered = self._numbered()
+        numbered = self._step_folders()
         if step is not None and step not in numbered:
             raise FileNotFoundError(
                 f"{self.directory} has no checkpoint of step {step}, it has {numbered}"
@@ -191,48 +197,48 @@ class Checkpoints:
         self.skipped = []
         for candidate in reversed(numbered if step is None else [step]):
             try:
-                found, arrays = _read(self._folder(candidate), wanted)
+                saved, arrays = _read(self._folder(candidate), wanted)
             except ValueError as error:
                 self.skipped.append(f"step {candidate}: {error}")
                 continue
-            described = {leaf.path: leaf for leaf in found.leaves}
+            described = {leaf.path: leaf for leaf in saved.leaves}
             leaves = [_put(place, arrays[place.path], described[place.path]) for place in wanted]
-            return candidate, jax.tree.unflatten(jax.tree.structure(template), leaves), found.extra
+            return candidate, jax.tree.unflatten(jax.tree.structure(template), leaves), saved.extra
         raise ValueError(
             f"no checkpoint in {self.directory} can be restored: " + "; ".join(self.skipped)
         )
 
-    def _settle(self) -> None:
+    def _finish_save(self) -> None:
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
-    def _told(self) -> list[str]:
+    def _take_troubles(self) -> list[str]:
         troubles, self._troubles = self._troubles, []
         return troubles
 
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
-    def _numbered(self) -> list[int]:
+    def _step_folders(self) -> list[int]:
         names = [path.name for path in self.directory.glob("*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
-    def _save(self, step: int, copies: list[_Copy], extra: dict[str, Any]) -> None:
+    def _save(self, step: int, copies: list[_LeafCopy], extra: dict[str, Any]) -> None:
         partial = self.directory / f"{step}{_PARTIAL}"
         try:
             leaves = [
                 dataclasses.replace(copy.leaf, sha256=manifest.checksum(copy.array))
                 for copy in copies
             ]
-            said = Manifest(step=step, leaves=tuple(leaves), extra=extra)
-            if not _is_there(self._folder(step), said):
+            written = Manifest(step=step, leaves=tuple(leaves), extra=extra)
+            if not _is_saved(self._folder(step), written):
                 shutil.rmtree(partial, ignore_errors=True)
-                _write(partial, said, copies)
+                _write(partial, written, copies)
                 if self._folder(step).exists():
                     shutil.rmtree(self._folder(step))
                 partial.rename(self._folder(step))
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # a failed save never ends training
             shutil.rmtree(partial, ignore_errors=True)
             self._troubles.append(self._trouble(step, copies, error))
             return
@@ -249,10 +255,10 @@ class Checkpoints:
         for step in finished:
             if step not in kept:
                 shutil.rmtree(self._folder(step))
-        for partial in self.directory.glob(f"*{_PARTIAL}"):  # of a process that was killed
+        for partial in self.directory.glob(f"*{_PARTIAL}"):  # left by a process that was killed
             shutil.rmtree(partial)
 
-    def _trouble(self, step: int, copies: list[_Copy], error: Exception) -> str:
+    def _trouble(self, step: int, copies: list[_LeafCopy], error: Exception) -> str:
         size = sum(copy.array.nbytes for copy in copies)
         free = shutil.disk_usage(self.directory).free if self.directory.exists() else 0
         room = f"it needs {_megabytes(size)}, {_megabytes(free)} are free"
@@ -263,7 +269,7 @@ class Checkpoints:
         )
 
 
-def _copy(number: int, place: Place) -> _Copy:
+def _copy(number: int, place: Place) -> _LeafCopy:
     leaf = place.leaf
     key = jax.random.key_impl(leaf) if manifest.is_key(leaf) else None
     described = Leaf(
@@ -275,48 +281,48 @@ def _copy(number: int, place: Place) -> _Copy:
         key=None if key is None else str(key),
     )
     if key is not None:
-        return _Copy(described, np.array(jax.random.key_data(leaf)))
+        return _LeafCopy(described, np.array(jax.random.key_data(leaf)))
     if not isinstance(leaf, jax.Array):
-        return _Copy(described, np.array(leaf[tuple(map(slice, place.shape))]))
+        return _LeafCopy(described, np.array(leaf[tuple(map(slice, place.shape))]))
     if not leaf.is_fully_addressable:
         raise ValueError(
             f"{place.path} lies on devices of several processes; gather it to each process first"
         )
-    # Shard by shard into fresh memory: a view, or the copy that jax keeps of an array it was asked
-    # for, would be in the way when the next step takes over the buffer.
+    # Shard by shard into fresh memory. A view of the buffer, or the host copy that jax caches for
+    # an array, would keep the next step from donating that buffer.
     array = np.empty(place.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
-            part = array[(*shard.index, ...)]  # a view, of a scalar too
+            part = array[(*shard.index, ...)]  # `...` makes it a view even of a scalar
             part[...] = np.asarray(shard.data)[tuple(map(slice, part.shape))]
-    return _Copy(described, array)
+    return _LeafCopy(described, array)
 
 
-def _is_there(folder: pathlib.Path, said: Manifest) -> bool:
+def _is_saved(folder: pathlib.Path, written: Manifest) -> bool:
     try:
-        if (folder / _MANIFEST).read_text() != said.to_json():
+        if (folder / _MANIFEST).read_text() != written.to_json():
             return False
-        _load(folder, said.leaves)
+        _load(folder, written.leaves)
     except (OSError, ValueError):
         return False
     return True
 
 
-def _write(folder: pathlib.Path, said: Manifest, copies: list[_Copy]) -> None:
+def _write(folder: pathlib.Path, written: Manifest, copies: list[_LeafCopy]) -> None:
     """Writes a whole step to `folder` and reads it back."""
     folder.mkdir(parents=True)
     with _store() as store:
         arrays = {copy.leaf.stored: copy.array for copy in copies if copy.array.size}
         store.save(folder / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
     with (folder / _MANIFEST).open("w") as file:
-        file.write(said.to_json())
+        file.write(written.to_json())
         file.flush()
         os.fsync(file.fileno())
-    _load(folder, said.leaves)
+    _load(folder, written.leaves)
 
 
 def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict[str, np.ndarray]]:
-    """What a step's folder holds, by path; a ValueError says why it cannot be used."""
+    """The manifest and the arrays by path of a step's folder; ValueError: it cannot be used."""
     try:
         text = (folder / _MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -324,24 +330,24 @@ def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict
             f"its {_MANIFEST} cannot be read ({_reason(error)}): saving was cut short, or another "
             "program wrote it"
         ) from None
-    found = Manifest.from_json(text)
-    if str(found.step) != folder.name:
-        raise ValueError(f"its manifest is that of step {found.step}")
-    leaves = manifest.rename_old_leaves(found.leaves, wanted)
-    found = dataclasses.replace(found, leaves=tuple(leaves))
+    saved = Manifest.from_json(text)
+    if str(saved.step) != folder.name:
+        raise ValueError(f"its manifest is that of step {saved.step}")
+    leaves = manifest.rename_old_leaves(saved.leaves, wanted)
+    saved = dataclasses.replace(saved, leaves=tuple(leaves))
     differing = manifest.mismatches(leaves, wanted)
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError("it is of another state: " + "; ".join(differing[:3]) + more)
-    return found, _load(folder, found.leaves)
+    return saved, _load(folder, saved.leaves)
 
 
 def _load(folder: pathlib.Path, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
-    """The arrays of all `leaves` by path; a ValueError names the first that is damaged."""
+    """The arrays of `leaves` by path; ValueError: one is damaged, and is named."""
     stored = [leaf for leaf in leaves if 0 not in leaf.shape]
     try:
         arrays = _fetch(folder, stored)
-    except Exception:  # of many kinds, few of which say where: look at one after the other
+    except Exception:  # few kinds of error name the array, so read one at a time
         arrays = {}
         for leaf in stored:
             try:
@@ -386,7 +392,7 @@ def _put(place: Place, array: np.ndarray, leaf: Leaf) -> Any:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # the array store's way to say errno
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # the array store's form of errno
     return os.strerror(int(code[1])) if code else str(error).strip().split("\n")[0][:200]
 
 

@@ -1,4 +1,4 @@
-"""This file is every choice that a training run has, and its command line; it imports no jax."""
+"""Every choice of a training run, and its command line; imports no jax."""
 
 import argparse
 import dataclasses
@@ -18,15 +18,15 @@ import tyro
 from wsekern.atomic_write import atomic_write
 from wsekern.wafer.launch import Platform, parse_grid
 
-# What a resumed run may change: where and how long it runs and what it shows. All else decides the
-# losses, so the two halves would not be one run.
+# A resumed run may change where and how long it runs, and what it shows. The other fields decide
+# the losses: if one changed, the two halves would not be one run.
 MAY_CHANGE = frozenset(
     {
-        "init",  # whose sizes and tokens are compared by their shapes and fingerprint
+        "init",  # instead, shapes and the fingerprint of the tokens are compared
         "wafer",
         "virtual",
         "platform",
-        "data",  # whose content is compared by its fingerprint
+        "data",  # instead, the fingerprint of its content is compared
         "steps",
         "remat",
         "microbatch",
@@ -42,45 +42,45 @@ MAY_CHANGE = frozenset(
         "log_every",
     }
 )
-# How this process was started rather than what the run is: neither saved nor compared.
+# Fields about how this process was started, not about the run: neither saved nor compared.
 _OF_THE_CALL = frozenset({"resume", "config"})
-FILE_NAME = "config.json"  # of the resolved configuration, in the run folder
+FILE_NAME = "config.json"  # the resolved configuration in the run folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Every choice of a training run; defaults train a small decoder in a few minutes on a CPU."""
+    """Every choice of a training run. The defaults train a small decoder on a CPU in minutes."""
 
     preset: str = "nano"
-    """The model's sizes: nano, 20m, 125m, 1b, 8b, gpt2-124m, ...; `python -m models info NAME`."""
+    """Sizes of the model: nano, 20m, 125m, 1b, 8b, ... See `python -m models info NAME`."""
     init: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|GGUF|ID")] = None
-    """Checkpoint whose sizes, weights and tokenizer to start from, instead of a preset."""
+    """Checkpoint to take sizes, weights and tokenizer from, instead of a preset."""
     wafer: str = "2x4"
     """Grid of PEs: HEIGHTxWIDTH, or WAFERSxHEIGHTxWIDTH."""
     virtual: bool = False
-    """Run the PEs virtually, all on one device, instead of one PE a device."""
+    """Run all PEs virtually on one device, instead of one PE on each device."""
     platform: Platform | None = None
-    """Kind of device; cpu makes as many emulated devices as PEs. None: what JAX finds."""
+    """Kind of device; cpu emulates a device for each PE. None: whatever JAX prefers."""
     data: Annotated[
         Sequence[str],
         tyro.conf.arg(
             metavar="FILE|DIR|GLOB", help_behavior_hint="(default: Python's standard library)"
         ),
     ] = ()
-    """Text to train on, one source or several."""
+    """Text to train on: one source or several."""
     tokens: Literal["bytes", "characters", "checkpoint"] | None = None
-    """A token is a byte of UTF-8, a character (vocabulary: those in the text, sorted), or of the
-    tokenizer of --init. None: of the checkpoint that there is, else bytes."""
+    """A token is a byte of UTF-8, a character (the vocabulary is those in the text), or one of the
+    tokenizer of --init. None: checkpoint with --init, else bytes."""
     validation_fraction: float = 0.1
-    """Share of the data kept for validation: whole files, or the end of a single one."""
+    """Share of the data for validation: whole files, or the end of a single file."""
     context: int | None = None
-    """Length of a sequence, tokens. None: the preset's; of --init, 1024 at most."""
+    """Tokens in a sequence. None: the model's context, with --init at most 1024."""
     batch: int = 12
-    """Sequences in a step, over all wafers."""
+    """Sequences in a step, all wafers together."""
     microbatch: int | None = None
-    """Sequences in one accumulation pass, over all wafers. None: the whole batch at once."""
+    """Sequences in one accumulation pass, all wafers together. None: the whole batch."""
     steps: int = 300
-    """Optimizer steps, counted from the start of the run."""
+    """Optimizer steps in all, counted from the start of the run."""
     learning_rate: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     min_learning_rate: float | None = None
@@ -88,9 +88,9 @@ class TrainingConfig:
     warmup: int = 20
     """Steps over which the learning rate rises from zero."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up; wsd is constant, then linear to the end."""
+    """Course of the learning rate after the warm-up. wsd: constant, then linear to the end."""
     decay_fraction: float = 0.2
-    """Share of the steps that the final decay of wsd takes."""
+    """Share of the steps in the final decay of wsd."""
     beta1: float = 0.9
     """Adam's decay of the mean gradient, per step."""
     beta2: float = 0.99
@@ -100,37 +100,37 @@ class TrainingConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that the model computes in; weights and optimizer state are float32 in any case."""
+    """Dtype that the model computes in; weights and optimizer state are always float32."""
     remat: bool = False
-    """Compute each layer's activations again in the backward pass: less memory, more time."""
+    """Recompute each layer's activations in the backward pass: less memory, more time."""
     seed: int = 0
-    """Of the initial weights, the batches and the sample."""
+    """Random seed of the initial weights, the batches and the sample."""
     eval_every: int = 100
-    """Steps between evaluations on the validation data; 0: only at the end."""
+    """Steps between evaluations on the validation data. 0: only at the end."""
     eval_batches: int = 20
     """Batches in an evaluation."""
     out: Annotated[
         str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET)")
     ] = None
-    """Run folder: checkpoints, metrics.jsonl, loss curve, config.json."""
+    """Run folder, for checkpoints, metrics.jsonl, the loss curve and config.json."""
     resume: bool = False
-    """Go on from the run folder's newest good checkpoint, with the choices saved there."""
+    """Continue from the newest good checkpoint in the run folder, with the choices saved there."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON file of choices to start from; flags given beside it win."""
+    """JSON file of choices to start from; other flags override it."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only by the clock, when stopped, and at the end."""
+    """Steps between checkpoints. 0: only by the clock, when stopped, and at the end."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints; 0: not by the clock."""
+    """Minutes between checkpoints. 0: not by the clock."""
     keep: int = 3
-    """Checkpoints kept, the newest ones."""
+    """How many checkpoints to keep: the newest ones."""
     sample_tokens: int = 200
-    """Length of the text sampled at the end, tokens; 0: none."""
+    """Tokens of text to sample at the end. 0: none."""
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line's end)")] = "\n"
-    """Text that the sample goes on from."""
+    """Text that the sample continues."""
     temperature: float = 0.8
-    """Of the sample; 0 always takes the likeliest token."""
+    """Temperature of the sample. 0: always the likeliest token."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl and of output that is not a terminal."""
+    """Steps between lines of metrics.jsonl, and of output if it is not a terminal."""
 
     def __post_init__(self) -> None:
         # A str is one source, as on the command line; a tuple can be hashed, a list cannot.
@@ -144,12 +144,12 @@ class TrainingConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Wafers, and height and width of each, PEs."""
+        """Wafers, and the height and width of each, in PEs."""
         return parse_grid(self.wafer)
 
     @property
     def pes(self) -> int:
-        """PEs over all wafers."""
+        """PEs of all wafers together."""
         wafers, height, width = self.grid
         return wafers * height * width
 
@@ -166,8 +166,8 @@ class TrainingConfig:
     @property
     def final_learning_rate(self) -> float:
         """Learning rate at the end."""
-        given = self.min_learning_rate
-        return self.learning_rate / 10 if given is None else given
+        lowest = self.min_learning_rate
+        return self.learning_rate / 10 if lowest is None else lowest
 
     @property
     def run_dir(self) -> pathlib.Path:
@@ -176,16 +176,16 @@ class TrainingConfig:
 
     @property
     def model(self) -> str:
-        """What the model starts from, for people: a checkpoint, or a preset's name."""
+        """Name of the model that training starts from: a checkpoint, or a preset."""
         return self.init or self.preset
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """The configuration that a command line asks for; ends the process where it cannot be had.
+    """The configuration of a command line; a wrong flag ends the process.
 
     It starts from the file of `--config`, or with `--resume` from the one saved in the run folder,
-    or from the defaults; flags given win. A flag that does not exist, a value that does not fit and
-    an unreadable file are named on standard error, with exit status 2.
+    or else from the defaults; the other flags override it. An unknown flag, a bad value or an
+    unreadable file is named on standard error, with exit status 2.
 
     Args:
       argv: the flags; None: those of this process.
@@ -205,11 +205,11 @@ def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
 
 
 def resolve_config(config: TrainingConfig, context: int) -> TrainingConfig:
-    """`config` with a value for every choice that was left to be found.
+    """`config` with a value for every field that was None.
 
     Args:
-      config: as it was given.
-      context: the preset's, tokens.
+      config: the configuration as given.
+      context: the model's context, in tokens.
     """
     return dataclasses.replace(
         config,
@@ -224,20 +224,21 @@ def resolve_config(config: TrainingConfig, context: int) -> TrainingConfig:
 def save_config(config: TrainingConfig, path: str | pathlib.Path) -> None:
     """Writes `config` to `path` as JSON, whole or not at all."""
     fields = dataclasses.asdict(config)
-    kept = {name: value for name, value in fields.items() if name not in _OF_THE_CALL}
-    kept["data"] = [os.path.abspath(os.path.expanduser(item)) for item in config.data]
+    saved = {name: value for name, value in fields.items() if name not in _OF_THE_CALL}
+    # Absolute paths: the run may be resumed from another folder.
+    saved["data"] = [os.path.abspath(os.path.expanduser(item)) for item in config.data]
     if config.init and os.path.exists(config.init):
-        kept["init"] = os.path.abspath(config.init)
+        saved["init"] = os.path.abspath(config.init)
     with atomic_write(path) as file:
-        file.write((json.dumps(kept, indent=2) + "\n").encode())
+        file.write((json.dumps(saved, indent=2) + "\n").encode())
 
 
 def load_config(path: str | pathlib.Path) -> TrainingConfig:
-    """The configuration in a JSON file; what the file does not name has its default.
+    """The configuration in a JSON file; fields that it does not name have their defaults.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a JSON object, or a name or value in it does not fit.
+      ValueError: it is not a JSON object, or has an unknown name or a bad value.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -249,15 +250,15 @@ def load_config(path: str | pathlib.Path) -> TrainingConfig:
 
 
 def config_differences(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """What differs between two runs, a line a field, such as `"seed: 0 was saved, 1 is given"`."""
+    """A line for each field that differs, such as `"seed: 0 was saved, 1 is given"`."""
     return [_difference(name, saved, now) for name in _differing(saved, now)]
 
 
 def check_resume(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """The differences that a resumed run is free to have, as `config_differences` words them.
+    """A line for each difference, all of which a resumed run may have.
 
     Raises:
-      ValueError: others differ, each of which is named.
+      ValueError: fields differ that must not; each is named.
     """
     fixed = [name for name in _differing(saved, now) if name not in MAY_CHANGE]
     if fixed:
@@ -283,8 +284,8 @@ def _difference(name: str, saved: TrainingConfig, now: TrainingConfig) -> str:
 
 
 def _starting_point(argv: Sequence[str]) -> TrainingConfig:
-    # These flags say which configuration the others change, so they are read ahead of tyro, which
-    # then reads all of them and makes the complaints.
+    # These flags choose the configuration that the others change, so they are read before tyro,
+    # which then reads all flags and reports the errors.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--config", "--out", "--preset", "--init"):
         ahead.add_argument(flag, nargs="?")
@@ -295,25 +296,25 @@ def _starting_point(argv: Sequence[str]) -> TrainingConfig:
         return TrainingConfig()
     if flags.config:
         return load_config(flags.config)
-    named = {"out": flags.out, "init": flags.init}
-    named |= {"preset": flags.preset} if flags.preset else {}
-    saved = TrainingConfig(**named).run_dir / FILE_NAME
+    chosen = {"out": flags.out, "init": flags.init}
+    chosen |= {"preset": flags.preset} if flags.preset else {}
+    saved = TrainingConfig(**chosen).run_dir / FILE_NAME
     if flags.resume and saved.is_file():
         return dataclasses.replace(load_config(saved), out=flags.out)
     return TrainingConfig()
 
 
 def _from_json(text: str) -> TrainingConfig:
-    given = json.loads(text)
-    if not isinstance(given, dict):
-        raise ValueError(f"it holds a {type(given).__name__}, not an object of names and values")
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"it holds a {type(fields).__name__}, not an object of names and values")
     known = [f.name for f in dataclasses.fields(TrainingConfig) if f.name not in _OF_THE_CALL]
-    for name in given:
+    for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; names are {known}"
             raise ValueError(f"{name!r} is not a name of a choice{hint}")
-    return TrainingConfig(**given)
+    return TrainingConfig(**fields)
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -332,7 +333,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if typing.get_origin(hint) is Sequence:
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if isinstance(value, bool):  # which Python counts as an int
+    if isinstance(value, bool):  # in Python a bool is an int
         return hint is bool
     return isinstance(value, int | float if hint is float else hint)
 
@@ -343,7 +344,7 @@ def _check_ranges(config: TrainingConfig) -> None:
         *("warmup", "eval_every", "checkpoint_every", "sample_tokens"),
         *("weight_decay", "clip_norm", "checkpoint_minutes", "temperature", "min_learning_rate"),
     )
-    # name -> (fits, what would)
+    # name -> (test, the text of what would pass)
     rules = {name: (lambda v: v >= 1, "1 or more") for name in at_least_one}
     rules |= {name: (lambda v: v >= 0, "0 or more") for name in not_negative}
     rules |= {name: (lambda v: 0 <= v < 1, "from 0 to below 1") for name in ("beta1", "beta2")}
@@ -375,19 +376,19 @@ def _check_ranges(config: TrainingConfig) -> None:
 def _check_batch(config: TrainingConfig) -> None:
     wafers, _, _ = config.grid
     together = config.microbatch or config.batch
-    which = "batch" if config.microbatch is None else "microbatch"
+    field = "batch" if config.microbatch is None else "microbatch"
     if together % wafers:
         raise ValueError(
-            f"{which}={together} is not a multiple of the {wafers} wafers of "
-            f"wafer={config.wafer!r}; use {_near(together, wafers)}"
+            f"{field}={together} is not a multiple of the {wafers} wafers of "
+            f"wafer={config.wafer!r}; use {_multiples_near(together, wafers)}"
         )
     if config.batch % together:
         raise ValueError(
             f"batch={config.batch} is not a multiple of microbatch={together}; "
-            f"use batch={_near(config.batch, together)}, or another microbatch"
+            f"use batch={_multiples_near(config.batch, together)}, or another microbatch"
         )
 
 
-def _near(value: int, divisor: int) -> str:
+def _multiples_near(value: int, divisor: int) -> str:
     below = value // divisor * divisor
     return f"{below} or {below + divisor}" if below else str(divisor)

@@ -1,4 +1,4 @@
-"""This file is what a run shows: a live line on a terminal, plain lines where output is piped."""
+"""The output of a run: a live line on a terminal, plain lines if output is piped."""
 
 import contextlib
 import time
@@ -14,26 +14,26 @@ from rich.text import Text
 from training.config import TrainingConfig
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_WIDE = 110  # columns of a terminal from which there is room for a bar
+_WIDE = 110  # columns; a narrower terminal gets no bar
 _BAR = 16  # columns of the bar
 _BETWEEN = "  "
 
 
 class Console:
-    """Says on standard output how a run goes; enter it for as long as the run lasts."""
+    """Reports a run on standard output; enter it for the time of the run."""
 
-    def __init__(self, config: TrainingConfig, terminal: Terminal | None = None):
-        """Nothing is shown yet.
+    def __init__(self, config: TrainingConfig, terminal: Terminal | None = None) -> None:
+        """Shows nothing yet.
 
         Args:
-          config: of the run.
-          terminal: where to write; by default standard output.
+          config: every choice of the run.
+          terminal: where to write; None: standard output.
         """
         self._config = config
         self._terminal = terminal or Terminal(highlight=False, markup=False)
         self._compiled = 0
-        self._lost = False  # nobody can read what is said
-        self._expected: int | None = None  # programs compiled when the first step was done
+        self._lost = False  # output is closed: write nothing more
+        self._expected: int | None = None  # programs compiled up to the first step
         bar = [BarColumn(bar_width=_BAR)] if self._terminal.width >= _WIDE else []
         self._live = Progress(
             *bar, TextColumn("{task.description}", markup=False), console=self._terminal
@@ -44,13 +44,13 @@ class Console:
         jax.monitoring.register_event_duration_secs_listener(self._count)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.end()
         jax.monitoring.unregister_event_duration_listener(self._count)
 
-    def show(self, what: RenderableType, *, wrap: bool = True) -> None:
-        """Prints `what` above the progress."""
-        self._try(lambda: self._terminal.print(what, soft_wrap=not wrap))
+    def show(self, content: RenderableType, *, wrap: bool = True) -> None:
+        """Prints `content` above the progress."""
+        self._try(lambda: self._terminal.print(content, soft_wrap=not wrap))
 
     def note(self, line: str) -> None:
         """Prints a line above the progress."""
@@ -58,7 +58,7 @@ class Console:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """While entered, says that programs are being compiled; afterwards, how long it took."""
+        """Says that programs are being compiled, and after the `with` block how long it took."""
         start = time.monotonic()
         if self._terminal.is_terminal:
             with self._terminal.status("compiling the step and the evaluation"):
@@ -78,18 +78,19 @@ class Console:
         share_of_peak: float,
         seconds_left: float,
     ) -> None:
-        """Says how far the run is: live on a terminal, else every `log_every` steps.
+        """Shows the progress: live on a terminal, else a line every `log_every` steps.
 
         Args:
-          step: how many steps are done.
-          loss: of the last one, nats a token.
-          learning_rate: of the last one.
-          tokens_per_s: over all devices, lately.
-          share_of_peak: FLOP/s over the most that the devices could do.
-          seconds_left: at this speed.
+          step: steps taken so far.
+          loss: of the last step, nats a token.
+          learning_rate: of the last step.
+          tokens_per_s: over all devices, in the last steps.
+          share_of_peak: FLOP/s over the peak of the devices.
+          seconds_left: the time to the last step at this speed.
         """
         steps, compiled = self._config.steps, self._compiled
-        # Whatever is compiled after the first step was seen should not have been.
+        # By the first step every program has been compiled. Any later one is a recompilation: a
+        # shape or a layout has changed.
         self._expected = compiled if self._expected is None else self._expected
         facts = [
             f"{step}/{steps}",
@@ -99,43 +100,43 @@ class Console:
             f"lr {learning_rate:.1e}",
             f"{share_of_peak:.1%} peak",
         ]
-        again = compiled - self._expected
-        # Only what should not be has to be seen on the narrowest terminal too.
-        facts.insert(2 if again else len(facts), f"{again} recompiles")
+        recompiled = compiled - self._expected
+        # Recompilations come early in the line, so that the narrowest terminal shows them too.
+        facts.insert(2 if recompiled else len(facts), f"{recompiled} recompiles")
         if self._terminal.is_terminal:
-            line = _fitting(facts, self._terminal.width)
+            line = _join_what_fits(facts, self._terminal.width)
             self._try(self._live.start)
             self._try(lambda: self._live.update(self._task, description=line, completed=step))
         elif step == 1 or step == steps or step % self._config.log_every == 0:
             self.note(_BETWEEN.join(facts))
 
     def evaluated(self, step: int, val_loss: float) -> None:
-        """Says the loss on the validation data, nats a token."""
+        """Prints the loss on the validation data, nats a token."""
         self.note(f"step {step}: validation loss {val_loss:.4f}")
 
     def end(self) -> None:
-        """Ends the live line; what is shown afterwards stands below it."""
+        """Ends the live line; later output stands below it."""
         if self._live.live.is_started:
             self._try(self._live.stop)
 
     def sample(self, text: str) -> None:
-        """Shows text that the model has written."""
+        """Prints text that the model has written."""
         self.show(Panel(Text(text), title="sample", title_align="left"))
 
     def _try(self, say: Callable[[], None]) -> None:
-        """Runs `say`; when output is closed or its disk is full, a run goes on in silence."""
+        """Runs `say`; if output is closed or its disk is full, the run goes on in silence."""
         try:
             if not self._lost:
                 say()
-        except (OSError, SystemExit):  # rich ends the process when nobody reads any more
+        except (OSError, SystemExit):  # rich raises SystemExit if the pipe is closed
             self._lost = True
 
     def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
         self._compiled += event == _COMPILED
 
 
-def _fitting(facts: list[str], width: int) -> str:
-    """The first of `facts`, as many as there is room for beside a bar."""
+def _join_what_fits(facts: list[str], width: int) -> str:
+    """As many of the first `facts` as fit beside the bar."""
     room = width - 1 - (_BAR + 1 if width >= _WIDE else 0)
     while len(_BETWEEN.join(facts)) > room and len(facts) > 1:
         facts = facts[:-1]

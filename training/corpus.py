@@ -1,7 +1,7 @@
-"""This file is the text that is trained on: which files, read one at a time, and on which side.
+"""The text to train on: which files, read one at a time, and whether for training or validation.
 
-A file lies wholly in the training or wholly in the validation data, and equal files count once, so
-that nothing leaks from the one into the other.
+A whole file belongs either to the training data or to the validation data, and files with equal
+content count once, so that no text is in both.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import pathlib
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 
-# Other people's packages and caches, which differ from machine to machine.
+# Installed packages and caches, which differ from machine to machine.
 _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -21,32 +21,32 @@ class Source:
     """A file that may hold text."""
 
     path: pathlib.Path
-    named: bool  # by the user, one by one: then it must be text, others may be skipped
+    named: bool  # by the user: then it must be text; files found in folders may be skipped
 
     def stamp(self) -> tuple[str, int, int]:
-        """What changes when the file does: its path, size in bytes and time of change in ns."""
+        """Path, size in bytes and time of change in ns: they differ if the file has changed."""
         try:
             status = self.path.stat()
-        except OSError:  # a broken link, say: reading it will tell
+        except OSError:  # such as a broken link; reading it will raise
             return str(self.path), -1, -1
         return str(self.path.absolute()), status.st_size, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A file that does hold text."""
+    """A file that holds text."""
 
     path: pathlib.Path
     size: int  # bytes
-    digest: str  # of its content
+    digest: str  # SHA-256 of its content
 
 
 def find_sources(data: Sequence[str]) -> tuple[str, list[Source]]:
-    """What the data is called, and its files in a fixed order.
+    """The name of the data for people, and its files in a fixed order.
 
     Args:
-      data: files, directories (all files in them, hidden ones left out) and glob patterns; none at
-        all stands for the Python sources of the interpreter's standard library.
+      data: files, directories (all files in them, hidden ones left out) and glob patterns; if
+        empty, the Python sources of the interpreter's standard library.
 
     Raises:
       FileNotFoundError: one of `data` is not there, or matches nothing.
@@ -56,20 +56,20 @@ def find_sources(data: Sequence[str]) -> tuple[str, list[Source]]:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
         paths = (path for path in _files_below(root) if path.suffix == ".py")
         return f"standard library of Python {version}", [Source(path, False) for path in paths]
-    found = [source for item in data for source in _matches(item)]
+    sources = [source for item in data for source in _matches(item)]
     names = [pathlib.Path(item).name or item for item in data]
-    return " + ".join(names), list(dict.fromkeys(found))
+    return " + ".join(names), list(dict.fromkeys(sources))
 
 
 def read_documents(sources: Iterable[Source], name: str) -> tuple[list[Document], list[str]]:
-    """The files that hold text, each content once, and a line for each other one with the reason.
+    """The files that hold text, each content once, and a line with the reason for each other file.
 
     Args:
       sources: the files.
-      name: of all of them, for a message.
+      name: the name of the data, for the error message.
 
     Raises:
-      ValueError: a file that the user named is empty, unreadable or no text, or nothing is left.
+      ValueError: a file that the user named is empty, unreadable or not text, or no file is left.
     """
     documents: dict[str, Document] = {}
     skipped = []
@@ -95,25 +95,26 @@ def read_documents(sources: Iterable[Source], name: str) -> tuple[list[Document]
 def split_documents(
     documents: Sequence[Document], validation_fraction: float
 ) -> tuple[list[Document], list[Document]]:
-    """The documents to train on and those to validate on, each in the order given.
+    """The documents for training and for validation, each in the order given.
 
-    Files are drawn for validation in the order of their digests, while they fit into its share of
-    the bytes; of two files or more, each side has one at least.
+    Files go to validation in the order of their digests, which is as good as random and does not
+    change with other files, as long as they fit into its share of the bytes. Of two files or more,
+    each part gets at least one.
     """
     room = validation_fraction * sum(document.size for document in documents)
-    drawn = set()
+    chosen = set()
     for document in sorted(documents, key=lambda document: document.digest):
         if document.size <= room:
-            drawn.add(document.digest)
+            chosen.add(document.digest)
             room -= document.size
-    if not drawn and len(documents) > 1:
-        drawn = {min(documents, key=lambda document: (document.size, document.digest)).digest}
-    train = [document for document in documents if document.digest not in drawn]
-    return train, [document for document in documents if document.digest in drawn]
+    if not chosen and len(documents) > 1:
+        chosen = {min(documents, key=lambda document: (document.size, document.digest)).digest}
+    train = [document for document in documents if document.digest not in chosen]
+    return train, [document for document in documents if document.digest in chosen]
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text in a file, its line ends as they are.
+    """The text in a file, with its line ends unchanged.
 
     Raises:
       ValueError: the file cannot be read, is empty, or is not UTF-8 text.

@@ -1,7 +1,7 @@
-"""This file is the tokens: text tokenized once into a cached memory map, and batches drawn from it.
+"""Tokens and batches: tokenize text once into a cached memory map, and draw batches from it.
 
-A batch is a function of the seed and the step alone, so a run resumes on any number of hosts.
-Random bits: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox).
+A batch depends on the seed and the step alone, so a run resumes on any number of hosts. Random
+bits: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox).
 """
 
 import contextlib
@@ -23,27 +23,27 @@ from models.text.tokenizer import Tokenizer
 from training.corpus import Document, find_sources, read_documents, read_text, split_documents
 
 Tokens = Literal["bytes", "characters"]
-Pair = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]  # inputs, and what comes after each
+Pair = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]  # inputs, and the token after each
 
-_FORMAT = 2  # of the cache; raise it when the same text gives other tokens
+_FORMAT = 2  # version of the cache; raise it when the same text gives other tokens
 _ABOUT = "corpus.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Tokenized text in two parts that share no file; the tokens stay on disk until they are read.
+    """Tokenized text for training and for validation; the tokens stay on disk until they are read.
 
     Make one with `open_corpus`.
     """
 
     train: Integer[np.ndarray, " N"]  # a read-only memory map of uint8, uint16 or uint32
     validation: Integer[np.ndarray, " V"]
-    vocab: int  # how many different tokens there may be
-    name: str  # of the text, for people
-    alphabet: str | None  # character of each token; None: tokens are bytes, or a tokenizer's
-    fingerprint: str  # of all tokens: two corpora that train alike have the same
-    skipped: tuple[str, ...]  # a line for each file found that holds no text
-    tokenizer: Tokenizer | None = None  # what made the tokens, unless they are bytes or characters
+    vocab: int  # number of different tokens possible
+    name: str  # of the data, for people
+    alphabet: str | None  # the character of each token; None: tokens are bytes or a tokenizer's
+    fingerprint: str  # of all tokens; equal for two corpora exactly if they train alike
+    skipped: tuple[str, ...]  # a line for each file without text
+    tokenizer: Tokenizer | None = None  # None: tokens are bytes or characters
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """The tokens of `text`, int32.
@@ -64,7 +64,7 @@ class Corpus:
         return _tokenize(text, self.alphabet).astype(np.int32)
 
     def decode(self, tokens: Int[np.ndarray, " T"] | Sequence[int]) -> str:
-        """The text of `tokens`; bytes that are no UTF-8, such as a character's half, as U+FFFD."""
+        """The text of `tokens`; bytes that are not UTF-8 (half a character) become U+FFFD."""
         if self.tokenizer is not None:
             return self.tokenizer.decode(tokens)
         if self.alphabet is None:
@@ -80,39 +80,39 @@ def open_corpus(
     validation_fraction: float = 0.1,
     cache: str | pathlib.Path | None = None,
 ) -> Corpus:
-    """The tokens of `sources`, made the first time and from then on mapped from the cache.
+    """The tokens of `sources`: made the first time, afterwards mapped from the cache.
 
-    The cache is good while paths, sizes and times of change of all files are the same. Several
-    processes may open the same corpus at once.
+    The cache holds as long as the paths, sizes and times of change of all files are the same.
+    Several processes may open the same corpus at once.
 
     Args:
       sources: files, directories and glob patterns of UTF-8 text; None: the Python sources of the
         interpreter's standard library, about 30 MB.
-      tokens: what a token is. The vocabulary of characters is those in the text, sorted. With a
-        tokenizer, the token that ends a text stands behind each file's.
-      context: length of a sequence, tokens; each part must hold one and the token after it.
-      validation_fraction: share of the bytes for validation: whole files, or the end of the single
-        file that there is.
-      cache: folder of all cached corpora; None: $WSEKERN_CACHE or else ~/.cache/wsekern.
+      tokens: the kind of token. "characters": the vocabulary is the characters in the text, sorted.
+        A tokenizer: each file is followed by the token that ends a text.
+      context: tokens in a sequence; each part must hold a sequence and the token after it.
+      validation_fraction: share of the bytes for validation: whole files, or the end of a single
+        file.
+      cache: folder of all cached corpora; None: $WSEKERN_CACHE, or ~/.cache/wsekern.
 
     Raises:
       FileNotFoundError: a source is not there.
-      ValueError: a named file is empty, unreadable or no text, or there is too little text.
+      ValueError: a named file is empty, unreadable or not text, or there is too little text.
       OSError: the cache cannot be written.
     """
     tokenizer = tokens if isinstance(tokens, Tokenizer) else None
     if tokenizer is None and tokens not in typing.get_args(Tokens):
         raise ValueError(f"tokens={tokens!r} is not one of {typing.get_args(Tokens)}")
     data = (sources,) if isinstance(sources, str) else tuple(sources or ())
-    name, found = find_sources(data)
-    stamps = [(source.stamp(), source.named) for source in found]
+    name, files = find_sources(data)
+    stamps = [(source.stamp(), source.named) for source in files]
     kind = tokens if tokenizer is None else tokenizer.fingerprint
     key = json.dumps([_FORMAT, kind, validation_fraction, data, stamps])
     home = pathlib.Path(cache or os.environ.get("WSEKERN_CACHE") or "~/.cache/wsekern").expanduser()
     folder = home / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     corpus = _cached(folder)
     if corpus is None:
-        documents, skipped = read_documents(found, name)
+        documents, skipped = read_documents(files, name)
         parts = split_documents(documents, validation_fraction)
         alphabet = _alphabet(documents, tokens)
         about: dict[str, Any] = {"name": name, "skipped": skipped, "alphabet": alphabet}
@@ -132,23 +132,24 @@ def batch(
     context: int,
     host: tuple[int, int] = (0, 1),
 ) -> Pair:
-    """One host's rows of the batch that belongs to (`seed`, `step`): sequences at random places.
+    """This host's rows of the batch of (`seed`, `step`): sequences at random places in `tokens`.
 
-    All hosts' rows one after another are the same batch, whatever their number.
+    The rows of all hosts together are the same batch for any number of hosts.
 
     Args:
-      tokens: a part of a corpus.
-      seed: of the run; with the step, all that the places depend on.
+      tokens: one part of a corpus.
+      seed: the run's; the places depend on it and on the step, and on nothing else.
       step: which batch.
       batch: sequences over all hosts.
-      context: length of a sequence, tokens.
-      host: this host's index, and how many there are.
+      context: tokens in a sequence.
+      host: this host's index, and the number of hosts.
 
     Raises:
       ValueError: `batch` does not divide over the hosts.
     """
     rows = _rows_of_host(batch, host)
-    # Raw bits: their sequence is Philox's definition, the same in every release of numpy.
+    # Raw bits: Philox defines their sequence, so it is the same in every release of numpy, unlike
+    # that of `Generator.integers`.
     bits = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch)
     starts = (bits % np.uint64(len(tokens) - context)).astype(np.int64)
     return _sequences(tokens, starts[rows], context)
@@ -162,17 +163,17 @@ def evaluation_batches(
     batches: int,
     host: tuple[int, int] = (0, 1),
 ) -> Iterator[Pair]:
-    """The same sequences at every call: spread evenly over all of `tokens`, none overlapping.
+    """Batches for evaluation: sequences spread evenly over `tokens`, not overlapping.
 
-    There are fewer batches where the tokens do not fill that many; where they do not even fill one,
-    its sequences repeat.
+    Every call gives the same batches. There are fewer if the tokens do not fill `batches`; if they
+    do not fill even one, its sequences repeat.
 
     Args:
-      tokens: a part of a corpus.
+      tokens: one part of a corpus.
       batch: sequences over all hosts.
-      context: length of a sequence, tokens.
-      batches: how many batches to give at most.
-      host: this host's index, and how many there are.
+      context: tokens in a sequence.
+      batches: the most batches to give.
+      host: this host's index, and the number of hosts.
 
     Raises:
       ValueError: `batch` does not divide over the hosts.
@@ -244,7 +245,7 @@ def _store(
     about: dict[str, Any],
     tokenizer: Tokenizer | None,
 ) -> Corpus:
-    """Writes the corpus beside `folder` and then renames: others see all of it or nothing."""
+    """Writes the corpus beside `folder`, then renames it: other processes see all or nothing."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial"))
@@ -286,16 +287,16 @@ def _write(
                 file.write(array.tobytes())
                 digest.update(array.tobytes())
             about[name] = file.tell()
-        digest.update(str(about[name]).encode())  # where the one part ends
+        digest.update(str(about[name]).encode())  # so that the fingerprint covers where a part ends
     about["fingerprint"] = digest.hexdigest()
     (folder / _ABOUT).write_text(json.dumps(about))
 
 
 def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
-    if _cached(folder) is not None:  # another process was quicker
+    if _cached(folder) is not None:  # another process was faster
         return
-    shutil.rmtree(folder, ignore_errors=True)  # broken, if it is there at all
-    with contextlib.suppress(OSError):  # another process was quicker after all
+    shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is broken
+    with contextlib.suppress(OSError):  # another process was faster after all
         partial.rename(folder)
 
 
@@ -303,7 +304,7 @@ def _cached(folder: pathlib.Path) -> Corpus | None:
     try:
         about = json.loads((folder / _ABOUT).read_text())
         parts = {
-            name: _mapped(folder / f"{name}.bin", about[name], _dtype(about["vocab"]))
+            name: _map_tokens(folder / f"{name}.bin", about[name], _dtype(about["vocab"]))
             for name in ("train", "validation")
         }
     except (OSError, ValueError, KeyError):
@@ -319,10 +320,12 @@ def _cached(folder: pathlib.Path) -> Corpus | None:
     )
 
 
-def _mapped(path: pathlib.Path, size: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
+def _map_tokens(path: pathlib.Path, size: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, not {size}")
-    return np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)  # no map is empty
+    return (
+        np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
+    )  # an empty file cannot be mapped
 
 
 def _check_long_enough(corpus: Corpus, context: int) -> None:

@@ -1,7 +1,8 @@
-"""This file is what a run says of itself before it starts: its mesh, sizes, bytes and FLOPs."""
+"""The summary that a run shows before it starts: its mesh, sizes, bytes and FLOPs."""
 
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,39 +16,39 @@ from training.plan import RunPlan
 from wsekern.hardware import accelerator
 from wsekern.wafer.wafer import Wafer
 
-_DRAWN_ROWS, _DRAWN_COLUMNS = 6, 8  # of a grid; what is between its ends is left out
-_PROBE = 1024  # rows and columns of the product that stands for the peak of an unknown device
+_DRAWN_ROWS, _DRAWN_COLUMNS = 6, 8  # of a larger grid the middle is left out
+_PROBE = 1024  # rows and columns of the matrix product that measures an unknown device's peak
 _PROBES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The most that the devices of a wafer could do together."""
+    """The most arithmetic that the devices of a wafer can do together."""
 
     flops: float  # FLOP/s
-    source: str  # where the figure is from, for people
+    source: str  # where the figure is from, as text
 
 
 def find_peak(wafer: Wafer, dtype: str) -> Peak:
-    """The peak of the devices under `wafer` in `dtype`: of their data sheet, or measured.
+    """The peak of a wafer's devices in `dtype`, from their data sheet or measured.
 
-    Emulated devices share one machine; it and devices without a data sheet here are measured, by
-    the best of a few local matrix products.
+    A device without a data sheet in `wsekern.hardware` is measured, by the best of a few matrix
+    products. Emulated devices share one CPU, so together they count as one device.
     """
     devices = [jax.devices()[0]] if wafer.mesh is None else list(wafer.device_mesh.devices.flat)
     chip = accelerator(devices[0].device_kind)
     rated = chip and (chip.bfloat16_flops if dtype == "bfloat16" else chip.float32_flops)
     if chip and rated:
         return Peak(flops=rated * len(devices), source=f"{len(devices)} x {chip.name}")
-    alike = 1 if devices[0].platform == "cpu" else len(devices)
+    count = 1 if devices[0].platform == "cpu" else len(devices)
     return Peak(
-        flops=alike * _measured(devices[0], dtype),
+        flops=count * _measure(devices[0], dtype),
         source=f"measured, {_PROBE} x {_PROBE} products in {dtype}",
     )
 
 
 def header(plan: RunPlan, corpus: Corpus, peak: Peak) -> RenderableType:
-    """A drawing of the mesh, and below it what the run trains, on what, in how many bytes."""
+    """A drawing of the mesh, and below it the model, the data, the bytes and the FLOPs."""
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(plan, corpus, peak):
         facts.add_row(name, value)
@@ -55,27 +56,27 @@ def header(plan: RunPlan, corpus: Corpus, peak: Peak) -> RenderableType:
 
 
 def mesh_drawing(wafer: Wafer) -> Table:
-    """The grid of one wafer: in each PE the number of its device, or its place if it is virtual."""
+    """The grid of one wafer: in each PE the number of its device, or "y,x" if it is virtual."""
     drawn = Table(box=box.SQUARE, show_header=False, show_lines=True)
-    columns = _shown(wafer.width, _DRAWN_COLUMNS)
-    for y in _shown(wafer.height, _DRAWN_ROWS):
+    columns = _indices_to_draw(wafer.width, _DRAWN_COLUMNS)
+    for y in _indices_to_draw(wafer.height, _DRAWN_ROWS):
         drawn.add_row(*(_cell(wafer, y, x) for x in columns))
     return drawn
 
 
-def _facts(plan, corpus, peak):
+def _facts(plan: RunPlan, corpus: Corpus, peak: Peak) -> Iterator[tuple[str, str]]:
     config, wafer = plan.config, plan.wafer
     params, state = (
         explain_state(shapes, wafer) for shapes in (plan.shapes["params"], plan.shapes)
     )
     count = sum(row.size for row in params)
-    alone = "one device" if wafer.backend == "virtual" else "a device"
-    held = sum(row.bytes_per_device for row in state)
+    where = "one device" if wafer.backend == "virtual" else "a device"
+    per_device = sum(row.bytes_per_device for row in state)
     flops = plan.tokens_per_step * plan.sizes.flops_per_token(plan.context)
     passes = f" in {config.passes} passes" if config.passes > 1 else ""
-    yield "wafer", _described(wafer)
+    yield "wafer", _describe(wafer)
     yield "model", f"{config.model}: {count:,} parameters, computed in {config.dtype}"
-    yield "state", f"{_bytes(held)} on {alone}: float32 weights and two moments of AdamW"
+    yield "state", f"{_bytes(per_device)} on {where}: float32 weights and two moments of AdamW"
     yield (
         "step",
         f"{config.batch} x {plan.context} = {plan.tokens_per_step:,} tokens{passes}, "
@@ -90,7 +91,7 @@ def _facts(plan, corpus, peak):
     yield "run", str(config.run_dir)
 
 
-def _described(wafer):
+def _describe(wafer: Wafer) -> str:
     grid = f"{wafer.height} x {wafer.width} PEs"
     if wafer.wafers > 1:
         grid = f"{wafer.wafers} wafers of {grid} (the first is drawn)"
@@ -102,7 +103,7 @@ def _described(wafer):
     return f"{grid}, one device each, {kind}"
 
 
-def _cell(wafer, y, x):
+def _cell(wafer: Wafer, y: int | None, x: int | None) -> str:
     if y is None or x is None:
         return "..."
     if wafer.backend == "virtual":
@@ -111,13 +112,13 @@ def _cell(wafer, y, x):
     return str((devices[0] if wafer.wafers > 1 else devices)[y, x].id)
 
 
-def _shown(length, most):
+def _indices_to_draw(length: int, most: int) -> list[int | None]:
     if length <= most:
         return list(range(length))
     return [*range(most - 2), None, length - 1]
 
 
-def _measured(device, dtype):
+def _measure(device: jax.Device, dtype: str) -> float:
     a = jax.device_put(jnp.ones((_PROBE, _PROBE), dtype), device)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(a, a))
@@ -129,12 +130,12 @@ def _measured(device, dtype):
     return 2 * _PROBE**3 / min(times)
 
 
-def _si(value):
+def _si(value: float) -> str:
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"
     return f"{value:.3g} "
 
 
-def _bytes(value):
+def _bytes(value: float) -> str:
     return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value:,} bytes"

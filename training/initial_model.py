@@ -1,4 +1,4 @@
-"""This file is what a run starts from: a preset, or a checkpoint's sizes, weights and tokenizer."""
+"""The model that a run starts from: a preset, or a checkpoint's sizes, weights and tokenizer."""
 
 import dataclasses
 import pathlib
@@ -17,25 +17,25 @@ from models.text.tokenizer import Tokenizer
 from training.config import TrainingConfig
 from wsekern.wafer.wafer import Wafer
 
-_CONTEXT = 1024  # tokens of a sequence: what checkpoints can read needs far more memory
+_CONTEXT = 1024  # tokens in a sequence; the longest that checkpoints allow needs far more memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialModel:
-    """What a run starts from; make it with `find_initial_model`."""
+    """The model that a run starts from; make it with `find_initial_model`."""
 
     sizes: DecoderConfig
-    context: int  # tokens of a sequence, if nobody says otherwise
+    context: int  # tokens in a sequence, unless the configuration says otherwise
     tokenizer: Tokenizer | None = None
-    path: pathlib.Path | None = None  # of the checkpoint
-    read_params: Callable[[Wafer], nnx.State] | None = None  # None: they are random
+    path: pathlib.Path | None = None  # the checkpoint's; None: a preset
+    read_params: Callable[[Wafer], nnx.State] | None = None  # None: random parameters
 
 
 def find_initial_model(config: TrainingConfig) -> InitialModel:
-    """What `config` asks for; of a checkpoint, no weights are read yet.
+    """The preset or checkpoint that `config` names; reads no weights yet.
 
     Raises:
-      ValueError: there is no such preset, or the checkpoint is not one that can be read.
+      ValueError: there is no such preset, or the checkpoint cannot be read.
       FileNotFoundError: there is no such checkpoint.
     """
     if config.init is None:

@@ -1,4 +1,4 @@
-"""This file is the lock of a run folder: one process at a time trains in it."""
+"""Lock a run folder, so that one process at a time trains in it."""
 
 import contextlib
 import fcntl
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def lock_run_folder(run_dir: pathlib.Path) -> Iterator[None]:
-    """While entered, no other process can lock `run_dir`; a process that dies lets it go.
+    """Locks `run_dir` for the `with` block; the lock of a process that dies is released.
 
     Raises:
-      ValueError: a run goes on there.
+      ValueError: another process trains there.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    # "a+" keeps the content: it names the process that holds the lock.
     with (run_dir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

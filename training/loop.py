@@ -1,4 +1,4 @@
-"""This file is the loop of a training run, stoppable at every step."""
+"""The loop of a run: step after step to the last one or a signal; then save and sample."""
 
 import collections
 import contextlib
@@ -27,30 +27,31 @@ from training.programs import Programs
 from training.signals import StopSignals
 from training.step import Metrics, TrainState
 
-# Steps in flight: jax 0.10 hangs on emulated devices at about a hundred; 16 cost no speed.
+# The most steps dispatched and not yet waited for: jax 0.10 hangs on emulated devices at about a
+# hundred, and 16 cost no speed.
 _IN_FLIGHT = 16
-_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_CHECKS = 1.0
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is no longer a number; the last good checkpoint is untouched."""
+    """The loss or its gradient is no longer finite; the last good checkpoint is untouched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run ended with."""
+    """The outcome of a run."""
 
     step: int
-    loss: float  # of the last step, nats a token; NaN if none was taken
-    val_loss: float | None  # of the last evaluation
+    loss: float  # of the last step, nats a token; NaN if no step was taken
+    val_loss: float | None  # of the last evaluation, nats a token
     run_dir: pathlib.Path
-    stopped: bool  # by a signal, before all was done
-    saved: bool  # whether the last step can be resumed from
+    stopped: bool  # by a signal, before the last step
+    saved: bool  # the run can be resumed from its last step
     sample: str | None
 
 
 class TrainingLoop:
-    """The loop, and what it has to remember from step to step; `run` runs it."""
+    """The state of a run from step to step; `run` trains to the end."""
 
     def __init__(
         self,
@@ -62,21 +63,21 @@ class TrainingLoop:
         signals: StopSignals,
         peak_flops: float,
         tokenizer_from: pathlib.Path | None = None,
-    ):
-        """The first state, or on resuming the newest good checkpoint, is in place afterwards.
+    ) -> None:
+        """Makes the first state, or when resuming restores the newest good checkpoint.
 
         Args:
-          programs: compiled.
+          programs: the compiled programs.
           corpus: the data.
-          prompt: what the sample at the end goes on from.
-          checkpoints: of the run folder.
-          console: entered.
-          signals: entered.
-          peak_flops: the most that the devices could do together, FLOP/s.
-          tokenizer_from: the checkpoint whose tokenizer the model at the end goes with.
+          prompt: the tokens that the sample at the end continues.
+          checkpoints: the run folder's.
+          console: where to report; entered.
+          signals: what can stop the run; entered.
+          peak_flops: the peak of all devices together, FLOP/s.
+          tokenizer_from: checkpoint whose tokenizer is saved with the trained model.
 
         Raises:
-          ValueError: (on resuming) no checkpoint is sound, or it belongs to another run.
+          ValueError: when resuming, no checkpoint can be used, or its data differs.
         """
         self.programs = programs
         self.plan = programs.plan
@@ -91,35 +92,35 @@ class TrainingLoop:
         self.peak_tokens_per_s = peak_flops / flops
         self.rate = jax.jit(learning_rate_schedule(self.config))
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-        self.step, self.state, seconds = self._start()
+        self.step, self.state, seconds = self._first_or_saved_state()
         self.log = MetricsLog(self.config.run_dir, resume_from=self.step)
         self.loss = self.tokens_per_s = math.nan
         evaluated = [line for line in read_metrics(self.config.run_dir) if "val_loss" in line]
         self.evaluated_step = evaluated[-1]["step"] if evaluated else 0
         self.val_loss: float | None = evaluated[-1]["val_loss"] if evaluated else None
-        self.saved_step = self.looked_step = self.step
-        self.saved_at = self.looked_at = time.monotonic()
-        self.began = self.looked_at - seconds
+        self.saved_step = self.checked_step = self.step
+        self.saved_at = self.checked_at = time.monotonic()
+        self.began = self.checked_at - seconds
 
     def run(self) -> RunResult:
-        """Takes all steps that are left, unless a signal comes; then saves, evaluates and samples.
+        """Takes the steps that are left, or stops at a signal; then saves, evaluates and samples.
 
         Raises:
           Diverged: the loss or its gradient became infinite or NaN.
         """
         try:
             while self.step < self.config.steps and not self.signals.received:
-                self._one_step()
-            self._look()
+                self._take_step()
+            self._check_losses()
         except Diverged:
             self.console.end()
-            self._draw()
+            self._draw_loss_curve()
             raise
         except Exception:
-            with contextlib.suppress(Exception):  # the first trouble is the one to tell
+            with contextlib.suppress(Exception):  # raise the first error, not this one
                 self._save_last()
             raise
-        self._save()  # before what may yet take long
+        self._save()  # before evaluating and sampling, which may take long
         if self.step == self.config.steps and self.evaluated_step != self.step:
             self._evaluate()
         self.console.end()
@@ -127,7 +128,7 @@ class TrainingLoop:
         saved = self._save_last()
         if self.step == self.config.steps:
             self._export()
-        self._draw()
+        self._draw_loss_curve()
         self.console.note(f"run folder: {self.config.run_dir}")
         if self.signals.received:
             name = self.signals.received.name
@@ -142,7 +143,7 @@ class TrainingLoop:
             sample=sample,
         )
 
-    def _start(self) -> tuple[int, TrainState, float]:
+    def _first_or_saved_state(self) -> tuple[int, TrainState, float]:
         if not self.config.resume:
             return 0, self.programs.first_state(), 0.0
         if self.checkpoints.empty():
@@ -160,7 +161,7 @@ class TrainingLoop:
         self.console.note(f"resumed from step {step}")
         return step, state, extra["seconds"]
 
-    def _one_step(self) -> None:
+    def _take_step(self) -> None:
         config = self.config
         pair = batch(
             self.corpus.train,
@@ -174,9 +175,9 @@ class TrainingLoop:
         self.pending.append((self.step, metrics))
         logged = self.step in (1, config.steps) or self.step % config.log_every == 0
         evaluated = _due(self.step, config.eval_every) and self.step < config.steps
-        waited = time.monotonic() - self.looked_at > _SECONDS_BETWEEN_LOOKS
+        waited = time.monotonic() - self.checked_at > _SECONDS_BETWEEN_CHECKS
         if logged or evaluated or waited or len(self.pending) == _IN_FLIGHT:
-            self._look()
+            self._check_losses()
         minutes = (time.monotonic() - self.saved_at) / 60
         by_clock = config.checkpoint_minutes and minutes >= config.checkpoint_minutes
         if by_clock or _due(self.step, config.checkpoint_every):
@@ -186,16 +187,16 @@ class TrainingLoop:
         elif logged and self.step < config.steps:
             self._write_metrics()
 
-    def _look(self) -> None:
-        """Waits for the steps in flight, checks their losses, and tells the console."""
+    def _check_losses(self) -> None:
+        """Waits for the steps in flight, checks that their losses are finite; shows progress."""
         while self.pending:
             step, metrics = self.pending.popleft()
             loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._write_metrics(step=step, loss=loss)
-                raise Diverged(self._diverged(step, loss, norm))
+                raise Diverged(self._divergence(step, loss, norm))
             self.loss = loss
-        steps, seconds = self.step - self.looked_step, time.monotonic() - self.looked_at
+        steps, seconds = self.step - self.checked_step, time.monotonic() - self.checked_at
         if steps:
             self.tokens_per_s = steps * self.plan.tokens_per_step / seconds
             left = (self.config.steps - self.step) * self.plan.tokens_per_step
@@ -207,10 +208,10 @@ class TrainingLoop:
                 share_of_peak=self.tokens_per_s / self.peak_tokens_per_s,
                 seconds_left=left / self.tokens_per_s,
             )
-        self.looked_step, self.looked_at = self.step, time.monotonic()
+        self.checked_step, self.checked_at = self.step, time.monotonic()
 
-    def _diverged(self, step: int, loss: float, norm: float) -> str:
-        self._tell(self.checkpoints.wait())
+    def _divergence(self, step: int, loss: float, norm: float) -> str:
+        self._report(self.checkpoints.wait())
         kept = self.checkpoints.steps()
         good = f"step {kept[-1]} is the last good checkpoint" if kept else "no checkpoint was due"
         return (
@@ -220,7 +221,7 @@ class TrainingLoop:
         )
 
     def _evaluate(self) -> None:
-        """The loss on the validation data, unless a signal comes meanwhile; writes the metrics."""
+        """Measures the loss on the validation data, unless a signal comes; writes the metrics."""
         batches = evaluation_batches(
             self.corpus.validation,
             batch=self.config.batch,
@@ -235,7 +236,7 @@ class TrainingLoop:
             losses.append(float(self.programs.evaluate(self.state["params"], inputs, targets)))
         self.val_loss = float(np.mean(losses))
         self.evaluated_step = self.step
-        self.looked_at = time.monotonic()
+        self.checked_at = time.monotonic()
         self.console.evaluated(self.step, self.val_loss)
         return self._write_metrics(val_loss=self.val_loss)
 
@@ -243,7 +244,7 @@ class TrainingLoop:
         self, *, step: int | None = None, loss: float | None = None, **others: float
     ) -> None:
         step = self.step if step is None else step
-        with self._reported("a line of metrics.jsonl"):
+        with self._report_errors("a line of metrics.jsonl"):
             self.log.write(
                 step,
                 loss=self.loss if loss is None else loss,
@@ -254,22 +255,22 @@ class TrainingLoop:
             )
 
     def _save(self) -> None:
-        self._look()  # a state whose losses have not been looked at may be no good
+        self._check_losses()  # never save a state that has diverged
         if self.step == self.saved_step:
             return
         extra = {"corpus": self.corpus.fingerprint, "seconds": time.monotonic() - self.began}
         shapes = logical_shapes(self.state)
-        self._tell(self.checkpoints.save(self.step, self.state, extra, logical_shapes=shapes))
+        self._report(self.checkpoints.save(self.step, self.state, extra, logical_shapes=shapes))
         self.saved_step = self.step
-        self.saved_at = self.looked_at = time.monotonic()
+        self.saved_at = self.checked_at = time.monotonic()
 
     def _save_last(self) -> bool:
-        """Whether the run can be resumed from its last step."""
+        """Saves the last step; returns whether the run can be resumed from it."""
         self._save()
-        self._tell(self.checkpoints.wait())
+        self._report(self.checkpoints.wait())
         return self.step in (0, *self.checkpoints.steps()[-1:])
 
-    def _tell(self, troubles: list[str]) -> None:
+    def _report(self, troubles: list[str]) -> None:
         for line in troubles:
             self.console.note(f"checkpoint: {line}")
 
@@ -288,31 +289,31 @@ class TrainingLoop:
             )
         sample = self.corpus.decode(np.asarray(text)[0])
         self.console.sample(sample)
-        with self._reported("the sample"):
+        with self._report_errors("the sample"):
             (self.config.run_dir / "sample.txt").write_text(sample, encoding="utf-8")
         return sample
 
     def _export(self) -> None:
-        """Writes the model as others read it, a Hugging Face folder, with its tokenizer."""
+        """Writes the model as a Hugging Face folder, with its tokenizer."""
         folder = self.config.run_dir / "model"
-        with self._reported("the model"):
+        with self._report_errors("the model"):
             save(nnx.merge(self.plan.graph, self.state["params"]), folder)
             if self.tokenizer_from is not None:
                 copy_tokenizer(self.tokenizer_from, folder)
             self.console.note(f"model: {folder}")
 
-    def _draw(self) -> None:
-        with self._reported("the loss curve"):
+    def _draw_loss_curve(self) -> None:
+        with self._report_errors("the loss curve"):
             picture = self.config.run_dir / "loss.png"
             self.console.note(loss_curve(read_metrics(self.config.run_dir), picture))
 
     @contextlib.contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
-        """A full disk is no reason to end a run: it is said, and the run goes on."""
+    def _report_errors(self, name: str) -> Iterator[None]:
+        """Reports an OSError, such as a full disk, and goes on: it is no reason to end a run."""
         try:
             yield
         except OSError as error:
-            self.console.note(f"{what} was not written: {error}")
+            self.console.note(f"{name} was not written: {error}")
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,6 +1,6 @@
-"""This file is what a checkpoint says of itself: every leaf of the state, with its checksum.
+"""The manifest of a checkpoint: every leaf of the state, with its checksum.
 
-The array store alone gives back flipped bytes as other numbers, without a word.
+The array store alone returns flipped bytes as other numbers, without an error.
 """
 
 import dataclasses
@@ -19,29 +19,29 @@ _RENAMED_PARTS = {"optimiser": "optimizer"}  # first part of a leaf's path: old 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """One array of a state, as it is kept in a checkpoint: without padding."""
+    """One array of a state as a checkpoint stores it: without padding."""
 
-    path: str  # in the state, such as "params/w"
+    path: str  # place in the state, such as "params/w"
     stored: str  # the array's name on disk
     shape: tuple[int, ...]
     dtype: str
     sha256: str  # of the array's bytes, in row-major order
-    key: str | None = None  # the generator's name, where the leaf is a random key
+    key: str | None = None  # for a random key: its generator's name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A checkpoint's step, its leaves, and what was saved beside them."""
+    """A checkpoint's step, its leaves, and the JSON values saved beside them."""
 
     step: int
     leaves: tuple[Leaf, ...]
     extra: dict[str, Any]
 
     def to_json(self) -> str:
-        """As JSON, with a checksum of its own.
+        """The manifest as JSON, with a checksum of its own.
 
         Raises:
-          ValueError: `extra` holds what JSON cannot.
+          ValueError: `extra` holds values that JSON cannot.
         """
         fields = {"format": _FORMAT, **dataclasses.asdict(self)}
         try:
@@ -73,7 +73,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """One leaf of a state in memory: its name, and the shape that it has without padding."""
+    """One leaf of a state in memory: its path, and its shape without padding."""
 
     path: str
     leaf: Any  # an array, or a `ShapeDtypeStruct`
@@ -86,7 +86,7 @@ class Place:
 
 
 def places(state: Any, logical_shapes: Any = None) -> list[Place]:
-    """The leaves of a state in their order.
+    """The leaves of a state, in order.
 
     Args:
       state: any pytree of arrays or `ShapeDtypeStruct`s.
@@ -94,7 +94,7 @@ def places(state: Any, logical_shapes: Any = None) -> list[Place]:
         nothing is padded.
 
     Raises:
-      ValueError: a logical shape is not within its leaf's.
+      ValueError: a logical shape is larger than its leaf's.
     """
 
     def place(path: Any, leaf: Any, shape: Sequence[int] | None = None) -> Place:
@@ -103,13 +103,13 @@ def places(state: Any, logical_shapes: Any = None) -> list[Place]:
         shape = whole if shape is None else tuple(shape)
         if len(shape) != len(whole) or any(a > b for a, b in zip(shape, whole, strict=True)):
             raise ValueError(
-                f"logical_shapes: {name} is {whole}, of which {shape} is no part; give the shape "
+                f"logical_shapes: {name} is {whole}, which cannot hold {shape}; give the shape "
                 "without padding"
             )
         return Place(path=name, leaf=leaf, shape=shape)
 
-    rest = () if logical_shapes is None else (logical_shapes,)
-    return jax.tree.leaves(jax.tree_util.tree_map_with_path(place, state, *rest))
+    more = () if logical_shapes is None else (logical_shapes,)
+    return jax.tree.leaves(jax.tree_util.tree_map_with_path(place, state, *more))
 
 
 def is_key(leaf: Any) -> bool:
@@ -118,7 +118,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def checksum(array: np.ndarray) -> str:
-    """SHA-256 of the array's bytes in row-major order."""
+    """SHA-256 of an array's bytes in row-major order."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return hashlib.sha256(data).hexdigest()
 
@@ -144,7 +144,7 @@ def rename_old_leaves(leaves: Sequence[Leaf], wanted: Sequence[Place]) -> list[L
 
 
 def mismatches(leaves: Sequence[Leaf], wanted: Sequence[Place]) -> list[str]:
-    """How a checkpoint's leaves differ from those of a state: a line for each; none if they fit."""
+    """A line for each difference between a checkpoint's leaves and a state's; empty if they fit."""
     have = {leaf.path: leaf for leaf in leaves}
     want = {place.path: place for place in wanted}
     lines = [f"it lacks {path}" for path in want if path not in have]

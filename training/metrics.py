@@ -1,4 +1,4 @@
-"""This file is the figures of a run: metrics.jsonl, one JSON object a line, and the loss curve."""
+"""The metrics of a run: metrics.jsonl, one JSON object a line, and the loss curve."""
 
 import importlib.util
 import json
@@ -17,14 +17,14 @@ Line = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends to the metrics.jsonl of a run folder; a line is on its way to disk once written."""
+    """Appends to the metrics.jsonl of a run folder; every line is handed to the system at once."""
 
-    def __init__(self, run_dir: str | os.PathLike, resume_from: int = 0):
-        """Makes the file, or keeps it, without the lines of steps after `resume_from`.
+    def __init__(self, run_dir: str | os.PathLike, resume_from: int = 0) -> None:
+        """Opens the file, and drops its lines of steps after `resume_from`.
 
         Args:
-          run_dir: the run folder, made if need be.
-          resume_from: the step that the run goes on from; 0 starts the file anew.
+          run_dir: the run folder; made if it is not there.
+          resume_from: the step that the run goes on from; 0 empties the file.
         """
         path = pathlib.Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,22 +32,23 @@ class MetricsLog:
         with atomic_write(path) as file:
             file.write("".join(map(_text, kept)).encode())
         self._path = path
-        self._cut = False  # whether the last line may have been written in part
+        self._cut = False  # the last line may be incomplete
 
     def write(
         self, step: int, *, loss: float, tokens_per_s: float, seconds: float, **others: Any
     ) -> None:
-        """Appends a line; what is not a finite number is written as null.
+        """Appends a line; a number that is not finite is written as null.
 
         Args:
-          step: how many steps are done.
+          step: steps taken so far.
           loss: of that step, nats a token.
-          tokens_per_s: over all devices, of the last steps, without evaluations.
-          seconds: since the run began, pauses between resumed parts left out.
+          tokens_per_s: over all devices, in the last steps, without evaluations.
+          seconds: time of training since the run began, without the pauses before resuming.
           others: further figures, such as `val_loss`, nats a token.
 
         Raises:
-          OSError: the disk is full, say; a later call goes on as if nothing had happened.
+          OSError: the line was not written, for example because the disk is full. A later call
+            still writes whole lines.
         """
         line = {"step": step, "loss": loss, "tokens_per_s": tokens_per_s, "seconds": seconds}
         begin, self._cut = "\n" if self._cut else "", True
@@ -57,7 +58,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike) -> list[Line]:
-    """The lines of a metrics.jsonl in their order; one that was cut short is left out.
+    """The lines of a metrics.jsonl, in order; incomplete lines are left out.
 
     Args:
       path: the file, or the run folder that holds it.
@@ -73,11 +74,11 @@ def read_metrics(path: str | os.PathLike) -> list[Line]:
 
 
 def loss_curve(metrics: Sequence[Line], path: str | os.PathLike) -> str:
-    """Draws the losses over the steps to a PNG at `path`; a line that says what came of it.
+    """Draws the losses over the steps to a PNG; returns a line that says where, or why not.
 
     Args:
       metrics: as `read_metrics` returns them.
-      path: of the picture.
+      path: the picture to write.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return "no loss curve: matplotlib is not installed (pip install matplotlib)"
@@ -85,7 +86,7 @@ def loss_curve(metrics: Sequence[Line], path: str | os.PathLike) -> str:
     validation = _points(metrics, "val_loss")
     if not train and not validation:
         return "no loss curve: no loss has been measured yet"
-    from matplotlib.figure import Figure  # not pyplot: no window, no state shared with the user's
+    from matplotlib.figure import Figure  # not pyplot, which opens windows and shares state
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -113,7 +114,7 @@ def _lines(path: pathlib.Path) -> list[Line]:
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # the process died while it wrote
+        except ValueError:  # the process died in the middle of this line
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -125,7 +126,7 @@ def _text(line: Line) -> str:
 
 
 def _number(value: Any) -> Any:
-    # JSON has no NaN, and knows no numbers of numpy's or jax's.
+    # JSON has no NaN, and json no numbers of numpy or jax.
     if value is None or isinstance(value, str | bool):
         return value
     try:

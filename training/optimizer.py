@@ -1,4 +1,4 @@
-"""This file is the optimizer: AdamW under a schedule, with clipped gradients.
+"""AdamW with clipped gradients and a learning-rate schedule.
 
 I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", 2019. The schedule that stays
 constant before its decay (wsd) is that of S. Hu et al., "MiniCPM", 2024.
@@ -14,7 +14,7 @@ from training.config import TrainingConfig
 
 
 def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
-    """The learning rate after a number of updates: a linear warm-up, then what `config` names."""
+    """The learning rate by number of updates: a linear warm-up, then the course `config` names."""
     highest, lowest = config.learning_rate, config.final_learning_rate
     warmup = min(config.warmup, config.steps)
     after = config.steps - warmup
@@ -32,7 +32,7 @@ def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """Which of `params` decay: those with two axes or more, one that stacks layers not counted."""
+    """True for each parameter that decays: one with two axes or more, not counting "layer"."""
 
     def decays(leaf: nnx.Variable) -> nnx.Variable:
         axes = leaf.get_metadata().get("axes") or ()
@@ -42,7 +42,10 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW as `config` says; where a parameter and its gradient are zero, it stays so."""
+    """AdamW as `config` says.
+
+    A parameter that is zero, and whose gradient is always zero, stays zero: padding does.
+    """
     adamw = optax.adamw(
         learning_rate_schedule(config),
         b1=config.beta1,

@@ -1,7 +1,7 @@
-"""The plan of a training run: the model's graph, the optimizer, and the layout of the train state.
+"""The plan of a run: the model's graph, the optimizer, and the layout of the train state.
 
 Nothing is computed here: arrays are known by their shapes. So a step of a plan can be traced, or
-priced by `wsekern.estimate`, on a wafer that is not there.
+priced by `wsekern.estimate`, for a wafer that is not there.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from wsekern.wafer.wafer import Wafer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run will execute and where its state will lie; make it with `make_plan`."""
+    """What a run computes, and where its state lies; make it with `make_plan`."""
 
     config: TrainingConfig
     sizes: DecoderConfig
@@ -31,17 +31,17 @@ class RunPlan:
     graph: nnx.GraphDef  # the model without its parameters
     optimizer: optax.GradientTransformation
     make_state: Callable[[], TrainState]
-    shapes: Any  # of the train state: ShapeDtypeStructs that say where each array lies
-    read_params: Callable[[], nnx.State] | None  # a checkpoint's; None: random ones
+    shapes: Any  # the train state as ShapeDtypeStructs with shardings
+    read_params: Callable[[], nnx.State] | None  # reads a checkpoint's; None: random
 
     @property
     def context(self) -> int:
-        """Length of a sequence, tokens."""
+        """Tokens in a sequence."""
         return self.config.context or self.sizes.context
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of all sequences of a step."""
+        """Tokens in all sequences of a step."""
         return self.config.batch * self.context
 
 
@@ -54,10 +54,10 @@ def make_plan(
     """The plan of a run; nothing is computed yet.
 
     Args:
-      config: of the run.
-      sizes: of the model.
-      wafer: where it runs.
-      read_params: gives the parameters to start from, on the wafer; None: random ones.
+      config: every choice of the run.
+      sizes: the model's sizes.
+      wafer: where the run takes place.
+      read_params: reads the parameters to start from onto the wafer; None: random ones.
     """
 
     def make_model(rngs: nnx.Rngs) -> Decoder:

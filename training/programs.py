@@ -1,4 +1,4 @@
-"""The compiled programs of a training run: its first state, its step, its evaluation."""
+"""The compiled programs of a run: its first state, its step, its evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding
+from jaxtyping import Array, Int
 
 from sharding.state import initialize, lay_out, pad
 from training.plan import RunPlan
@@ -21,12 +22,12 @@ _BATCH = P(WAFERS, ROWS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """What a run executes on its wafer; make it with `compile_programs`."""
+    """The compiled programs of a run on its wafer; make them with `compile_programs`."""
 
     plan: RunPlan
     step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], jax.Array]
-    temporary_bytes: int | None  # of a step, on one device; None where it is not known
+    temporary_bytes: int | None  # of a step, on one device; None: the backend does not say
 
     def first_state(self) -> TrainState:
         """The state before the first step, laid out on the wafer."""
@@ -35,21 +36,21 @@ class Programs:
             if plan.read_params is None:
                 return initialize(plan.make_state, plan.wafer)
 
-            def build(params):
+            def build(params: nnx.State) -> TrainState:
                 return pad(state_of(params, plan.optimizer), plan.wafer)
 
             return jax.jit(build, out_shardings=lay_out(plan.shapes, plan.wafer))(
                 plan.read_params()
             )
 
-    def put(self, tokens: np.ndarray) -> jax.Array:
-        """A batch `[B, T]` of tokens where the step wants it; every host holds the whole batch."""
+    def put(self, tokens: Int[np.ndarray, "B T"]) -> Int[Array, "B T"]:
+        """A batch of tokens, laid out as the step takes it; every host holds the whole batch."""
         sharding = _batch_sharding(self.plan)
         return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
 def compile_programs(plan: RunPlan) -> Programs:
-    """The programs of a run, compiled ahead of its first step."""
+    """Compiles the step and the evaluation ahead of the first step."""
     graph, wafer, shapes = plan.graph, plan.wafer, plan.shapes
     batch = (plan.config.batch, plan.context)
     tokens = jax.ShapeDtypeStruct(batch, np.int32, sharding=_batch_sharding(plan))
@@ -77,7 +78,8 @@ def _compile(function: Callable, shapes: tuple, **options: Any) -> jax.stages.Co
 
 
 def _batch_sharding(plan: RunPlan) -> Sharding:
-    # A length that does not divide by the rows of the grid is padded inside the operations.
+    # Sequences are split over the rows of the grid if their length divides by these. If not, every
+    # row gets whole sequences, and the operations pad them.
     shape = (plan.config.batch, plan.context)
     divides = layout.padded_shape(shape, _BATCH, plan.wafer) == shape
     return plan.wafer.sharding(_BATCH if divides else P(WAFERS))

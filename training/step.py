@@ -1,4 +1,4 @@
-"""This file is one step of training: loss, gradient, update, as one program on one train state."""
+"""One step of training as one program on one train state: loss, gradient, update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,13 @@ from jaxtyping import Array, Float, Int
 import wsekern as wk
 from sharding.state import logical
 
-# {"step": int32, "params": nnx.State, "optimizer": optax's state}
+# {"step": int32, "params": nnx.State, "optimizer": optax's state}. The keys are saved to disk: if
+# one is renamed, `training.manifest` must know its old name, or old checkpoints do not restore.
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
+
+Tokens = Int[Array, "B T"]
+Scalar = Float[Array, ""]
 
 
 def initial_state(
@@ -22,12 +26,15 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     seed: int,
 ) -> TrainState:
-    """The state before the first step; pass it to `sharding.state.initialize` as a thunk."""
+    """The state before the first step, with random parameters.
+
+    To lay it out on a wafer, pass `lambda: initial_state(...)` to `sharding.state.initialize`.
+    """
     return state_of(nnx.state(make_model(nnx.Rngs(seed))), optimizer)
 
 
 def state_of(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step of a model that has parameters already."""
+    """The state before the first step, with the parameters given."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -35,15 +42,16 @@ def state_of(params: nnx.State, optimizer: optax.GradientTransformation) -> Trai
     }
 
 
-def mean_loss(
-    graph: nnx.GraphDef, params: nnx.State, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
-) -> Float[Array, ""]:
+def mean_loss(graph: nnx.GraphDef, params: nnx.State, inputs: Tokens, targets: Tokens) -> Scalar:
     """The mean cross-entropy of `targets` given `inputs`, in nats a token."""
     return _losses(graph, params, inputs, targets)[0]
 
 
-def _losses(graph, params, inputs, targets):
-    """The mean cross-entropy, and the load-balance loss of a mixture of experts, weighed."""
+def _losses(
+    graph: nnx.GraphDef, params: nnx.State, inputs: Tokens, targets: Tokens
+) -> tuple[Scalar, Scalar]:
+    """The mean cross-entropy, and the weighted load-balance loss of a mixture of experts."""
+    # Padding is cut off first: it must not take part in a norm or in the softmax of the logits.
     model = nnx.merge(graph, logical(params))
     hidden, balance = model.hidden(inputs)
     loss = wk.cross_entropy(model.logits(hidden), targets).mean()
@@ -54,19 +62,19 @@ def _losses(graph, params, inputs, targets):
 def evaluation(
     graph: nnx.GraphDef, parts: int = 1
 ) -> Callable[[nnx.State, jax.Array, jax.Array], jax.Array]:
-    """A function of parameters and a batch, for `jax.jit`: the mean loss, in nats a token.
+    """A function from parameters and a batch to the mean loss, in nats a token; for `jax.jit`.
 
     Args:
       graph: the model without its parameters.
-      parts: into how many micro-batches the batch is divided.
+      parts: the number of micro-batches that the batch is split into, to save memory.
     """
 
-    def evaluate(params, inputs, targets):
-        def add(total, part):
+    def evaluate(params: nnx.State, inputs: Tokens, targets: Tokens) -> Scalar:
+        def add(total: Scalar, part: tuple[Tokens, Tokens]) -> tuple[Scalar, None]:
             return total + mean_loss(graph, params, *part), None
 
-        first = jnp.zeros((), jnp.float32)
-        return jax.lax.scan(add, first, _divided(parts, inputs, targets))[0] / parts
+        zero = jnp.zeros((), jnp.float32)
+        return jax.lax.scan(add, zero, _split(parts, inputs, targets))[0] / parts
 
     return evaluate
 
@@ -74,35 +82,40 @@ def evaluation(
 def train_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, parts: int = 1
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-    """A function of a state and a batch, for `jax.jit`: the next state, and what was measured.
+    """A function from a state and a batch to the next state and its metrics; for `jax.jit`.
+
+    The metrics are "loss" (nats a token) and "gradient_norm".
 
     Args:
       graph: the model without its parameters (`nnx.graphdef`).
-      optimizer: what turns gradients into updates.
-      parts: into how many micro-batches the batch is divided; their gradients are summed in
-        float32, so that the update is that of the whole batch and the memory that of one part.
+      optimizer: turns gradients into updates.
+      parts: the number of micro-batches that the batch is split into. Their gradients are summed in
+        float32: the update is that of the whole batch, the memory that of one micro-batch.
     """
 
-    def gradient(params, inputs, targets):
-        def objective(params):
+    def gradient(params: nnx.State, inputs: Tokens, targets: Tokens) -> tuple[Scalar, nnx.State]:
+        def objective(params: nnx.State) -> tuple[Scalar, Scalar]:
             loss, balance = _losses(graph, params, inputs, targets)
             return loss + balance, loss
 
+        # The loss of the metrics leaves the balance out, so that it compares with the validation's.
         (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(params)
         return loss, gradients
 
-    def accumulated(params, inputs, targets):
+    def accumulate(params: nnx.State, inputs: Tokens, targets: Tokens) -> tuple[Scalar, nnx.State]:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
-        def add(total, part):
+        def add(
+            total: tuple[Scalar, nnx.State], part: tuple[Tokens, Tokens]
+        ) -> tuple[tuple[Scalar, nnx.State], None]:
             return jax.tree.map(jnp.add, total, gradient(params, *part)), None
 
         first = (jnp.zeros((), jnp.float32), zeros)
-        total, _ = jax.lax.scan(add, first, _divided(parts, inputs, targets))
+        total, _ = jax.lax.scan(add, first, _split(parts, inputs, targets))
         return jax.tree.map(lambda t: t / parts, total)
 
-    def step(state, inputs, targets):
-        compute = gradient if parts == 1 else accumulated
+    def step(state: TrainState, inputs: Tokens, targets: Tokens) -> tuple[TrainState, Metrics]:
+        compute = gradient if parts == 1 else accumulate
         loss, gradients = compute(state["params"], inputs, targets)
         return apply_gradients(optimizer, state, loss, gradients)
 
@@ -110,12 +123,9 @@ def train_step(
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    loss: Float[Array, ""],
-    gradients: nnx.State,
+    optimizer: optax.GradientTransformation, state: TrainState, loss: Scalar, gradients: nnx.State
 ) -> tuple[TrainState, Metrics]:
-    """The state after the one step that `gradients` ask for, and what was measured."""
+    """The state after one step with `gradients`, and the metrics of that step."""
     updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
     after = {
         "step": state["step"] + 1,
@@ -125,6 +135,12 @@ def apply_gradients(
     return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
 
-def _divided(parts: int, *batch: jax.Array) -> tuple[jax.Array, ...]:
-    # Part j takes every parts-th sequence, so that each wafer keeps working on its own.
-    return tuple(a.reshape(-1, parts, a.shape[1]).swapaxes(0, 1) for a in batch)
+def _split(
+    parts: int, inputs: Tokens, targets: Tokens
+) -> tuple[Int[Array, "P b T"], Int[Array, "P b T"]]:
+    # Micro-batch j takes every parts-th sequence, so that each wafer keeps its own sequences:
+    #   batch 0 1 2 3 | 4 5 6 7 on two wafers, two parts  ->  0 2 | 4 6, then 1 3 | 5 7
+    def split(a: Tokens) -> Int[Array, "P b T"]:
+        return a.reshape(-1, parts, a.shape[1]).swapaxes(0, 1)
+
+    return split(inputs), split(targets)

@@ -103,15 +103,15 @@ def test_a_run_resumes_on_another_mesh_within_rounding(config, tmp_path):
 def _stop_after(config, step):
     """Runs until a signal comes while step `step` is in flight."""
     trainer = Trainer(config)
-    one_step = TrainingLoop._one_step
+    take_step = TrainingLoop._take_step
 
     def stopping(run):
-        one_step(run)
+        take_step(run)
         if run.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_one_step", stopping)
+        patch.setattr(TrainingLoop, "_take_step", stopping)
         result = trainer.fit()
     assert (result.step, result.stopped) == (step, True)
     assert trainer.open_checkpoints().steps()[-1] == step
@@ -120,15 +120,15 @@ def _stop_after(config, step):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     wild = dataclasses.replace(config, checkpoint_every=1, steps=50, clip_norm=0.0)
     trainer = Trainer(wild)
-    one_step = TrainingLoop._one_step
+    take_step = TrainingLoop._take_step
 
     def poisoned(run):
         if run.step == 3:
             run.state["params"] = jax.tree.map(lambda x: x * float("nan"), run.state["params"])
-        one_step(run)
+        take_step(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_one_step", poisoned)
+        patch.setattr(TrainingLoop, "_take_step", poisoned)
         with pytest.raises(Diverged, match="at step 4 the loss is nan.*step 3 is the last good"):
             trainer.fit()
     result = Trainer(dataclasses.replace(wild, resume=True, steps=4)).fit()

@@ -253,8 +253,11 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_a_figure_is_shown_by_a_notebook_without_a_magic_line(e):
     """As IPython does it where no backend is active: by the method `_repr_png_` of its class."""
+    from wsekern.estimator.pictures.notebook import NotebookFigure
+
     scaled = {"WSE-3": [(1, 10.0), (2, 19.0)]}
     for picture in (e.plot(), wk.wafer_map(e, "busy"), wk.roofline(e), wk.scaling(scaled)):
+        assert isinstance(picture, NotebookFigure)
         png = picture._repr_png_()
         assert png.startswith(b"\x89PNG")
         width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))

@@ -1,4 +1,4 @@
-"""List a dataclass's fields in the reference, each with the comment at the end of its line.
+"""List a dataclass's fields in the reference, with the comments at the ends of their lines.
 
 mkdocstrings shows docstrings alone and would leave out `cycles: float  # until all is done`.
 """
@@ -32,7 +32,7 @@ class FieldComments(griffe.Extension):
         # Fields that have docstrings are shown by themselves.
         if not any(f.endlineno in comments for f in fields) or any(f.docstring for f in fields):
             return
-        rows = [f"  {f.name}: {comments.get(f.endlineno or 0, '')}".rstrip() for f in fields]
+        rows = [f"  {f.name}: {comments[f.endlineno]}" for f in fields if f.endlineno in comments]
         cls.docstring.value += "\n\nAttributes:\n" + "\n".join(rows)
 
 

@@ -95,7 +95,7 @@ def attention(
         it that are its own, and all columns. A score below -1e30 with its bias is not seen.
       algorithm: "auto", "ring", "allgather" or "ulysses".
       precision: of every product, forward and backward, as in `jax.lax.dot_general`. cuDNN's
-        kernel, which takes GPU tiles in 16 bits, has no such choice and ignores it.
+        kernel, which takes GPU tiles in 16 bits, cannot be told and ignores it.
       wafer: where to run; by default the current wafer. Without one it is
         `jax.nn.dot_product_attention`, which gives NaN for a row whose biases are all -inf. With
         sinks, a soft cap, a precision or two arrays of segment ids it is one PE's blocked kernel.

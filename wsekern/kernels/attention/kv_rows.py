@@ -65,7 +65,7 @@ def fill(
     """Keys and values of prompts whose tiles go once round y: p - 1 shifts of a tile on p PEs.
 
     Args:
-      k: keys that this PE holds; those that nothing replaces stay.
+      k: keys that this PE holds; they stay where no new ones replace them.
       v: values.
       new_k: this row's tile of the prompts' keys.
       new_v: values.

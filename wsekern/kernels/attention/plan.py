@@ -223,7 +223,7 @@ def _vendor(floats: Floats, order: Order, wafer: Wafer | None) -> Literal["cudnn
 
 
 def cudnn_serves(dtype: jnp.dtype, head_size: int) -> bool:
-    """Whether cuDNN's attention takes such queries."""
+    """Whether cuDNN's attention takes queries of this dtype and head size."""
     return dtype in (jnp.float16, jnp.bfloat16) and head_size % 8 == 0 and head_size <= 128
 
 

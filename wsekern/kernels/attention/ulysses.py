@@ -17,7 +17,7 @@ Tiles = TypeVar("Tiles")
 def split_heads(tiles: Tiles) -> Tiles:
     """From `[B, Tt, Nt, ...]`, a part of the sequence, to `[B, T, Nt/p, ...]`, a part of the heads.
 
-    On p PEs along y; any pytree of such tiles.
+    On p PEs along y; any pytree of tiles.
     """
     return jax.tree.map(lambda t: fabric.all_to_all(t, ROWS, split=2, concat=1), tiles)
 

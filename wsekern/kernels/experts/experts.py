@@ -224,10 +224,10 @@ def _per_pe(
     plan: ExpertsPlan,
 ) -> Float[Array, "B Tt Dt"]:
     rows = _token_rows(x, chosen, shares, plan)
-    held = weights[0].shape[0]  # experts on this wafer
+    local_experts = weights[0].shape[0]  # experts on this wafer
 
     def work(route: routing.Route) -> Float[Array, "n Dt"]:
-        tokens = _receive(route, rows, held)
+        tokens = _receive(route, rows, local_experts)
         y = fabric.varying(jnp.zeros((tokens.rows.shape[0], x.shape[2]), x.dtype))
 
         def add(
@@ -241,7 +241,7 @@ def _per_pe(
         y, _ = _for_each_part(add, y, tokens.groups, weights, biases, plan)
         return route.send_back(tokens.sum_choices(y * tokens.shares))
 
-    out = routing.run_routed(rows[1], held, work)
+    out = routing.run_routed(rows[1], local_experts, work)
     return out.reshape(x.shape).astype(x.dtype)
 
 
@@ -321,14 +321,15 @@ def _token_rows(
 def _receive(
     route: routing.Route,
     rows: tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]],
-    held: int,
+    local_experts: int,
 ) -> _Tokens:
-    """The rows that reach this wafer, sorted by the `held` experts that it has."""
+    """The rows that reach this wafer, sorted by the experts that it has."""
     x, chosen, shares = (route.send(a) for a in rows)
-    local = chosen - fabric.axis_index(WAFERS) * held
-    # `held` stands for no expert: choices of other wafers' experts, and empty places of buckets.
-    local = jnp.where((local >= 0) & (local < held), local, held)
-    return _sort(x, local, shares, held)
+    local = chosen - fabric.axis_index(WAFERS) * local_experts
+    # The number behind the last expert stands for none: for choices of other wafers' experts, and
+    # for empty places of buckets.
+    local = jnp.where((local >= 0) & (local < local_experts), local, local_experts)
+    return _sort(x, local, shares, local_experts)
 
 
 def _sort(

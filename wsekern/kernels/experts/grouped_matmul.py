@@ -204,7 +204,7 @@ def weight_gradients(
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows to multiply at once: those that a group has on average, rounded up to a power of two."""
+    """Rows to multiply at once: the average of a group, rounded up to a power of two."""
     size = _MIN_BLOCK
     while size < min(_MAX_BLOCK, -(-rows // groups)):
         size *= 2

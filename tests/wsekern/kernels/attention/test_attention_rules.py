@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +256,7 @@ def test_explains_the_words_and_steps_that_its_programs_take(grid, algorithm, op
     wafer = wk.Wafer.abstract(wk.WSE3, *grid)
 
     def run(q, k, v, ids):
-        asked = "ring" if algorithm == "zigzag" else algorithm
+        asked: Any = "ring" if algorithm == "zigzag" else algorithm
         return wk.attention(q, k, v, segment_ids=ids, algorithm=asked, **options)
 
     traffic = wk.traffic(run, q, k, k, ids, wafer=wafer)

@@ -1,4 +1,4 @@
-"""The whole-wafer solve, on wafers of few PEs: its result is that of one array."""
+"""The whole-wafer solve on small wafers equals the solve on one array."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What is timed side by side computes the same."""
+"""The candidates that decode is timed against compute the same."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The harness: pairing, what it reports of compiled programs, the list, the file it writes."""
+"""The harness: turns, ratios, compiled programs, the list, the file it writes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A peer is worth beating only if it computes the same."""
+"""The decoders that ours is timed against compute the same."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the solvers are timed against must solve the same system."""
+"""The solvers that ours are timed against solve the same system."""
 
 import jax
 import jax.numpy as jnp

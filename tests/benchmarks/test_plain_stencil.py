@@ -1,4 +1,4 @@
-"""What a stencil is timed against must compute the same."""
+"""The stencils that ours are timed against compute the same."""
 
 import functools
 

@@ -1,3 +1,5 @@
+"""The words a PE receives, read off each kernel's trace, equal the formula of its docstring."""
+
 import pytest
 
 from benchmarks import traffic

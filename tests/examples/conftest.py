@@ -1,4 +1,4 @@
-"""This file is how the examples are tested: as a user runs them, but in this process."""
+"""Run the examples as a user does, but in this process."""
 
 import sys
 

@@ -1,18 +1,20 @@
+"""The heat example, run as a user runs it, and small."""
+
 import pytest
 
 
 def test_it_keeps_its_heat_and_draws(example_called, run, tmp_path, capsys):
     picture = tmp_path / "heat.png"
     run(example_called("heat"), "--wafer", "2x2", "--cells", 24, "--steps", 30, "--out", picture)
-    said = capsys.readouterr().out
-    assert abs(float(said.split("holds ")[1].split()[0])) < 1e-6
+    output = capsys.readouterr().out
+    assert abs(float(output.split("holds ")[1].split()[0])) < 1e-6
     assert picture.stat().st_size > 10_000
 
 
 def test_it_says_what_a_wafer_would_take(example_called, run, capsys):
     run(example_called("heat"), "--estimate", "8x8", "--cells", 64, "--steps", 10)
-    said = capsys.readouterr().out
-    assert "cycles" in said and "heat.py" in said
+    output = capsys.readouterr().out
+    assert "cycles" in output and "heat.py" in output
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""The example kernel: equal to the whole plate, and to docs/own_kernel.md."""
+
 import functools
 import inspect
 import pathlib

@@ -1,4 +1,4 @@
-"""The example of Poisson's equation, run as a user runs it but in this process, and small."""
+"""The example of Poisson's equation, run as a user runs it, and small."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_it_runs_and_draws(example, run, where, tmp_path, capsys):
 
 
 def test_it_says_what_each_solver_would_take_on_a_wafer(example, run, capsys):
-    """Multigrid needs a handful of cycles; they, and what they move, are counted."""
+    """Multigrid takes a handful of cycles; they and their moves are counted."""
     run(example, "--estimate", "4x4", "--cells", 16)
     parts = re.split(r"(\d+) iterations", capsys.readouterr().out)[1:]
     assert 10 < int(parts[0]) and int(parts[2]) <= 8

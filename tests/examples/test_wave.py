@@ -1,3 +1,5 @@
+"""The wave example: equal on every wafer, the speed of sound, draws."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,11 @@ def wave(example_called):
 def test_shot_and_gradient_are_those_of_one_device(wave, full_wafer):
     rock = wave.ground(32)
 
-    def told(velocity):
+    def energy(velocity):
         record = wave.shot(velocity, 20)[1]
         return (record**2).sum(), record
 
-    both = jax.jit(jax.grad(told, has_aux=True))
+    both = jax.jit(jax.grad(energy, has_aux=True))
     want_gradient, want = both(rock)
     with full_wafer:
         gradient, record = both(rock)
@@ -28,7 +30,7 @@ def test_shot_and_gradient_are_those_of_one_device(wave, full_wafer):
 
 
 def test_sound_travels_at_its_speed(wave):
-    """In rock of one kind, along the surface: the same pulse, later farther away."""
+    """In uniform rock, along the surface: the pulse arrives later farther away."""
     speed, near, far = 2000.0, 10, 20
     rock = jnp.full((56, 56, 28), speed, jnp.float32)
     record = np.asarray(jax.jit(lambda v: wave.shot(v, 220)[1])(rock))

@@ -1,3 +1,5 @@
+"""Checkpoints: exact on any mesh; damage, full disks and killed processes cost no good step."""
+
 import json
 import os
 import resource
@@ -32,7 +34,7 @@ def values(seed=0):
         "b": rng.standard_normal(8).astype(np.float32),
         "deep": {
             "n": np.int32(2**31 - 1 - seed),
-            # every bfloat16 there is, of NaN and -0 too
+            # every bfloat16 there is, NaN and -0 included
             "half": np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16).reshape(64, -1),
         },
     }
@@ -64,7 +66,7 @@ def assert_same(got, want):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with the checkpoints of steps 10, 20 and 30, and the one that looks at it."""
+    """Checkpoints of steps 10, 20 and 30 in a folder."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for step in (10, 20, 30):
             checkpoints.save(step, state(seed=step), {"step": step})
@@ -148,7 +150,7 @@ def test_padding_is_not_saved_and_comes_back_as_zeros(tmp_path):
             checkpoints.save(2, on_3x3, {}, logical_shapes={"w": (10, 2), "n": ()})
 
 
-def test_a_save_neither_waits_for_the_disk_nor_minds_donation(tmp_path, monkeypatch):
+def test_a_save_does_not_wait_for_the_disk_and_allows_donation(tmp_path, monkeypatch):
     disk = threading.Event()
     write = checkpoint._write
 
@@ -168,7 +170,7 @@ def test_a_save_neither_waits_for_the_disk_nor_minds_donation(tmp_path, monkeypa
         assert_same(checkpoints.restore(template())[1], values())
 
 
-def test_the_last_ones_are_kept(tmp_path):
+def test_only_the_newest_steps_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in range(1, 5):
             checkpoints.save(step, {"a": jnp.ones(3) * step}, {})
@@ -180,7 +182,7 @@ def test_the_last_ones_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3", "4"]
 
 
-def test_a_resumed_run_removes_the_course_that_it_left(saved):
+def test_saving_an_earlier_step_removes_the_later_ones(saved):
     saved.save(15, state(seed=15), {}, wait=True)
     assert saved.steps() == [10, 15]
 
@@ -212,8 +214,8 @@ def test_flipped_bytes_are_caught_and_the_leaf_named(saved):
     assert line.startswith("step 30: ") and " w " in line
 
 
-def test_changed_numbers_are_caught_where_the_store_sees_nothing(saved):
-    """The array is replaced by another sound one: only the checksum can tell."""
+def test_changed_numbers_are_caught_even_if_the_array_store_reads_them(saved):
+    """The array is replaced by another undamaged one, which only the checksum shows."""
     mine, other = (file_of(saved.directory / step, "deep.n").parent for step in ("30", "20"))
     shutil.rmtree(mine)
     shutil.copytree(other, mine)
@@ -270,8 +272,8 @@ def test_a_foreign_folder_is_refused(tmp_path):
         Checkpoints(tmp_path / "nowhere").restore(template())
 
 
-def test_a_full_disk_costs_no_good_step(tmp_path):
-    """No file may pass 1,000 bytes: what a write to a full disk meets, for any user."""
+def test_a_full_disk_destroys_no_good_step(tmp_path):
+    """No file may exceed 1,000 bytes, so a write fails as on a full disk, for any user."""
     big = {"w": state()["w"]}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -289,7 +291,7 @@ def test_a_full_disk_costs_no_good_step(tmp_path):
         assert checkpoints.steps() == [3]
 
 
-def test_what_was_written_wrong_is_seen_before_an_older_step_is_removed(tmp_path, monkeypatch):
+def test_a_bad_write_is_detected_before_an_older_step_is_removed(tmp_path, monkeypatch):
     save = checkpoint.ocp.Checkpointer.save
 
     def damaging(self, directory, **options):
@@ -304,14 +306,14 @@ def test_what_was_written_wrong_is_seen_before_an_older_step_is_removed(tmp_path
         assert checkpoints.restore(template())[0] == 1
 
 
-def test_left_overs_of_a_killed_process_go_with_the_next_save(saved):
+def test_the_next_save_removes_what_a_killed_process_left(saved):
     (saved.directory / "25.partial").mkdir()
     assert saved.restore(template())[0] == 30
     saved.save(40, state(), {}, wait=True)
     assert sorted(os.listdir(saved.directory)) == ["20", "30", "40"]
 
 
-def test_room_and_rights_are_looked_at_first(tmp_path, monkeypatch):
+def test_free_space_and_permissions_are_checked_first(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "deep" / "checkpoints")
     checkpoints.check_writable(template())
     assert list(checkpoints.directory.iterdir()) == []

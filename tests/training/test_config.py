@@ -1,3 +1,5 @@
+"""The configuration: refusals, files, the command line, and what a resumed run may change."""
+
 import dataclasses
 import json
 import pathlib
@@ -70,11 +72,11 @@ def test_data_is_saved_as_an_absolute_path(tmp_path, monkeypatch):
     assert config.load_config("config.json").data == (str(tmp_path / "texts/*.txt"),)
 
 
-def test_what_was_left_to_be_found_is_resolved():
-    found = config.resolve_config(TrainingConfig(learning_rate=1e-2), context=64)
-    assert (found.context, found.microbatch, found.out) == (64, 12, "runs/nano")
-    assert found.min_learning_rate == pytest.approx(1e-3)
-    assert config.resolve_config(found, context=128) == found
+def test_fields_that_are_none_get_values():
+    resolved = config.resolve_config(TrainingConfig(learning_rate=1e-2), context=64)
+    assert (resolved.context, resolved.microbatch, resolved.out) == (64, 12, "runs/nano")
+    assert resolved.min_learning_rate == pytest.approx(1e-3)
+    assert config.resolve_config(resolved, context=128) == resolved
 
 
 @pytest.mark.parametrize(

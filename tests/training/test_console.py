@@ -1,3 +1,5 @@
+"""What a run prints, on a terminal and into a pipe."""
+
 import io
 import re
 
@@ -23,8 +25,8 @@ def piped():
     return Terminal(file=io.StringIO(), width=80, markup=False, highlight=False)
 
 
-def told(terminal):
-    """The lines that were written so far."""
+def lines_of(terminal):
+    """The lines written so far."""
     return terminal.file.getvalue().splitlines()
 
 
@@ -33,9 +35,9 @@ def test_a_pipe_gets_a_line_every_log_every_steps_and_at_both_ends():
     with Console(CONFIG, terminal) as console:
         for step in range(1, 41):
             console.progress(step=step, **MEASURED)
-    seen = [line.partition("/")[0] for line in told(terminal)]
-    assert seen == ["1", "10", "20", "30", "40"]
-    assert told(terminal)[0] == (
+    steps = [line.partition("/")[0] for line in lines_of(terminal)]
+    assert steps == ["1", "10", "20", "30", "40"]
+    assert lines_of(terminal)[0] == (
         "1/40  loss 2.3457  ETA 1:02:03  12,345 tok/s  lr 1.0e-03  12.3% peak  0 recompiles"
     )
 
@@ -51,7 +53,7 @@ def test_a_terminal_gets_a_live_line():
     assert "step 3: validation loss 2.5000" in output.getvalue()
 
 
-def test_a_narrow_terminal_gets_whole_facts_the_most_telling_ones():
+def test_a_narrow_terminal_shows_the_first_facts_uncut():
     output = io.StringIO()
     terminal = Terminal(file=output, width=40, force_terminal=True, markup=False)
     with Console(CONFIG, terminal) as console:
@@ -79,8 +81,8 @@ def test_what_is_compiled_after_the_first_step_is_counted():
         console.progress(step=1, **MEASURED)
         jax.jit(lambda x: x * 3 + 17)(jnp.arange(5))
         console.progress(step=10, **MEASURED)
-    assert "0 recompiles" in told(terminal)[0]
-    assert re.search(r"loss 2.3457  [1-9]\d* recompiles  ETA", told(terminal)[1])
+    assert "0 recompiles" in lines_of(terminal)[0]
+    assert re.search(r"loss 2.3457  [1-9]\d* recompiles  ETA", lines_of(terminal)[1])
 
 
 def test_nothing_is_counted_once_the_run_is_over():
@@ -94,8 +96,8 @@ def test_nothing_is_counted_once_the_run_is_over():
 def test_compiling_is_announced_before_it_is_done():
     terminal = piped()
     with Console(CONFIG, terminal) as console, console.compiling():
-        assert told(terminal) == ["compiling the step and the evaluation"]
-    assert told(terminal)[1].startswith("compiled in ")
+        assert lines_of(terminal) == ["compiling the step and the evaluation"]
+    assert lines_of(terminal)[1].startswith("compiled in ")
 
 
 @pytest.mark.parametrize("text", ["[red]not markup[/red]", "a line\n\nand another"])

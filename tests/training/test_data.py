@@ -1,3 +1,5 @@
+"""Text to tokens to batches: the split, the cache, and batches shared by hosts."""
+
 import functools
 import os
 import pathlib
@@ -43,7 +45,7 @@ def test_a_single_file_is_cut_at_its_end(tmp_path, cache):
     assert (corpus.vocab, corpus.name, corpus.alphabet) == (256, "one.txt", None)
 
 
-def test_a_file_lies_wholly_on_one_side(texts, cache):
+def test_a_whole_file_belongs_to_one_part(texts, cache):
     corpus = data.open_corpus(str(texts), context=8, validation_fraction=0.2)
     sides = bytes(corpus.train), bytes(corpus.validation)
     for text in content(texts):
@@ -52,7 +54,7 @@ def test_a_file_lies_wholly_on_one_side(texts, cache):
     assert 0.1 < len(sides[1]) / (len(sides[0]) + len(sides[1])) <= 0.2
 
 
-def test_two_files_give_each_side_one(tmp_path, cache):
+def test_of_two_files_each_part_gets_one(tmp_path, cache):
     (tmp_path / "long.txt").write_text("long" * 100)
     (tmp_path / "short.txt").write_text("short" * 10)
     corpus = data.open_corpus(str(tmp_path / "*.txt"), context=8)
@@ -68,7 +70,7 @@ def test_equal_files_count_once(texts, cache):
     assert after.fingerprint == before.fingerprint
 
 
-def test_what_is_no_text_is_skipped_and_named(texts, cache):
+def test_files_without_text_are_skipped_and_named(texts, cache):
     before = data.open_corpus(str(texts), context=8)
     (texts / "nul.bin").write_bytes(b"a\0b")
     (texts / "latin.txt").write_bytes("é".encode("latin-1"))
@@ -142,7 +144,7 @@ def test_a_damaged_cache_is_made_again(texts, cache):
     assert list(cache.iterdir()) == [folder]
 
 
-def test_processes_at_once_make_one_corpus(texts, cache):
+def test_processes_that_start_together_make_one_corpus(texts, cache):
     script = (
         "import sys; from training.data import open_corpus; "
         "print(open_corpus(sys.argv[1], context=8).fingerprint)"
@@ -157,16 +159,16 @@ def test_processes_at_once_make_one_corpus(texts, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_the_slower_of_two_takes_what_is_there(texts, cache, monkeypatch):
+def test_the_slower_of_two_processes_takes_the_corpus_of_the_faster(texts, cache, monkeypatch):
     write = data._write
     inner = []
 
-    def overtaken(*arguments):
+    def write_and_be_overtaken(*arguments):
         write(*arguments)
         monkeypatch.setattr(data, "_write", write)
         inner.append(data.open_corpus(str(texts), context=8))
 
-    monkeypatch.setattr(data, "_write", overtaken)
+    monkeypatch.setattr(data, "_write", write_and_be_overtaken)
     assert data.open_corpus(str(texts), context=8).fingerprint == inner[0].fingerprint
     assert len(list(cache.iterdir())) == 1
 
@@ -187,7 +189,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_the_places_of_a_seed_never_change():
-    """A run begun with one release goes on with the next: Philox by its definition."""
+    """A run can be resumed under another release, since Philox defines these bits."""
     inputs, _ = data.batch(TOKENS, seed=0, step=0, batch=4, context=10)
     assert inputs[:, 0].tolist() == [689, 698, 819, 336]
 
@@ -206,7 +208,7 @@ def test_every_token_can_be_drawn():
     assert starts == {0, 1, 2, 3}
 
 
-def test_evaluation_goes_evenly_over_everything_without_overlap():
+def test_evaluation_sequences_are_spread_evenly_without_overlap():
     batches = list(data.evaluation_batches(TOKENS, batch=3, context=10, batches=5))
     assert len(batches) == 5
     starts = np.concatenate([inputs[:, 0] for inputs, _ in batches])
@@ -217,10 +219,10 @@ def test_evaluation_goes_evenly_over_everything_without_overlap():
 
 
 def test_evaluation_of_little_data():
-    drawn = list(data.evaluation_batches(TOKENS[:25], batch=4, context=8, batches=5))
-    assert [inputs[:, 0].tolist() for inputs, _ in drawn] == [[0, 8, 16, 0]]
-    drawn = list(data.evaluation_batches(TOKENS[:101], batch=4, context=10, batches=5))
-    assert len(drawn) == 2
+    batches = list(data.evaluation_batches(TOKENS[:25], batch=4, context=8, batches=5))
+    assert [inputs[:, 0].tolist() for inputs, _ in batches] == [[0, 8, 16, 0]]
+    batches = list(data.evaluation_batches(TOKENS[:101], batch=4, context=10, batches=5))
+    assert len(batches) == 2
 
 
 def test_the_hosts_share_an_evaluation():

@@ -1,3 +1,5 @@
+"""Training from a checkpoint: its sizes, weights and tokenizer, and the model written back."""
+
 import dataclasses
 import json
 
@@ -18,7 +20,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away again\n" * 200
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A tiny Qwen3 with experts, whose sizes divide by nothing, and a tokenizer of words."""
+    """A tiny Qwen3 with experts, sizes that no grid divides, and a tokenizer of words."""
     words = sorted(set(TEXT.split()))
     inner = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(
@@ -53,7 +55,7 @@ def config(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_trained_on_and_written_back(config, checkpoint):
-    """The first step's learning rate is 0, so that what is written back is what was read."""
+    """The first step's learning rate is 0, so the weights are written back as they were read."""
     trainer = Trainer(config)
     assert trainer.config.tokens == "checkpoint"
     assert trainer.corpus.vocab == 14 and trainer.corpus.validation[-1] == 1  # the end of a text
@@ -75,7 +77,7 @@ def test_a_checkpoint_is_trained_on_and_written_back(config, checkpoint):
     assert not np.array_equal(trained.embedding[...], before.embedding[...])
 
 
-def test_the_run_is_named_for_its_checkpoint_and_reads_no_more_than_1024_tokens(config):
+def test_the_run_is_named_for_its_checkpoint_and_takes_at_most_1024_tokens(config):
     run = dataclasses.replace(config, out=None, context=None)
     assert run.run_dir.parts == ("runs", "start")
     assert Trainer(dataclasses.replace(config, context=None)).config.context == 64

@@ -1,3 +1,5 @@
+"""The lock of a run folder."""
+
 import pathlib
 import subprocess
 import sys
@@ -7,23 +9,23 @@ import pytest
 from training.lock import lock_run_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
-HOLDS = """
+LOCK_AND_WAIT = """
 import pathlib, sys
 from training.lock import lock_run_folder
 with lock_run_folder(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
+    print("locked", flush=True)
     sys.stdin.readline()
 """
 
 
-def test_one_process_at_a_time_and_a_dead_one_lets_go(tmp_path):
+def test_one_process_locks_at_a_time_and_a_dead_one_releases(tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-c", HOLDS, str(run_dir)]
+    command = [sys.executable, "-c", LOCK_AND_WAIT, str(run_dir)]
     other = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match=f"in use by process {other.pid} on"):
             with lock_run_folder(run_dir):
                 pass

@@ -1,3 +1,5 @@
+"""metrics.jsonl and the loss curve."""
+
 import importlib.util
 import json
 
@@ -87,17 +89,17 @@ def test_the_loss_curve_is_a_picture_of_both_losses(run, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    drawn = []
+    figures = []
     savefig = Figure.savefig
 
-    def watched(figure, *arguments, **options):
-        drawn.append(figure)
+    def record_and_save(figure, *arguments, **options):
+        figures.append(figure)
         savefig(figure, *arguments, **options)
 
-    monkeypatch.setattr(Figure, "savefig", watched)
+    monkeypatch.setattr(Figure, "savefig", record_and_save)
     picture = tmp_path / "loss.png"
     assert loss_curve(read_metrics(run), picture) == f"loss curve: {picture}"
-    [axes] = drawn[0].axes
+    [axes] = figures[0].axes
     train, validation = axes.lines
     assert train.get_xdata().tolist() == [1, 2, 3, 4, 5]
     assert train.get_ydata().tolist() == [10 / step for step in range(1, 6)]

@@ -1,3 +1,5 @@
+"""Stopping a run by signals."""
+
 import os
 import pathlib
 import signal
@@ -12,7 +14,7 @@ from training.signals import KILLED, StopSignals
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_a_signal_is_noted_and_the_old_handlers_come_back():
+def test_a_signal_is_recorded_and_the_old_handlers_come_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         assert signals.received is None
@@ -22,16 +24,16 @@ def test_a_signal_is_noted_and_the_old_handlers_come_back():
 
 
 def test_another_thread_can_train_too():
-    noted = []
+    recorded = []
 
     def enter():
         with StopSignals() as signals:
-            noted.append(signals.received)
+            recorded.append(signals.received)
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert noted == [None]
+    assert recorded == [None]
 
 
 def test_a_second_ctrl_c_ends_the_process():
@@ -43,7 +45,7 @@ def test_a_second_ctrl_c_ends_the_process():
         "    while True:\n"
         "        time.sleep(0.01)\n"
         "        if signals.received:\n"
-        "            print('noted', flush=True)\n"
+        "            print('recorded', flush=True)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -54,8 +56,8 @@ def test_a_second_ctrl_c_ends_the_process():
     )
     assert process.stdout is not None
     with process:
-        for said in ("ready\n", "noted\n"):
-            assert process.stdout.readline() == said
+        for line in ("ready\n", "recorded\n"):
+            assert process.stdout.readline() == line
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == KILLED

@@ -1,3 +1,5 @@
+"""A training step: the same losses on every wafer, and equal to its definition in optax."""
+
 import dataclasses
 
 import jax
@@ -18,24 +20,24 @@ SIZES = DecoderConfig(
     vocab=32, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, context=16, tied=True
 )
 RNG = np.random.default_rng(0)
-# Sequences that count upwards, which is soon learned.
+# Sequences that count upwards: easy to learn.
 DATA = ((RNG.integers(0, 32, (20, 8, 1)) + np.arange(17)) % 32).astype(np.int32)
 
 
-def losses(wafer, steps=20, sizes=SIZES, **changes):
+def losses_of(wafer, steps=20, sizes=SIZES, **changes):
     config = TrainingConfig(batch=8, context=16, steps=20, warmup=5, learning_rate=1e-2, **changes)
     programs = compile_programs(make_plan(config, sizes, wafer))
-    state, found = programs.first_state(), []
+    state, losses = programs.first_state(), []
     for batch in DATA[:steps]:
         pair = programs.put(batch[:, :-1]), programs.put(batch[:, 1:])
         state, metrics = programs.step(state, *pair)
-        found.append(float(metrics["loss"]))
-    return np.array(found)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return losses(wk.Wafer.devices(1, 1))
+    return losses_of(wk.Wafer.devices(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -52,18 +54,18 @@ def test_the_same_losses_on_every_wafer(alone, backend, height, width, wafers):
         wafer = wk.Wafer.virtual(wk.WSE2, height, width, wafers)
     else:
         wafer = wk.Wafer.devices(height, width, wafers)
-    np.testing.assert_allclose(losses(wafer), alone, atol=2e-4)
+    np.testing.assert_allclose(losses_of(wafer), alone, atol=2e-4)
     assert alone[-1] < alone[0]
 
 
 def test_accumulation_changes_memory_not_losses(alone):
     np.testing.assert_allclose(
-        losses(wk.Wafer.devices(2, 2, 2), steps=6, microbatch=4), alone[:6], atol=2e-5
+        losses_of(wk.Wafer.devices(2, 2, 2), steps=6, microbatch=4), alone[:6], atol=2e-5
     )
 
 
 def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
-    """Without wafer, layout or programs: the definition."""
+    """The definition, without wafer, layout or compiled programs."""
     make_model = lambda rngs: Decoder(SIZES, rngs=rngs)  # noqa: E731
     optimizer = optax.adamw(1e-2)
     state = initial_state(make_model, optimizer, 0)
@@ -81,11 +83,13 @@ def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():
 
 
 def test_bfloat16_keeps_float32_weights_and_nearly_the_losses(alone):
-    low = losses(wk.Wafer.devices(2, 4), steps=10, dtype="bfloat16")
+    low = losses_of(wk.Wafer.devices(2, 4), steps=10, dtype="bfloat16")
     np.testing.assert_allclose(low, alone[:10], atol=0.03)
 
 
-def test_sizes_that_divide_by_nothing_train_on_any_wafer():
+def test_sizes_that_do_not_divide_by_the_grid_train_on_any_wafer():
     odd = dataclasses.replace(SIZES, vocab=33, d_model=30, d_ff=47, heads=3, kv_heads=3)
-    want = losses(wk.Wafer.devices(1, 1), steps=5, sizes=odd)
-    np.testing.assert_allclose(losses(wk.Wafer.devices(2, 4), steps=5, sizes=odd), want, atol=2e-4)
+    want = losses_of(wk.Wafer.devices(1, 1), steps=5, sizes=odd)
+    np.testing.assert_allclose(
+        losses_of(wk.Wafer.devices(2, 4), steps=5, sizes=odd), want, atol=2e-4
+    )

@@ -1,3 +1,5 @@
+"""Whole runs: what they leave behind, resuming, divergence, refusals, Ctrl-C."""
+
 import dataclasses
 import hashlib
 import json

@@ -66,18 +66,18 @@ def gemv(
     wafer = context.resolve(wafer)
     if wafer is None or x.size == 0 or right.matrix.size == 0:
         return _plain(x, right, transpose_b, function, precision)
-    operation = _Operation("nt" if transpose_b else "nn", function, precision)
-    x_spec, y_spec = operation.specs(x.ndim)
+    options = _GemvOptions("nt" if transpose_b else "nn", function, precision)
+    x_spec, y_spec = options.specs(x.ndim)
     shape = (*x.shape[:-1], right.matrix.shape[0 if transpose_b else 1])
     x = layout.pad(x, x_spec, wafer)
     right = jax.tree.map(
-        lambda part, spec: layout.pad(part, spec, wafer), right, right.specs(operation.y_axis)
+        lambda part, spec: layout.pad(part, spec, wafer), right, right.specs(options.y_axis)
     )
-    return layout.crop(_product(x, right, operation, wafer), shape, y_spec, wafer)
+    return layout.crop(_product(x, right, options, wafer), shape, y_spec, wafer)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Operation:
+class _GemvOptions:
     """Everything that is known of a product but its operands."""
 
     form: tile.Form
@@ -120,41 +120,41 @@ def _plain(
 def _product(
     x: Float[Array, "*batch _"],
     right: RightFactor[jax.Array],
-    operation: _Operation,
+    options: _GemvOptions,
     wafer: Wafer,
 ) -> Float[Array, "*batch _"]:
-    return _forward_program(x, right, operation, wafer)(x, right)[0]
+    return _forward_program(x, right, options, wafer)(x, right)[0]
 
 
 def _forward_program(
-    x: jax.Array, right: RightFactor[jax.Array], operation: _Operation, wafer: Wafer
+    x: jax.Array, right: RightFactor[jax.Array], options: _GemvOptions, wafer: Wafer
 ) -> Callable[..., Any]:
-    x_spec, y_spec = operation.specs(x.ndim)
+    x_spec, y_spec = options.specs(x.ndim)
     return wafer.map(
-        functools.partial(_per_pe, operation=operation),
-        in_specs=(x_spec, right.specs(operation.y_axis)),
+        functools.partial(_per_pe, options=options),
+        in_specs=(x_spec, right.specs(options.y_axis)),
         out_specs=y_spec,
     )
 
 
 # Plain autodiff would sum the gradient of `x` over PEs that all hold the same `x`.
 def _fwd(
-    x: jax.Array, right: RightFactor[jax.Array], operation: _Operation, wafer: Wafer
+    x: jax.Array, right: RightFactor[jax.Array], options: _GemvOptions, wafer: Wafer
 ) -> tuple[jax.Array, tuple]:
-    y, argument = _forward_program(x, right, operation, wafer)(x, right)
-    return y, (x, right, None if operation.activation is None else argument)
+    y, argument = _forward_program(x, right, options, wafer)(x, right)
+    return y, (x, right, None if options.activation is None else argument)
 
 
 def _bwd(
-    operation: _Operation, wafer: Wafer, residuals: tuple, dy: jax.Array
+    options: _GemvOptions, wafer: Wafer, residuals: tuple, dy: jax.Array
 ) -> tuple[jax.Array, RightFactor]:
     x, right, argument = residuals
-    if operation.activation is not None:
-        dy = epilogue.before_activation(dy, argument, operation.activation)
-    x_spec, y_spec = operation.specs(x.ndim)
-    right_specs = right.specs(operation.y_axis)
+    if options.activation is not None:
+        dy = epilogue.before_activation(dy, argument, options.activation)
+    x_spec, y_spec = options.specs(x.ndim)
+    right_specs = right.specs(options.y_axis)
     run = wafer.map(
-        functools.partial(_per_pe_gradients, operation=operation),
+        functools.partial(_per_pe_gradients, options=options),
         in_specs=(x_spec, right_specs, y_spec),
         out_specs=(x_spec, right_specs),
     )
@@ -166,12 +166,12 @@ _product.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    x: Float[Array, "*batch Kt"], right: RightFactor[jax.Array], operation: _Operation
+    x: Float[Array, "*batch Kt"], right: RightFactor[jax.Array], options: _GemvOptions
 ) -> tuple[Float[Array, "*batch Nt"], Float[Array, "*batch Nt"]]:
     """This PE's part of the result, and of the activation's argument."""
-    sums = _multiply(operation.form, x, right.matrix, operation.precision)
-    sums = fabric.all_reduce(sums, operation.x_axis)
-    y, argument = epilogue.apply_epilogue(sums, right.bias, right.scales, operation.activation)
+    sums = _multiply(options.form, x, right.matrix, options.precision)
+    sums = fabric.all_reduce(sums, options.x_axis)
+    y, argument = epilogue.apply_epilogue(sums, right.bias, right.scales, options.activation)
     return y.astype(x.dtype), argument.astype(x.dtype)
 
 
@@ -179,20 +179,20 @@ def _per_pe_gradients(
     x: Float[Array, "*batch Kt"],
     right: RightFactor[jax.Array],
     dy: Float[Array, "*batch Nt"],
-    operation: _Operation,
+    options: _GemvOptions,
 ) -> tuple[Float[Array, "*batch Kt"], RightFactor[jax.Array | None]]:
-    form, b, precision = operation.form, right.matrix, operation.precision
+    form, b, precision = options.form, right.matrix, options.precision
     along = WAFERS if x.ndim > 1 else ()  # with a batch, wafers have different vectors
     wide = dy.astype(sum_dtype(dy.dtype))
     dbias = dscales = db = None
     if right.bias is not None:
         dbias = epilogue.sum_over_rows(wide, right.bias, along)
     if right.scales is not None:
-        sums = fabric.all_reduce(_multiply(form, x, b, precision), operation.x_axis)
+        sums = fabric.all_reduce(_multiply(form, x, b, precision), options.x_axis)
         dscales = epilogue.sum_over_rows(sums * wide, right.scales, along)
         dy = (wide * epilogue.as_row(right.scales, wide)).astype(x.dtype)
     dx = _multiply("nn" if form == "nt" else "nt", dy, b, precision)
-    dx = fabric.all_reduce(dx, operation.y_axis).astype(x.dtype)
+    dx = fabric.all_reduce(dx, options.y_axis).astype(x.dtype)
     if is_trained(b):
         left, other = (dy, x) if form == "nt" else (x, dy)
         result = tile.TileResult(b.shape, precision)

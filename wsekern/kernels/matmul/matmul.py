@@ -108,12 +108,12 @@ def matmul(
     else:
         problem = MatmulProblem.of(form, a, [right.matrix for right in rights], wafer)
         plan = choice.plan(problem, name)
-        cs = _on_wafer(a, rights, _Operation(form, plan, function, precision), wafer)
+        cs = _on_wafer(a, rights, _MatmulOptions(form, plan, function, precision), wafer)
     return cs if several else cs[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Operation:
+class _MatmulOptions:
     """Everything that is known of a product but its operands."""
 
     form: tile.Form
@@ -145,10 +145,10 @@ def _plain(
 def _on_wafer(
     a: Float[Array, "... _ _"],
     rights: tuple[RightFactor[jax.Array], ...],
-    operation: _Operation,
+    options: _MatmulOptions,
     wafer: Wafer,
 ) -> tuple[Float[Array, "... _ _"], ...]:
-    form, plan = operation.form, operation.plan
+    form, plan = options.form, options.plan
     spec = layout.tiled(a.ndim)
     shapes = [_result_shape(form, a, right.matrix) for right in rights]
     padded = layout.pad(a, spec, wafer, multiples=plan.multiples(tile.ROLES[form][0]))
@@ -156,7 +156,7 @@ def _on_wafer(
         _lay_out(right, shape, form, plan, wafer)
         for right, shape in zip(rights, shapes, strict=True)
     )
-    cs = _product(padded, laid_out, operation, wafer)
+    cs = _product(padded, laid_out, options, wafer)
     return tuple(layout.crop(c, shape, spec, wafer) for c, shape in zip(cs, shapes, strict=True))
 
 
@@ -195,22 +195,22 @@ def _lay_out(
 def _product(
     a: Float[Array, "... _ _"],
     rights: tuple[RightFactor[jax.Array], ...],
-    operation: _Operation,
+    options: _MatmulOptions,
     wafer: Wafer,
 ) -> tuple[Float[Array, "... _ _"], ...]:
-    return _forward_program(a, rights, operation, wafer, keep=False)(a, rights)[0]
+    return _forward_program(a, rights, options, wafer, keep=False)(a, rights)[0]
 
 
 def _forward_program(
     a: jax.Array,
     rights: tuple[RightFactor[jax.Array], ...],
-    operation: _Operation,
+    options: _MatmulOptions,
     wafer: Wafer,
     keep: bool,
 ) -> Callable[..., Any]:
     spec = layout.tiled(a.ndim)
     return wafer.map(
-        functools.partial(_per_pe, operation=operation, keep=keep),
+        functools.partial(_per_pe, options=options, keep=keep),
         in_specs=(spec, tuple(right.specs(COLS) for right in rights)),
         out_specs=(spec, spec),
     )
@@ -218,24 +218,24 @@ def _forward_program(
 
 # Plain autodiff would keep every tile that has moved.
 def _fwd(
-    a: jax.Array, rights: tuple[RightFactor[jax.Array], ...], operation: _Operation, wafer: Wafer
+    a: jax.Array, rights: tuple[RightFactor[jax.Array], ...], options: _MatmulOptions, wafer: Wafer
 ) -> tuple[tuple[jax.Array, ...], tuple]:
-    keep = operation.activation is not None
-    cs, arguments = _forward_program(a, rights, operation, wafer, keep)(a, rights)
+    keep = options.activation is not None
+    cs, arguments = _forward_program(a, rights, options, wafer, keep)(a, rights)
     return cs, (a, rights, arguments)
 
 
 def _bwd(
-    operation: _Operation, wafer: Wafer, residuals: tuple, dcs: tuple[jax.Array, ...]
+    options: _MatmulOptions, wafer: Wafer, residuals: tuple, dcs: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, tuple[RightFactor, ...]]:
     a, rights, arguments = residuals
-    if operation.activation is not None:
+    if options.activation is not None:
         # Element by element, so it may stand outside the kernel, where nothing is differentiated.
         pairs = zip(dcs, arguments, strict=True)
-        dcs = tuple(epilogue.before_activation(*pair, operation.activation) for pair in pairs)
+        dcs = tuple(epilogue.before_activation(*pair, options.activation) for pair in pairs)
     spec, right_specs = layout.tiled(a.ndim), tuple(right.specs(COLS) for right in rights)
     run = wafer.map(
-        functools.partial(_per_pe_gradients, operation=operation),
+        functools.partial(_per_pe_gradients, options=options),
         in_specs=(spec, right_specs, spec),
         out_specs=(spec, right_specs),
     )
@@ -249,13 +249,13 @@ _product.defvjp(_fwd, _bwd)
 def _per_pe(
     a: Float[Array, "*batch _ _"],
     rights: tuple[RightFactor[jax.Array], ...],
-    operation: _Operation,
+    options: _MatmulOptions,
     keep: bool,
 ) -> tuple[tuple[Float[Array, "*batch Mt _"], ...], tuple[Float[Array, "*batch Mt _"], ...]]:
     """This PE's tile of each product and, if `keep`, of what its activation was applied to."""
     cs, arguments = [], []
-    for sums, right in zip(_sums(a, rights, operation), rights, strict=True):
-        c, argument = epilogue.apply_epilogue(sums, right.bias, right.scales, operation.activation)
+    for sums, right in zip(_sums(a, rights, options), rights, strict=True):
+        c, argument = epilogue.apply_epilogue(sums, right.bias, right.scales, options.activation)
         cs.append(c.astype(a.dtype))
         arguments.append(argument.astype(a.dtype))
     return tuple(cs), tuple(arguments) if keep else ()
@@ -265,12 +265,12 @@ def _per_pe_gradients(
     a: Float[Array, "*batch _ _"],
     rights: tuple[RightFactor[jax.Array], ...],
     dcs: tuple[Float[Array, "*batch Mt _"], ...],
-    operation: _Operation,
+    options: _MatmulOptions,
 ) -> tuple[Float[Array, "*batch _ _"], tuple[RightFactor[jax.Array | None], ...]]:
     along = (ROWS, WAFERS) if a.ndim > 2 else ROWS  # with a batch, wafers have different rows
     products: Sequence[jax.Array | None] = [None] * len(rights)
     if rights[0].scales is not None:  # all have scales, or none
-        products = _sums(a, rights, operation)
+        products = _sums(a, rights, options)
     scaled, vectors = [], []
     for dc, sums, right in zip(dcs, products, rights, strict=True):
         wide = dc.astype(sum_dtype(dc.dtype))
@@ -282,7 +282,7 @@ def _per_pe_gradients(
             dc = (wide * epilogue.as_row(right.scales, wide)).astype(a.dtype)
         scaled.append(dc)
         vectors.append((dbias, dscales))
-    da, dbs = _gradients(a, [right.matrix for right in rights], scaled, operation)
+    da, dbs = _gradients(a, [right.matrix for right in rights], scaled, options)
     gradients = []
     for db, (dbias, dscales), right in zip(dbs, vectors, rights, strict=True):
         if db is not None:
@@ -296,12 +296,12 @@ def _per_pe_gradients(
 def _sums(
     a: Float[Array, "*batch _ _"],
     rights: tuple[RightFactor[jax.Array], ...],
-    operation: _Operation,
+    options: _MatmulOptions,
 ) -> list[Float[Array, "*batch Mt _"]]:
     """The sums of each product on this PE."""
-    multiply = tile.in_form(operation.plan.algorithm, operation.form)
-    leading, precision = a.shape[:-2], operation.precision
-    if operation.form == "nt":  # `a` stays, so there is nothing to share
+    multiply = tile.in_form(options.plan.algorithm, options.form)
+    leading, precision = a.shape[:-2], options.precision
+    if options.form == "nt":  # `a` stays, so there is nothing to share
         sums = []
         for right in rights:
             result = TileResult((*leading, *right.tile), precision)
@@ -317,13 +317,13 @@ def _gradients(
     a: Float[Array, "*batch _ _"],
     bs: Sequence[Num[Array, "... _ _"]],
     dcs: Sequence[Float[Array, "*batch Mt _"]],
-    operation: _Operation,
+    options: _MatmulOptions,
 ) -> tuple[Float[Array, "*batch _ _"], list[Float[Array, "... _ _"] | None]]:
     """The sums of the gradient of `a`, and of each of `bs` that is trained."""
-    if operation.form == "nt":
-        pairs = [_pair_of_gradients(a, *pair, operation) for pair in zip(bs, dcs, strict=True)]
+    if options.form == "nt":
+        pairs = [_pair_of_gradients(a, *pair, options) for pair in zip(bs, dcs, strict=True)]
         return functools.reduce(jnp.add, [da for da, _ in pairs]), [db for _, db in pairs]
-    da, db = _pair_of_gradients(a, _join(bs), _join(dcs), operation)
+    da, db = _pair_of_gradients(a, _join(bs), _join(dcs), options)
     return da, [None] * len(bs) if db is None else [*_split(db, bs)]
 
 
@@ -331,15 +331,15 @@ def _pair_of_gradients(
     a: Float[Array, "*batch _ _"],
     b: Num[Array, "... _ _"],
     dc: Float[Array, "*batch Mt _"],
-    operation: _Operation,
+    options: _MatmulOptions,
 ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "... _ _"] | None]:
     factors = {"a": a, "b": b, "c": dc}
 
     def multiply(form: tile.Form, left: str, right: str, shape: tuple[int, ...]) -> jax.Array:
-        run = tile.in_form(operation.plan.algorithm, form)
-        return run(factors[left], factors[right], TileResult(shape, operation.precision))
+        run = tile.in_form(options.plan.algorithm, form)
+        return run(factors[left], factors[right], TileResult(shape, options.precision))
 
-    gradient_a, gradient_b = tile.GRADIENTS[operation.form]
+    gradient_a, gradient_b = tile.GRADIENTS[options.form]
     da = multiply(*gradient_a, a.shape)
     return da, multiply(*gradient_b, b.shape) if is_trained(b) else None
 
@@ -377,8 +377,8 @@ def _check(
         tile.check_shapes("matmul", form, a, right.matrix)
         N = right.matrix.shape[-2 if form == "nt" else -1]
         check_right_factor("matmul", a, right, N)
-    dtypes = [str(right.matrix.dtype) for right in rights]
-    if len(set(dtypes)) > 1:
+    if len({right.matrix.dtype for right in rights}) > 1:
+        dtypes = [str(right.matrix.dtype) for right in rights]
         raise ValueError(
             f"matmul: the right factors are {dtypes}; make them alike, or call once for each dtype"
         )

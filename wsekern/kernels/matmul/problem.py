@@ -10,8 +10,7 @@ dependent step.
 import dataclasses
 import math
 from collections.abc import Sequence
-
-import jax
+from typing import Any, Protocol, runtime_checkable
 
 from wsekern.kernels.matmul.tile import ROLES, Form, Matrix, TileAlgorithm
 from wsekern.wafer.explanation import Candidate
@@ -20,7 +19,17 @@ from wsekern.wafer.wafer import Wafer
 
 WORD_BYTES = 4
 _GATHERED_BYTES = 4 * 2**20  # on an emulated device (benchmarks/RESULTS.md)
-Described = jax.Array | jax.ShapeDtypeStruct  # only its shape and dtype are read
+
+
+@runtime_checkable
+class Described(Protocol):
+    """An array, or anything with the shape and dtype of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +93,7 @@ class MatmulProblem:
             y_bytes=size["Y"],
             s_bytes=size["S"],
             x_copies=copies,
-            y_copies=copies if form == "tn" or bs[0].ndim > 2 else 1,
+            y_copies=copies if form == "tn" or len(bs[0].shape) > 2 else 1,
             batched=bool(leading),
             wafer=wafer,
         )

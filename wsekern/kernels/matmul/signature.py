@@ -1,7 +1,7 @@
 """The type of `matmul`, for editors and type checkers; at run time it is a plain function."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any, Literal, Protocol, cast, overload, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int8
@@ -27,6 +27,7 @@ Matrix = Float[Array, "... _ _"] | Int8[Array, "... _ _"]
 Shape = tuple[int, ...]
 
 
+@runtime_checkable
 class Explain(Protocol):
     """The type of `matmul.explain`."""
 
@@ -42,6 +43,7 @@ class Explain(Protocol):
     ) -> Explanation: ...
 
 
+@runtime_checkable
 class Matmul(Protocol):
     """One right factor gives an array, a tuple of them a tuple."""
 

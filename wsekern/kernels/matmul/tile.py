@@ -16,7 +16,7 @@ Sums are float32 (float64 if the factors are) and stay so.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class TileResult(NamedTuple):
         return self._replace(shape=shape)
 
 
+@runtime_checkable
 class TileAlgorithm(Protocol):
     """An algorithm as one PE runs it: it moves tiles between PEs and multiplies them.
 

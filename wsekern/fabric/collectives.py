@@ -43,8 +43,8 @@ def reduce(
 ) -> Any:
     """`x` reduced over `along`, on the root; zeros on every other PE.
 
-    Words, steps and cycles are those of the algorithm, in its own file (`wsekern/fabric/`). Sums
-    and means have exact derivatives of any order, in both modes; others refuse.
+    Words, steps and cycles are those of the algorithm (`wsekern/fabric/reductions/`). Sums and
+    means have exact derivatives of any order, in both modes; others refuse.
 
     Args:
       x: a tile, or a pytree of tiles.

@@ -157,9 +157,11 @@ def ghost_cells(
                 f"boundary: the function for dimension {dim} makes {ghost.dtype} {ghost.shape} of "
                 f"{near.dtype} {near.shape}; it must keep shape and dtype"
             )
-    else:
+    elif rule in ("reflect", "symmetric"):
         # "reflect" skips the last cell, which lies on the mirror; "symmetric" repeats it.
         ghost = jnp.flip(nearest(int(rule == "reflect"), width), dim)
+    else:
+        raise NotImplementedError(f"boundary {rule!r} is in geometry.RULES and is not filled here")
     if margin == width:
         return ghost
     # A deep halo, for later steps: only the cells near the end follow the rule in each of them.

@@ -17,6 +17,7 @@ from wsekern.wafer.axes import axes_of
 
 # What lies beyond an end: a rule by name, a number, or a function of the cells nearest to the end.
 Boundary = str | float | Callable[[Shaped[Array, "..."]], Shaped[Array, "..."]]
+# `boundary.ghost_cells` fills each of them; `halo_exchange` lists them for users.
 RULES = ("periodic", "zero", "edge", "reflect", "symmetric", "fixed")
 Width = int | tuple[int, int]
 Axes = None | str | tuple[str, ...]  # over which axes of the grid one dimension is split

@@ -6,10 +6,9 @@ Layer", 2017. No token is dropped.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +18,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
 from wsekern import fabric
-from wsekern.kernels.experts import grouped_matmul, routing
+from wsekern.kernels.experts import feed_forward, grouped_matmul, routing
+from wsekern.kernels.experts.feed_forward import (
+    ALONE,
+    FABRIC,
+    Activation,
+    Biases,
+    ExpertsPlan,
+    Tokens,
+    Weights,
+)
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.wafer import Wafer
-
-Weights = tuple[Float[Array, "E _ _"], ...]  # gate and up [E, D, F], down [E, F, D]
-Biases = tuple[Float[Array, "E _"], ...]  # of gate and up [E, F], of down [E, D]; () for none
-Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
 _TOKENS = P(WAFERS, ROWS, COLS)
 _CHOICES = P(WAFERS, ROWS, None)
@@ -99,41 +103,6 @@ def experts(
     return layout.crop(_experts(*padded, plan, wafer), x.shape, _TOKENS, wafer)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertsPlan:
-    """What is known before anything is traced."""
-
-    activation: Activation
-    precision: lax.PrecisionLike
-    D: int  # features of a token, without padding
-    F: int  # features of the hidden layer, without padding
-
-
-class _Exchange(NamedTuple):
-    """How a PE exchanges tiles with others; one device has no others."""
-
-    gather: Callable[[jax.Array, str, int], jax.Array]
-    scatter: Callable[[jax.Array, str, int], jax.Array]
-    pes: Callable[[str], int]
-
-
-_FABRIC = _Exchange(fabric.all_gather, fabric.reduce_scatter, fabric.axis_size)
-_ALONE = _Exchange(lambda x, axis, d: x, lambda x, axis, d: x, lambda axis: 1)
-
-
-class _Tokens(NamedTuple):
-    """Tokens as R rows, a row for each choice, sorted by expert."""
-
-    rows: Float[Array, "R D"]
-    shares: Float[Array, "R 1"]
-    groups: grouped_matmul.Groups
-    choices: int
-
-    def sum_choices(self, rows: Float[Array, "R _"]) -> Float[Array, "n _"]:
-        """For each token the sum of its rows."""
-        return rows[self.groups.place].reshape(-1, self.choices, rows.shape[1]).sum(1)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _local(
     x: Float[Array, "B T D"],
@@ -154,17 +123,19 @@ def _local_fwd(
     biases: Biases,
     plan: ExpertsPlan,
 ) -> tuple[Float[Array, "B T D"], tuple]:
-    tokens = _sort(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
-    y, products = _forward(tokens, weights, biases, plan, _ALONE)
+    tokens = feed_forward.sort_tokens(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
+    y, products = feed_forward.forward(tokens, weights, biases, plan, ALONE)
     out = tokens.sum_choices(y * tokens.shares).reshape(x.shape)
     return out.astype(x.dtype), (x, chosen, shares, weights, biases, products)
 
 
 def _local_bwd(plan: ExpertsPlan, residuals: tuple, dout: Float[Array, "B T D"]) -> tuple:
     x, chosen, shares, weights, biases, products = residuals
-    tokens = _sort(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
+    tokens = feed_forward.sort_tokens(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
     dy = dout.reshape(-1, plan.D)[tokens.groups.order // tokens.choices]
-    dx, dshares, dweights, dbiases = _backward(tokens, dy, weights, biases, products, plan, _ALONE)
+    dx, dshares, dweights, dbiases = feed_forward.backward(
+        tokens, dy, weights, biases, products, plan, ALONE
+    )
     dx = tokens.sum_choices(dx).reshape(x.shape).astype(x.dtype)
     dshares = dshares[tokens.groups.place].reshape(shares.shape).astype(shares.dtype)
     return dx, None, dshares, _cast_like(dweights, weights), _cast_like(dbiases, biases)
@@ -235,7 +206,7 @@ def _per_pe(
         ) -> tuple[Float[Array, "R Dt"], None]:
             groups, weights, biases = part
             of_part = tokens._replace(groups=groups)
-            return y + _forward(of_part, weights, biases, plan, _FABRIC)[0], None
+            return y + feed_forward.forward(of_part, weights, biases, plan, FABRIC)[0], None
 
         # A row's expert is in one part; in the others its result is 0.
         y, _ = _for_each_part(add, y, tokens.groups, weights, biases, plan)
@@ -290,9 +261,9 @@ def _gradient_by_route(
         # Gate and up are multiplied again: their products of all parts would have to be kept.
         groups, weights, biases = part
         of_part = tokens._replace(groups=groups)
-        _, products = _forward(of_part, weights, biases, plan, _FABRIC)
-        drows, dshares, dweights, dbiases = _backward(
-            of_part, dy, weights, biases, products, plan, _FABRIC
+        _, products = feed_forward.forward(of_part, weights, biases, plan, FABRIC)
+        drows, dshares, dweights, dbiases = feed_forward.backward(
+            of_part, dy, weights, biases, products, plan, FABRIC
         )
         return (sums[0] + drows, sums[1] + dshares), (dweights, dbiases)
 
@@ -322,23 +293,14 @@ def _receive(
     route: routing.Route,
     rows: tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]],
     local_experts: int,
-) -> _Tokens:
+) -> Tokens:
     """The rows that reach this wafer, sorted by the experts that it has."""
     x, chosen, shares = (route.send(a) for a in rows)
     local = chosen - fabric.axis_index(WAFERS) * local_experts
     # The number behind the last expert stands for none: for choices of other wafers' experts, and
     # for empty places of buckets.
     local = jnp.where((local >= 0) & (local < local_experts), local, local_experts)
-    return _sort(x, local, shares, local_experts)
-
-
-def _sort(
-    x: Float[Array, "n D"], chosen: Int[Array, "*n k"], shares: Float[Array, "*n k"], count: int
-) -> _Tokens:
-    k = chosen.shape[-1]
-    chosen = jnp.where(chosen < 0, count, chosen)  # `count` and above: no expert
-    groups = grouped_matmul.sort_by_group(chosen.reshape(-1), count)
-    return _Tokens(x[groups.order // k], shares.reshape(-1)[groups.order][:, None], groups, k)
+    return feed_forward.sort_tokens(x, local, shares, local_experts)
 
 
 def _for_each_part(
@@ -368,89 +330,6 @@ def _for_each_part(
     split = functools.partial(jax.tree.map, lambda a: a.reshape(parts, E // parts, *a.shape[1:]))
     carry, out = lax.scan(step, carry, (jnp.arange(parts), split(weights), split(biases)))
     return carry, jax.tree.map(lambda a: a.reshape(E, *a.shape[2:]), out)
-
-
-def _forward(
-    tokens: _Tokens, weights: Weights, biases: Biases, plan: ExpertsPlan, exchange: _Exchange
-) -> tuple[Float[Array, "R _"], tuple[Float[Array, "R _"], ...]]:
-    """The experts' results, not yet multiplied by shares, and gate's and up's products."""
-    gate, up, down = _gather_weights(weights, plan, exchange)
-    groups = tokens.groups
-    product = functools.partial(grouped_matmul.product, groups=groups, precision=plan.precision)
-    products = product(tokens.rows, (gate, up))
-    expert = groups.group_of_rows() if biases else None
-    if biases:
-        products = tuple(p + b[expert] for p, b in zip(products, biases[:2], strict=True))
-    hidden = _gather_hidden(plan.activation(*products), plan, exchange)
-    (y,) = product(hidden, (down,))
-    if biases:
-        y = y + jnp.where(groups.has_group()[:, None], biases[2][expert], 0)
-    return y, products
-
-
-def _backward(
-    tokens: _Tokens,
-    dy: Float[Array, "R _"],
-    weights: Weights,
-    biases: Biases,
-    products: tuple[Float[Array, "R _"], ...],
-    plan: ExpertsPlan,
-    exchange: _Exchange,
-) -> tuple[Float[Array, "R _"], Float[Array, " R"], Weights, Biases]:
-    """Gradients of rows and shares (both still to be summed along x), of weights and of biases.
-
-    `dy` is the gradient of the result in the sorted rows, not yet multiplied by shares.
-    """
-    rows, shares, groups, _ = tokens
-    gate, up, down = _gather_weights(weights, plan, exchange)
-    product = functools.partial(
-        grouped_matmul.product, groups=groups, transposed=True, precision=plan.precision
-    )
-    of_weights = functools.partial(
-        grouped_matmul.weight_gradients, groups=groups, precision=plan.precision
-    )
-    has_group = groups.has_group()[:, None]
-    dy = jnp.where(has_group, dy, 0)
-    # dy lacks the factor `share` until it is multiplied in below, so that dshares comes out too.
-    h, activation_vjp = jax.vjp(plan.activation, *products)
-    (dh,) = product(dy, (down,))
-    dh = exchange.scatter(layout.resize(dh, 1, h.shape[1] * exchange.pes(COLS)), COLS, 1)
-    # A row's result is share * y, so d(share) = y . dy. Through `down` that is h . dh, which needs
-    # no y. Everything before it has the factor `share`.
-    dshares = (h * dh).sum(1, dtype=jnp.float32)
-    shared_dy = dy * shares
-    dgate, dup = activation_vjp((dh * shares).astype(h.dtype))
-    drows = product(dgate, (gate,))[0] + product(dup, (up,))[0]
-    hidden = _gather_hidden(h, plan, exchange)
-    dweights = (*of_weights((rows, rows), (dgate, dup)), *of_weights((hidden,), (shared_dy,)))
-    dweights = tuple(
-        exchange.scatter(layout.resize(dw, 1, w.shape[1] * exchange.pes(ROWS)), ROWS, 1)
-        for dw, w in zip(dweights, weights, strict=True)
-    )
-    dbiases: Biases = ()
-    if biases:
-        expert = groups.group_of_rows()
-        dshares = dshares + (dy * biases[2][expert]).sum(1, dtype=jnp.float32)
-        dbiases = tuple(
-            jnp.zeros(b.shape, jnp.float32).at[expert].add(jnp.where(has_group, d, 0))
-            for b, d in zip(biases, (dgate, dup, shared_dy), strict=True)
-        )
-    return drows, dshares, dweights, dbiases
-
-
-def _gather_weights(weights: Weights, plan: ExpertsPlan, exchange: _Exchange) -> Weights:
-    """The experts' weights with all their inputs, for this column's outputs."""
-    lengths = (plan.D, plan.D, plan.F)
-    return tuple(
-        layout.resize(exchange.gather(w, ROWS, 1), 1, length)
-        for w, length in zip(weights, lengths, strict=True)
-    )
-
-
-def _gather_hidden(
-    h: Float[Array, "R _"], plan: ExpertsPlan, exchange: _Exchange
-) -> Float[Array, "R _"]:
-    return layout.resize(exchange.gather(h, COLS, 1), 1, plan.F)
 
 
 def _cast_like(

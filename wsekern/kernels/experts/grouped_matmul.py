@@ -13,6 +13,7 @@ of 4 rows and groups of 3 and 6:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -84,19 +85,9 @@ def product(
     """
     R, G = rows.shape[0], len(groups.counts)
     axis = 1 if transposed else 2
-    dtypes = [jnp.promote_types(rows.dtype, w.dtype) for w in weights]
     if _has_grouped_kernel():
-        turned = (jnp.swapaxes(w, 1, 2) if transposed else w for w in weights)
-        return tuple(
-            lax.ragged_dot(
-                rows,
-                w,
-                groups.counts,
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            ).astype(dtype)
-            for w, dtype in zip(turned, dtypes, strict=True)
-        )
+        return _by_grouped_kernel(rows, weights, groups, transposed, precision)
+    dtypes = [jnp.promote_types(rows.dtype, w.dtype) for w in weights]
     size = _block_rows(R, G)
     rows = jnp.pad(rows, ((0, size), (0, 0)))
     outs = tuple(
@@ -141,6 +132,24 @@ def product(
 
     outs = lax.fori_loop(0, (groups.counts > 0).sum(), multiply_group, outs)
     return tuple(jnp.where(groups.has_group()[:, None], out[:R], 0) for out in outs)
+
+
+def _by_grouped_kernel(
+    rows: Float[Array, "R K"],
+    weights: tuple[Float[Array, "G _ _"], ...],
+    groups: Groups,
+    transposed: bool,
+    precision: lax.PrecisionLike,
+) -> tuple[Float[Array, "R _"], ...]:
+    product = functools.partial(
+        lax.ragged_dot, precision=precision, preferred_element_type=jnp.float32
+    )
+    return tuple(
+        product(rows, jnp.swapaxes(w, 1, 2) if transposed else w, groups.counts).astype(
+            jnp.promote_types(rows.dtype, w.dtype)
+        )
+        for w in weights
+    )
 
 
 def weight_gradients(

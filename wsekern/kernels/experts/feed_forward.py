@@ -1,0 +1,154 @@
+"""Each expert's gated feed-forward on the rows of tokens that chose it, and its gradients.
+
+Public per-PE functions. Rows are sorted by expert. Weights are split over the PEs by inputs and
+outputs, so a PE gathers the inputs along y, and the hidden layer along x between the products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from wsekern import fabric
+from wsekern.kernels.experts import grouped_matmul
+from wsekern.wafer import layout
+from wsekern.wafer.axes import COLS, ROWS
+
+Weights = tuple[Float[Array, "E _ _"], ...]  # gate and up [E, D, F], down [E, F, D]
+Biases = tuple[Float[Array, "E _"], ...]  # of gate and up [E, F], of down [E, D]; () for none
+Activation = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsPlan:
+    """What is known before anything is traced."""
+
+    activation: Activation
+    precision: lax.PrecisionLike
+    D: int  # features of a token, without padding
+    F: int  # features of the hidden layer, without padding
+
+
+class Exchange(NamedTuple):
+    """How a PE exchanges tiles with others; one device has no others."""
+
+    gather: Callable[[jax.Array, str, int], jax.Array]
+    scatter: Callable[[jax.Array, str, int], jax.Array]
+    pes: Callable[[str], int]
+
+
+FABRIC = Exchange(fabric.all_gather, fabric.reduce_scatter, fabric.axis_size)
+ALONE = Exchange(lambda x, axis, d: x, lambda x, axis, d: x, lambda axis: 1)
+
+
+class Tokens(NamedTuple):
+    """Tokens as R rows, a row for each choice, sorted by expert."""
+
+    rows: Float[Array, "R D"]
+    shares: Float[Array, "R 1"]
+    groups: grouped_matmul.Groups
+    choices: int
+
+    def sum_choices(self, rows: Float[Array, "R _"]) -> Float[Array, "n _"]:
+        """For each token the sum of its rows."""
+        return rows[self.groups.place].reshape(-1, self.choices, rows.shape[1]).sum(1)
+
+
+def sort_tokens(
+    x: Float[Array, "n D"], chosen: Int[Array, "*n k"], shares: Float[Array, "*n k"], count: int
+) -> Tokens:
+    """Tokens as rows sorted by their expert; numbers outside 0 to `count` - 1 are no expert."""
+    k = chosen.shape[-1]
+    chosen = jnp.where(chosen < 0, count, chosen)  # `count` and above: no expert
+    groups = grouped_matmul.sort_by_group(chosen.reshape(-1), count)
+    return Tokens(x[groups.order // k], shares.reshape(-1)[groups.order][:, None], groups, k)
+
+
+def forward(
+    tokens: Tokens, weights: Weights, biases: Biases, plan: ExpertsPlan, exchange: Exchange
+) -> tuple[Float[Array, "R _"], tuple[Float[Array, "R _"], ...]]:
+    """The experts' results, not yet multiplied by shares, and gate's and up's products."""
+    gate, up, down = _gather_weights(weights, plan, exchange)
+    groups = tokens.groups
+    product = functools.partial(grouped_matmul.product, groups=groups, precision=plan.precision)
+    products = product(tokens.rows, (gate, up))
+    expert = groups.group_of_rows() if biases else None
+    if biases:
+        products = tuple(p + b[expert] for p, b in zip(products, biases[:2], strict=True))
+    hidden = _gather_hidden(plan.activation(*products), plan, exchange)
+    (y,) = product(hidden, (down,))
+    if biases:
+        y = y + jnp.where(groups.has_group()[:, None], biases[2][expert], 0)
+    return y, products
+
+
+def backward(
+    tokens: Tokens,
+    dy: Float[Array, "R _"],
+    weights: Weights,
+    biases: Biases,
+    products: tuple[Float[Array, "R _"], ...],
+    plan: ExpertsPlan,
+    exchange: Exchange,
+) -> tuple[Float[Array, "R _"], Float[Array, " R"], Weights, Biases]:
+    """Gradients of rows and shares (both still to be summed along x), of weights and of biases.
+
+    `dy` is the gradient of the result in the sorted rows, not yet multiplied by shares.
+    """
+    rows, shares, groups, _ = tokens
+    gate, up, down = _gather_weights(weights, plan, exchange)
+    product = functools.partial(
+        grouped_matmul.product, groups=groups, transposed=True, precision=plan.precision
+    )
+    of_weights = functools.partial(
+        grouped_matmul.weight_gradients, groups=groups, precision=plan.precision
+    )
+    has_group = groups.has_group()[:, None]
+    dy = jnp.where(has_group, dy, 0)
+    # dy lacks the factor `share` until it is multiplied in below, so that dshares comes out too.
+    h, activation_vjp = jax.vjp(plan.activation, *products)
+    (dh,) = product(dy, (down,))
+    dh = exchange.scatter(layout.resize(dh, 1, h.shape[1] * exchange.pes(COLS)), COLS, 1)
+    # A row's result is share * y, so d(share) = y . dy. Through `down` that is h . dh, which needs
+    # no y. Everything before it has the factor `share`.
+    dshares = (h * dh).sum(1, dtype=jnp.float32)
+    shared_dy = dy * shares
+    dgate, dup = activation_vjp((dh * shares).astype(h.dtype))
+    drows = product(dgate, (gate,))[0] + product(dup, (up,))[0]
+    hidden = _gather_hidden(h, plan, exchange)
+    dweights = (*of_weights((rows, rows), (dgate, dup)), *of_weights((hidden,), (shared_dy,)))
+    dweights = tuple(
+        exchange.scatter(layout.resize(dw, 1, w.shape[1] * exchange.pes(ROWS)), ROWS, 1)
+        for dw, w in zip(dweights, weights, strict=True)
+    )
+    dbiases: Biases = ()
+    if biases:
+        expert = groups.group_of_rows()
+        dshares = dshares + (dy * biases[2][expert]).sum(1, dtype=jnp.float32)
+        dbiases = tuple(
+            jnp.zeros(b.shape, jnp.float32).at[expert].add(jnp.where(has_group, d, 0))
+            for b, d in zip(biases, (dgate, dup, shared_dy), strict=True)
+        )
+    return drows, dshares, dweights, dbiases
+
+
+def _gather_weights(weights: Weights, plan: ExpertsPlan, exchange: Exchange) -> Weights:
+    """The experts' weights with all their inputs, for this column's outputs."""
+    lengths = (plan.D, plan.D, plan.F)
+    return tuple(
+        layout.resize(exchange.gather(w, ROWS, 1), 1, length)
+        for w, length in zip(weights, lengths, strict=True)
+    )
+
+
+def _gather_hidden(
+    h: Float[Array, "R _"], plan: ExpertsPlan, exchange: Exchange
+) -> Float[Array, "R _"]:
+    return layout.resize(exchange.gather(h, COLS, 1), 1, plan.F)

@@ -48,7 +48,9 @@ def _price(problem: MatmulProblem, name: str, ring: fabric.Ring, hops: int) -> P
             f"twice the longer, it is {h}x{w}",
         )
     (tiles_x, steps_x), (tiles_y, steps_y) = (_price_skew(blocks // n, blocks) for n in (w, h))
-    if ring == "folded" and h != w:  # each is laid out in the order of its ring, in one move
+    if (
+        ring == "folded" and h != w
+    ):  # see `_needs_reordering`; each is laid out in the order of its ring, in one move
         tiles_x, steps_x, tiles_y, steps_y = tiles_x + 1, steps_x + 1, tiles_y + 1, steps_y + 1
     shifted = (blocks - 1) * (problem.x * w + problem.y * h) / blocks
     return problem.price(
@@ -64,6 +66,7 @@ def _price_skew(slots: int, blocks: int) -> tuple[float, int]:
     """Tiles and steps of a skew: one move, or by binary digits if a PE holds several blocks."""
     if slots == 1:
         return 1, 1
+    # The same digits as in `_skew`: whole PEs, and slots inside one.
     turns = [divmod(2**bit, slots) for bit in range((blocks - 1).bit_length())]
     tiles = sum((slots if pes else inside) / slots for pes, inside in turns)
     return tiles, sum(bool(pes) + bool(inside) for pes, inside in turns)
@@ -90,6 +93,7 @@ class Cannon:
             xs, ys = _turn(xs, COLS, 1, ring), _turn(ys, ROWS, 1, ring)
             return (xs, ys, total + tile.product("nn", xs[0], ys[0], result)), None
 
+        # The first product needs no turn, and gives the sum its shape, dtype and varying axes.
         first = (xs, ys, tile.product("nn", xs[0], ys[0], result))
         return lax.scan(step, first, length=_blocks() - 1)[0][2]
 
@@ -125,6 +129,8 @@ def _with_traveling_sums(
         moving, sums = _turn(moving, along, 1, ring), _turn(sums, along_sums, 1, ring)
         return (moving, jnp.concatenate([sums[:1] + summand(moving), sums[1:]])), None
 
+    # A PE holds as many blocks of sums as its tile of the result has. In each step it adds to the
+    # first block; the next turn sends that one on, and the others move up.
     first = summand(moving)
     others = jnp.repeat(jnp.zeros_like(first), _slots(along_sums) - 1, 0)
     carry = (moving, jnp.concatenate([first, others]))
@@ -199,6 +205,8 @@ def _turn(
     blocks: Shaped[Array, "slots ..."], along: str, by: int, ring: fabric.Ring
 ) -> Shaped[Array, "slots ..."]:
     """Block i + `by` of the ring where block i was."""
+    # Of slots 0 1 2, turned by 1, a PE keeps 1 2 and receives the next PE's 0. Turned by 4 it
+    # receives 1 2 of the next PE and 0 of the one after that.
     pes, inside = divmod(by, _slots(along))
     kept = fabric.shift(blocks[inside:], along, -pes, ring=ring) if pes else blocks[inside:]
     if not inside:

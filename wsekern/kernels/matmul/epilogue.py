@@ -45,6 +45,7 @@ def before_activation(
     """The gradient of the activation's argument, from that of its result; element by element."""
     if activation is None:
         return dc
+    # Differentiated as it was applied, to sums that are wider than the operands.
     wide = argument.astype(sum_dtype(argument.dtype))
     (gradient,) = jax.vjp(activation, wide)[1](dc.astype(wide.dtype))
     return gradient.astype(dc.dtype)

@@ -103,6 +103,7 @@ def matmul(
     _check(form, a, rights, name)
     function = epilogue.find_activation("matmul", activation)
     wafer = context.resolve(wafer)
+    # An empty matrix cannot be cut into tiles.
     if wafer is None or a.size == 0 or any(right.matrix.size == 0 for right in rights):
         cs = tuple(_plain(form, a, right, function, precision) for right in rights)
     else:
@@ -173,6 +174,7 @@ def _lay_out(
     wafer: Wafer,
 ) -> RightFactor[jax.Array]:
     """`right` padded for `plan`, where `shape` is that of its product."""
+    # The result too: in `a @ b^T` it is X, whose columns Cannon's algorithm cuts into blocks.
     _, role, role_of_result = tile.ROLES[form]
     multiples = plan.multiples(role_of_result)
     rows, columns = layout.padded_shape(shape[-2:], layout.tiled(2), wafer, multiples)

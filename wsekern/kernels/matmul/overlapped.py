@@ -132,7 +132,7 @@ def _send_sums_round(
     """Each PE adds its summand to the sums that pass; they reach their own PE in the last step."""
     size = fabric.axis_size(along)
     directions, halves = _halve(stays, along)
-    like = jax.ShapeDtypeStruct(shape, gathered.dtype)
+    like = jax.ShapeDtypeStruct(shape, gathered.dtype)  # one PE's sums
 
     def summands(i: Int[Array, ""] | int) -> Halves:
         # The sums that pass now have size - 1 - i steps to go.
@@ -167,6 +167,7 @@ def _send_operand_round(
         whole: Float[Array, "... _ _"], halves: Halves, i: Int[Array, ""] | int
     ) -> Float[Array, "... _ _"]:
         for direction, half, other in zip(directions, halves, stays_halves, strict=True):
+            # The tile that passes began `i` places back, so its block of the result is there.
             block = multiply(half, other)
             at = _place(along, ring, -direction * i) * length
             old = lax.dynamic_slice_in_dim(whole, at, length, axis)

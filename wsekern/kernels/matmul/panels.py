@@ -44,7 +44,7 @@ def put(
     """The tile with the panel written over the places that they have in common."""
     length, width = x.shape[axis], panel.shape[axis]
     at = jnp.clip(start, 0, length - width)
-    if length % width:
+    if length % width:  # as in `take`
         panel = jnp.roll(panel, start - at, axis)
     old = lax.dynamic_slice_in_dim(x, at, width, axis % x.ndim)
     places = at - start + _places(panel, axis)

@@ -166,6 +166,7 @@ class MatmulProblem:
         dtype = "float16" if min(self.x_bytes, self.s_bytes) == 2 else "float32"
         arithmetic = products / machine.fmacs_per_cycle(dtype) / wafers
         moves = words * WORD_BYTES / machine.link_bytes_per_cycle
+        # The router moves words while the core multiplies, unless the core waits for all of them.
         busy = max(arithmetic, moves) if overlaps else arithmetic + moves
         return busy + hops * machine.hop_cycles + steps * (2 * machine.ramp_cycles + 1)
 

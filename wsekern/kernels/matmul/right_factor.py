@@ -56,9 +56,10 @@ class RightFactor(Generic[Leaf]):
         vector = layout.tiled(1, vector_axis)
         return RightFactor(
             matrix=layout.tiled(self.matrix.ndim),
+            # None stays None: in a pytree it is no leaf, and `jax.tree.map` over both must match.
             bias=None if self.bias is None else vector,
             scales=None if self.scales is None else vector,
-            tile=self.tile,
+            tile=self.tile,  # static, hence part of the tree's structure
         )
 
 

@@ -55,6 +55,7 @@ def _rounds(problem: MatmulProblem) -> int:
         return 1
     tall = -(-problem.rows // wafer.height)
     wanted = problem.x_copies * tall * wafer.height // _ROUND_ROWS
+    # Rounds must divide the rows. Up to twice as many rows in a round are still good.
     near = range(wanted, wanted // 2, -1)
     return next((rounds for rounds in near if rounds and tall % rounds == 0), 1)
 
@@ -114,6 +115,8 @@ class Stationary:
             partial = tile.product("nt", _gather_rows(s, rows), y, result)
             if self.mirrored:
                 return fabric.transpose(_sum_own_rows(partial, result, COLS))
+            # The sums are of the columns of X that meet this PE's rows of Y. Its own tile of X has
+            # other columns, perhaps of several PEs along y, so each adds those that it has.
             met = fabric.all_reduce(partial, COLS)
             width = result.shape[-1]
             start = fabric.axis_index(COLS) * width - fabric.axis_index(ROWS) * met.shape[-1]
@@ -144,6 +147,7 @@ class Stationary:
         *leading, height, width = result.shape
         share = result.with_shape(*leading, height // self.rounds, width)
         rows = fabric.axis_size(ROWS) * share.shape[-2]
+        # A share is the same rows of every tile, so that each round is spread over all PEs.
         shares = jnp.reshape(a, (*a.shape[:-2], self.rounds, -1, a.shape[-1]))
         run = functools.partial(one_round, result=share, rows=rows)
         results = jnp.moveaxis(lax.map(run, jnp.moveaxis(shares, -3, 0)), 0, -3)
@@ -178,6 +182,7 @@ def _sum_own_rows(
 ) -> Float[Array, "... _ _"]:
     """The sum of `x` along an axis; this PE keeps its own rows."""
     size, length = fabric.axis_size(along), result.shape[-2]
+    # A reduce-scatter sends padding too, an all-reduce every row twice.
     if 2 * x.shape[-2] > size * length:
         return fabric.reduce_scatter(layout.resize(x, -2, size * length), along, -2)
     whole = fabric.all_reduce(x, along)

@@ -44,6 +44,7 @@ class Summa:
         self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
     ) -> Float[Array, "... Mt Nt"]:
         """S = X @ Y: each step broadcasts a panel of X and one of Y, and multiplies them."""
+        # A tile is shorter along the longer side of the grid, whether it is of X or of Y.
         width = min(x.shape[-1], y.shape[-2])
 
         def summand(i: Int[Array, ""] | int) -> Float[Array, "... Mt Nt"]:
@@ -55,6 +56,7 @@ class Summa:
         ) -> tuple[Float[Array, "... Mt Nt"], None]:
             return total + summand(i), None
 
+        # The first product begins the sum, and gives it its dtype and varying axes.
         return lax.scan(step, summand(0), jnp.arange(1, _steps()))[0]
 
     def nt(
@@ -93,7 +95,8 @@ def _steps() -> int:
 def _broadcast_panel(
     x: Num[Array, "... _ _"], axis: int, along: str, width: int, i: Int[Array, ""] | int
 ) -> Num[Array, "... _ _"]:
-    # Panel i begins `start` after this PE's tile does; before it, if negative.
+    # Panel i begins `start` after this PE's tile does; before it, if negative. PEs that have no
+    # part of the panel contribute zeros to the flood.
     start = i * width - fabric.axis_index(along) * x.shape[axis]
     return fabric.flood(panels.take(x, axis, start, width), along)
 

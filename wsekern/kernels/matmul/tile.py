@@ -102,6 +102,7 @@ def product(
     leading = tuple(range(min(a.ndim, b.ndim) - 2))
     summed = leading if ndim == 2 else ()
     batch = leading if ndim > 2 else ()
+    # Both factors are then contracted over their rows, which not every backend can in 16 bits.
     if form == "tn" or summed:
         a, b = widen_for_backend(a, b)
     c = lax.dot_general(

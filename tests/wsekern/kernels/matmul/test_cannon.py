@@ -1,3 +1,5 @@
+"""Cannon's algorithm and MeshGEMM only shift tiles, round a ring."""
+
 import functools
 
 import jax
@@ -7,7 +9,7 @@ import pytest
 
 import wsekern as wk
 
-both = pytest.mark.parametrize("algorithm", ["cannon", "mesh_gemm"])
+both_rings = pytest.mark.parametrize("algorithm", ["cannon", "mesh_gemm"])
 
 
 def product(algorithm):
@@ -29,7 +31,7 @@ def is_jaxpr(value):
     return hasattr(value, "eqns")
 
 
-@both
+@both_rings
 def test_tiles_only_move(algorithm):
     """Cannon's promise: no operand is gathered and no result reduced, forward or backward."""
     run, a, b = product(algorithm), jnp.ones((8, 8)), jnp.ones((8, 8))
@@ -41,7 +43,7 @@ def test_tiles_only_move(algorithm):
             assert other not in program
 
 
-@both
+@both_rings
 def test_tiles_shift_once_less_than_there_are_products(algorithm):
     run = product(algorithm)
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8, 8)), jnp.ones((8, 8))).jaxpr
@@ -60,7 +62,7 @@ def test_no_shift_of_the_folded_ring_is_longer_than_two_hops(algorithm, hops):
     assert max(abs(i - j) for i, j in pairs) == hops
 
 
-@both
+@both_rings
 def test_a_rectangle_moves_blocks_and_never_gathers(algorithm):
     run = functools.partial(wk.matmul, algorithm=algorithm, wafer=wk.Wafer.devices(2, 4))
     operands = jnp.ones((8, 8)), jnp.ones((8, 8))
@@ -71,7 +73,7 @@ def test_a_rectangle_moves_blocks_and_never_gathers(algorithm):
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (6, 4), (3, 6), (1, 4)], ids=str)
-@both
+@both_rings
 def test_rectangles(algorithm, grid):
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-9, 10, shape).astype(np.float32) for shape in ((5, 13), (13, 7)))

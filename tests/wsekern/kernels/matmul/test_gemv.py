@@ -1,3 +1,5 @@
+"""`gemv` equals the plain product, and moves nothing but sums."""
+
 import functools
 import re
 

@@ -1,3 +1,5 @@
+"""Every algorithm of `matmul` equals the plain product, in all forms and on every kind of wafer."""
+
 import functools
 import inspect
 import pathlib
@@ -31,7 +33,7 @@ OPERANDS = {
 
 
 def whole_numbers(*shape):
-    """Their products and sums are exact in float32, in whatever order, and not in bfloat16."""
+    """Products and sums of these are exact in float32, in any order, but not in bfloat16."""
     return np.random.default_rng(shape).integers(-15, 16, shape).astype(np.float32)
 
 
@@ -50,7 +52,7 @@ def product(wafer, algorithm="auto"):
 
 
 def with_gradients(run):
-    """A jitted function of operands and the result's gradient: the result, their gradients."""
+    """A jitted function that returns `run(a, b)` and the gradients of `a` and `b`."""
 
     @jax.jit
     def call(a, b, dc):
@@ -68,12 +70,12 @@ FORMS: dict[str, dict[str, bool]] = {
 
 
 def as_form(form, a, b):
-    """`a` and `b` as they are handed over to `form`."""
+    """`a` and `b` as `form` takes them."""
     return (a.swapaxes(-1, -2) if form == "tn" else a), (b.swapaxes(-1, -2) if form == "nt" else b)
 
 
 def assert_right(run, a, b, dc, dtype=jnp.float32):
-    """The product and both gradients are the plain ones, rounded once, to the bit."""
+    """The product and both gradients equal the plain ones, rounded once, bit for bit."""
     got = with_gradients(run)(*(x.astype(dtype) for x in (a, b, dc)))
     for x, want in zip(got, (plain(a, b), *plain_gradients(a, b, dc)), strict=True):
         assert x.dtype == dtype
@@ -140,7 +142,7 @@ def test_bfloat16_is_summed_in_float32(everywhere, leading):
 
 
 @pytest.mark.parametrize("leading", [(), (3,)], ids=["matrix", "batch"])
-def test_a_tuple_of_right_factors_is_so_many_products(everywhere, leading):
+def test_a_tuple_of_right_factors_gives_a_tuple_of_products(everywhere, leading):
     a = whole_numbers(*leading, 5, 7)
     bs = tuple(whole_numbers(7, N) for N in (3, 8, 1))
     dcs = tuple(whole_numbers(*leading, 5, b.shape[-1]) for b in bs)
@@ -153,7 +155,7 @@ def test_a_tuple_of_right_factors_is_so_many_products(everywhere, leading):
         np.testing.assert_array_equal(db, want)
 
 
-def test_what_a_tuple_shares_is_gathered_once():
+def test_a_tuple_gathers_its_left_factor_once():
     a, b = jnp.ones((4, 8)), jnp.ones((8, 4))
     run = jax.jit(product(wk.Wafer.devices(2, 4), "allgather"))
     one, three = (run.lower(a, bs).as_text() for bs in (b, (b, b, b)))
@@ -161,7 +163,7 @@ def test_what_a_tuple_shares_is_gathered_once():
 
 
 @pytest.mark.parametrize("algorithm", algorithms(wk.Wafer.virtual(wk.WSE2, 2, 2)))
-def test_the_gradient_keeps_nothing_but_the_operands(algorithm):
+def test_the_gradient_keeps_only_the_operands(algorithm):
     a, b = jnp.ones((4, 8)), jnp.ones((8, 12))
     run = product(wk.Wafer.virtual(wk.WSE2, 2, 2), algorithm)
     kept = jax.eval_shape(lambda a, b: jax.vjp(run, a, b)[1], a, b)
@@ -169,7 +171,7 @@ def test_the_gradient_keeps_nothing_but_the_operands(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["summa", "cannon", "mesh_gemm"])
-def test_temporaries_are_fewer_than_those_of_gathering(algorithm, as_shipped):
+def test_temporaries_are_smaller_than_when_gathering(algorithm, as_shipped):
     a = b = jax.ShapeDtypeStruct((512, 512), jnp.float32)
 
     def temporary_bytes(algorithm):
@@ -181,7 +183,7 @@ def test_temporaries_are_fewer_than_those_of_gathering(algorithm, as_shipped):
     assert temporary_bytes(algorithm) < temporary_bytes("allgather")
 
 
-def test_auto_on_emulated_devices_gathers_little_and_else_moves_rows_in_rounds():
+def test_auto_on_emulated_devices_gathers_if_little_and_else_takes_rounds():
     def program(M, K):
         a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((M, K), (K, K)))
         return jax.jit(product(wk.Wafer.devices(4, 4))).lower(a, b).as_text()
@@ -195,7 +197,7 @@ def test_auto_on_emulated_devices_gathers_little_and_else_moves_rows_in_rounds()
 
 
 def optimized(function, *operands):
-    """The program that XLA makes of it, without what only says where it comes from."""
+    """The program that XLA compiles, without the parts that only say where it comes from."""
     text = jax.jit(function).lower(*operands).compile().as_text() or ""
     return re.sub(
         r", metadata=\{[^}]*\}|HloModule [^,]*|FileNames[\s\S]*?(?=\n%|\nENTRY)", "", text
@@ -235,7 +237,7 @@ def test_runs_on_the_wafer_in_force():
     assert "stablehlo.all_gather" in program
 
 
-def test_a_grid_is_offered_what_serves_it():
+def test_algorithms_that_serve_a_grid():
     anywhere = {"allgather", "summa", "collective", "stationary"}
     assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 2, 3))) == anywhere | {"cannon", "mesh_gemm"}
     assert set(algorithms(wk.Wafer.virtual(wk.WSE2, 3, 5))) == anywhere
@@ -245,7 +247,7 @@ def test_a_grid_is_offered_what_serves_it():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("where", EVERYWHERE + MORE, ids=" on ".join)
 def test_forms_and_their_gradients(form, where, wafer_called):
-    """`a @ b^T` and `a^T @ b` take operands as they lie; so do the gradients, which they are."""
+    """`a @ b^T` and `a^T @ b` take operands as they lie, and so do their gradients."""
     algorithm, grid = where
     run = functools.partial(product(wafer_called(grid), algorithm), **FORMS[form])
     M, K, N = PADDED
@@ -300,7 +302,7 @@ def test_forms_of_a_tuple(form, full_wafer):
 @pytest.mark.parametrize(
     ("activation", "leading"), [("gelu_tanh", (3,)), (jnp.sin, ())], ids=["named", "a function"]
 )
-def test_bias_and_activation_are_those_of_the_plain_expression(full_wafer, activation, leading):
+def test_bias_and_activation_equal_the_plain_expression(full_wafer, activation, leading):
     rng = np.random.default_rng(0)
     a, b, bias, dc = (
         np.float32(rng.normal(size=size))
@@ -346,7 +348,7 @@ def test_int8_weights_have_a_scale_for_each_column(full_wafer, form, dtype):
     np.testing.assert_array_equal(dscales, (exact * dc).sum(0))
 
 
-def test_what_is_empty_is_the_plain_product(full_wafer):
+def test_empty_matrices_give_the_plain_product(full_wafer):
     run = jax.jit(product(full_wafer))
     np.testing.assert_array_equal(run(jnp.ones((3, 0)), jnp.ones((0, 4))), jnp.zeros((3, 4)))
     assert run(jnp.ones((0, 3)), jnp.ones((3, 4))).shape == (0, 4)
@@ -369,7 +371,7 @@ def test_the_explanation_of_auto_is_what_runs(rows):
 
 
 def test_explain_is_known_to_type_checkers():
-    """Mypy, which checks these files, accepts neither `matmul.explain` nor these types of Any."""
+    """Mypy checks this file: it knows `matmul.explain`, and the result of either kind of `b`."""
     a = jnp.ones((4, 4))
     assert_type(wk.matmul.explain(a, a), Explanation)
     assert_type(wk.matmul(a, a), jax.Array)

@@ -1,3 +1,5 @@
+"""SUMMA broadcasts panels on grids of any sides, and gathers nothing."""
+
 import functools
 
 import jax
@@ -47,7 +49,7 @@ def test_nothing_is_gathered(leading):
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 4), (4, 2), (3, 2)])
-def test_there_are_as_many_steps_as_pes_along_the_longer_side(height, width):
+def test_steps_are_the_pes_along_the_longer_side(height, width):
     run = product(wk.Wafer.devices(height, width))
     jaxpr = str(jax.make_jaxpr(run)(jnp.ones((12, 12)), jnp.ones((12, 12))))
     assert jaxpr.count("scan[") == 1

@@ -1,12 +1,16 @@
-"""This package is what one PE can say to others: every move of data between PEs is one of these.
+"""Moves of data between PEs: every kernel communicates through these functions alone.
 
-Per-PE functions: call them inside a kernel that `Wafer.map` runs. `along` is an axis of the grid
-(`"y"`, `"x"`, `"wafer"`) or, where it says so, a tuple of them; an axis that the wafer does not
-have has one PE. Meanings and gradients are the same on devices and on virtual PEs.
-Costs are per PE: words received, and steps that wait for one another.
+They are per-PE functions: call them inside a kernel that `Wafer.map` runs. `along` is an axis of
+the grid, `"y"`, `"x"` or `"wafer"`; some functions take a tuple of axes. An axis that the wafer
+does not have has one PE. Meanings and gradients are the same on devices and on virtual PEs.
 
-This face lists the names; `moves`, `exchange` and `collectives` define them, and each algorithm of
-a reduction has a file of its own.
+- Where am I: `axis_index`, `axis_size`, `ring_index`, `ring_order`.
+- One tile to one other PE: `shift`, `skew`, `route`, `transpose`.
+- One PE to all, or all to one: `broadcast`, `flood`, `scatter`, `reduce`, `gather`.
+- All to all: `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`.
+- Types and costs: `varying`; `cheapest`, `predicted_cycles`, `received`.
+
+Costs are per PE: words of 32 bits received, and steps that wait for one another.
 """
 
 from wsekern.fabric.collectives import all_reduce, broadcast, reduce

@@ -1,12 +1,13 @@
-"""This file is what all PEs of a line send to all others: gathers, scatters, all-to-all.
+"""Moves between all PEs of a line: gathers, scatters and all-to-all.
 
-These are XLA's own collectives on every backend; only how they are asked for differs.
+They are XLA's own collectives on every backend.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from wsekern.fabric import jax_collectives
 from wsekern.fabric.jax_collectives import is_virtual
@@ -16,13 +17,13 @@ from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
 def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False) -> Any:
     """All PEs' tiles along `along`, joined in order along dimension `axis`, on every PE.
 
-    A PE receives all the others' words, and holds as many copies of a tile as there are PEs.
+    With P PEs and tiles of B words, a PE receives (P - 1) B words and then holds P B.
 
     Args:
       x: a tile, or a pytree of tiles.
-      along: one axis or several (the first outermost).
-      axis: the dimension of the tile that grows.
-      replicated: whether JAX shall know that every PE now holds the same, so that it may leave the
+      along: one axis, or several with the first outermost.
+      axis: the dimension along which the tiles are joined.
+      replicated: whether to type the result as the same on every PE, so that it may leave the
         kernel through a spec that does not name `along`.
     """
     kind = "invarying" if replicated and not is_virtual() else "varying"
@@ -32,9 +33,15 @@ def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False)
 
 
 def reduce_scatter(x: Any, along: Along, axis: int = 0) -> Any:
-    """`x` summed over `along`, of which this PE keeps its own part of dimension `axis`.
+    """This PE's part, along dimension `axis`, of the sum of all PEs' `x`.
 
-    The inverse layout of `all_gather`, and its gradient.
+    It is the gradient of `all_gather`, and has the inverse layout. With P PEs and tiles of B words,
+    a PE receives (P - 1) B / P words and keeps B / P.
+
+    Args:
+      x: a tile, or a pytree of tiles.
+      along: one axis, or several with the first outermost.
+      axis: the dimension that is split into one part a PE.
 
     Raises:
       ValueError: dimension `axis` does not divide by the PEs along `along`.
@@ -48,12 +55,14 @@ def reduce_scatter(x: Any, along: Along, axis: int = 0) -> Any:
 
 
 def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
-    """Dimension `split` of `x` dealt out to the PEs along `along`, what comes joined at `concat`.
+    """One part of `x` sent to each PE along `along`, and the parts received joined.
+
+    With P PEs and tiles of B words, a PE receives (P - 1) B / P words.
 
     Args:
       x: a tile, or a pytree of tiles.
       along: one axis.
-      split: the dimension whose parts go to different PEs.
+      split: the dimension that is split into one part for each PE.
       concat: the dimension along which the parts received are joined, in order of sender.
 
     Raises:
@@ -61,7 +70,8 @@ def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
     """
     _check_parts("all_to_all", x, along, split)
     for name in names_of(along):
-        # Of an operand that is the same on all PEs, vmap's all_to_all has the wrong shape.
+        # `varying`, because vmap's all_to_all has the wrong shape for an operand that is the same
+        # on all PEs.
         x = jax.tree.map(
             lambda t, n=name: jax_collectives.all_to_all(
                 varying(t, along), n, split % t.ndim, concat % t.ndim
@@ -72,54 +82,63 @@ def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
 
 
 def scatter(x: Any, along: Along, axis: int = 0, root: int = 0) -> Any:
-    """The root's `x`, of which this PE gets its own part of dimension `axis`; one step.
+    """This PE's part, along dimension `axis`, of the root's `x`; one step.
 
     Args:
-      x: a tile, or a pytree of tiles.
-      along: one axis or several (the first outermost).
-      axis: the dimension that is dealt out.
+      x: a tile, or a pytree of tiles; only the root's counts.
+      along: one axis, or several with the first outermost.
+      axis: the dimension that is split into one part a PE.
       root: the place of the sender (`axis_index`).
 
     Raises:
       ValueError: `root` is outside the grid, or dimension `axis` does not divide by the PEs.
     """
     check_root("scatter", along, root)
-    mine = axis_index(along) == root
-    kept = jax.tree.map(lambda tile: jnp.where(mine, tile, jnp.zeros((), tile.dtype)), x)
-    return reduce_scatter(kept, along, axis)
+    is_root = axis_index(along) == root
+    root_alone = jax.tree.map(lambda t: jnp.where(is_root, t, jnp.zeros((), t.dtype)), x)
+    return reduce_scatter(root_alone, along, axis)
 
 
 def gather(x: Any, along: Along, axis: int = 0, root: int = 0) -> Any:
     """All PEs' tiles, joined in order along dimension `axis`, on the root; zeros elsewhere.
 
-    What a PE holds has one shape on all of them: room for as many tiles as there are PEs.
+    Every PE needs the memory of the result, P tiles for P PEs: a kernel's arrays have one shape on
+    all PEs.
+
+    Args:
+      x: a tile, or a pytree of tiles.
+      along: one axis, or several with the first outermost.
+      axis: the dimension along which the tiles are joined.
+      root: the place of the PE that gets the result (`axis_index`).
 
     Raises:
       ValueError: `root` is outside the grid.
     """
     check_root("gather", along, root)
-    mine = axis_index(along) == root
+    is_root = axis_index(along) == root
     whole = all_gather(x, along, axis)
-    return jax.tree.map(lambda tile: jnp.where(mine, tile, jnp.zeros((), tile.dtype)), whole)
+    return jax.tree.map(lambda t: jnp.where(is_root, t, jnp.zeros((), t.dtype)), whole)
 
 
-def check_root(what: str, along: Along, root: int) -> None:
-    """Raises ValueError where there is no PE at the place `root`."""
+def check_root(operation: str, along: Along, root: int) -> None:
+    """Raises ValueError if no PE stands at the place `root`."""
     size = axis_size(along)
     if not 0 <= root < size:
-        raise ValueError(f"fabric.{what}: root={root} is outside 0 to {size - 1} along {along!r}")
+        raise ValueError(
+            f"fabric.{operation}: root={root} is outside 0 to {size - 1} along {along!r}"
+        )
 
 
-def _gather(tile: jax.Array, name: str, axis: int, kind: str) -> jax.Array:
+def _gather(tile: Shaped[Array, "..."], name: str, axis: int, kind: str) -> Shaped[Array, "..."]:
     tile = varying(tile, name) if is_virtual() else tile
     return jax_collectives.all_gather(tile, name, axis % tile.ndim, kind)
 
 
-def _check_parts(what: str, x: Any, along: Along, axis: int) -> None:
+def _check_parts(operation: str, x: Any, along: Along, axis: int) -> None:
     size = axis_size(along)
     for tile in jax.tree.leaves(x):
         if tile.shape[axis] % size:
             raise ValueError(
-                f"fabric.{what}: dimension {axis} of a tile of shape {tile.shape} does not divide "
-                f"by the {size} PEs along {along!r}"
+                f"fabric.{operation}: dimension {axis} of a tile of shape {tile.shape} does not "
+                f"divide by the {size} PEs along {along!r}"
             )

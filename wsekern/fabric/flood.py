@@ -1,7 +1,7 @@
-"""This file is the flood: one PE's tile on every other, as the routers multicast it.
+"""Flood: one PE's tile on every other PE, as the routers multicast it.
 
-A router passes a word on in several directions at once, so that a broadcast costs what the farthest
-PE's copy costs: Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024.
+A router passes a word on in several directions at once. So a broadcast costs no more than the copy
+for the farthest PE: Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024.
 """
 
 from typing import Any
@@ -9,49 +9,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Shaped
 
 from wsekern.fabric import jax_collectives, moves
 from wsekern.fabric.reductions.cost import Cost
 
 
 def flood(x: Any, along: moves.Along) -> Any:
-    """What one PE along `along` has of each element, on every PE: one step of B words.
+    """Every element of `x` from the one PE where it is not zero, on every PE.
 
-    JAX knows that it is the same everywhere. On devices it is a sum.
+    One step of B words for a tile of B. JAX types the result as the same on every PE. On devices it
+    is a sum.
 
     Args:
-      x: a tile, or a pytree of tiles; each element is zero on all PEs but one, as where the root
-        has kept its tile, or where several have a part of one.
+      x: a tile, or a pytree of tiles; each element must be zero on all PEs but one. The root may
+        hold the whole tile, or several PEs a part each.
       along: one axis or several.
     """
     names = moves.names_of(along)
 
-    def one(tile):
+    def flood_tile(tile: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         if tile.dtype == jnp.bool_:
             return _multicast(tile.astype(jnp.int32), names).astype(jnp.bool_)
         return _multicast(tile, names)
 
-    return jax.tree.map(one, x)
+    return jax.tree.map(flood_tile, x)
 
 
 def from_root(x: Any, along: moves.Along, root: int) -> Any:
     """The root's `x`, on every PE along `along`."""
-    mine = moves.axis_index(along) == root
-    # A select, not a product: whatever the others hold, an infinity included, adds nothing.
+    is_root = moves.axis_index(along) == root
+    # A select and not a product: an infinity on another PE times zero would be a NaN.
     return flood(
-        jax.tree.map(lambda tile: jnp.where(mine, tile, jnp.zeros((), tile.dtype)), x), along
+        jax.tree.map(lambda tile: jnp.where(is_root, tile, jnp.zeros((), tile.dtype)), x), along
     )
 
 
-def _sum(tile: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def _sum(tile: Shaped[Array, "..."], names: tuple[str, ...]) -> Shaped[Array, "..."]:
     return jax_collectives.reduce_over(lax.psum, tile, names)
 
 
-# The name stays in the trace, where it tells this sum, which is a multicast, from a reduction.
+# The estimator tells a multicast from a reduction by this name in the trace.
 _sum.__name__ = "flood"
 _multicast = jax.jit(_sum, static_argnames="names")
 
 
 def cost(height: int, width: int, words: float) -> Cost:
-    """`B + M + N - 2 + 2 T_R + 1` cycles from a corner of M x N PEs; a line is 1 x N."""
+    """`B + M + N - 2 + 2 T_R + 1` cycles from a corner of M x N PEs to all; a line is 1 x N."""
     return Cost(contention=words, energy=0, links=1, distance=height + width - 2, depth=1)

@@ -172,7 +172,7 @@ def test_a_skew_moves_each_row_by_its_own_index(odd_wafer):
 
 def test_a_skew_by_binary_digits_is_the_same(monkeypatch):
     """On devices too, where a grid has more PEs than one permutation may list."""
-    monkeypatch.setattr(moves, "_LISTED", 0)
+    monkeypatch.setattr(moves, "_MOST_LISTED", 0)
     check_skews(wk.Wafer.devices(5, 3), SKEWS)
 
 

@@ -1,1 +1,1 @@
-"""Reductions over a line of PEs, one algorithm a file, each with its published cost."""
+"""Reductions over a line of PEs: one algorithm a file, each with its published cost."""

@@ -1,10 +1,8 @@
-"""This file is which algorithms a reduction can take, and which one "auto" does.
+"""The algorithms of reductions, their predicted cost, and the choice of "auto".
 
-On devices XLA's own collective is right. On a wafer it is the one that is predicted to take the
-fewest cycles, by the model of `cost`.
+On devices "auto" is XLA's own collective. On a wafer it is the algorithm with the fewest cycles by
+the model of `cost`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,26 +20,26 @@ Algorithm = Literal[
 
 
 class _Reduction(NamedTuple):
-    """A reduction along a line to a root, and its terms of cost."""
+    """A reduction along a line to a root, what a PE receives in it, and its terms of cost."""
 
-    reduced: Callable
+    reduce: Callable
     received: Callable[[int, int, int], Received]
     cost: Callable[[int, float, int], Cost]
 
 
 LINES: dict[str, _Reduction] = {
-    "star": _Reduction(star.reduced, star.received, star.cost),
-    "chain": _Reduction(chain.reduced, chain.received, chain.cost),
-    "tree": _Reduction(tree.reduced, tree.received, tree.cost),
-    "two_phase": _Reduction(two_phase.reduced, two_phase.received, two_phase.cost),
-    "optimal": _Reduction(optimal.reduced, optimal.received, optimal.cost),
-    "k_tree": _Reduction(k_tree.reduced, k_tree.received, k_tree.cost),
+    "star": _Reduction(star.reduce, star.received, star.cost),
+    "chain": _Reduction(chain.reduce, chain.received, chain.cost),
+    "tree": _Reduction(tree.reduce, tree.received, tree.cost),
+    "two_phase": _Reduction(two_phase.reduce, two_phase.received, two_phase.cost),
+    "optimal": _Reduction(optimal.reduce, optimal.received, optimal.cost),
+    "k_tree": _Reduction(k_tree.reduce, k_tree.received, k_tree.cost),
 }
 _ALL = ("auto", "xla", *LINES, "ring", "snake")
 
 
 def root_of(algorithm: str, sizes: Sequence[int]) -> int:
-    """Where an all-reduce over axes of `sizes` PEs has its root: its number, row-major."""
+    """The root of an all-reduce over axes of `sizes` PEs, by its row-major number."""
     root = 0
     for size in sizes:
         root = root * size + (k_tree.middle(size) if algorithm == "k_tree" else 0)
@@ -51,17 +49,20 @@ def root_of(algorithm: str, sizes: Sequence[int]) -> int:
 def predicted_cycles(
     algorithm: str, sizes: Sequence[int], words: float, machine: Machine, root: int | None = None
 ) -> float:
-    """Cycles of a reduction on `machine`; what combining two words takes is not counted.
+    """Predicted cycles of a reduction on `machine`, without the arithmetic.
+
+    The model is that of Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024:
+    `max(contention, energy / links) + distance + (2 T_R + 1) depth`.
 
     Args:
       algorithm: any but "auto" and "xla".
-      sizes: PEs along each axis, outermost first; one number is a line.
+      sizes: PEs along each axis, outermost first; a single number is a line.
       words: 32-bit words of a PE's tile.
-      machine: whose ramps and hops to count.
+      machine: its ramps (T_R) and hops are counted.
       root: the place of the one PE that needs the result (row-major); None: every PE needs it.
 
     Raises:
-      ValueError: `algorithm` is unknown, or cannot serve.
+      ValueError: `algorithm` is unknown; "snake" is not given two axes, or "ring" is given a root.
     """
     check("predicted_cycles", algorithm, len(sizes), root)
     if algorithm == "ring":
@@ -84,16 +85,16 @@ def predicted_cycles(
 
 
 def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None = None) -> Received:
-    """What the PE that receives most does in a reduction of 32-bit tiles: words, and steps.
+    """(words, steps): what the busiest PE receives in a reduction of tiles of 32-bit words.
 
     Args:
       algorithm: any but "auto" and "xla".
-      sizes: PEs along each axis, outermost first; one number is a line.
-      words: of a PE's tile.
+      sizes: PEs along each axis, outermost first; a single number is a line.
+      words: 32-bit words of a PE's tile.
       root: the place of the one PE that needs the result (row-major); None: every PE needs it.
 
     Raises:
-      ValueError: `algorithm` is unknown, or cannot serve.
+      ValueError: `algorithm` is unknown; "snake" is not given two axes, or "ring" is given a root.
     """
     check("received", algorithm, len(sizes), root)
     total = Received(0, 0)
@@ -103,7 +104,7 @@ def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None 
         return total
     places = places_of(root_of(algorithm, sizes) if root is None else root, sizes)
     if algorithm == "snake":
-        # Moves side by side for each of the chain's, of which a PE takes one: see line.snake.
+        # A shift of the snake is up to three moves at once, and a PE receives a tile in each.
         moves = (sizes[0] > 1) + 2 * (sizes[1] > 1)
         total = chain.received(math.prod(sizes), words, snake_place(places, sizes))
         total = Received(moves * total.words, total.steps)
@@ -116,15 +117,22 @@ def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None 
 def cheapest(
     sizes: Sequence[int], words: float, machine: Machine, root: int | None = None
 ) -> tuple[str, float]:
-    """The algorithm predicted to take the fewest cycles, and these; arguments as above."""
+    """The name of the algorithm with the fewest predicted cycles, and these cycles.
+
+    Args:
+      sizes: PEs along each axis, outermost first; a single number is a line.
+      words: 32-bit words of a PE's tile.
+      machine: its ramps (T_R) and hops are counted.
+      root: the place of the one PE that needs the result (row-major); None: every PE needs it.
+    """
     names = [*LINES, *(["ring"] if root is None else []), *(["snake"] if len(sizes) == 2 else [])]
     cycles = {name: predicted_cycles(name, sizes, words, machine, root) for name in names}
     best = min(cycles, key=lambda name: cycles[name])
     return best, cycles[best]
 
 
-def chosen(algorithm: str, sizes: Sequence[int], words: float, root: int | None) -> str:
-    """`algorithm`, or what "auto" takes for it where this trace runs."""
+def choose(algorithm: str, sizes: Sequence[int], words: float, root: int | None) -> str:
+    """`algorithm`, or for "auto" the best one on the wafer whose kernel is traced."""
     if algorithm != "auto":
         return algorithm
     wafer = inside()
@@ -134,7 +142,7 @@ def chosen(algorithm: str, sizes: Sequence[int], words: float, root: int | None)
 
 
 def places_of(root: int, sizes: Sequence[int]) -> list[int]:
-    """The place along each axis of the PE that is number `root`, row-major."""
+    """The place along each axis of the PE with the row-major number `root`."""
     places = []
     for size in reversed(sizes):
         root, place = divmod(root, size)
@@ -148,17 +156,17 @@ def snake_place(places: Sequence[int], sizes: Sequence[int]) -> int:
     return y * width + (x if y % 2 == 0 else width - 1 - x)
 
 
-def check(what: str, algorithm: str, axes: int, root: int | None) -> None:
-    """Raises ValueError where there is no such algorithm, or it cannot serve."""
+def check(operation: str, algorithm: str, axes: int, root: int | None) -> None:
+    """Raises ValueError if there is no such algorithm, or it does not fit the axes or the root."""
     if algorithm not in _ALL:
-        raise ValueError(f"fabric.{what}: algorithm={algorithm!r} is not one of {list(_ALL)}")
+        raise ValueError(f"fabric.{operation}: algorithm={algorithm!r} is not one of {list(_ALL)}")
     if algorithm == "snake" and axes != 2:
         raise ValueError(
-            f"fabric.{what}: algorithm='snake' winds through the two axes of the grid, it was "
+            f"fabric.{operation}: algorithm='snake' winds through the two axes of the grid, it was "
             f"given {axes}; use 'chain' along one axis"
         )
     if algorithm == "ring" and root is not None:
         raise ValueError(
-            f"fabric.{what}: algorithm='ring' has no root, every PE gets the result; use "
+            f"fabric.{operation}: algorithm='ring' has no root, every PE gets the result; use "
             "all_reduce, or one of " + str(list(LINES))
         )

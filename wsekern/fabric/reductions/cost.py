@@ -1,9 +1,9 @@
-"""This file is what a collective costs on a wafer's fabric, in cycles.
+"""Cycles of a collective on a wafer's fabric, from five terms.
 
 The model is that of P. Luczynski, L. Gianinazzi, P. Iff, L. Wilson, D. De Sensi and T. Hoefler,
-"Near-Optimal Wafer-Scale Reduce", HPDC 2024: a link carries one word a cycle, a hop takes one
-cycle, and each step that waits for another goes up and down a ramp, T_R cycles each, and takes one
-more. Every algorithm's file states its own terms.
+"Near-Optimal Wafer-Scale Reduce", HPDC 2024. A link carries one word a cycle and a hop takes one
+cycle. A step that waits for another goes up and down a ramp between PE and router, T_R cycles each
+way, and takes one cycle more. Every algorithm's file gives its own terms.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from wsekern.hardware import Machine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The terms of one collective, of which its cycles are made."""
+    """The five terms of one collective's cycles."""
 
-    contention: float  # words through the PE that most go through
+    contention: float  # words through the busiest PE
     energy: float  # hops, summed over all words
-    links: float  # links that carry them
+    links: float  # over which these hops are spread
     distance: float  # hops of the longest path
     depth: float  # the longest chain of steps that wait for one another
 
@@ -30,21 +30,21 @@ class Cost:
         return busiest + self.distance * machine.hop_cycles + ramps * self.depth
 
 
-# From PEs of a line, words of a tile and the root's place to the terms of a reduction.
+# (PEs of the line, words of the tile, place of the root) to the terms of a reduction.
 CostOf = Callable[[int, float, int], Cost]
 
 
 class Received(NamedTuple):
-    """What the PE that receives most does in a collective, off the program that runs."""
+    """What the busiest PE receives in a collective, counted from the program that runs."""
 
     words: int
     steps: int  # that wait for one another
 
     def plus(self, other: "Received") -> "Received":
-        """This, and then the other."""
+        """This one, and then the other."""
         return Received(self.words + other.words, self.steps + other.steps)
 
 
 def sides(pes: int, root: int) -> list[int]:
-    """How many PEs stand on either side of the root, without a side that has none."""
+    """How many PEs stand on each side of the root; a side without PEs is left out."""
     return [side for side in (root, pes - 1 - root) if side]

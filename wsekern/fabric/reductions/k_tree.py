@@ -1,15 +1,15 @@
-"""This file is the K-tree reduction of two levels: two-sided chains to the middle, twice.
+"""K-tree reduction with two levels: chains from both ends to the middle, twice.
 
-C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025: inside a group
-of PEs a chain comes from either end to the one in the middle, the middles are chained likewise to
-the root, and the sum is flooded back both ways. Half of the hops and half of the steps of chains
-from end to end; the decode products of that system are built on it.
+C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025. Inside a group
+of PEs, chains run from both ends to the PE in the middle; the middles are chained in the same way
+to the root; the sum is flooded back both ways. That takes half the hops and half the steps of chains
+from end to end. The decode products of that system are built on it.
 """
 
 import math
 
-import jax
 import numpy as np
+from jaxtyping import Array, Int, Shaped
 
 from wsekern.fabric.reductions import chain
 from wsekern.fabric.reductions.cost import Cost, Received
@@ -17,11 +17,12 @@ from wsekern.fabric.reductions.line import Line
 from wsekern.fabric.reductions.operation import Operation
 
 
-def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
-    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+def reduce(
+    tile: Shaped[Array, "..."], line: Line, root: int, op: Operation
+) -> Shaped[Array, "..."]:
+    """The reduction of all tiles on a line, on its root; on other PEs a value without meaning.
 
-    Two chains one after another, of about `sqrt(P) / 2` hops each where the root is in the middle:
-    see `chain.reduced`.
+    Two chains one after the other, of about `sqrt(P) / 2` hops each if the root is in the middle.
     """
     for chains in levels(line.size, root):
         tile = chain.run(tile, line, chains, op)
@@ -29,19 +30,19 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
 
 
 def received(pes: int, words: int, root: int) -> Received:
-    """The chains' of both levels, one after the other."""
+    """What the chains of both levels receive, one after the other."""
     first, second = (chain.received_of(chains, words) for chains in levels(pes, root))
     return first.plus(second)
 
 
 def middle(pes: int) -> int:
-    """Where the root of an all-reduce stands: in the middle of a group near the line's middle."""
+    """The place of an all-reduce's root: the middle of a group near the middle of the line."""
     size = group(pes)
     return min(pes - 1, pes // size // 2 * size + size // 2)
 
 
 def group(pes: int) -> int:
-    """PEs of a group: about sqrt P of them, and a divisor of P where one is near."""
+    """How many PEs form a group: about sqrt(P), a divisor of P if one is near."""
     near = math.sqrt(pes)
     divisors = [size for size in range(1, pes + 1) if pes % size == 0]
     best = min(divisors, key=lambda size: abs(math.log(size / near)))
@@ -54,10 +55,10 @@ def cost(pes: int, words: float, root: int | None = None) -> Cost:
     heads, size = _heads(pes, root)
     within, across = np.arange(pes) - heads, (heads - root) // size
     to_root = [within[heads == root], across]
-    received = sum(bool((far < 0).any()) + bool((far > 0).any()) for far in to_root)
+    tiles = sum(bool((hops < 0).any()) + bool((hops > 0).any()) for hops in to_root)
     groups = int(across.max() - across.min()) + 1
     return Cost(
-        contention=words * received,
+        contention=words * tiles,  # through the root, the busiest PE
         energy=words * (pes - groups + size * (groups - 1)),
         links=pes - 1,
         distance=max(root, pes - 1 - root),
@@ -66,15 +67,17 @@ def cost(pes: int, words: float, root: int | None = None) -> Cost:
 
 
 def levels(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
-    """The chains of either level."""
+    """The chains inside the groups, and the chain of the groups' heads."""
     heads, size = _heads(pes, root)
     among = np.where(heads == np.arange(pes), root, -1)
     return chain.Chains(heads, 1), chain.Chains(among, size)
 
 
-def _heads(pes: int, root: int) -> tuple[np.ndarray, int]:
-    """The head of each PE's group, and how far apart heads are; the root is one of them."""
+def _heads(pes: int, root: int) -> tuple[Int[np.ndarray, " pes"], int]:
+    """The place of each PE's head, and how far apart heads are; the root is one of them."""
     size = group(pes)
+    # Groups are counted from the root's, number 0. If a group's head would lie beyond an end of the
+    # line, its PEs join the next group.
     number = (np.arange(pes) - root + size // 2) // size
     number = np.clip(number, -(root // size), (pes - 1 - root) // size)
     return root + number * size, size

@@ -1,31 +1,29 @@
-"""This file is what a reduction does with two tiles, and the tile that changes nothing."""
-
-from __future__ import annotations
+"""The operations of reductions: how two tiles are combined, and the neutral element."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 Op = Literal["sum", "max", "min", "mean"]
 
 
 class Operation(NamedTuple):
-    """How tiles are combined. A mean is a sum here, divided when it is whole."""
+    """One operation. A mean is a sum here; it is divided at the end."""
 
-    combine: Callable[[jax.Array, jax.Array], jax.Array]
-    neutral: Callable[[Any], Any]  # of a dtype
+    combine: Callable[[Array, Array], Array]
+    neutral: Callable[[Any], Any]  # from a dtype to the value that changes nothing
 
 
-def _lowest(dtype):
+def _lowest(dtype: Any) -> Any:
     if dtype == jnp.bool_:
         return False
     return -np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
 
 
-def _highest(dtype):
+def _highest(dtype: Any) -> Any:
     if dtype == jnp.bool_:
         return True
     return np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max

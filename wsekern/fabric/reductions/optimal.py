@@ -1,8 +1,8 @@
-"""This file is the cost-optimal tree reduction, found by dynamic programming over its depth.
+"""Cost-optimal tree reduction, found by dynamic programming over the tree's depth.
 
-Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: of all trees on n PEs in which no
-chain of steps is longer than d, the one whose words make the fewest hops,
-`E(n, d) = min over s of E(s, d - 1) + E(n - s, d) + n - s`; then the depth that costs least.
+Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024. Among the trees on n PEs without a
+chain of more than d steps, take the one whose words make the fewest hops,
+`E(n, d) = min over s of E(s, d - 1) + E(n - s, d) + n - s`; then take the depth d that costs least.
 """
 
 import collections
@@ -10,22 +10,24 @@ import functools
 import math
 from collections.abc import Iterator
 
-import jax
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from wsekern.fabric import moves
 from wsekern.fabric.reductions.cost import Cost, Received, sides
 from wsekern.fabric.reductions.line import Line
 from wsekern.fabric.reductions.operation import Operation
 
-_RAMPS = 5  # 2 T_R + 1 cycles of a step; T_R is 2 on every wafer whose figure is known
+_RAMPS = 5  # cycles of a step, 2 T_R + 1; T_R is 2 on every wafer with a published figure
 
 
-def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
-    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+def reduce(
+    tile: Shaped[Array, "..."], line: Line, root: int, op: Operation
+) -> Shaped[Array, "..."]:
+    """The reduction of all tiles on a line, on its root; on other PEs a value without meaning.
 
-    As many steps as the tree's PEs need to hear their children one after another; a PE receives
-    the tile once for each child.
+    A PE receives one tile from each of its children in the tree, one after another. There are as
+    many steps as that takes.
     """
     assert line.axis is not None
     fill = op.neutral(tile.dtype)
@@ -35,7 +37,7 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
 
 
 def received(pes: int, words: int, root: int = 0) -> Received:
-    """The tile in each step at the most."""
+    """At most one tile in each step."""
     steps = len(rounds(pes, words, root))
     return Received(steps * words, steps)
 
@@ -43,8 +45,8 @@ def received(pes: int, words: int, root: int = 0) -> Received:
 def cost(pes: int, words: float, root: int = 0) -> Cost:
     """`min over d of B E(P, d) / (P - 1) + P - 1 + (2 T_R + 1) d` cycles, as published.
 
-    That takes the fabric to be evenly used; where a PE of the tree found has many children, what
-    they send it, one after another, is the cost.
+    The published formula assumes that the fabric is evenly used. If a PE has many children, the
+    cost is what they send it, one after another.
     """
     depths = [_best_depth(side + 1, words) for side in sides(pes, root)]
     ends = [side + 1 for side in sides(pes, root)]
@@ -66,11 +68,11 @@ def _most_children(pes: int, words: float, root: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def rounds(pes: int, words: float, root: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """What is sent in each step: (source, destination) places, each at most once on either side."""
+    """The pairs of (source, destination) in each step; a place is once in them on either side."""
     edges = []
     for by, side in ((-1, root), (1, pes - 1 - root)):
         edges += [(root + by * a, root + by * b) for a, b in tree(side + 1, words)]
-    ready = dict.fromkeys(range(pes), 0)  # steps after which a PE has heard all so far
+    ready = dict.fromkeys(range(pes), 0)  # the step from which on each PE is free
     sent: dict[int, list[tuple[int, int]]] = {}
     for source, destination in _children_first(edges, root):
         step = max(ready[source], ready[destination])
@@ -80,13 +82,17 @@ def rounds(pes: int, words: float, root: int) -> tuple[tuple[tuple[int, int], ..
 
 
 def tree(pes: int, words: float) -> list[tuple[int, int]]:
-    """The edges (child, parent) of the tree on places 0 to `pes - 1`, whose root is place 0."""
+    """The edges (child, parent) of the tree on places 0 to `pes - 1`; place 0 is its root."""
     return list(_edges(0, pes, _best_depth(pes, words), _fewest_hops(pes)))
 
 
-def _edges(root: int, pes: int, depth: int, fewest: np.ndarray) -> Iterator[tuple[int, int]]:
+def _edges(
+    root: int, pes: int, depth: int, fewest: Float[np.ndarray, "depths sizes"]
+) -> Iterator[tuple[int, int]]:
     while pes > 1:
-        parts = np.arange(1, pes)  # PEs of the farthest child's own tree
+        # The farthest child has a tree of its own, of `part` PEs at the far end; what is left has
+        # the same root and depth.
+        parts = np.arange(1, pes)
         hops = fewest[depth - 1, parts] + fewest[depth, pes - parts] + pes - parts
         part = int(parts[np.argmin(hops)])
         yield root + pes - part, root
@@ -95,7 +101,7 @@ def _edges(root: int, pes: int, depth: int, fewest: np.ndarray) -> Iterator[tupl
 
 
 def _children_first(edges: list[tuple[int, int]], root: int) -> Iterator[tuple[int, int]]:
-    """The edges in an order in which a PE has heard all its children, the nearest first."""
+    """The edges, each after those of the child's own children; the nearest child comes first."""
     children: dict[int, list[int]] = {}
     for child, parent in edges:
         children.setdefault(parent, []).append(child)
@@ -117,8 +123,8 @@ def _best_depth(pes: int, words: float) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _fewest_hops(pes: int) -> np.ndarray:
-    """`E(n, d)` as [d, n] for all n up to `pes`, d up to 4 sqrt P: beyond, a chain is as good."""
+def _fewest_hops(pes: int) -> Float[np.ndarray, "depths sizes"]:
+    """`E(n, d)` as [d, n], for n up to `pes` and d up to 4 sqrt(P): deeper, a chain is as good."""
     deepest = min(pes - 1, math.ceil(4 * math.sqrt(pes)))
     fewest = np.full((deepest + 1, pes + 1), np.inf)
     fewest[:, :2] = 0

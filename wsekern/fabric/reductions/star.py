@@ -1,27 +1,31 @@
-"""This file is the star reduction: every tile travels to the root, which adds what comes.
+"""Star reduction: every tile travels to the root, which adds what arrives.
 
-Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: the best for one word.
+Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024. It is the best for one word.
 """
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Shaped
 
 from wsekern.fabric.reductions.cost import Cost, Received, sides
 from wsekern.fabric.reductions.line import Line
 from wsekern.fabric.reductions.operation import Operation
 
 
-def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
-    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+def reduce(
+    tile: Shaped[Array, "..."], line: Line, root: int, op: Operation
+) -> Shaped[Array, "..."]:
+    """The reduction of all tiles on a line, on its root; on other PEs a value without meaning.
 
-    With n PEs on the longer side of the root, n steps in which every tile moves one place nearer:
-    n words for each of the tile, from both sides twice as many.
+    With n PEs on the longer side of the root, there are n steps, and in each every tile moves one
+    place nearer. A PE receives n B words from each side of the root.
     """
     fill = op.neutral(tile.dtype)
     directions = [by for by, side in ((1, root), (-1, line.size - 1 - root)) if side]
 
-    def step(carry, _):
+    def step(carry: Any, _: None) -> tuple[Any, None]:
         total, traveling = carry
         traveling = [line.shift(t, by, fill) for t, by in zip(traveling, directions, strict=True)]
         for arrived in traveling:

@@ -1,37 +1,42 @@
-"""This file is the binary tree reduction: in each step the distance between partners doubles.
+"""Binary tree reduction: the distance between partners doubles in each step.
 
-Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: the best for few words on few PEs.
+Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024. It is the best for few words on
+few PEs.
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from wsekern.fabric.reductions.cost import Cost, Received, sides
 from wsekern.fabric.reductions.line import Line
 from wsekern.fabric.reductions.operation import Operation
 
 
-def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
-    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+def reduce(
+    tile: Shaped[Array, "..."], line: Line, root: int, op: Operation
+) -> Shaped[Array, "..."]:
+    """The reduction of all tiles on a line, on its root; on other PEs a value without meaning.
 
-    With n PEs on the longer side of the root, `ceil(lg(n + 1))` steps; a PE receives the tile once
-    in each, the root from both sides.
+    With n PEs on the longer side of the root, there are `ceil(lg(n + 1))` steps. A PE receives one
+    tile in each; the root one from either side.
+
+        place 0 is the root:   1 -> 0, 3 -> 2, 5 -> 4   then   2 -> 0, 6 -> 4   then   4 -> 0
     """
-    fill, far = op.neutral(tile.dtype), jnp.abs(line.place - root)
+    fill, distance = op.neutral(tile.dtype), jnp.abs(line.place - root)
     for level in range(_levels(max(sides(line.size, root), default=0))):
-        hears = far % 2 ** (level + 1) == 0
+        receives = distance % 2 ** (level + 1) == 0
         total = tile
         for by, side in ((2**level, root), (-(2**level), line.size - 1 - root)):
             if side >= 2**level:
                 arrived = line.shift(tile, by, fill)
-                inwards = line.place <= root if by > 0 else line.place >= root
-                total = jnp.where(hears & inwards, op.combine(total, arrived), total)
+                toward_root = line.place <= root if by > 0 else line.place >= root
+                total = jnp.where(receives & toward_root, op.combine(total, arrived), total)
         tile = total
     return tile
 
 
 def received(pes: int, words: int, root: int = 0) -> Received:
-    """The tile once in each step, from each side that still has PEs to hear."""
+    """One tile in each step, from each side that still has tiles to send."""
     levels = [_levels(side) for side in sides(pes, root)]
     return Received(sum(levels) * words, max(levels, default=0))
 
@@ -52,5 +57,5 @@ def cost(pes: int, words: float, root: int = 0) -> Cost:
 
 
 def _levels(side: int) -> int:
-    """Steps that bring `side` PEs and the root together."""
+    """Steps that combine the tiles of `side` PEs and the root."""
     return side.bit_length()

@@ -1,14 +1,14 @@
-"""This file is the two-phase reduction: chains inside groups, then a chain of the groups' heads.
+"""Two-phase reduction: a chain inside each group of PEs, then a chain of the groups' heads.
 
-Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024: groups of about sqrt P PEs, whose
-heads are the PEs nearest to the root; the best where a tile has about as many words as the line
+Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024. A group has about sqrt(P) PEs, and
+its head is the PE nearest to the root. It is the best if a tile has about as many words as the line
 has PEs.
 """
 
 import math
 
-import jax
 import numpy as np
+from jaxtyping import Array, Shaped
 
 from wsekern.fabric.reductions import chain
 from wsekern.fabric.reductions.cost import Cost, Received, sides
@@ -16,10 +16,12 @@ from wsekern.fabric.reductions.line import Line
 from wsekern.fabric.reductions.operation import Operation
 
 
-def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
-    """The reduction of all tiles on a line, on its root; elsewhere what is of no use.
+def reduce(
+    tile: Shaped[Array, "..."], line: Line, root: int, op: Operation
+) -> Shaped[Array, "..."]:
+    """The reduction of all tiles on a line, on its root; on other PEs a value without meaning.
 
-    Two chains one after another, of `S - 1` and about `P / S` hops: see `chain.reduced`.
+    Two chains one after the other: of S - 1 hops in groups of S PEs, then of about P / S hops.
     """
     for chains in phases(line.size, root):
         tile = chain.run(tile, line, chains, op)
@@ -27,13 +29,13 @@ def reduced(tile: jax.Array, line: Line, root: int, op: Operation) -> jax.Array:
 
 
 def received(pes: int, words: int, root: int = 0) -> Received:
-    """The chains' of both phases, one after the other."""
+    """What the chains of both phases receive, one after the other."""
     first, second = (chain.received_of(chains, words) for chains in phases(pes, root))
     return first.plus(second)
 
 
 def group(pes: int, root: int = 0) -> int:
-    """PEs of a group."""
+    """How many PEs form a group."""
     return max(1, round(math.sqrt(max(sides(pes, root), default=0) + 1)))
 
 
@@ -54,7 +56,7 @@ def cost(pes: int, words: float, root: int = 0) -> Cost:
 
 
 def phases(pes: int, root: int) -> tuple[chain.Chains, chain.Chains]:
-    """The chains of either phase."""
+    """The chains inside the groups, and the chain of the heads."""
     size, place = group(pes, root), np.arange(pes)
     heads = root + np.sign(place - root) * (np.abs(place - root) // size * size)
     return chain.Chains(heads, 1), chain.Chains(np.where(heads == place, root, -1), size)

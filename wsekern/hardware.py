@@ -1,6 +1,6 @@
-"""This file is what a machine is: wafer-scale engines, and the accelerators they are compared with.
+"""Figures of wafer-scale engines, and of the accelerators they are compared with.
 
-Figures are of one wafer or one device, each with its source. The clock is kept apart from cycles:
+They are for one wafer or one device, each with its source. The clock is kept apart from cycles:
 published work turns the same cycles into seconds at 0.85 and at 1.1 GHz.
 """
 
@@ -19,14 +19,14 @@ class Machine:
     system: str  # the product that the wafer is sold in
     grid_height: int  # PEs of the wafer, north to south
     grid_width: int
-    usable_height: int  # the largest rectangle that one program can have
+    usable_height: int  # the largest rectangle that one program can use
     usable_width: int
     fmacs_float32: int  # fused multiply-adds of one PE in one cycle
     fmacs_float16: int  # of float16 and bfloat16 operands: the SIMD lanes
-    clock_hz: float  # a default; say your own where it matters
+    clock_hz: float  # a default; pass your own where it matters
     power_watts: float | None  # the system under load; None: not published
     idle_watts: float | None = None  # the system at rest; None: not published
-    cores: int | None = None  # made on the wafer, those in reserve with them; None: not published
+    cores: int | None = None  # made on the wafer, spare ones included; None: not published
     # One PE has 48 KB of SRAM in eight banks, reads two 8-byte words and writes one a cycle: Hot
     # Chips 33 and 34 talks (S. Lie, 2021 and 2022). 893,064 PEs x 24 B x 0.85 GHz are the 18.2 PB/s
     # that the roofline of the ASPLOS 2026 stencil compiler paper draws.
@@ -38,13 +38,13 @@ class Machine:
     link_bytes_per_cycle: int = 4
     hop_cycles: int = 1
     ramp_cycles: int = 2
-    colors: int = 24  # routes that a router tells apart; same source
-    # Sixteen channels of about 7 Gb/s that a program can use of the system's 100 Gb Ethernet.
+    colors: int = 24  # how many routes a router can tell apart; same source
+    # A program can use sixteen channels of about 7 Gb/s of the system's 100 Gb Ethernet.
     io_bytes_per_second: float = 14e9
-    # What a real kernel's instructions take of a PE's memory: the 25-point stencil, SC 2022.
+    # Memory of a PE for the instructions of a real kernel: the 25-point stencil, SC 2022.
     code_bytes: int = 22 * KIB
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.usable_height > self.grid_height or self.usable_width > self.grid_width:
             raise ValueError(
                 f"Machine {self.name}: the usable {self.usable_height}x{self.usable_width} is "
@@ -58,25 +58,28 @@ class Machine:
 
     @property
     def usable_pes(self) -> int:
-        """PEs that one program can have."""
+        """How many PEs one program can use."""
         return self.usable_height * self.usable_width
 
     @property
     def spare_columns(self) -> int:
-        """Columns of PEs in reserve, of which faulty ones are replaced.
+        """Columns of spare PEs, which replace faulty ones.
 
-        How the reserve lies is not published: what is made beyond the grid is taken to be whole
-        columns east of it.
+        Where they lie is not published. All cores beyond the grid are assumed to be whole columns
+        east of it.
         """
         return 0 if self.cores is None else self.cores // self.grid_height - self.grid_width
 
     @property
     def physical(self) -> tuple[int, int]:
-        """Rows and columns of PEs that are made, the reserve with them."""
+        """(rows, columns) of all PEs that are made, spare columns included."""
         return self.grid_height, self.grid_width + self.spare_columns
 
     def fmacs_per_cycle(self, dtype: str) -> int:
-        """Fused multiply-adds that one PE does in one cycle on operands of `dtype`.
+        """Fused multiply-adds of one PE in one cycle, on operands of `dtype`.
+
+        Args:
+          dtype: "float32", "float16" or "bfloat16".
 
         Raises:
           ValueError: there is no figure for `dtype`.
@@ -91,7 +94,7 @@ class Machine:
         return lanes[dtype]
 
     def peak_flops(self, dtype: str, clock_hz: float | None = None) -> float:
-        """FLOP/s of all usable PEs, two a fused multiply-add; no sparsity is counted.
+        """FLOP/s of all usable PEs, two for a fused multiply-add, without sparsity.
 
         Args:
           dtype: "float32", "float16" or "bfloat16".
@@ -105,10 +108,10 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """One GPU or TPU chip, to compare with and to measure the fraction of its peak on."""
+    """One GPU or TPU chip, for comparisons and for fractions of its peak."""
 
     name: str
-    kind: str  # a part of what JAX calls it, in lower case (`device.device_kind`)
+    kind: str  # a part of JAX's name for it (`device.device_kind`), in lower case
     bfloat16_flops: float  # dense peak, FLOP/s
     float32_flops: float | None  # without reduced-precision tricks; None: not published
     memory_bytes: int
@@ -116,9 +119,8 @@ class Accelerator:
     power_watts: float | None  # limit of the board; None: not published
 
 
-# Grids stand as published, "750 x 994", read as height x width. The vendor's tools count
-# columns first, so their west is the north of this library; a mesh has no preferred turn, and a
-# program may lie on the wafer either way.
+# Grids are as published, "750 x 994", taken as height x width. The vendor's tools count columns
+# first, so that their west is this library's north. A program may lie on the wafer either way.
 
 # WSE-1: 400,000 cores, 18 GB, 16 nm (Hot Chips 31). The grid is the one that Rocki et al., "Fast
 # Stencil-Code Computation on a Wafer-Scale Processor", SC 2020, computed on; the whole one is
@@ -219,5 +221,9 @@ ACCELERATORS = (A100, H100, H200, TPU_V5E)
 
 
 def accelerator(device_kind: str) -> Accelerator | None:
-    """The accelerator that JAX calls `device_kind`; None where it is not known here."""
+    """The accelerator with JAX's name `device_kind`; None if it is not listed here.
+
+    Args:
+      device_kind: such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
+    """
     return next((chip for chip in ACCELERATORS if chip.kind in device_kind.lower()), None)

@@ -157,8 +157,9 @@ def _differentiable(
 def _differentiable_jvp(
     names: tuple[str, ...], root: int | None, op: Op, algorithm: str, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
-    out = _differentiable(*primals, names, root, op, algorithm)
-    return out, _reduce_by_xla(*tangents, names, root, op)
+    (tile,), (dtile,) = primals, tangents
+    out = _differentiable(tile, names, root, op, algorithm)
+    return out, _reduce_by_xla(dtile, names, root, op)
 
 
 @jax.custom_jvp

@@ -1,9 +1,7 @@
-"""This file is what a program takes of this machine's memory, told before any of it is taken.
+"""How much of this machine's memory a program takes, before it takes any.
 
-A virtual wafer keeps the tiles of all its PEs on one device, which may well be too small for them.
+A virtual wafer keeps the tiles of all its PEs on one device, which may be too small for them.
 """
-
-from __future__ import annotations
 
 import contextlib
 import contextvars
@@ -18,135 +16,137 @@ import jax
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
-# Of what is available: a program whose operands and results alone take less is not looked into.
-_LARGE = 1 / 16
-_SMALL = 2**28  # bytes of which nobody asks whether they are there
+# If operands and results take less than this share of the available memory, skip the check.
+_LARGE_SHARE = 1 / 16
+_SMALL_BYTES = 2**28  # below this size, skip the check
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-_asked = contextvars.ContextVar("asked", default=False)  # whether a figure is wanted, not a refusal
+# Whether `memory` is tracing, which wants a figure and no refusal.
+_asking = contextvars.ContextVar("asking", default=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device that a program takes; `print` it."""
+    """Bytes that a program takes of one device's memory; `print` it."""
 
     arguments: int  # there before it runs
-    results: int  # those that do not take the memory of arguments
-    temporaries: int  # at most at any time
-    available: int | None  # now, for what is not there yet; None where it is not known
+    results: int  # without those that reuse the memory of arguments
+    temporaries: int  # at the peak
+    available: int | None  # free now; None if unknown
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Arguments, results and temporaries together."""
         return self.arguments + self.results + self.temporaries
 
     @property
     def fits(self) -> bool:
-        """Whether all of it is available; arguments are counted as not yet there."""
+        """Whether the total is available, as if the arguments were not allocated yet."""
         return self.available is None or self.total <= self.available
 
     def __str__(self) -> str:
         parts = ("arguments", "results", "temporaries")
-        told = ", ".join(f"{name} {size(getattr(self, name))}" for name in parts)
-        there = "unknown" if self.available is None else size(self.available)
-        return f"{size(self.total)} of {there} available ({told})"
+        details = ", ".join(f"{name} {size(getattr(self, name))}" for name in parts)
+        free = "unknown" if self.available is None else size(self.available)
+        return f"{size(self.total)} of {free} available ({details})"
 
 
-def memory(function: Callable, *operands: Any, wafer: Wafer | None = None) -> Memory:
-    """What `function(*operands)` takes of this machine's memory: compiled, but not run.
+def memory(function: Callable, *operands: Any, wafer: "Wafer | None" = None) -> Memory:
+    """The memory that `function(*operands)` takes on this machine; it is compiled, but not run.
 
     Args:
       function: any jax function.
-      operands: arrays or `jax.ShapeDtypeStruct`s; pytrees of them. Nothing is allocated for them.
-      wafer: the current wafer in `function`; by default the one in force.
+      operands: arrays or `jax.ShapeDtypeStruct`s, or pytrees of them. Nothing is allocated.
+      wafer: the current wafer inside `function`; by default the one in force.
 
     Raises:
-      ValueError: the wafer is abstract, which never runs.
+      ValueError: the wafer is abstract, which never runs; or the backend gives no figures.
     """
     if wafer is not None and wafer.backend == "abstract":
         raise ValueError(
             f"memory: {wafer!r} never runs; wk.estimate says what a PE of it holds (sram_per_pe)"
         )
-    asked = _asked.set(True)
+    token = _asking.set(True)
     try:
         with wafer or contextlib.nullcontext():
             program = jax.jit(lambda *operands: function(*operands)).lower(*operands).compile()
     finally:
-        _asked.reset(asked)
-    found = program.memory_analysis()
-    if found is None:
+        _asking.reset(token)
+    analysis = program.memory_analysis()
+    if analysis is None:
         raise ValueError(f"memory: {jax.default_backend()} does not say what programs take")
     return Memory(
-        arguments=found.argument_size_in_bytes,
-        results=found.output_size_in_bytes - found.alias_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
+        arguments=analysis.argument_size_in_bytes,
+        results=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
         available=available(),
     )
 
 
 def available() -> int | None:
-    """Bytes that the first device still has for arrays; None where nothing says so."""
+    """Bytes that the first device still has for arrays; None if unknown."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    found = [*_of_machine(), *_of_group()]
-    return min(found) if found else None
+    limits = [*_machine_bytes(), *_container_bytes()]
+    return min(limits) if limits else None
 
 
-def taken(program: Any, operands: tuple, results: Any, devices: int = 1) -> int:
-    """Bytes that a jitted program needs beside its operands; 0 where they are too few to matter.
+def bytes_needed(program: Any, operands: tuple, results: Any, devices: int = 1) -> int:
+    """Bytes that a jitted program needs beside its operands; 0 if they are too few to matter.
 
     Args:
-      program: what `jax.jit` gave.
+      program: the result of `jax.jit`.
       operands: its operands.
       results: their shapes.
-      devices: how many run it, each on a part, in this one memory.
+      devices: how many devices run it, each on its part, in this one memory.
     """
     least = bytes_of(operands) + bytes_of(results)
     room = available()
-    if room is None or least < _LARGE * room:
+    if room is None or least < _LARGE_SHARE * room:
         return 0
     if bytes_of(results) > room:
         return bytes_of(results)  # no need to compile it
-    found = program.lower(*operands).compile().memory_analysis()  # kept for the call itself
-    if found is None:
+    # The compiled program is kept for the call itself.
+    analysis = program.lower(*operands).compile().memory_analysis()
+    if analysis is None:
         return bytes_of(results)
-    each = found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
-    return devices * each
+    results_bytes = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return devices * (results_bytes + analysis.temp_size_in_bytes)
 
 
-def check_room(wafer: Wafer, needed: int, operands: Any) -> None:
-    """Raises ValueError where a program needs more, beside its operands, than is available."""
+def check_room(wafer: "Wafer", needed: int, operands: Any) -> None:
+    """Raises ValueError if a program needs more, beside its operands, than is available."""
     room = available()
     if room is not None and needed > room:
         raise ValueError(_no_room(wafer, f"{size(needed)} beside its operands' ", operands, room))
 
 
-def check_traced(wafer: Wafer, operands: Any, results: Any) -> None:
-    """Raises ValueError where operands and results alone, not there yet, are more than there is."""
+def check_traced(wafer: "Wafer", operands: Any, results: Any) -> None:
+    """Raises ValueError if operands and results alone, not allocated yet, are too large."""
     needed = bytes_of(operands) + bytes_of(results)
-    if needed < _SMALL or _asked.get():
+    if needed < _SMALL_BYTES or _asking.get():
         return
     room = available()
     if room is not None and needed > room:
-        told = f"at least {size(needed)}, of which its operands are "
-        raise ValueError(_no_room(wafer, told, operands, room))
+        least = f"at least {size(needed)}, of which its operands are "
+        raise ValueError(_no_room(wafer, least, operands, room))
 
 
-def _no_room(wafer: Wafer, told: str, operands: Any, room: int) -> str:
+def _no_room(wafer: "Wafer", needs: str, operands: Any, room: int) -> str:
     return (
-        f"Wafer.map: a program of {wafer.height}x{wafer.width} virtual PEs needs {told}"
+        f"Wafer.map: a program of {wafer.height}x{wafer.width} virtual PEs needs {needs}"
         f"{size(bytes_of(operands))}, and this machine has {size(room)} available; take fewer PEs "
         "or smaller tiles (wk.memory tells beforehand; to trace only, take Wafer.abstract)"
     )
 
 
 def bytes_of(tree: Any) -> int:
-    """Of all arrays in a pytree, or of their shapes."""
+    """Bytes of all arrays, or of their shapes, in a pytree."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def size(count: int) -> str:
-    """A number of bytes in a unit that suits."""
+    """A number of bytes in a readable unit: "1.5 GB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
@@ -159,22 +159,22 @@ def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 4)
 
 
-def _of_machine() -> Iterator[int]:
+def _machine_bytes() -> Iterator[int]:
     info = pathlib.Path("/proc/meminfo")
     for line in _lines(info):
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) * 1024
 
 
-def _of_group() -> Iterator[int]:
-    """What a container leaves, where its limit is below the machine's."""
+def _container_bytes() -> Iterator[int]:
+    """What a container's limit leaves, for version 2 and for version 1 of cgroups."""
     for most, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         pair = [next(iter(_lines(_CGROUP / name)), "") for name in (most, used)]
         if all(text.strip().isdigit() for text in pair):
-            # What files take of a group's memory is given up as soon as arrays need it.
+            # The cache of files counts as used, but is given up as soon as arrays need the memory.
             cached = [
                 int(line.split()[1])
                 for line in _lines((_CGROUP / most).with_name("memory.stat"))

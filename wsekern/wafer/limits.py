@@ -1,11 +1,9 @@
-"""What the machine at hand can hold of other PEs' tiles, and which products it can compile."""
-
-from __future__ import annotations
+"""Limits of the machine that runs: how many tiles of others fit, and what XLA can compile."""
 
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from wsekern.hardware import accelerator
 from wsekern.wafer import context
@@ -13,12 +11,12 @@ from wsekern.wafer import context
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
-_EMULATED_BYTES = 8 * 2**20
-_MEMORY_SHARE = 64  # of an accelerator's memory, a part that leaves room for the model
-_SRAM_SHARE = 4  # of a PE's SRAM, half of which is code
+_EMULATED_BYTES = 8 * 2**20  # for a device that is not in `wsekern.hardware`
+_MEMORY_SHARE = 64  # 1/64 of an accelerator's memory leaves room for the model
+_SRAM_SHARE = 4  # 1/4 of a PE's SRAM, half of which is code
 
 
-def gather_limit(wafer: Wafer) -> int:
+def gather_limit(wafer: "Wafer") -> int:
     """The most bytes of other PEs' tiles that one PE may hold."""
     if wafer.machine is not None:
         return wafer.machine.sram_bytes // _SRAM_SHARE
@@ -26,17 +24,19 @@ def gather_limit(wafer: Wafer) -> int:
     return _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
 
 
-def fits_gathered(gathered_bytes: int, wafer: Wafer) -> bool:
-    """Whether to gather `gathered_bytes` on each PE, and not to pass tiles on one by one."""
+def fits_gathered(gathered_bytes: int, wafer: "Wafer") -> bool:
+    """Whether a PE can hold `gathered_bytes` of gathered tiles; if not, pass tiles one by one."""
     return gathered_bytes <= gather_limit(wafer)
 
 
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which products of `dtype` are summed: float32, or float64 of float64."""
+    """The dtype in which products of `dtype` are summed: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def widen_for_backend(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def widen_for_backend(
+    a: Shaped[Array, "..."], b: Shaped[Array, "..."]
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
     """The factors of a product summed over the rows of both, in dtypes the backend can multiply.
 
     XLA's CPU backend in jax 0.10 rejects some such products in 16 bits ("BF16 x BF16 = F32"). There

@@ -1,6 +1,4 @@
-"""Kernels on real or emulated devices: `jax.shard_map` over a mesh, also the user's own."""
-
-from __future__ import annotations
+"""Kernels on real or emulated devices: `jax.shard_map` over a mesh, the user's own too."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from wsekern.wafer import context
 from wsekern.wafer.axes import ROWS, SPREAD
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
 
-def map_on_devices(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
+def map_on_devices(wafer: "Wafer", kernel: Callable, specs: Specs, check: bool) -> Callable:
     """`kernel` of one PE's tiles as a function of whole arrays, each PE on a device of its own.
 
     Args:
@@ -40,7 +39,7 @@ def map_on_devices(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) ->
     return whole
 
 
-def run_on_devices(wafer: Wafer, per_device: Callable, specs: Specs, check: bool) -> Callable:
+def run_on_devices(wafer: "Wafer", per_device: Callable, specs: Specs, check: bool) -> Callable:
     """`jax.shard_map` of `per_device` over the wafer's mesh; `specs` are in the wafer's axes."""
     in_mesh_axes = functools.partial(jax.tree.map, wafer.mesh_spec)
     return jax.shard_map(
@@ -53,71 +52,71 @@ def run_on_devices(wafer: Wafer, per_device: Callable, specs: Specs, check: bool
     )
 
 
-def explicit(wafer: Wafer) -> bool:
-    """Whether the mesh's axes are Explicit: shardings are then part of an array's type."""
+def explicit(wafer: "Wafer") -> bool:
+    """Whether the mesh's axes are Explicit, so that shardings are part of an array's type."""
     if wafer.backend == "virtual":
         return False
     kinds = dict(zip(wafer.device_mesh.axis_names, wafer.device_mesh.axis_types, strict=True))
     return kinds[wafer.names[-1][1]] == AxisType.Explicit
 
 
-def constrain(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
-    """`array` laid out by `spec`, under jit, as the mesh's axis types want it said."""
+def constrain(wafer: "Wafer", array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
+    """`array` laid out by `spec` under jit, by the function that suits the mesh's axis types."""
     sharding = NamedSharding(wafer.device_mesh, wafer.mesh_spec(spec))
     if explicit(wafer):
         return jax.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def check_placed(wafer: Wafer, operand: Any) -> None:
-    """Raises ValueError where `operand` is committed to devices that are not the wafer's."""
+def check_placed(wafer: "Wafer", operand: Any) -> None:
+    """Raises ValueError if `operand` is committed to devices that are not the wafer's."""
     if not isinstance(wafer.mesh, Mesh) or isinstance(operand, jax.core.Tracer):
         return
     if not isinstance(operand, jax.Array) or not operand.committed:
         return
-    here = set(wafer.device_mesh.devices.flat)
-    if operand.sharding.device_set != here:
+    own_devices = set(wafer.device_mesh.devices.flat)
+    if operand.sharding.device_set != own_devices:
         raise ValueError(
             f"an operand of shape {operand.shape} is committed to "
             f"{len(operand.sharding.device_set)} device(s) ({operand.sharding}), which are not the "
-            f"wafer's {len(here)}; move it with wafer.shard(array, spec)"
+            f"wafer's {len(own_devices)}; move it with wafer.shard(array, spec)"
         )
 
 
-def check_mesh(mesh: Mesh, given: Mapping[str, str]) -> None:
-    """Raises ValueError where the axes of `mesh` that `given` names make no wafer.
+def check_mesh(mesh: Mesh, names: Mapping[str, str]) -> None:
+    """Raises ValueError if the axes of `mesh` that `names` gives cannot make a wafer.
 
     Args:
-      mesh: the user's.
-      given: what it calls each axis of the wafer.
+      mesh: the user's own.
+      names: the mesh's name for each axis of the wafer.
     """
-    for axis, name in given.items():
+    for axis, name in names.items():
         if name not in mesh.axis_names:
             raise ValueError(
                 f"Wafer.of: {axis}={name!r} is not an axis of the mesh, which has "
                 f"{tuple(mesh.axis_names)}"
             )
-    if len(set(given.values())) < len(given):
-        raise ValueError(f"Wafer.of: {given} names one mesh axis twice")
-    if kept := set(mesh.axis_names) & set(SPREAD.values()):
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"Wafer.of: {names} names one mesh axis twice")
+    if reserved := set(mesh.axis_names) & set(SPREAD.values()):
         raise ValueError(
-            f"Wafer.of: {sorted(kept)} are the axes over which Wafer.virtual spreads PEs; take "
+            f"Wafer.of: {sorted(reserved)} are the axes over which Wafer.virtual spreads PEs; take "
             "that wafer, or rename them"
         )
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if len({kinds[name] for name in given.values()}) > 1:
+    if len({kinds[name] for name in names.values()}) > 1:
         raise ValueError(
-            f"Wafer.of: the axes are {[str(kinds[n]) for n in given.values()]}; make them all "
+            f"Wafer.of: the axes are {[str(kinds[n]) for n in names.values()]}; make them all "
             "Auto or all Explicit (axis_types= of the mesh)"
         )
-    if kinds[given[ROWS]] == AxisType.Auto and AxisType.Explicit in kinds.values():
+    if kinds[names[ROWS]] == AxisType.Auto and AxisType.Explicit in kinds.values():
         raise ValueError(
             "Wafer.of: the axes named are Auto, and the mesh has Explicit ones beside them; "
             "make all alike (axis_types= of the mesh)"
         )
 
 
-def _manual_axes(wafer: Wafer) -> set[str]:
+def _manual_axes(wafer: "Wafer") -> set[str]:
     mesh = wafer.device_mesh
     if wafer.backend == "virtual":
         return set(mesh.axis_names)

@@ -1,10 +1,8 @@
 """The jitted program of a kernel, compiled once for equal kernels.
 
-A partial or a lambda made afresh at each call is another object, but the same program if its code
-and all that it holds are the same.
+A partial or a lambda that is made anew at each call is another object. It is the same program if
+its code and all that it holds are the same.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def mapped_program(
-    wafer: Wafer,
+    wafer: "Wafer",
     kernel: Callable,
     specs: Specs,
     replicated_by_construction: bool,
@@ -31,7 +29,7 @@ def mapped_program(
 ) -> Callable:
     """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
     if wafer.backend != "devices" and (wafer.placement or wafer.corner != (0, 0)):
-        # Where PEs lie on the wafer changes no result, and so no program.
+        # Where PEs lie on the physical wafer changes no result, and so no program.
         wafer = dataclasses.replace(wafer, placement=None, corner=(0, 0))
     key = program_key(kernel)
     if key is None:
@@ -41,7 +39,7 @@ def mapped_program(
 
 
 def local_program(kernel: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
-    """`kernel`, which meets no other PE, jitted; the same program for equal kernels."""
+    """`kernel`, which communicates with no other PE, jitted once for equal kernels."""
     key = program_key(kernel)
     if key is None:
         return jax.jit(kernel, donate_argnums=donate_argnums)
@@ -49,7 +47,7 @@ def local_program(kernel: Callable, donate_argnums: tuple[int, ...] = ()) -> Cal
 
 
 def program_key(kernel: Callable) -> Hashable | None:
-    """Equal for kernels that are the same program; None where that cannot be told."""
+    """A key that is equal for kernels that are the same program; None if that is unknown."""
     try:
         return _key(kernel, ())
     except _NoKey:
@@ -57,7 +55,7 @@ def program_key(kernel: Callable) -> Hashable | None:
 
 
 def freeze(kernel: Callable) -> Callable:
-    """`kernel` with what it holds now, whatever its names are bound to later."""
+    """A copy of `kernel` with the values that its closure holds now."""
     if isinstance(kernel, functools.partial):
         return functools.partial(freeze(kernel.func), *kernel.args, **kernel.keywords)
     if not isinstance(kernel, types.FunctionType) or not kernel.__closure__:
@@ -70,27 +68,34 @@ def freeze(kernel: Callable) -> Callable:
     return functools.update_wrapper(copy, kernel)
 
 
-def never_runs(wafer: Wafer, what: str) -> ValueError:
-    """What to raise where an abstract wafer is asked to compute."""
+def never_runs(wafer: "Wafer", operation: str) -> ValueError:
+    """The error to raise if an abstract wafer is asked to compute."""
     return ValueError(
-        f"{what}: {wafer} is only traced over, never run on; use jax.eval_shape or "
+        f"{operation}: {wafer} is only traced over, never run on; use jax.eval_shape or "
         "jax.make_jaxpr, or a virtual wafer to compute"
     )
 
 
 class _Program:
-    """A kernel over whole arrays: checks what it is handed, then calls one jitted function."""
+    """A kernel over whole arrays: checks its operands, then calls one jitted function."""
 
-    def __init__(self, wafer, kernel, specs, replicated_by_construction, donate):
+    def __init__(
+        self,
+        wafer: "Wafer",
+        kernel: Callable,
+        specs: Specs,
+        replicated_by_construction: bool,
+        donate: tuple[int, ...],
+    ) -> None:
         self.wafer = wafer
         self.specs = specs
         virtual_pes = wafer.backend == "virtual"
         run = virtual.map_on_virtual_pes if virtual_pes else on_devices.map_on_devices
         whole = run(wafer, kernel, specs, not replicated_by_construction)
         self.call = jax.jit(whole, donate_argnums=donate)
-        self.needs: dict[Hashable, int] = {}  # bytes beside operands, by the shapes of these
+        self.needs: dict[Hashable, int] = {}  # bytes beside the operands, by their shapes
 
-    def __call__(self, *operands):
+    def __call__(self, *operands: Any) -> Any:
         specs = broadcast_specs(self.specs.in_specs, operands, "in_specs")
         leaves = jax.tree.leaves(operands)
         for operand, spec in zip(leaves, specs, strict=True):
@@ -103,7 +108,7 @@ class _Program:
             key = jax.tree.structure(operands), *kinds
             if key not in self.needs:
                 results = jax.eval_shape(self.call, *operands)
-                self.needs[key] = self._bytes_taken(operands, results)
+                self.needs[key] = self._bytes_needed(operands, results)
             if self.needs[key]:
                 host_memory.check_room(self.wafer, self.needs[key], operands)
         try:
@@ -112,17 +117,17 @@ class _Program:
             if self.wafer.backend != "abstract":
                 raise
             raise never_runs(self.wafer, "Wafer.map") from None
-        if shares_memory and is_traced:  # nothing is taken yet
+        if shares_memory and is_traced:  # no memory is taken yet
             host_memory.check_traced(self.wafer, operands, results)
         return results
 
-    def _bytes_taken(self, operands: Any, results: Any) -> int:
+    def _bytes_needed(self, operands: Any, results: Any) -> int:
         devices = 1 if self.wafer.mesh is None else self.wafer.device_mesh.size
-        return host_memory.taken(self.call, operands, results, devices)
+        return host_memory.bytes_needed(self.call, operands, results, devices)
 
 
-def _in_one_memory(wafer: Wafer) -> bool:
-    """Whether all PEs are in one memory, as on emulated devices; else XLA says which is full."""
+def _in_one_memory(wafer: "Wafer") -> bool:
+    """Whether all PEs share one memory, as on emulated devices; if not, XLA names the full one."""
     return wafer.mesh is None or wafer.platform == "cpu"
 
 
@@ -133,8 +138,14 @@ class _Keyed:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kept_program(kernel: _Keyed, wafer, specs, replicated_by_construction, donate) -> _Program:
-    return _Program(wafer, kernel.kernel, specs, replicated_by_construction, donate)
+def _kept_program(
+    keyed: _Keyed,
+    wafer: "Wafer",
+    specs: Specs,
+    replicated_by_construction: bool,
+    donate: tuple[int, ...],
+) -> _Program:
+    return _Program(wafer, keyed.kernel, specs, replicated_by_construction, donate)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -148,7 +159,7 @@ class _NoKey(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Same:
-    """Equal to another if it holds the very same object."""
+    """Equal to another one that holds the very same object."""
 
     value: Any
 
@@ -160,6 +171,7 @@ class _Same:
 
 
 def _key(value: Any, above: tuple[Any, ...]) -> Hashable:
+    """The key of a function or of a value in it; `above` is what holds it, outermost first."""
     if any(value is one for one in above):
         raise _NoKey  # a function that holds itself
     above = (*above, value)
@@ -167,10 +179,11 @@ def _key(value: Any, above: tuple[Any, ...]) -> Hashable:
         parts = (value.func, *value.args, *value.keywords.values())
         return (*(_key(p, above) for p in parts), tuple(value.keywords), len(value.args))
     if isinstance(value, types.FunctionType):
-        held = [_held(cell) for cell in value.__closure__ or ()]
-        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        keys = tuple(_key(h, above) for h in held)
-        # The very code object, not an equal one: of a module loaded anew it may use other globals.
+        values = [_cell_value(cell) for cell in value.__closure__ or ()]
+        values += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        keys = tuple(_key(v, above) for v in values)
+        # The very code object, not an equal one: if its module was reloaded, an equal one may use
+        # other globals.
         return _Same(value.__code__), keys, _key_of_globals(value, above)
     if isinstance(value, tuple):
         return type(value), tuple(_key(item, above) for item in value)
@@ -183,7 +196,7 @@ def _key(value: Any, above: tuple[Any, ...]) -> Hashable:
 
 
 def _key_of_globals(function: types.FunctionType, above: tuple[Any, ...]) -> Hashable:
-    # In a script or a notebook, a name may be defined anew while the code that uses it stays.
+    # In a script or a notebook, a global may be redefined while the code that uses it stays.
     names = function.__globals__
     if names.get("__name__") != "__main__":
         return ()
@@ -203,7 +216,7 @@ def _names_in(code: types.CodeType) -> list[str]:
     return [*code.co_names, *(name for c in inner for name in _names_in(c))]
 
 
-def _held(cell: types.CellType) -> Any:
+def _cell_value(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:

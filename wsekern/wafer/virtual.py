@@ -1,11 +1,11 @@
 """Virtual PEs: nested `jax.vmap`, one for each axis of the grid, on one device or on several.
 
-Every dimension is split into (grid, tile), and the kernel runs under one `jax.vmap` with an axis
-name for each axis of the grid. Where virtual PEs are spread over devices, each device does this
-with its own block of PEs.
-"""
+Every dimension of an array is split into (grid, tile). The kernel then runs under one `jax.vmap`,
+with an axis name, for each axis of the grid. If virtual PEs are spread over devices, each device
+does this with its own block of PEs.
 
-from __future__ import annotations
+    [6, 4] with P("y", "x") on 3x2 PEs  ->  [3, 2, 2, 2]  ->  [3, 2 | 2, 2]: y, x and the tile
+"""
 
 import functools
 import math
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from wsekern.wafer import context, on_devices
 from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
@@ -25,17 +26,18 @@ from wsekern.wafer.specs import Specs, broadcast_specs, named_axes
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
-_CALLED = {WAFERS: "wafers", ROWS: "height", COLS: "width"}
+_ARGUMENTS = {WAFERS: "wafers", ROWS: "height", COLS: "width"}
 
 
-def map_on_virtual_pes(wafer: Wafer, kernel: Callable, specs: Specs, check: bool) -> Callable:
-    del check  # nothing to turn off: index 0 is taken of a replicated result
+def map_on_virtual_pes(wafer: "Wafer", kernel: Callable, specs: Specs, check: bool) -> Callable:
+    """`kernel` of one PE's tiles as a function of whole arrays, all PEs under `jax.vmap`."""
+    del check  # there is none to turn off: of a replicated result, index 0 is taken
     sizes = {axis: wafer.axis_size(axis) // wafer.devices_along(axis) for axis in wafer.axes}
 
-    def block(specs, *operands):
-        flat, tree = jax.tree.flatten(operands)
+    def run_block(specs: Specs, *operands: Any) -> Any:
+        leaves, tree = jax.tree.flatten(operands)
         in_specs = broadcast_specs(specs.in_specs, operands, "in_specs")
-        split = [_split(sizes, a, s) for a, s in zip(flat, in_specs, strict=True)]
+        split = [_split(sizes, a, s) for a, s in zip(leaves, in_specs, strict=True)]
 
         def per_pe(*tiles: Any) -> Any:
             with context.within(wafer):
@@ -47,17 +49,17 @@ def map_on_virtual_pes(wafer: Wafer, kernel: Callable, specs: Specs, check: bool
             run = jax.vmap(run, mapped, 0, axis_name=axis, axis_size=sizes[axis])
         results = run(*split)
         out_specs = broadcast_specs(specs.out_specs, results, "out_specs")
-        flat, tree = jax.tree.flatten(results)
-        joined = [_join(sizes, a, s) for a, s in zip(flat, out_specs, strict=True)]
+        leaves, tree = jax.tree.flatten(results)
+        joined = [_join(sizes, a, s) for a, s in zip(leaves, out_specs, strict=True)]
         return jax.tree.unflatten(tree, joined)
 
     if wafer.mesh is None:
-        return functools.partial(block, specs)
-    return functools.partial(_spread, wafer, block, specs)
+        return functools.partial(run_block, specs)
+    return functools.partial(_run_spread, wafer, run_block, specs)
 
 
 def device_grid(devices: Any) -> tuple[int, int, int]:
-    """Rows, columns and wafers of devices, of `(rows, columns)` or `(wafers, rows, columns)`.
+    """(rows, columns, wafers) of devices, from `(rows, columns)` or `(wafers, rows, columns)`.
 
     Raises:
       ValueError: it is neither.
@@ -72,26 +74,26 @@ def device_grid(devices: Any) -> tuple[int, int, int]:
     return rows, columns, wafers
 
 
-def mesh_over(over: Wafer, wafer: Wafer) -> Mesh:
+def mesh_over(over: "Wafer", wafer: "Wafer") -> Mesh:
     """The mesh over whose devices the PEs of the virtual `wafer` are spread.
 
     Raises:
-      ValueError: the devices are not those of `over` alone, or the PEs do not divide by them.
+      ValueError: `over` is not a wafer of devices, its mesh has other axes beside the wafer's, or
+        the PEs do not divide by its devices.
     """
     if over.backend != "devices" or not isinstance(over.mesh, Mesh):
         raise ValueError(f"Wafer.virtual: devices={over!r} is no wafer of devices")
-    ours = [axis for axis in AXES if over.axis_name(axis) is not None]
-    theirs = [over.axis_name(axis) for axis in ours]
+    mesh_names = [over.axis_name(axis) for axis in AXES if over.axis_name(axis) is not None]
     if over.mesh.size != over.size:
         raise ValueError(
-            f"Wafer.virtual: the mesh of devices={over!r} has axes beside {theirs}; take a mesh of "
-            "those alone"
+            f"Wafer.virtual: the mesh of devices={over!r} has axes beside {mesh_names}; take a "
+            "mesh of those alone"
         )
     for axis in AXES:
         _check_divides(axis, wafer.axis_size(axis), over.axis_size(axis))
     names = list(over.mesh.axis_names)
-    order = [names.index(name) for name in theirs] + [
-        i for i, name in enumerate(names) if name not in theirs
+    order = [names.index(name) for name in mesh_names] + [
+        i for i, name in enumerate(names) if name not in mesh_names
     ]
     sizes = [over.axis_size(axis) for axis in wafer.axes]
     placed = over.mesh.devices.transpose(order).reshape(sizes)
@@ -99,28 +101,34 @@ def mesh_over(over: Wafer, wafer: Wafer) -> Mesh:
     return Mesh(placed, spread, axis_types=(AxisType.Auto,) * len(spread))
 
 
-def _spread(wafer: Wafer, block: Callable, specs: Specs, *operands: Any) -> Any:
-    """`block` of each device's PEs, on all devices."""
-    # A device's block is one stretch of a dimension only where that lies along one axis.
-    apart = Specs.of(*(jax.tree.map(_apart, s) for s in (specs.in_specs, specs.out_specs)))
-    flat, tree = jax.tree.flatten(operands)
+def _run_spread(wafer: "Wafer", run_block: Callable, specs: Specs, *operands: Any) -> Any:
+    """`run_block` on every device, for the PEs of its block."""
+    # If a dimension lies along several axes, a device's block is not one stretch of it: with
+    # P(("y", "x")) the PEs of one column are far apart. So split it into one dimension an axis.
+    one_axis = Specs.of(
+        *(jax.tree.map(_one_axis_a_dimension, s) for s in (specs.in_specs, specs.out_specs))
+    )
+    leaves, tree = jax.tree.flatten(operands)
     in_specs = broadcast_specs(specs.in_specs, operands, "in_specs")
-    cut = [_cut_apart(wafer, a, s) for a, s in zip(flat, in_specs, strict=True)]
+    split = [_split_axes(wafer, a, s) for a, s in zip(leaves, in_specs, strict=True)]
     # No check of replication: it knows nothing of vmap's axes.
-    run = on_devices.run_on_devices(wafer, functools.partial(block, apart), apart, check=False)
-    results = run(*jax.tree.unflatten(tree, cut))
+    run = on_devices.run_on_devices(
+        wafer, functools.partial(run_block, one_axis), one_axis, check=False
+    )
+    results = run(*jax.tree.unflatten(tree, split))
     out_specs = broadcast_specs(specs.out_specs, results, "out_specs")
-    flat, tree = jax.tree.flatten(results)
-    whole = [_put_together(a, s) for a, s in zip(flat, out_specs, strict=True)]
+    leaves, tree = jax.tree.flatten(results)
+    whole = [_merge_axes(a, s) for a, s in zip(leaves, out_specs, strict=True)]
     return jax.tree.unflatten(tree, whole)
 
 
-def _apart(spec: P) -> P:
-    """`spec` with an entry of its own for each axis."""
+def _one_axis_a_dimension(spec: P) -> P:
+    """P(("y", "x"), None) becomes P("y", "x", None)."""
     return P(*(axis for entry in spec for axis in axes_of(entry) or (None,)))
 
 
-def _cut_apart(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
+def _split_axes(wafer: "Wafer", array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
+    """`array` with one dimension for each axis of `spec`: [8] with P(("y", "x")) becomes [2, 4]."""
     shape: list[int] = []
     for d, length in enumerate(jnp.shape(array)):
         *outer, _ = axes_of(spec[d]) or (None,) if d < len(spec) else (None,)
@@ -129,17 +137,24 @@ def _cut_apart(wafer: Wafer, array: jax.Array, spec: P) -> jax.Array:
     return jnp.reshape(array, shape)
 
 
-def _put_together(array: jax.Array, spec: P) -> jax.Array:
-    shape, rest = [], list(array.shape)
+def _merge_axes(array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
+    """The inverse of `_split_axes`."""
+    shape, lengths = [], list(array.shape)
     for entry in spec:
         axes = len(axes_of(entry)) or 1
-        shape.append(math.prod(rest[:axes]))
-        rest = rest[axes:]
-    return array.reshape(*shape, *rest)
+        shape.append(math.prod(lengths[:axes]))
+        lengths = lengths[axes:]
+    return array.reshape(*shape, *lengths)
 
 
-def _split(along: dict[str, int], array: jax.Array, spec: P) -> jax.Array:
-    """`array` with one leading dimension for each axis of the grid that `spec` names."""
+def _split(along: dict[str, int], array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
+    """`array` with one leading dimension for each axis of the grid that `spec` names.
+
+    Args:
+      along: PEs of this device along each axis, outermost first.
+      array: whole on this device.
+      spec: how it lies on the PEs.
+    """
     sizes: list[int] = []
     leading: dict[str, int] = {}
     tile: list[int] = []
@@ -155,7 +170,7 @@ def _split(along: dict[str, int], array: jax.Array, spec: P) -> jax.Array:
     return jnp.reshape(array, sizes).transpose(*order, *tile)
 
 
-def _join(along: dict[str, int], blocks: jax.Array, spec: P) -> jax.Array:
+def _join(along: dict[str, int], blocks: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
     """The whole array from blocks with one leading dimension for every axis of the grid."""
     named = named_axes(spec)
     if len(spec) > blocks.ndim - len(along):
@@ -163,6 +178,7 @@ def _join(along: dict[str, int], blocks: jax.Array, spec: P) -> jax.Array:
             f"Wafer.map: a result of a PE has {blocks.ndim - len(along)} dimensions, its spec "
             f"{spec} has {len(spec)}"
         )
+    # Along an axis that the spec does not name, all PEs return the same: take the first one's.
     blocks = blocks[tuple(slice(None) if axis in named else 0 for axis in along)]
     leading = [axis for axis in along if axis in named]
     order, shape = [], []
@@ -179,6 +195,6 @@ def _check_divides(axis: str, pes: int, devices: int) -> None:
     if pes % devices:
         near = sorted({max(pes // devices, 1) * devices, -(-pes // devices) * devices})
         raise ValueError(
-            f"Wafer.virtual: {_CALLED[axis]}={pes} does not divide by the {devices} devices along "
-            f"{axis!r}; take {' or '.join(map(str, near))}, or other devices"
+            f"Wafer.virtual: {_ARGUMENTS[axis]}={pes} does not divide by the {devices} devices "
+            f"along {axis!r}; take {' or '.join(map(str, near))}, or other devices"
         )

@@ -359,8 +359,8 @@ class Wafer:
         """`spec` in the mesh's names, without the axes that the mesh lacks."""
 
         def rename(entry: Any) -> None | str | tuple[str, ...]:
-            names = [self._mesh_name(a) for a in axes_of(entry)]
-            names = [n for n in names if n is not None]
+            mesh_names = map(self._mesh_name, axes_of(entry))
+            names = [name for name in mesh_names if name is not None]
             return None if not names else names[0] if len(names) == 1 else tuple(names)
 
         return P(*(rename(entry) for entry in spec))

@@ -25,7 +25,7 @@ def spread(u):
 @pytest.fixture
 def little(monkeypatch):
     monkeypatch.setattr(host_memory, "available", lambda: 10 * MB)
-    monkeypatch.setattr(host_memory, "_SMALL", 0)
+    monkeypatch.setattr(host_memory, "_SMALL_BYTES", 0)
 
 
 def test_a_figure_is_told_of_shapes_alone():

@@ -2,8 +2,8 @@
 
 C. He et al., "WaferLLM: Large Language Model Inference at Wafer Scale", OSDI 2025. Inside a group
 of PEs, chains run from both ends to the PE in the middle; the middles are chained in the same way
-to the root; the sum is flooded back both ways. That takes half the hops and half the steps of chains
-from end to end. The decode products of that system are built on it.
+to the root; the sum is flooded back both ways. That takes half the hops and half the steps of
+chains from end to end. The decode products of that system are built on it.
 """
 
 import math

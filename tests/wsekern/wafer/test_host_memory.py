@@ -50,17 +50,17 @@ def test_what_does_not_fit_is_refused_with_the_figure(little):
 
 
 def test_a_shape_is_looked_into_once(monkeypatch):
-    looked = []
+    programs = []
 
-    def taken(*program):
-        looked.append(program)
+    def bytes_needed(*program):
+        programs.append(program)
         return 0
 
-    monkeypatch.setattr(host_memory, "taken", taken)
+    monkeypatch.setattr(host_memory, "bytes_needed", bytes_needed)
     run = mapped(lambda u: u * 3.0)
     for size in (8, 8, 16, 8):
         run(np.ones((size, size), np.float32))
-    assert len(looked) == 2
+    assert len(programs) == 2
 
 
 def test_what_is_available_is_known_here():

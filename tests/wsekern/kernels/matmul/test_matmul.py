@@ -5,7 +5,7 @@ import inspect
 import pathlib
 import re
 import traceback
-from typing import assert_type
+from typing import assert_type, get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,6 +17,7 @@ import pytest
 import wsekern as wk
 from wsekern.kernels.matmul.choice import PRICES
 from wsekern.kernels.matmul.choice import serving as algorithms
+from wsekern.kernels.matmul.signature import Algorithm
 from wsekern.wafer.explanation import Explanation
 
 DIVIDES, PADDED = (8, 16, 8), (5, 39, 7)  # M, K, N
@@ -377,7 +378,13 @@ def test_explain_is_known_to_type_checkers():
     assert_type(wk.matmul(a, a), jax.Array)
     assert_type(wk.matmul(a, (a, a)), tuple[jax.Array, ...])
     assert wk.matmul.explain is wk.explain_matmul
-    assert inspect.isfunction(wk.matmul) and "- `mesh_gemm`: " in (wk.matmul.__doc__ or "")
+    assert inspect.isfunction(wk.matmul)
+
+
+def test_every_algorithm_is_in_the_docstring_and_the_type():
+    named = {"auto", *PRICES}
+    assert set(re.findall(r"^ *- `(.*)`: ", wk.matmul.__doc__ or "", re.M)) == named
+    assert set(get_args(Algorithm)) == named | {"mesh"}
 
 
 def test_the_former_name_of_mesh_gemm_is_accepted():

@@ -72,13 +72,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _title(grid, length, options):
     kv_heads = options.kv_heads or options.heads
-    what = "forward and backward" if options.backward else "forward"
+    passes = "forward and backward" if options.backward else "forward"
     if options.layers:
-        what = f"gradient of {options.layers} layers"
+        passes = f"gradient of {options.layers} layers"
     return (
         f"{'causal' if options.causal else 'full'} attention on {grid[0]}x{grid[1]}: "
         f"B={options.batch} T={length} N={options.heads} K={kv_heads} H={options.head_size}, "
-        f"{options.dtype}, {what}"
+        f"{options.dtype}, {passes}"
     )
 
 

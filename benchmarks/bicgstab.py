@@ -244,5 +244,5 @@ def _sums(*pairs):
 
     from wsekern import fabric
 
-    own = jnp.stack([jnp.sum(a.astype("float32") * b.astype("float32")) for a, b in pairs])
-    return list(fabric.all_reduce(own, ("y", "x")))
+    partial = jnp.stack([jnp.sum(a.astype("float32") * b.astype("float32")) for a, b in pairs])
+    return list(fabric.all_reduce(partial, ("y", "x")))

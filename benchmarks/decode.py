@@ -155,10 +155,12 @@ def _ours(wafer, length, capacity, options):
 
     balance, lengths = empty.balance, jnp.full(options.batch, length, jnp.int32)
     first = [int(balance.first(lengths + 1, row)[0]) for row in range(balance.rows + 1)]
-    held = [b - a for a, b in zip(first, first[1:], strict=False)]
+    tokens_by_row = [b - a for a, b in zip(first, first[1:], strict=False)]
     lengths = lengths if wafer is None else wafer.shard(lengths, P())
     operands = (lengths, *_tokens(wafer, options))
-    return _compile_step(step, (empty.k, empty.v), operands, (min(held), max(held)))
+    return _compile_step(
+        step, (empty.k, empty.v), operands, (min(tokens_by_row), max(tokens_by_row))
+    )
 
 
 def _peer(wafer, length, capacity, options, by_head=False):
@@ -187,8 +189,8 @@ def _peer(wafer, length, capacity, options, by_head=False):
 
     cache = tuple(laid_out(jnp.zeros(shape, options.dtype)) for _ in range(2))
     rows = -(-capacity // (1 if wafer is None else wafer.height))
-    held = (max(0, length + 1 - (capacity - rows)), min(length + 1, rows))
-    return _compile_step(step, cache, (jnp.int32(length), *_tokens(wafer, options)), held)
+    tokens_by_row = (max(0, length + 1 - (capacity - rows)), min(length + 1, rows))
+    return _compile_step(step, cache, (jnp.int32(length), *_tokens(wafer, options)), tokens_by_row)
 
 
 def _attention_of_jax(q, k, v, lengths):

@@ -76,17 +76,17 @@ def greedy(file: pathlib.Path, tokens: np.ndarray, new: int) -> Callable[[], Any
     if not context:
         raise RuntimeError(f"llama.cpp cannot run {file}")
     vocab = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(model))
-    given = cpp.llama_batch_init(batch * length, 0, 1)
+    batch_of_tokens = cpp.llama_batch_init(batch * length, 0, 1)
 
     def decode(rows: np.ndarray, first: int) -> np.ndarray:
         """Reads `rows` `[B, t]` from position `first` on; the likeliest next tokens `[B, 1]`."""
         width = rows.shape[1]
-        given.n_tokens = rows.size
+        batch_of_tokens.n_tokens = rows.size
         for i, token in enumerate(rows.reshape(-1)):
-            given.token[i], given.pos[i] = int(token), first + i % width
-            given.n_seq_id[i], given.seq_id[i][0] = 1, i // width
-            given.logits[i] = i % width == width - 1
-        if cpp.llama_decode(context, given):
+            batch_of_tokens.token[i], batch_of_tokens.pos[i] = int(token), first + i % width
+            batch_of_tokens.n_seq_id[i], batch_of_tokens.seq_id[i][0] = 1, i // width
+            batch_of_tokens.logits[i] = i % width == width - 1
+        if cpp.llama_decode(context, batch_of_tokens):
             raise RuntimeError("llama.cpp failed")
         last = (width * (row + 1) - 1 for row in range(batch))
         logits = (

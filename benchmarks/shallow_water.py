@@ -1,7 +1,7 @@
-"""A step of the shallow sea against whole arrays under jit and against mpi4jax's own program.
+"""A step of the shallow sea against whole arrays under jit and against mpi4jax's measured program.
 
 Candidates run in turn for many steps in one call; the ratio is to ours on the first grid. mpi4jax
-runs in processes of its own: each of its runs is divided by ours just before and just after.
+runs in processes of its measured: each of its runs is divided by ours just before and just after.
 Command: `python -m benchmarks shallow_water`
 """
 
@@ -131,22 +131,22 @@ def _theirs(options, mine) -> list[harness.Timing]:
     for _ in range(options.rounds):
         for ranks in options.ranks:
             before = harness.compare({"mine": mine}, "mine", rounds=3)[0].seconds
-            said = _run_theirs(options, ranks, options.days, 0, "")
+            output = _run_theirs(options, ranks, options.days, 0, "")
             after = harness.compare({"mine": mine}, "mine", rounds=3)[0].seconds
-            took = re.search(r"Solution took ([\d.]+)s", said)
+            took = re.search(r"Solution took ([\d.]+)s", output)
             if took is None:
-                raise SystemExit(f"mpi4jax on {ranks} ranks gives no time:\n{said[-500:]}")
+                raise SystemExit(f"mpi4jax on {ranks} ranks gives no time:\n{output[-500:]}")
             seconds[ranks].append(float(took[1]) / steps)
             ratios[ranks].append(2 * seconds[ranks][-1] / (before + after) * options.steps)
     return [
         harness.Timing(
             name=f"mpi4jax, {ranks} ranks",
             seconds=statistics.median(seconds[ranks]),
-            ratio=statistics.median(own),
-            low=min(own),
-            high=max(own),
+            ratio=statistics.median(measured),
+            low=min(measured),
+            high=max(measured),
         )
-        for ranks, own in ratios.items()
+        for ranks, measured in ratios.items()
     ]
 
 
@@ -176,7 +176,7 @@ def _run_theirs(options, ranks, days, steps, out, dtype="float32") -> str:
     command = [mpirun, "--oversubscribe", "--allow-run-as-root", "-n", str(ranks)]
     command += [options.python, "-c", _RUN, str(options.theirs), str(days), str(steps), out]
     wide = os.environ | {"JAX_ENABLE_X64": str(int(dtype == "float64"))}
-    said = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
-    if said.returncode:
-        raise SystemExit(f"{mpirun} failed:\n{said.stdout[-500:]}{said.stderr[-2000:]}")
-    return said.stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
+    if output.returncode:
+        raise SystemExit(f"{mpirun} failed:\n{output.stdout[-500:]}{output.stderr[-2000:]}")
+    return output.stdout

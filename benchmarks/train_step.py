@@ -61,8 +61,8 @@ def _measure(size: str, height: int, width: int, rounds: int) -> list[harness.Ti
     # A short race finds the best constraints, which are the baseline of the long one.
     race = harness.compare({name: candidates[name] for name in alone}, alone[0], rounds=5)
     best = min(race, key=lambda result: result.ratio).name
-    kept = {best: candidates[best]} | {n: c for n, c in candidates.items() if n not in alone}
-    return harness.compare(kept, best, rounds=rounds)
+    racers = {best: candidates[best]} | {n: c for n, c in candidates.items() if n not in alone}
+    return harness.compare(racers, best, rounds=rounds)
 
 
 def _candidates(size: str, height: int, width: int) -> dict[str, harness.CompiledProgram]:

@@ -63,8 +63,8 @@ def _candidates(options: WaveGradientOptions):
         return jnp.sum(step_by(c, u, steps) ** 2)
 
     def ours(c, u, steps, checkpoint=None):
-        kept = {"coefficients": c, "checkpoint": checkpoint}
-        return wk.stencil({"u": u, "before": u}, _wave, radius=1, steps=steps, **kept)["u"]
+        options = {"coefficients": c, "checkpoint": checkpoint}
+        return wk.stencil({"u": u, "before": u}, _wave, radius=1, steps=steps, **options)["u"]
 
     def plain(c, u, steps):
         around = jnp.pad(c, 1)

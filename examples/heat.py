@@ -24,18 +24,20 @@ def main() -> None:
     parser = flags(__doc__, "heat.png")
     number(parser, "--cells", 256, "cells along a side")
     number(parser, "--steps", 1500, "time steps")
-    asked = parser.parse_args()
-    wafer = wafer_of(asked)
-    start = plate(asked.cells)
+    arguments = parser.parse_args()
+    wafer = wafer_of(arguments)
+    start = plate(arguments.cells)
     with wafer:
-        if asked.estimate:
-            print(wk.estimate(functools.partial(diffuse, steps=asked.steps), start))
+        if arguments.estimate:
+            print(wk.estimate(functools.partial(diffuse, steps=arguments.steps), start))
             return
-        _, snapshots = diffuse(start, steps=asked.steps, save_every=max(1, asked.steps // 3))
+        _, snapshots = diffuse(
+            start, steps=arguments.steps, save_every=max(1, arguments.steps // 3)
+        )
     change = float(snapshots[-1].mean() / start.mean()) - 1
-    print(f"after {asked.steps} steps the plate holds {change:+.1e} more heat than at first")
-    draw(start, snapshots, asked.steps, asked.out)
-    print(f"drawn to {asked.out}")
+    print(f"after {arguments.steps} steps the plate holds {change:+.1e} more heat than at first")
+    draw(start, snapshots, arguments.steps, arguments.out)
+    print(f"drawn to {arguments.out}")
 
 
 def step(u):

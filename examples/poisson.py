@@ -17,18 +17,18 @@ import wsekern as wk
 def main() -> None:
     parser = flags(__doc__, "poisson.png")
     number(parser, "--cells", 256, "cells along a side")
-    asked = parser.parse_args()
-    wafer = wafer_of(asked)
-    if asked.estimate:
-        estimate(asked.cells, wafer)
+    arguments = parser.parse_args()
+    wafer = wafer_of(arguments)
+    if arguments.estimate:
+        estimate(arguments.cells, wafer)
         return
     with wafer:
-        solutions, error = solve(asked.cells)
+        solutions, error = solve(arguments.cells)
     for name, s in solutions.items():
         print(f"{name:9} {int(s.iterations):4d} iterations, {s.why}, residual {s.residual:.2e}")
     print(f"largest error against the exact solution: {error:.2e}")
-    draw(solutions, asked.out)
-    print(f"drawn to {asked.out}")
+    draw(solutions, arguments.out)
+    print(f"drawn to {arguments.out}")
 
 
 def solve(cells: int):

@@ -34,22 +34,22 @@ def main() -> None:
     number(parser, "--length", 360, "cells of the sea from west to east")
     number(parser, "--days", 10, "days to compute")
     number(parser, "--frames", 60, "frames of the animation")
-    asked = parser.parse_args()
-    wafer = wafer_of(asked)
-    shape = asked.height, asked.length
-    every = max(1, round(asked.days * 86_400 / STEP / asked.frames))
+    arguments = parser.parse_args()
+    wafer = wafer_of(arguments)
+    shape = arguments.height, arguments.length
+    every = max(1, round(arguments.days * 86_400 / STEP / arguments.frames))
     with wafer:
         sea = jet(*shape)
-        run = functools.partial(sail, land=walls(*shape), steps=every * asked.frames)
-        if asked.estimate:
+        run = functools.partial(sail, land=walls(*shape), steps=every * arguments.frames)
+        if arguments.estimate:
             print(wk.estimate(run, sea))
             return
         _, frames = run(sea, save_every=every)
     eta = np.asarray(frames["eta"])
     mass = DEPTH * eta[0].size + eta.sum((1, 2), np.float64)
     print(f"mass changed by {abs(mass[-1] / mass[0] - 1):.1e} of itself")
-    animate(eta, every * STEP / 86_400, asked.out)
-    print(f"drawn to {asked.out}")
+    animate(eta, every * STEP / 86_400, arguments.out)
+    print(f"drawn to {arguments.out}")
 
 
 def sail(sea, land, steps: int, save_every: int | None = None):

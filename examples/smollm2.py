@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=pathlib.Path, default=FOLDER, help="where to keep the download"
     )
-    asked = parser.parse_args()
-    command = ["generate", "--model", str(fetch(asked.folder)), "--chat"]
-    command += ["--prompt", asked.question, "--max-new-tokens", "64"]
-    command += ["--wafer", asked.wafer] if asked.wafer else []
+    arguments = parser.parse_args()
+    command = ["generate", "--model", str(fetch(arguments.folder)), "--chat"]
+    command += ["--prompt", arguments.question, "--max-new-tokens", "64"]
+    command += ["--wafer", arguments.wafer] if arguments.wafer else []
     root = pathlib.Path(__file__).parents[1]
     sys.exit(subprocess.run([sys.executable, "-m", "models", *command], cwd=root).returncode)
 

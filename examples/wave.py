@@ -31,34 +31,34 @@ def main() -> None:
     number(parser, "--cells", 80, "cells along y and x; half as many in depth")
     number(parser, "--steps", 400, "time steps")
     parser.add_argument("--film", default="wave.gif", help="the animation (default: wave.gif)")
-    asked = parser.parse_args()
-    wafer, rock = wafer_of(asked), ground(asked.cells)
-    every = max(1, asked.steps // 40)
+    arguments = parser.parse_args()
+    wafer, rock = wafer_of(arguments), ground(arguments.cells)
+    every = max(1, arguments.steps // 40)
     with wafer:
-        if asked.estimate:
-            print(wk.estimate(functools.partial(shot, steps=asked.steps), rock))
+        if arguments.estimate:
+            print(wk.estimate(functools.partial(shot, steps=arguments.steps), rock))
             return
-        _, frames, record = shot(rock, asked.steps, save_every=every)
+        _, frames, record = shot(rock, arguments.steps, save_every=every)
         gradient = sensitivity(mean_by_depth(rock), record)
-    cut = asked.cells // 2
+    cut = arguments.cells // 2
     slices = rock[cut], frames["now"][:, cut], gradient[cut]
     earth, waves, slope = (np.swapaxes(a, -1, -2) for a in slices)
-    draw(earth, waves, slope, np.asarray(record), every, asked)
-    print(f"drawn to {asked.out} and {asked.film}")
+    draw(earth, waves, slope, np.asarray(record), every, arguments)
+    print(f"drawn to {arguments.out} and {arguments.film}")
 
 
 def step(wave, rock):
     """The pressure one time step later; the fields are tiles with a halo of four cells."""
     p = wave["now"]
 
-    def moved(a, axis=0, by=0):
+    def shift(a, axis=0, by=0):
         starts = [REACH + by * (d == axis) for d in range(3)]
         return a[tuple(slice(i, i + n - 2 * REACH) for i, n in zip(starts, a.shape, strict=True))]
 
-    bend = sum(w * moved(p, d, i - REACH) for d in range(3) for i, w in enumerate(WEIGHTS))
-    damping = moved(rock["damping"])
-    rest = 2 * moved(p) - (1 - damping) * moved(wave["before"])
-    return {"now": (rest + moved(rock["courant"]) * bend) / (1 + damping), "before": moved(p)}
+    bend = sum(w * shift(p, d, i - REACH) for d in range(3) for i, w in enumerate(WEIGHTS))
+    damping = shift(rock["damping"])
+    undriven = 2 * shift(p) - (1 - damping) * shift(wave["before"])
+    return {"now": (undriven + shift(rock["courant"]) * bend) / (1 + damping), "before": shift(p)}
 
 
 def shot(velocity, steps: int, save_every: int | None = None, checkpoint: str | None = None):
@@ -132,7 +132,7 @@ def sponge(shape):
     return jnp.asarray(0.12 * np.maximum(0, 1 - near / 14) ** 2, jnp.float32)
 
 
-def draw(rock, frames, gradient, record, every: int, asked) -> None:
+def draw(rock, frames, gradient, record, every: int, arguments) -> None:
     """Draws slices `[depth, x]` of the rock, the wave and the gradient, and the record."""
     half, long = frames[len(frames) // 2], rock.shape[1] * SPACING
     earth = functools.partial(
@@ -147,9 +147,9 @@ def draw(rock, frames, gradient, record, every: int, asked) -> None:
         time(values=record, title="record", colors="gray", limits=both_ways(record, 0.03)),
         earth(values=gradient, title="gradient", limits=both_ways(gradient, 0.2)),
     ]
-    picture(asked.out, panels, columns=2, size=(10.5, 6))
+    picture(arguments.out, panels, columns=2, size=(10.5, 6))
     titles = [f"{(i + 1) * every * STEP:.2f} s" for i in range(len(frames))]
-    film(asked.film, wave(values=half), frames, titles)
+    film(arguments.film, wave(values=half), frames, titles)
 
 
 if __name__ == "__main__":

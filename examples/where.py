@@ -25,16 +25,16 @@ def flags(description: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def wafer_of(asked: argparse.Namespace) -> wk.Wafer:
+def wafer_of(arguments: argparse.Namespace) -> wk.Wafer:
     """The wafer that the flags name. Call it before jax is used: it may emulate devices."""
-    text = asked.estimate or asked.virtual or asked.wafer
+    text = arguments.estimate or arguments.virtual or arguments.wafer
     try:
         wafers, height, width = parse_grid(text)
-        if asked.estimate:
+        if arguments.estimate:
             return wk.Wafer.abstract(wk.WSE3, height, width, wafers)
         # On TPUs and GPUs this emulates CPU devices in vain; jax prefers the real ones.
-        prepare_devices(1 if asked.virtual else wafers * height * width)
-        return make_wafer(text, virtual=bool(asked.virtual))
+        prepare_devices(1 if arguments.virtual else wafers * height * width)
+        return make_wafer(text, virtual=bool(arguments.virtual))
     except ValueError as error:
         raise SystemExit(str(error)) from None
 

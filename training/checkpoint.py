@@ -185,24 +185,24 @@ class Checkpoints:
         """
         self._finish_save()
         wanted = manifest.places(template, logical_shapes)
-        numbered = self._step_folders()
-        if step is not None and step not in numbered:
+        steps = self._step_folders()
+        if step is not None and step not in steps:
             raise FileNotFoundError(
-                f"{self.directory} has no checkpoint of step {step}, it has {numbered}"
+                f"{self.directory} has no checkpoint of step {step}, it has {steps}"
             )
-        if not numbered:
+        if not steps:
             raise FileNotFoundError(
                 f"{self.directory} holds no checkpoint; leave --resume out to start anew"
             )
         self.skipped = []
-        for candidate in reversed(numbered if step is None else [step]):
+        for candidate in reversed(steps if step is None else [step]):
             try:
                 saved, arrays = _read(self._folder(candidate), wanted)
             except ValueError as error:
                 self.skipped.append(f"step {candidate}: {error}")
                 continue
-            described = {leaf.path: leaf for leaf in saved.leaves}
-            leaves = [_put(place, arrays[place.path], described[place.path]) for place in wanted]
+            by_path = {leaf.path: leaf for leaf in saved.leaves}
+            leaves = [_put(place, arrays[place.path], by_path[place.path]) for place in wanted]
             return candidate, jax.tree.unflatten(jax.tree.structure(template), leaves), saved.extra
         raise ValueError(
             f"no checkpoint in {self.directory} can be restored: " + "; ".join(self.skipped)
@@ -251,9 +251,10 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         finished = self.steps()
-        kept = [step for step in finished if step <= newest][-self.keep :]
+        # Steps after `newest` are from before this run was resumed; it no longer leads to them.
+        to_keep = [step for step in finished if step <= newest][-self.keep :]
         for step in finished:
-            if step not in kept:
+            if step not in to_keep:
                 shutil.rmtree(self._folder(step))
         for partial in self.directory.glob(f"*{_PARTIAL}"):  # left by a process that was killed
             shutil.rmtree(partial)
@@ -309,7 +310,7 @@ def _is_saved(folder: pathlib.Path, written: Manifest) -> bool:
 
 
 def _write(folder: pathlib.Path, written: Manifest, copies: list[_LeafCopy]) -> None:
-    """Writes a whole step to `folder` and reads it back."""
+    """Writes a whole step to `folder`, and reads it back to check it."""
     folder.mkdir(parents=True)
     with _store() as store:
         arrays = {copy.leaf.stored: copy.array for copy in copies if copy.array.size}
@@ -344,7 +345,7 @@ def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict
 
 def _load(folder: pathlib.Path, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
     """The arrays of `leaves` by path; ValueError: one is damaged, and is named."""
-    stored = [leaf for leaf in leaves if 0 not in leaf.shape]
+    stored = [leaf for leaf in leaves if 0 not in leaf.shape]  # the store takes no empty arrays
     try:
         arrays = _fetch(folder, stored)
     except Exception:  # few kinds of error name the array, so read one at a time
@@ -372,6 +373,8 @@ def _fetch(folder: pathlib.Path, leaves: Sequence[Leaf]) -> dict[str, np.ndarray
 
 
 def _store() -> ocp.Checkpointer:
+    # Without OCDBT, which packs arrays into shared files, each array has files of its own: damage
+    # then stays with one leaf, which `_load` can name.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
 
 

@@ -319,10 +319,10 @@ def _from_json(text: str) -> TrainingConfig:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        wanted = getattr(hint, "__name__", str(hint))
+        expected = getattr(hint, "__name__", str(hint))
         if typing.get_origin(hint) or isinstance(hint, types.UnionType):
-            wanted = str(hint).replace("typing.", "").replace("collections.abc.", "")
-        raise ValueError(f"{name}={value!r} is not of type {wanted}")
+            expected = str(hint).replace("typing.", "").replace("collections.abc.", "")
+        raise ValueError(f"{name}={value!r} is not of type {expected}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -352,10 +352,10 @@ def _check_ranges(config: TrainingConfig) -> None:
     rules["learning_rate"] = (lambda v: v > 0, "above 0")
     rules["validation_fraction"] = (lambda v: 0 < v < 1, "between 0 and 1, both left out")
     rules["decay_fraction"] = (lambda v: 0 < v <= 1, "above 0 and at most 1")
-    for name, (fits, wanted) in rules.items():
+    for name, (fits, expected) in rules.items():
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and fits(value)):
-            raise ValueError(f"{name}={value} does not fit; it must be {wanted}")
+            raise ValueError(f"{name}={value} does not fit; it must be {expected}")
     if config.final_learning_rate > config.learning_rate:
         raise ValueError(
             f"min_learning_rate={config.min_learning_rate} is above "

@@ -110,7 +110,7 @@ def open_corpus(
     key = json.dumps([_FORMAT, kind, validation_fraction, data, stamps])
     home = pathlib.Path(cache or os.environ.get("WSEKERN_CACHE") or "~/.cache/wsekern").expanduser()
     folder = home / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-    corpus = _cached(folder)
+    corpus = _open_cached(folder)
     if corpus is None:
         documents, skipped = read_documents(files, name)
         parts = split_documents(documents, validation_fraction)
@@ -123,7 +123,7 @@ def open_corpus(
     return corpus
 
 
-def batch(
+def training_batch(
     tokens: Integer[np.ndarray, " N"],
     *,
     seed: int,
@@ -259,7 +259,7 @@ def _store(
             f"the cache {folder.parent} cannot be written ({error}); set WSEKERN_CACHE to a folder "
             "that can, with room for the text"
         ) from error
-    corpus = _cached(folder)
+    corpus = _open_cached(folder)
     if corpus is None:
         raise OSError(f"the cache {folder} changed while it was read; remove it and try again")
     return corpus
@@ -293,14 +293,14 @@ def _write(
 
 
 def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
-    if _cached(folder) is not None:  # another process was faster
+    if _open_cached(folder) is not None:  # another process was faster
         return
     shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is broken
     with contextlib.suppress(OSError):  # another process was faster after all
         partial.rename(folder)
 
 
-def _cached(folder: pathlib.Path) -> Corpus | None:
+def _open_cached(folder: pathlib.Path) -> Corpus | None:
     try:
         about = json.loads((folder / _ABOUT).read_text())
         parts = {

@@ -57,11 +57,11 @@ def header(plan: RunPlan, corpus: Corpus, peak: Peak) -> RenderableType:
 
 def mesh_drawing(wafer: Wafer) -> Table:
     """The grid of one wafer: in each PE the number of its device, or "y,x" if it is virtual."""
-    drawn = Table(box=box.SQUARE, show_header=False, show_lines=True)
+    grid = Table(box=box.SQUARE, show_header=False, show_lines=True)
     columns = _indices_to_draw(wafer.width, _DRAWN_COLUMNS)
     for y in _indices_to_draw(wafer.height, _DRAWN_ROWS):
-        drawn.add_row(*(_cell(wafer, y, x) for x in columns))
-    return drawn
+        grid.add_row(*(_cell(wafer, y, x) for x in columns))
+    return grid
 
 
 def _facts(plan: RunPlan, corpus: Corpus, peak: Peak) -> Iterator[tuple[str, str]]:

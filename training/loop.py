@@ -20,7 +20,7 @@ from models.text.reading import copy_tokenizer
 from sharding.state import logical, logical_shapes
 from training.checkpoint import Checkpoints
 from training.console import Console
-from training.data import Corpus, batch, evaluation_batches
+from training.data import Corpus, evaluation_batches, training_batch
 from training.metrics import MetricsLog, loss_curve, read_metrics
 from training.optimizer import learning_rate_schedule
 from training.programs import Programs
@@ -100,7 +100,7 @@ class TrainingLoop:
         self.val_loss: float | None = evaluated[-1]["val_loss"] if evaluated else None
         self.saved_step = self.checked_step = self.step
         self.saved_at = self.checked_at = time.monotonic()
-        self.began = self.checked_at - seconds
+        self.began = self.checked_at - seconds  # without the pauses before resuming
 
     def run(self) -> RunResult:
         """Takes the steps that are left, or stops at a signal; then saves, evaluates and samples.
@@ -109,6 +109,8 @@ class TrainingLoop:
           Diverged: the loss or its gradient became infinite or NaN.
         """
         try:
+            # A step is only dispatched here. `_check_losses` waits for it later, so that the next
+            # batch is drawn while the devices compute.
             while self.step < self.config.steps and not self.signals.received:
                 self._take_step()
             self._check_losses()
@@ -153,6 +155,7 @@ class TrainingLoop:
         step, state, extra = self.checkpoints.restore(shapes, logical_shapes=logical_shapes(shapes))
         for line in self.checkpoints.skipped:
             self.console.note(f"checkpoint passed over: {line}")
+        # The data may have moved, but other text would change the losses.
         if extra["corpus"] != self.corpus.fingerprint:
             raise ValueError(
                 f"data: the text differs from that of the run in {self.config.run_dir}; give the "
@@ -163,7 +166,7 @@ class TrainingLoop:
 
     def _take_step(self) -> None:
         config = self.config
-        pair = batch(
+        pair = training_batch(
             self.corpus.train,
             seed=config.seed,
             step=self.step,
@@ -212,8 +215,8 @@ class TrainingLoop:
 
     def _divergence(self, step: int, loss: float, norm: float) -> str:
         self._report(self.checkpoints.wait())
-        kept = self.checkpoints.steps()
-        good = f"step {kept[-1]} is the last good checkpoint" if kept else "no checkpoint was due"
+        saved = self.checkpoints.steps()
+        good = f"step {saved[-1]} is the last good checkpoint" if saved else "no checkpoint was due"
         return (
             f"at step {step} the loss is {loss} and its gradient's norm {norm}; {good}; start a "
             "new run, in another --out, with a lower --learning-rate (now "
@@ -236,7 +239,7 @@ class TrainingLoop:
             losses.append(float(self.programs.evaluate(self.state["params"], inputs, targets)))
         self.val_loss = float(np.mean(losses))
         self.evaluated_step = self.step
-        self.checked_at = time.monotonic()
+        self.checked_at = time.monotonic()  # tokens_per_s leaves evaluations out
         self.console.evaluated(self.step, self.val_loss)
         return self._write_metrics(val_loss=self.val_loss)
 
@@ -262,7 +265,7 @@ class TrainingLoop:
         shapes = logical_shapes(self.state)
         self._report(self.checkpoints.save(self.step, self.state, extra, logical_shapes=shapes))
         self.saved_step = self.step
-        self.saved_at = self.checked_at = time.monotonic()
+        self.saved_at = self.checked_at = time.monotonic()  # tokens_per_s leaves saves out
 
     def _save_last(self) -> bool:
         """Saves the last step; returns whether the run can be resumed from it."""

@@ -137,8 +137,8 @@ def rename_old_leaves(leaves: Sequence[Leaf], wanted: Sequence[Place]) -> list[L
     def rename(leaf: Leaf) -> Leaf:
         part, slash, below = leaf.path.partition("/")
         renamed = f"{_RENAMED_PARTS.get(part, part)}{slash}{below}"
-        kept = leaf.path in paths or renamed not in paths
-        return leaf if kept else dataclasses.replace(leaf, path=renamed)
+        unchanged = leaf.path in paths or renamed not in paths
+        return leaf if unchanged else dataclasses.replace(leaf, path=renamed)
 
     return [rename(leaf) for leaf in leaves]
 

@@ -28,9 +28,9 @@ class MetricsLog:
         """
         path = pathlib.Path(run_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if line["step"] <= resume_from]
+        earlier = [line for line in _lines(path) if line["step"] <= resume_from]
         with atomic_write(path) as file:
-            file.write("".join(map(_text, kept)).encode())
+            file.write("".join(map(_text, earlier)).encode())
         self._path = path
         self._cut = False  # the last line may be incomplete
 

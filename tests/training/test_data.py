@@ -177,7 +177,7 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    draw = functools.partial(data.batch, TOKENS, batch=6, context=16)
+    draw = functools.partial(data.training_batch, TOKENS, batch=6, context=16)
     inputs, targets = draw(seed=3, step=7)
     assert inputs.shape == targets.shape == (6, 16)
     assert inputs.dtype == targets.dtype == np.int32
@@ -190,20 +190,22 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 def test_the_places_of_a_seed_never_change():
     """A run can be resumed under another release, since Philox defines these bits."""
-    inputs, _ = data.batch(TOKENS, seed=0, step=0, batch=4, context=10)
+    inputs, _ = data.training_batch(TOKENS, seed=0, step=0, batch=4, context=10)
     assert inputs[:, 0].tolist() == [689, 698, 819, 336]
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 6])
 def test_the_hosts_share_the_batch(hosts):
-    draw = functools.partial(data.batch, TOKENS, seed=0, step=5, batch=6, context=8)
+    draw = functools.partial(data.training_batch, TOKENS, seed=0, step=5, batch=6, context=8)
     whole, shares = draw(), [draw(host=(i, hosts)) for i in range(hosts)]
     for part in range(2):
         np.testing.assert_array_equal(np.concatenate([s[part] for s in shares]), whole[part])
 
 
 def test_every_token_can_be_drawn():
-    draws = [data.batch(TOKENS[:20], seed=0, step=s, batch=8, context=16) for s in range(30)]
+    draws = [
+        data.training_batch(TOKENS[:20], seed=0, step=s, batch=8, context=16) for s in range(30)
+    ]
     starts = {int(start) for inputs, _ in draws for start in inputs[:, 0]}
     assert starts == {0, 1, 2, 3}
 
@@ -284,4 +286,4 @@ def test_refuses_a_cache_that_cannot_be_written(texts, tmp_path):
 
 def test_refuses_hosts_that_do_not_divide_the_batch():
     with pytest.raises(ValueError, match=r"batch=6 does not divide over host=\(0, 4\)"):
-        data.batch(TOKENS, seed=0, step=0, batch=6, context=8, host=(0, 4))
+        data.training_batch(TOKENS, seed=0, step=0, batch=6, context=8, host=(0, 4))

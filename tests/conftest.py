@@ -1,4 +1,4 @@
-"""This file is what every test starts from: sixteen CPU devices, made before jax starts."""
+"""Sixteen CPU devices, made before jax starts, and the wafers that tests run on."""
 
 import importlib.metadata
 import os
@@ -6,8 +6,8 @@ import pathlib
 
 from wsekern.wafer.launch import emulate_devices
 
-# A test's program is compiled unoptimized and, in jax 0.10, without the emitters that go through
-# MLIR: in a fifth of the time. jax 0.12 has those emitters only, so CI, running both, tests both.
+# Tests compile their programs unoptimized and, in jax 0.10, without the emitters that go through
+# MLIR, which takes a fifth of the time. jax 0.12 has only those emitters; CI runs both versions.
 _QUICKLY: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -21,7 +21,7 @@ _AS_SHIPPED: dict[str, bool | int] = {
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _QUICKLY |= {"xla_cpu_use_fusion_emitters": False}
     _AS_SHIPPED |= {"xla_cpu_use_fusion_emitters": True}
-if not os.environ.get("XLA_AS_SHIPPED"):  # which compiles every test's program as users' are
+if not os.environ.get("XLA_AS_SHIPPED"):  # set it to compile as users do
     _GIVEN = os.environ.get("XLA_FLAGS", "")
     _FLAGS = [f"--{name}={str(v).lower()}" for name, v in _QUICKLY.items() if name not in _GIVEN]
     os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, _GIVEN]).strip()

@@ -1,4 +1,4 @@
-"""This file is the checker of `make typed`: beartype, to which a whole number is a float too."""
+"""The type checker of `make typed`: beartype, with whole numbers accepted as floats."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,6 +1,6 @@
-"""This file is the `wsekern` command: what this machine offers, what a program costs, benchmarks.
+"""The `wsekern` command: what this machine offers, what a program costs, and the benchmarks.
 
-Only `info` starts jax, and only once it runs, so that every `--help` answers at once.
+Jax is loaded only when a command needs it, so that every `--help` answers at once.
 """
 
 import argparse
@@ -28,29 +28,29 @@ _CHECKOUT = pathlib.Path(__file__).parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; ends the process with status 2 where it is not understood.
+    """Runs the command line; ends the process with status 2 if it is wrong.
 
     Args:
-      argv: its words; None: those of this process.
+      argv: the arguments; by default those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parsers()
-    named = next((word for word in words if not word.startswith("-")), None)
-    if named is not None and named not in commands:
-        near = difflib.get_close_matches(named, commands, n=1)
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(commands)}"
-        parser.error(f"{named!r} is not a command; {hint}")
+        parser.error(f"{name!r} is not a command; {hint}")
     if words[:1] == ["bench"] and words[1:2] not in (["-h"], ["--help"]):
-        return bench(words[1:])  # whose flags the benchmarks themselves read
-    asked = parser.parse_args(words)
-    if named == "estimate":
-        return command.run(asked)
-    return info() if named else parser.print_help()
+        return bench(words[1:])  # the benchmarks parse their own flags
+    arguments = parser.parse_args(words)
+    if name == "estimate":
+        return command.run(arguments)
+    return info() if name else parser.print_help()
 
 
 def info() -> None:
-    """Prints the devices that jax finds, the grid they make, and the machines known by figures."""
-    print("\n".join(_here()))
+    """Prints the devices that jax finds, the grid they make, and the figures of known machines."""
+    print("\n".join(_device_lines()))
     wafers = ["wafer", "PEs to use", "SRAM of a PE", "of all", "clock", "float32", "16-bit"]
     print("", *_columns([wafers, *map(_wafer_row, MACHINES)]), sep="\n")
     chips = ["accelerator", "memory", "bandwidth", "float32", "16-bit"]
@@ -81,19 +81,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, list[str]]:
     version = importlib.metadata.version("wsekern")
     parser.add_argument("--version", action="version", version=f"wsekern {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    told = (
-        "prints the devices that jax finds, the grid they make, and the machines known by figures"
-    )
-    commands.add_parser("info", help=told, description=told)
+    text = "prints the devices that jax finds, the grid they make, and figures of known machines"
+    commands.add_parser("info", help=text, description=text)
     command.add_parser(commands)
-    told = "lists the benchmarks of a checkout, or runs the one named"
+    text = "lists the benchmarks of a checkout, or runs one of them"
     usage = "wsekern bench [-h] [NAME [OPTION ...]]"
-    described = commands.add_parser("bench", help=told, usage=usage)
-    described.description = "It is `python -m benchmarks`; `wsekern bench NAME --help` tells more."
+    bench_parser = commands.add_parser("bench", help=text, usage=usage)
+    bench_parser.description = "Runs `python -m benchmarks`; see `wsekern bench NAME --help` too."
     return parser, list(commands.choices)
 
 
-def _here() -> list[str]:
+def _device_lines() -> list[str]:
     import jax
     import jaxlib
 
@@ -102,10 +100,10 @@ def _here() -> list[str]:
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter in jax 0.10, with no message
-        asked = os.environ.get("JAX_PLATFORMS", "")
+        platforms = os.environ.get("JAX_PLATFORMS", "")
         raise SystemExit(
-            f"wsekern info: jax finds no device with JAX_PLATFORMS={asked!r}; set it to cpu, or "
-            f"install the jax of that platform. {error}"
+            f"wsekern info: jax finds no device with JAX_PLATFORMS={platforms!r}; set it to cpu, "
+            f"or install the jax of that platform. {error}"
         ) from None
     kind, count = devices[0].device_kind, len(devices)
     height, width = _squarest(count)
@@ -131,7 +129,7 @@ def _peak_of(kind: str) -> str:
 
 
 def _squarest(count: int) -> tuple[int, int]:
-    """Height and width of the squarest grid of exactly `count` PEs, no higher than wide."""
+    """(height, width) of the squarest grid of exactly `count` PEs, at most as high as wide."""
     height = max(side for side in range(1, int(count**0.5) + 1) if count % side == 0)
     return height, count // height
 

@@ -1,4 +1,4 @@
-"""This file is what an operation costs where there is no wafer to use: nothing."""
+"""Without a wafer, or on one PE, an operation compiles to the plain program: it costs nothing."""
 
 import collections
 import itertools

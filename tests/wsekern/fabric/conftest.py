@@ -1,4 +1,4 @@
-"""This file is the wafers that every move is tested on: virtual PEs on several devices, too."""
+"""The wafers that every move is tested on, virtual PEs spread over devices among them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""This file is virtual PEs spread over devices: what moves mean there, and what they send."""
+"""Moves between virtual PEs that are spread over devices: results, gradients, bytes sent."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""This file is kernels on virtual PEs spread over devices: what they give on one device."""
+"""Kernels on virtual PEs spread over devices give what they give on one device."""
 
 import dataclasses
 import functools

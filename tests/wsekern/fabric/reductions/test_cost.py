@@ -1,4 +1,4 @@
-"""This file is the predicted cycles of collectives against the formulas that were published.
+"""Predicted cycles of collectives against the published formulas.
 
 Luczynski et al., HPDC 2024; He et al., OSDI 2025; T_R = 2.
 """

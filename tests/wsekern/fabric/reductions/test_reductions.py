@@ -1,4 +1,4 @@
-"""This file is every algorithm of a reduction against the plain one."""
+"""Every algorithm of a reduction against the plain reduction."""
 
 import functools
 from typing import Any

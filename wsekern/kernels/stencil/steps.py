@@ -251,16 +251,18 @@ def prepare(
     if plan.checkpoint is not None and not plan.on_wafer:
         run = run.varying()
     step = jax.eval_shape(lambda: jnp.int32(0))
+    # All sizes at once, so that whatever is wrong with the update shows up here, in a short stack;
+    # the largest first, because smaller ones can be made of it.
+    regions = [plan.region(left) for left in range(plan.depth, 0, -1)]
+    boxes = [*regions, *(plan.boxes(plan.depth) if plan.overlap else [])]
     jaxprs = []
-    # All sizes at once, so that whatever is wrong with the update shows up here, in a short stack.
-    for left in range(plan.depth, 0, -1):
-        split = plan.overlap and left == plan.depth
-        for box in plan.boxes(left) if split else [plan.region(left)]:
-            cut = functools.partial(_coefficient_windows, plan, box=box)
-            types = jax.eval_shape(cut, run.coefficients)
-            jaxprs.append(update.jaxpr(_window_types(plan, fields, box), types, step))
+    for box in boxes:
+        types = jax.eval_shape(
+            functools.partial(_coefficient_windows, plan, box=box), run.coefficients
+        )
+        jaxprs.append(update.jaxpr(_window_types(plan, fields, box), types, step))
     if plan.corners is None:  # depth 1: deeper halos have corners in any case
-        corners = any(map(update.reads_corners, jaxprs))
+        corners = update.reads_corners(jaxprs[0])
         run = dataclasses.replace(run, plan=dataclasses.replace(plan, corners=corners))
     return run
 

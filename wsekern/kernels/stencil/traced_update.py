@@ -1,9 +1,10 @@
-"""The user's update as a jaxpr: its Python code runs once for each size of window.
+"""The user's update as a jaxpr: its Python code runs once.
 
 The check of what it returns, the test whether it reads corners, the fusion on CPUs and every step
-use that one jaxpr. A run whose halo is exchanged in every step has one size of window. A halo that
-serves several steps has one size for each of them, along dimensions that are split: the cells that
-a step computes for its neighbors grow fewer, and a jaxpr holds for one shape only.
+use that one jaxpr. A jaxpr holds for one shape only, but where a halo serves several steps, each of
+them has a smaller window than the one before it: the cells that it computes for its neighbors grow
+fewer. `narrow` makes their jaxprs from the first one. An update that it cannot follow, such as one
+with a convolution, runs once for each size of window.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from wsekern.kernels.stencil import adjoint
-from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.buffers import Tile, pad_tile
+from wsekern.kernels.stencil.narrow import narrow
 from wsekern.kernels.stencil.plan import StencilPlan
+
+Types = tuple[Any, ...]  # of windows and coefficients
 
 
 class TracedUpdate:
@@ -26,7 +30,8 @@ class TracedUpdate:
 
     def __init__(self, plan: StencilPlan) -> None:
         self.plan = plan
-        self._jaxprs: dict[tuple[Any, ...], core.ClosedJaxpr] = {}
+        self._jaxprs: dict[Types, core.ClosedJaxpr] = {}
+        self._traced: list[Types] = []  # the types that the Python code ran for
 
     def __call__(
         self, windows: Sequence[Tile], coefficients: Sequence[Tile], step: jax.Array | int
@@ -46,21 +51,42 @@ class TracedUpdate:
           ValueError: the update changes the structure or a dtype of the fields, or does not take
             `radius` cells off.
         """
-        plan = self.plan
         # Types say shape, dtype, and on devices over which axes a tile varies. A jaxpr that was
         # traced for one of them is not valid for another: JAX casts operands while it traces.
         types = tuple(jax.typeof(operand) for operand in (*windows, *coefficients))
         if types not in self._jaxprs:
-            arguments = [jax.tree.unflatten(plan.tree, windows)]
-            if plan.coefficient_tree.num_leaves:
-                arguments.append(jax.tree.unflatten(plan.coefficient_tree, coefficients))
-            named = {"step": step} if plan.takes_step else {}
-            # Directly, without a wrapper: the user's traceback then shows our call just once.
-            trace = jax.make_jaxpr(plan.update, return_shape=True)
-            closed, new = trace(*arguments, **named)
-            self._check(windows, new)
-            self._jaxprs[types] = closed
+            narrowed = self._narrow(types, step)
+            if narrowed is None:
+                narrowed = self._trace(windows, coefficients, step)
+                self._traced.append(types)
+            self._jaxprs[types] = narrowed
         return self._jaxprs[types]
+
+    def _narrow(self, types: Types, step: Any) -> core.ClosedJaxpr | None:
+        """The jaxpr made of one for larger operands, if there is one that `narrow` can follow."""
+        windows = types[: len(self.plan.lines)]
+        shapes = [
+            tuple(n - sum(pair) for n, pair in zip(window.shape, self.plan.radius, strict=True))
+            for window in windows
+        ]
+        operands = [*types, *([jax.typeof(step)] if self.plan.takes_step else [])]
+        larger = (traced for traced in self._traced if _differ_in_size_only(types, traced))
+        found = (narrow(self._jaxprs[traced], operands, shapes) for traced in larger)
+        return next((closed for closed in found if closed is not None), None)
+
+    def _trace(
+        self, windows: Sequence[Any], coefficients: Sequence[Any], step: Any
+    ) -> core.ClosedJaxpr:
+        plan = self.plan
+        arguments = [jax.tree.unflatten(plan.tree, windows)]
+        if plan.coefficient_tree.num_leaves:
+            arguments.append(jax.tree.unflatten(plan.coefficient_tree, coefficients))
+        named = {"step": step} if plan.takes_step else {}
+        # Directly, without a wrapper: the user's traceback then shows our call just once.
+        trace = jax.make_jaxpr(plan.update, return_shape=True)
+        closed, new = trace(*arguments, **named)
+        self._check(windows, new)
+        return closed
 
     def reads_corners(self, closed: core.ClosedJaxpr) -> bool:
         """Whether the update reads cells diagonally across, as far as its slices say."""
@@ -100,3 +126,19 @@ class TracedUpdate:
                     f"{operation}: update makes {result.dtype} of {window.dtype}; cast what it "
                     "returns, or its constants"
                 )
+
+
+def _differ_in_size_only(smaller: Types, larger: Types) -> bool:
+    """Whether operands of the types `smaller`, with more cells, are of the types `larger`."""
+    growths = [
+        [big - small for small, big in zip(a.shape, b.shape, strict=True)]
+        for a, b in zip(smaller, larger, strict=True)
+    ]
+    if min((n for growth in growths for n in growth), default=0) < 0:
+        return False
+
+    def grow(*tiles: Tile) -> list[Tile]:
+        return [pad_tile(t, tuple((0, n) for n in g)) for t, g in zip(tiles, growths, strict=True)]
+
+    grown = jax.eval_shape(grow, *smaller)
+    return all(jax.typeof(a) == b for a, b in zip(grown, larger, strict=True))

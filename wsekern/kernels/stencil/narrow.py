@@ -18,13 +18,15 @@ from wsekern.kernels.stencil.buffers import Pairs, Tile
 # Each cell of the result is made of the operands' cells in the same place.
 _CELL_BY_CELL = frozenset(
     """
-    abs acos acosh add and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex
-    conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge
-    gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
-    or pcast pow pvary real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sqrt square sub tan tanh xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    complex conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1
+    floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg
+    nextafter not or pcast pow pvary real reduce_precision rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor
     """.split()
 )
+# These take away some dimensions; a cell of the result is made of all cells along them.
+_REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "squeeze"])
 Box = Pairs  # some cells of a variable: begin and end along each dimension
 Variable = Any  # a `core.Var` or a `core.Literal`, whose `aval` JAX types as one without a shape
 
@@ -116,10 +118,23 @@ def _operand_boxes(equation: core.JaxprEqn, boxes: Sequence[Box | None]) -> list
     if name == "broadcast_in_dim":
         dims = params["broadcast_dimensions"]
         return [tuple((0, 1) if n == 1 else box[d] for n, d in zip(shapes[0], dims, strict=True))]
+    if name in _REDUCTIONS:
+        gone = params["dimensions" if name == "squeeze" else "axes"]
+        kept = iter(box)
+        return [tuple((0, n) if d in gone else next(kept) for d, n in enumerate(shapes[0]))]
+    if name == "transpose":
+        return [tuple(box[params["permutation"].index(d)] for d in range(len(box)))]
+    if name == "pad":
+        padded = zip(box, shapes[0], params["padding_config"], strict=True)
+        inside = [[_clip(end - low, n) for end in pair] for pair, n, (low, *_) in padded]
+        return [tuple((begin, end) for begin, end in inside), ()]
+    if name == "stack":
+        axis = params["axis"]
+        return [(*box[:axis], *box[axis + 1 :])] * len(shapes)
     if name == "concatenate":
         dim, offset, parts = params["dimension"], 0, []
         for shape in shapes:
-            begin, end = (min(max(x - offset, 0), shape[dim]) for x in box[dim])
+            begin, end = (_clip(x - offset, shape[dim]) for x in box[dim])
             parts.append((*box[:dim], (begin, end), *box[dim + 1 :]) if begin < end else None)
             offset += shape[dim]
         return parts
@@ -138,7 +153,9 @@ def _follows(equation: core.JaxprEqn) -> bool:
     if name in _CELL_BY_CELL:
         ranks = {len(_shape(variable)) for variable in equation.invars}
         return ranks <= {0, len(_shape(equation.outvars[0]))}
-    return name in ("broadcast_in_dim", "concatenate")
+    if name == "pad":
+        return all(between == 0 for *_, between in equation.params["padding_config"])
+    return name in _REDUCTIONS or name in ("broadcast_in_dim", "concatenate", "stack", "transpose")
 
 
 def _evaluate(
@@ -193,7 +210,19 @@ def _results(
         return [_Cells(arrays[0], box)]
     if name == "broadcast_in_dim":
         params = params | {"shape": tuple(end - begin for begin, end in box)}
+    if name == "pad":
+        [inside, _] = _operand_boxes(equation, boxes)
+        there = zip(box, inside or (), params["padding_config"], strict=True)
+        config = [(c + low - a, b - d - low, 0) for (a, b), (c, d), (low, *_) in there]
+        params = {"padding_config": tuple(config)}
+    if name == "stack":
+        axis = params["axis"]
+        box = (*box[:axis], (0, len(arrays)), *box[axis + 1 :])
     return [_Cells(equation.primitive.bind(*arrays, **params), box)]
+
+
+def _clip(index: int, size: int) -> int:
+    return min(max(index, 0), size)
 
 
 def _shape(variable: Variable) -> tuple[int, ...]:

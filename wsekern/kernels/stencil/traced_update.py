@@ -55,11 +55,11 @@ class TracedUpdate:
         # traced for one of them is not valid for another: JAX casts operands while it traces.
         types = tuple(jax.typeof(operand) for operand in (*windows, *coefficients))
         if types not in self._jaxprs:
-            narrowed = self._narrow(types, step)
-            if narrowed is None:
-                narrowed = self._trace(windows, coefficients, step)
+            closed = self._narrow(types, step)
+            if closed is None:
+                closed = self._trace(windows, coefficients, step)
                 self._traced.append(types)
-            self._jaxprs[types] = narrowed
+            self._jaxprs[types] = closed
         return self._jaxprs[types]
 
     def _narrow(self, types: Types, step: Any) -> core.ClosedJaxpr | None:
@@ -71,8 +71,8 @@ class TracedUpdate:
         ]
         operands = [*types, *([jax.typeof(step)] if self.plan.takes_step else [])]
         larger = (traced for traced in self._traced if _differ_in_size_only(types, traced))
-        found = (narrow(self._jaxprs[traced], operands, shapes) for traced in larger)
-        return next((closed for closed in found if closed is not None), None)
+        narrowed = (narrow(self._jaxprs[traced], operands, shapes) for traced in larger)
+        return next((closed for closed in narrowed if closed is not None), None)
 
     def _trace(
         self, windows: Sequence[Any], coefficients: Sequence[Any], step: Any
@@ -112,7 +112,7 @@ class TracedUpdate:
                 f"{operation}: update makes {jax.tree.structure(new)} of fields {tree}; it must "
                 "give the fields that it takes"
             )
-        # Every size is checked: an update may be right for one, and wrong for another.
+        # At each size that it is traced for: it may be right for one, and wrong for another.
         for window, result in zip(windows, jax.tree.leaves(new), strict=True):
             inside = tuple(n - sum(pair) for n, pair in zip(window.shape, radius, strict=True))
             if result.shape != inside:

@@ -34,6 +34,23 @@ def of_a_row(u):
     return u[1:-1, 1:-1] * row + jax.nn.relu(jnp.float32(2)) + jnp.broadcast_to(row, (1, 1))
 
 
+def force(u):
+    """A gradient, which pads, of an energy of neighbors."""
+    return jax.grad(lambda v: ((v[1:] - v[:-1]) ** 2).sum() + (v[:, 1:] * v[:, :-1]).sum())(u)[
+        1:-1, 1:-1
+    ]
+
+
+def stacked(u):
+    shifted = jnp.stack([u[2:, 1:-1], u[:-2, 1:-1], u[1:-1, 2:].T.T])
+    return shifted.sum(0) + shifted.max(0) - shifted[1]
+
+
+def with_a_far_pad(u):
+    """Reads cells of which all, or none, are padding."""
+    return jnp.pad(u[1:-1, 1:-1], ((0, 9), (9, 0)), constant_values=3)[:-9, :-9]
+
+
 def with_all_cells(u):
     return u[1:-1, 1:-1] - u.mean()
 
@@ -66,7 +83,7 @@ def narrowed(update):
 @pytest.mark.parametrize(
     "update",
     [star, jax.jit(star), jax.jit(flux_of_a_flux), flux_of_a_flux, rolled, masked, of_a_row]
-    + [with_numbered_cells],
+    + [with_numbered_cells, force, stacked, with_a_far_pad],
 )
 def test_equals_the_update_traced_for_the_smaller_window(update):
     closed, window = narrowed(update)

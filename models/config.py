@@ -172,9 +172,10 @@ class DecoderConfig:
         """The layers in order, as stages: (the kinds of one period, how many periods).
 
         With layers of kinds A and B:
-          A A A A A A -> one stage ((A,), 6)
-          A B A B A B -> one stage ((A, B), 3)
-          A A A A B B -> two stages ((A,), 4), ((B,), 2)
+
+        - A A A A A A is one stage: `((A,), 6)`.
+        - A B A B A B is one stage: `((A, B), 3)`.
+        - A A A A B B is two stages: `((A,), 4), ((B,), 2)`.
         """
         kinds = self.kinds
         if not self.stacked:

@@ -1,4 +1,8 @@
-"""Show the value of a named default in the reference: `1e-05`, where the source has `TOLERANCE`."""
+"""Make signatures in the reference shorter and say more.
+
+A named default shows its value: `1e-05`, where the source has `TOLERANCE`. An annotation shows the
+type alone: `str`, where the source has `Annotated[str, arg(metavar="DIR")]` for the command line.
+"""
 
 import ast
 import functools
@@ -11,24 +15,38 @@ import griffe
 LONGEST = 24  # characters; a longer value stays a name
 
 
-class DefaultValues(griffe.Extension):
-    """Replaces the names of constants in signatures by what they are."""
+class Signatures(griffe.Extension):
+    """Rewrites defaults and annotations once a package is read."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
-        for function in _functions(pkg):
-            for parameter in function.parameters:
+        for thing in _members(pkg):
+            if isinstance(thing, griffe.Attribute):
+                thing.annotation = _type(thing.annotation)
+                continue
+            for parameter in thing.parameters:
+                parameter.annotation = _type(parameter.annotation)
                 if isinstance(parameter.default, griffe.ExprName):
                     value = _value(parameter.default.canonical_path, loader)
                     if value and len(value) <= LONGEST:
                         parameter.default = value
 
 
-def _functions(thing: griffe.Object) -> Iterator[griffe.Function]:
+def _members(thing: griffe.Object) -> Iterator[griffe.Function | griffe.Attribute]:
     for member in thing.members.values():
-        if isinstance(member, griffe.Function):
+        if isinstance(member, griffe.Function | griffe.Attribute):
             yield member
         elif isinstance(member, griffe.Module | griffe.Class):
-            yield from _functions(member)
+            yield from _members(member)
+
+
+def _type(annotation: str | griffe.Expr | None) -> str | griffe.Expr | None:
+    if (
+        isinstance(annotation, griffe.ExprSubscript)
+        and annotation.canonical_name == "Annotated"
+        and isinstance(annotation.slice, griffe.ExprTuple)
+    ):
+        return annotation.slice.elements[0]
+    return annotation
 
 
 def _value(path: str, loader: griffe.GriffeLoader) -> str | None:

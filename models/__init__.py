@@ -13,10 +13,10 @@ that come with the library. `find_preset` gives one, to build a `Decoder` with r
 Names are loaded when first used, so that `python -m models --help` needs no jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wsekern.moved import put_up_signposts
+from wsekern.public_names import lazy_names
 
 if TYPE_CHECKING:
     from models.checkpoints.reading import load as load
@@ -51,18 +51,6 @@ _HOMES = {
     "save": "checkpoints.saving",
     "stream": "generation",
 }
-__all__ = sorted(_HOMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)
 
 put_up_signposts()  # `import models.llama` names the module's new place
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'models' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"models.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -19,8 +19,9 @@ so optimizers leave it as it is. `docs/sharding.md` has a whole training loop.
 This package imports `wsekern` alone. Names are loaded when first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from wsekern.public_names import lazy_names
 
 if TYPE_CHECKING:
     from sharding.explain import ArrayPlacement as ArrayPlacement
@@ -55,16 +56,4 @@ _HOMES = {
     "placement_table": "explain",
     "spec_of": "rules",
 }
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sharding' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"sharding.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

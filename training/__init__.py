@@ -20,10 +20,10 @@ This package may import `wsekern`, `sharding` and `models`. Names are loaded whe
 that `from training import TrainingConfig` loads no jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wsekern.moved import put_up_signposts
+from wsekern.public_names import lazy_names
 
 if TYPE_CHECKING:
     from training.config import TrainingConfig as TrainingConfig
@@ -44,18 +44,6 @@ _HOMES = {
     "read_metrics": "metrics",
     "save_config": "config",
 }
-__all__ = sorted(_HOMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)
 
 put_up_signposts()  # `import training.start` names the module's new place
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'training' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"training.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -27,10 +27,10 @@ Names are loaded when first used. `import wsekern` loads no jax, so that `emulat
 set the number of CPU devices afterwards. This package imports none of the folders above it.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wsekern.moved import put_up_signposts
+from wsekern.public_names import lazy_names
 
 if TYPE_CHECKING:
     from wsekern import fabric as fabric
@@ -151,20 +151,5 @@ _HOMES = {
 }
 # Public name -> the module that it is.
 _MODULES = {"fabric": "fabric", "layout": "wafer.layout"}
-__all__ = sorted({*_HOMES, *_MODULES})
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES, _MODULES)
 put_up_signposts()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = importlib.import_module(f"wsekern.{_MODULES[name]}")
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"wsekern.{_HOMES[name]}"), name)
-    else:
-        raise AttributeError(f"module 'wsekern' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__

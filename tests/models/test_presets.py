@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
+import models
 from models.decoder import Decoder
 from models.families.llama import NANO
 from models.presets import PRESETS, find_preset
@@ -65,3 +66,9 @@ def test_refuses(change, message):
 def test_every_preset_builds_its_shapes():
     for config in PRESETS.values():
         assert count(config) > 0
+
+
+def test_presets_are_listed_by_name():
+    names = models.list_presets()
+    assert {"nano", "gpt2-124m", "llama3-8b", "gpt-oss-20b"} < set(names)
+    assert all(models.find_preset(name).layers for name in names)

@@ -1,6 +1,7 @@
 """Old module paths: what an import of one says."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -34,6 +35,19 @@ def test_an_old_path_names_a_new_one_that_can_be_imported(old):
 def test_every_form_of_import_names_the_new_path(statement, new):
     with pytest.raises(ImportError, match=f"has moved: import {new}$"):
         exec(statement, {})
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "new"),
+    [
+        ("models", "models.llama", "models.families.llama"),
+        ("training", "training.launch", "wsekern.wafer.launch"),
+    ],
+)
+def test_old_paths_are_known_when_a_folder_above_wsekern_alone_is_imported(package, old, new):
+    program = f"import {package}\nimport {old}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"ImportError: {old} has moved: import {new}\n" in run.stderr
 
 
 def test_a_module_below_a_folder_that_moved_names_the_folders_new_path():

@@ -19,19 +19,21 @@ from wsekern.solvers.solution import (
     BREAKDOWN,
     GOES_ON,
     INCONSISTENT,
+    JAX_NAMES,
     TOLERANCE,
     Reason,
     Solution,
     check_limits,
     solve,
 )
-from wsekern.wafer.keywords import either_name
+from wsekern.wafer.keywords import accept_jax_names
 
 _MOST = 1000
 # A direction whose slope is below this share of the steepest one lies in the null space.
 _FLAT = 1e-4
 
 
+@accept_jax_names("bicgstab", **JAX_NAMES, M="preconditioner")
 def bicgstab(
     operator: Operator,
     b: Fields,
@@ -69,10 +71,8 @@ def bicgstab(
       ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
         both names with different values.
     """
-    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("bicgstab", values, jax_values, _MOST)
-    named = ("preconditioner", preconditioner)
-    precondition = either_name("bicgstab", named, None, ("M", M)) or (lambda r: r)
+    limits = check_limits("bicgstab", tolerance, absolute, max_iterations)
+    precondition = preconditioner or (lambda r: r)
     step = functools.partial(_step, precondition)
     return solve("bicgstab", operator, b, x0, _begin, step, limits, symmetric=False)
 

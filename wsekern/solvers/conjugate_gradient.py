@@ -17,13 +17,14 @@ from wsekern.solvers.solution import (
     BREAKDOWN,
     GOES_ON,
     INCONSISTENT,
+    JAX_NAMES,
     TOLERANCE,
     Reason,
     Solution,
     check_limits,
     solve,
 )
-from wsekern.wafer.keywords import either_name
+from wsekern.wafer.keywords import accept_jax_names
 
 _MOST = 1000
 # A direction whose slope is below this share of the steepest one is flat: the operator maps it to
@@ -31,6 +32,7 @@ _MOST = 1000
 _FLAT = 1e-3
 
 
+@accept_jax_names("cg", **JAX_NAMES, M="preconditioner")
 def cg(
     operator: Operator,
     b: Fields,
@@ -68,10 +70,8 @@ def cg(
       ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
         both names with different values.
     """
-    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("cg", values, jax_values, _MOST)
-    named = ("preconditioner", preconditioner)
-    precondition = either_name("cg", named, None, ("M", M)) or (lambda r: r)
+    limits = check_limits("cg", tolerance, absolute, max_iterations)
+    precondition = preconditioner or (lambda r: r)
     begin = functools.partial(_begin, precondition)
     step = functools.partial(_step, precondition)
     return solve("cg", operator, b, x0, begin, step, limits, symmetric=True)

@@ -15,16 +15,19 @@ from wsekern.solvers.fields import Fields, Operator
 from wsekern.solvers.solution import (
     ABSOLUTE,
     GOES_ON,
+    JAX_NAMES,
     TOLERANCE,
     Reason,
     Solution,
     check_limits,
     solve,
 )
+from wsekern.wafer.keywords import accept_jax_names
 
 _MOST = 1000
 
 
+@accept_jax_names("jacobi", **JAX_NAMES)
 def jacobi(
     operator: Operator,
     b: Fields,
@@ -64,8 +67,7 @@ def jacobi(
     """
     if not damping > 0:
         raise ValueError(f"jacobi: damping={damping} must be above 0")
-    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("jacobi", values, jax_values, _MOST)
+    limits = check_limits("jacobi", tolerance, absolute, max_iterations)
 
     def step(
         matvec: Operator, x: Fields, r: Fields, carry: tuple[()]

@@ -21,12 +21,14 @@ from wsekern.solvers.solution import (
     ABSOLUTE,
     DIVERGED,
     GOES_ON,
+    JAX_NAMES,
     TOLERANCE,
     Reason,
     Solution,
     check_limits,
     solve,
 )
+from wsekern.wafer.keywords import accept_jax_names
 
 Field = Float[Array, "..."]
 
@@ -36,6 +38,7 @@ _SWEEPS = 40  # on the coarsest grid
 _GROWN = 10.0  # relative to the first residual: one so large does not come down again
 
 
+@accept_jax_names("multigrid", **JAX_NAMES)
 def multigrid(
     operator_at: Callable[[int], Operator],
     b: Field,
@@ -82,8 +85,7 @@ def multigrid(
         solution's reason is that it diverged.
     """
     _check(b, sweeps, damping)
-    values, jax_values = (tolerance, absolute, max_iterations), (tol, atol, maxiter)
-    limits = check_limits("multigrid", values, jax_values, _MOST)
+    limits = check_limits("multigrid", tolerance, absolute, max_iterations)
     cycle = v_cycle(operator_at, b.shape, diagonal_at=diagonal_at, sweeps=sweeps, damping=damping)
 
     def step(

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wsekern.solvers import fields
 from wsekern.solvers.fields import Fields, Operator, Scalar
-from wsekern.wafer.keywords import either_name
 
 # Why a solver stopped. Inside jit the reason is a number, a place in this list.
 REASONS = (
@@ -29,6 +28,8 @@ CONVERGED, OUT_OF_ITERATIONS, STAGNATED, BREAKDOWN, INCONSISTENT, NOT_FINITE, DI
 )
 TOLERANCE, ABSOLUTE = 1e-5, 0.0  # defaults of every method
 GOES_ON = -1  # instead of a reason
+# The limits' names in `jax.scipy.sparse.linalg`, and ours.
+JAX_NAMES = {"tol": "tolerance", "atol": "absolute", "maxiter": "max_iterations"}
 
 Reason = Int[Array, ""]
 Begin = Callable[[Fields], Any]
@@ -59,31 +60,12 @@ class Limits(NamedTuple):
     max_iterations: int
 
 
-def check_limits(
-    method: str,
-    values: tuple[float, float, int],
-    jax_values: tuple[float | None, float | None, int | None],
-    most: int,
-) -> Limits:
-    """The limits by our names, or by those of `jax.scipy.sparse.linalg`.
-
-    Args:
-      method: the solver's name, for messages.
-      values: tolerance, absolute, max_iterations.
-      jax_values: tol, atol, maxiter, each None if it is not given.
-      most: the default of max_iterations.
+def check_limits(method: str, tolerance: float, absolute: float, max_iterations: int) -> Limits:
+    """The limits of a solver; `method` is its name, for the message.
 
     Raises:
-      ValueError: one limit is given by both names with two values, or a limit is out of range.
+      ValueError: a limit is out of range.
     """
-    names = (("tolerance", "tol"), ("absolute", "atol"), ("max_iterations", "maxiter"))
-    defaults = (TOLERANCE, ABSOLUTE, most)
-    tolerance, absolute, max_iterations = (
-        either_name(method, (name, value), default, (jax_name, jax_value))
-        for (name, jax_name), value, default, jax_value in zip(
-            names, values, defaults, jax_values, strict=True
-        )
-    )
     if max_iterations < 1 or tolerance < 0 or absolute < 0:
         raise ValueError(
             f"{method}: max_iterations={max_iterations} must be 1 or more, tolerance={tolerance} "

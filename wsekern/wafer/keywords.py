@@ -4,29 +4,45 @@ Everywhere the documented parameter has this library's name. JAX's name for the 
 accepted beside it, as the last keyword, `None` by default.
 """
 
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
-T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def either_name(operation: str, own: tuple[str, T], default: T, alias: tuple[str, T | None]) -> T:
-    """The value of a keyword that may be given by this library's name or by JAX's.
+def accept_jax_names(
+    operation: str, **names: str
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """The decorator that hands what is given by JAX's name to the keyword of this library's.
+
+    The function declares both, so that `help` and editors show them, and reads its own only. What
+    was given is decided here, where a default that is given can be told from one that is not.
 
     Args:
       operation: its name, for the message.
-      own: this library's keyword and its value.
-      default: the value of that keyword when the caller gives none.
-      alias: JAX's keyword and its value, None if it is not given.
+      names: this library's keyword by JAX's, as in `tol="tolerance"`.
 
     Raises:
-      ValueError: both are given, with different values.
+      ValueError: in a call, both names are given, with different values. None counts as not given.
     """
-    (name, value), (alias_name, alias_value) = own, alias
-    if alias_value is None:
-        return value
-    if value != default and value != alias_value:
-        raise ValueError(
-            f"{operation}: {name}={value!r} and {alias_name}={alias_value!r} name one keyword "
-            "twice; give one"
-        )
-    return alias_value
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            for jax_name, name in names.items():
+                jax_value, value = kwargs.pop(jax_name, None), kwargs.get(name)
+                if jax_value is None:
+                    continue
+                if value is not None and value != jax_value:
+                    raise ValueError(
+                        f"{operation}: {name}={value!r} and {jax_name}={jax_value!r} name one "
+                        "keyword twice; give one"
+                    )
+                kwargs[name] = jax_value
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -29,11 +29,12 @@ from wsekern.kernels.attention.plan import (
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import ROWS, WAFERS
 from wsekern.wafer.explanation import explained_by
-from wsekern.wafer.keywords import either_name
+from wsekern.wafer.keywords import accept_jax_names
 from wsekern.wafer.wafer import Wafer
 
 
 @explained_by(explain)
+@accept_jax_names("attention", is_causal="causal")
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -107,7 +108,7 @@ def attention(
         `is_causal` differ.
     """
     options = AttentionOptions(
-        causal=either_name("attention", ("causal", causal), False, ("is_causal", is_causal)),
+        causal=causal,
         window=window,
         scale=scale,
         soft_cap=soft_cap,

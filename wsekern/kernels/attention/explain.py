@@ -18,10 +18,11 @@ from wsekern.kernels.attention.plan import (
 )
 from wsekern.wafer import context
 from wsekern.wafer.explanation import Candidate, Explanation
-from wsekern.wafer.keywords import either_name
+from wsekern.wafer.keywords import accept_jax_names
 from wsekern.wafer.wafer import Wafer
 
 
+@accept_jax_names("attention", is_causal="causal")
 def explain(
     q: Any,
     k: Any,
@@ -31,7 +32,6 @@ def explain(
     sinks: Any = None,
     segment_ids: Any = None,
     wafer: Wafer | None = None,
-    is_causal: bool | None = None,
     **options: Any,
 ) -> Explanation:
     """Which algorithm `attention` takes for the same arguments, why, and what each would cost.
@@ -50,15 +50,12 @@ def explain(
       sinks: as for `attention`.
       segment_ids: as for `attention`.
       wafer: as for `attention`.
-      is_causal: JAX's name for `causal`.
       options: the other keywords of `attention`.
 
     Raises:
       ValueError: as `attention`.
     """
-    causal = options.pop("causal", False)
-    causal = either_name("attention", ("causal", causal), False, ("is_causal", is_causal))
-    asked = AttentionOptions(causal=causal, **options)
+    asked = AttentionOptions(**options)
     if isinstance(bias, jax.ShapeDtypeStruct):  # which has no reshape
         bias = jax.ShapeDtypeStruct((1,) * (4 - len(bias.shape)) + bias.shape, bias.dtype)
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)

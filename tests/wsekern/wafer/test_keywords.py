@@ -1,0 +1,31 @@
+"""A keyword by this library's name or by JAX's."""
+
+import inspect
+
+import pytest
+
+from wsekern.wafer.keywords import accept_jax_names
+
+
+@accept_jax_names("scale", tol="tolerance")
+def scale(x, *, tolerance: float = 0.5, tol: float | None = None):
+    """`x * tolerance`."""
+    return x * tolerance
+
+
+def test_either_name_serves():
+    assert scale(2) == 1
+    assert scale(2, tolerance=3) == scale(2, tol=3) == scale(x=2, tolerance=3, tol=3) == 6
+    assert scale(2, tolerance=3, tol=None) == 6
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 3])
+def test_two_values_are_refused_a_default_that_is_given_too(tolerance):
+    message = f"scale: tolerance={tolerance} and tol=4 name one keyword twice; give one"
+    with pytest.raises(ValueError, match=message):
+        scale(2, tolerance=tolerance, tol=4)
+
+
+def test_help_shows_both_names_and_the_default():
+    assert str(inspect.signature(scale)).startswith("(x, *, tolerance: float = 0.5, tol: float |")
+    assert scale.__doc__ == "`x * tolerance`."

@@ -26,6 +26,7 @@ from training.optimizer import learning_rate_schedule
 from training.programs import Programs
 from training.signals import StopSignals
 from training.step import Metrics, TrainState
+from wsekern.atomic_write import atomic_write
 
 # The most steps dispatched and not yet waited for: jax 0.10 hangs on emulated devices at about a
 # hundred, and 16 cost no speed.
@@ -293,7 +294,8 @@ class TrainingLoop:
         sample = self.corpus.decode(np.asarray(text)[0])
         self.console.sample(sample)
         with self._report_errors("the sample"):
-            (self.config.run_dir / "sample.txt").write_text(sample, encoding="utf-8")
+            with atomic_write(self.config.run_dir / "sample.txt") as file:
+                file.write(sample.encode())
         return sample
 
     def _export(self) -> None:

@@ -27,12 +27,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """The algorithm that `auto` takes for one call, and every algorithm's cost; `print` it."""
+    """The algorithm that one call takes, and every algorithm's cost; `print` it."""
 
     operation: str  # "matmul", "attention"
     algorithm: str  # "plain" where there is one PE
     why: str
     wafer: Wafer | None
+    by_auto: bool = True  # or the caller named the algorithm
     candidates: Mapping[str, Candidate] = dataclasses.field(default_factory=dict)
 
     @property
@@ -47,7 +48,8 @@ class Explanation:
         if c.refused:
             return name, "", "", "", "", c.refused
         cycles = "" if c.cycles is None else f"{c.cycles:,.0f}"
-        remark = ", ".join(r for r in (c.note, "<- auto" * (name == self.algorithm)) if r)
+        mark = "<- auto" if self.by_auto else "<- asked for"
+        remark = ", ".join(r for r in (c.note, mark * (name == self.algorithm)) if r)
         held = f"{c.held_bytes / 1024:,.1f}"
         return name, f"{c.words:,.0f}", f"{c.steps:,}", held, cycles, remark
 

@@ -68,6 +68,7 @@ def explain(
         algorithm=plan.order,
         why=why,
         wafer=wafer,
+        by_auto=asked.algorithm == "auto",
         candidates=_candidates(floats, segments, asked, wafer),
     )
 

@@ -281,6 +281,18 @@ def test_explains_why_an_algorithm_cannot_serve():
     assert set(refusals(is_causal=True)) == {"ulysses", "ring"}
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "mark"),
+    [("auto", "<- auto"), ("ring", "<- asked for"), ("ulysses", "<- asked for")],
+)
+def test_the_explanation_marks_one_row_and_says_who_chose(algorithm, mark):
+    q = jax.ShapeDtypeStruct((1, 32, 8, 4), jnp.float32)
+    explained = wk.attention.explain(q, q, q, wafer=wk.Wafer.devices(2, 2), algorithm=algorithm)
+    (marked,) = [line for line in str(explained).splitlines() if "<-" in line]
+    assert marked.split()[0] == explained.algorithm and marked.endswith(mark)
+    assert algorithm in ("auto", explained.algorithm)
+
+
 def test_attention_is_a_function_with_an_explanation():
     assert inspect.isfunction(wk.attention)
     assert list(inspect.signature(wk.attention).parameters)[:4] == ["q", "k", "v", "causal"]
@@ -298,8 +310,13 @@ def test_causal_has_jaxs_name_too():
         np.testing.assert_array_equal(run(q, k, v, is_causal=True), want)
         np.testing.assert_array_equal(run(q, k, v, causal=True, is_causal=True), want)
         np.testing.assert_array_equal(run(q, k, v, is_causal=False), run(q, k, v))
-    with pytest.raises(ValueError, match="causal=True and is_causal=False name one keyword twice"):
-        wk.attention(q, k, v, causal=True, is_causal=False)
+    for causal in (True, False):
+        other = not causal
+        message = f"causal={causal} and is_causal={other} name one keyword twice"
+        with pytest.raises(ValueError, match=message):
+            wk.attention(q, k, v, causal=causal, is_causal=other)
+        with pytest.raises(ValueError, match=message):
+            wk.attention.explain(q, k, v, causal=causal, is_causal=other)
 
 
 @pytest.mark.parametrize("algorithm", [None, "ring", "allgather", "ulysses"])

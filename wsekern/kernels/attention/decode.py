@@ -22,12 +22,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from wsekern import fabric
 from wsekern.kernels.attention.kv_balance import Balance
 from wsekern.kernels.attention.kv_cache import NEW, SEQUENCES, SLOTS, KVCache
+from wsekern.kernels.attention.kv_rows import Slots
 from wsekern.kernels.attention.mask import LOWEST
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
-
-Slots = Float[Array, "B K slots H"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from wsekern import fabric
 from wsekern.kernels.attention import kv_rows
 from wsekern.kernels.attention.kv_balance import Balance
-from wsekern.kernels.attention.kv_rows import Slots
+from wsekern.kernels.attention.kv_rows import KV, Slots
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer
@@ -237,7 +237,7 @@ class KVCache:
 
     def _run(
         self,
-        kernel: Callable[..., tuple[Slots, Slots]],
+        kernel: Callable[..., KV],
         spec: P,
         tokens: tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"]],
         lengths: Int[Array, " B"],
@@ -275,9 +275,7 @@ def _lay_out_lengths(x: Shaped[Array, " B"], wafer: Wafer | None) -> Shaped[Arra
     return wafer.shard(x, P() if len(x) % wafer.wafers else SEQUENCES)
 
 
-def _zeros_per_pe(
-    lengths: Int[Array, " _"], shape: tuple[int, ...], dtype: np.dtype
-) -> tuple[Slots, Slots]:
+def _zeros_per_pe(lengths: Int[Array, " _"], shape: tuple[int, ...], dtype: np.dtype) -> KV:
     del lengths  # virtual PEs need an operand
     zeros = fabric.varying(jnp.zeros(shape, dtype))
     return zeros, zeros
@@ -286,7 +284,7 @@ def _zeros_per_pe(
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
 @functools.partial(jax.jit, static_argnums=(0, 7), inline=True)
 def _local(
-    kernel: Callable[..., tuple[Slots, Slots]],
+    kernel: Callable[..., KV],
     k: Slots,
     v: Slots,
     new_k: Float[Array, "B _ K H"],
@@ -294,7 +292,7 @@ def _local(
     lengths: Int[Array, " B"],
     active: Bool[Array, " B"],
     balance: Balance,
-) -> tuple[Slots, Slots]:
+) -> KV:
     return kernel(k, v, new_k, new_v, lengths, active, balance)
 
 

@@ -16,6 +16,10 @@ from wsekern.kernels.attention.kv_balance import Balance
 from wsekern.wafer.axes import ROWS
 
 Slots = Float[Array, "B K slots H"]
+KV = tuple[Slots, Slots]  # keys, values
+Lengths = Int[Array, " B"]
+_Entry = Float[Array, "2 B K H"]  # of keys and values
+_Tile = Float[Array, "2 B K St H"]
 
 
 def append(
@@ -23,10 +27,10 @@ def append(
     v: Slots,
     new_k: Float[Array, "B T K H"],
     new_v: Float[Array, "B T K H"],
-    lengths: Int[Array, " B"],
+    lengths: Lengths,
     active: Bool[Array, " B"],
     balance: Balance,
-) -> tuple[Slots, Slots]:
+) -> KV:
     """Keys and values with T more tokens of the active sequences, in one shift of an entry each.
 
     Args:
@@ -39,18 +43,15 @@ def append(
       balance: which row holds which tokens.
     """
 
-    def step(
-        carry: tuple[Slots, Slots, Int[Array, " B"]], entry: Float[Array, "2 B K H"]
-    ) -> tuple[tuple[Slots, Slots, Int[Array, " B"]], None]:
-        k, v, lengths = carry
+    def step(carry: tuple[KV, Lengths], entry: _Entry) -> tuple[tuple[KV, Lengths], None]:
+        kv, lengths = carry
         after = balance.lengths_after(lengths, active, 1)
-        k, v = _append_one(k, v, entry, lengths, after, balance)
-        return (k, v, after), None
+        return (_append_one(kv, entry, lengths, after, balance), after), None
 
     entries = jnp.stack([new_k, new_v]).transpose(2, 0, 1, 3, 4)
     if len(entries) == 1:
-        return step((k, v, lengths), entries[0])[0][:2]
-    return lax.scan(step, (k, v, lengths), entries)[0][:2]
+        return step(((k, v), lengths), entries[0])[0][0]
+    return lax.scan(step, ((k, v), lengths), entries)[0][0]
 
 
 def fill(
@@ -58,10 +59,10 @@ def fill(
     v: Slots,
     new_k: Float[Array, "B St K H"],
     new_v: Float[Array, "B St K H"],
-    lengths: Int[Array, " B"],
+    lengths: Lengths,
     active: Bool[Array, " B"],
     balance: Balance,
-) -> tuple[Slots, Slots]:
+) -> KV:
     """Keys and values of prompts whose tiles go once round y: p - 1 shifts of a tile on p PEs.
 
     Args:
@@ -78,40 +79,27 @@ def fill(
     position = first[:, None] + balance.offsets(lengths, row)
     needed = active[:, None] & (position < balance.first(lengths, row + 1)[:, None])
 
-    def take(
-        k: Slots, v: Slots, tile: Float[Array, "2 B K St H"], source: Int[Array, ""] | int
-    ) -> tuple[Slots, Slots]:
-        """`k` and `v` with the tokens of this row that are in the tile of the row `source`."""
+    def take(kv: KV, tile: _Tile, source: Int[Array, ""] | int) -> KV:
+        """`kv` with the tokens of this row that are in the tile of the row `source`."""
         index = position - source * tile.shape[3]
         inside = (needed & (index >= 0) & (index < tile.shape[3]))[:, None, :, None]
         pick = jax.vmap(lambda x, at: jnp.take(x, at, axis=1, mode="clip"))
-        k, v = (
-            jnp.where(inside, pick(new, index), old) for old, new in zip((k, v), tile, strict=True)
-        )
+        k, v = (jnp.where(inside, pick(new, index), old) for old, new in zip(kv, tile, strict=True))
         return k, v
 
-    def step(
-        carry: tuple[Slots, Slots, Float[Array, "2 B K St H"]], distance: Int[Array, ""]
-    ) -> tuple[tuple[Slots, Slots, Float[Array, "2 B K St H"]], None]:
-        k, v, tile = carry
+    def step(carry: tuple[KV, _Tile], distance: Int[Array, ""]) -> tuple[tuple[KV, _Tile], None]:
+        kv, tile = carry
         arriving = fabric.shift(tile, ROWS)
-        return (*take(k, v, tile, (row - distance) % p), arriving), None
+        return (take(kv, tile, (row - distance) % p), arriving), None
 
-    tile = jnp.stack([new_k, new_v]).swapaxes(2, 3)
+    kv, tile = (k, v), jnp.stack([new_k, new_v]).swapaxes(2, 3)
     if p > 1:
-        (k, v, tile), _ = lax.scan(step, (k, v, tile), jnp.arange(p - 1))
+        (kv, tile), _ = lax.scan(step, (kv, tile), jnp.arange(p - 1))
     # The last tile is met outside the loop: it need not travel on.
-    return take(k, v, tile, (row + 1) % p)
+    return take(kv, tile, (row + 1) % p)
 
 
-def _append_one(
-    k: Slots,
-    v: Slots,
-    new: Float[Array, "2 B K H"],
-    before: Int[Array, " B"],
-    after: Int[Array, " B"],
-    balance: Balance,
-) -> tuple[Slots, Slots]:
+def _append_one(kv: KV, new: _Entry, before: Lengths, after: Lengths, balance: Balance) -> KV:
     """One token more: `before` and `after` are the lengths of the sequences."""
     row = _row(balance)
     arriving = new
@@ -119,19 +107,19 @@ def _append_one(
         # Every row sends its oldest entry up; the row above writes it only where its own range of
         # tokens grows, so nothing is decided by the sender.
         oldest = balance.first(before, row) % balance.slots
-        from_below = fabric.shift(_entries(k, v, oldest), ROWS, -1, periodic=False)
+        from_below = fabric.shift(_entries(kv, oldest), ROWS, -1, periodic=False)
         arriving = jnp.where(row == balance.rows - 1, new, from_below)
     end = balance.first(before, row + 1)
     grows = balance.first(after, row + 1) > end
     # A slot beyond the last one: nothing is written.
     slot = jnp.where(grows, end % balance.slots, balance.slots)
-    return _write(k, arriving[0], slot), _write(v, arriving[1], slot)
+    return _write(kv[0], arriving[0], slot), _write(kv[1], arriving[1], slot)
 
 
-def _entries(k: Slots, v: Slots, slot: Int[Array, " B"]) -> Float[Array, "2 B K H"]:
+def _entries(kv: KV, slot: Int[Array, " B"]) -> _Entry:
     """What one slot of each sequence holds."""
     take = jax.vmap(lambda x, slot: lax.dynamic_index_in_dim(x, slot, 1, keepdims=False))
-    return jnp.stack([take(k, slot), take(v, slot)])
+    return jnp.stack([take(x, slot) for x in kv])
 
 
 def _write(x: Slots, entry: Float[Array, "B K H"], slot: Int[Array, " B"]) -> Slots:

@@ -39,6 +39,17 @@ _BIAS = P(WAFERS, COLS)
 _MOST_GATHERED = 32 * 2**20  # bytes of weights that a PE gathers at a time, where E divides
 
 Carry = TypeVar("Carry")
+_Features = Float[Array, "B T D"]
+# x, chosen, shares, weights and biases.
+_Operands = tuple[_Features, Int[Array, "B T k"], Float[Array, "B T k"], Weights, Biases]
+_FeatureTile = Float[Array, "B Tt Dt"]
+_ChoiceTile = Int[Array, "B Tt k"]
+_ShareTile = Float[Array, "B Tt k"]
+# The tokens of a row of PEs: features, choices and shares.
+_TokenRows = tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]]
+_Part = tuple[grouped_matmul.Groups, Weights, Biases]  # of the experts
+_RowGradients = tuple[Float[Array, "R D"], Float[Array, " R"]]  # and of shares
+_Arrays = tuple[Float[Array, "..."], ...]
 
 
 def experts(
@@ -91,7 +102,7 @@ def experts(
     _, D, F = weights[0].shape
     plan = ExpertsPlan(activation=activation, precision=precision, D=D, F=F)
     if wafer is None:
-        return _local(x, chosen, shares, tuple(weights), added, plan)
+        return _local((x, chosen, shares, tuple(weights), added), plan)
     padded = (
         layout.pad(x, _TOKENS, wafer),
         # Rows that only fill up the grid choose no expert.
@@ -100,37 +111,24 @@ def experts(
         tuple(layout.pad(w, _WEIGHT, wafer) for w in weights),
         tuple(layout.pad(b, _BIAS, wafer) for b in added),
     )
-    return layout.crop(_experts(*padded, plan, wafer), x.shape, _TOKENS, wafer)
+    return layout.crop(_experts(padded, plan, wafer), x.shape, _TOKENS, wafer)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _local(
-    x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    shares: Float[Array, "B T k"],
-    weights: Weights,
-    biases: Biases,
-    plan: ExpertsPlan,
-) -> Float[Array, "B T D"]:
-    return _local_fwd(x, chosen, shares, weights, biases, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _local(operands: _Operands, plan: ExpertsPlan) -> _Features:
+    return _local_fwd(operands, plan)[0]
 
 
-def _local_fwd(
-    x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    shares: Float[Array, "B T k"],
-    weights: Weights,
-    biases: Biases,
-    plan: ExpertsPlan,
-) -> tuple[Float[Array, "B T D"], tuple]:
+def _local_fwd(operands: _Operands, plan: ExpertsPlan) -> tuple[_Features, tuple]:
+    x, chosen, shares, weights, biases = operands
     tokens = feed_forward.sort_tokens(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
     y, products = feed_forward.forward(tokens, weights, biases, plan, ALONE)
     out = tokens.sum_choices(y * tokens.shares).reshape(x.shape)
-    return out.astype(x.dtype), (x, chosen, shares, weights, biases, products)
+    return out.astype(x.dtype), (operands, products)
 
 
-def _local_bwd(plan: ExpertsPlan, residuals: tuple, dout: Float[Array, "B T D"]) -> tuple:
-    x, chosen, shares, weights, biases, products = residuals
+def _local_bwd(plan: ExpertsPlan, residuals: tuple, dout: _Features) -> tuple:
+    (x, chosen, shares, weights, biases), products = residuals
     tokens = feed_forward.sort_tokens(x.reshape(-1, plan.D), chosen, shares, weights[0].shape[0])
     dy = dout.reshape(-1, plan.D)[tokens.groups.order // tokens.choices]
     dx, dshares, dweights, dbiases = feed_forward.backward(
@@ -138,62 +136,48 @@ def _local_bwd(plan: ExpertsPlan, residuals: tuple, dout: Float[Array, "B T D"])
     )
     dx = tokens.sum_choices(dx).reshape(x.shape).astype(x.dtype)
     dshares = dshares[tokens.groups.place].reshape(shares.shape).astype(shares.dtype)
-    return dx, None, dshares, _cast_like(dweights, weights), _cast_like(dbiases, biases)
+    return ((dx, None, dshares, _cast_like(dweights, weights), _cast_like(dbiases, biases)),)
 
 
 # Loops over groups have no derivative, and plain autodiff would keep every gathered weight.
 _local.defvjp(_local_fwd, _local_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _experts(
-    x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    shares: Float[Array, "B T k"],
-    weights: Weights,
-    biases: Biases,
-    plan: ExpertsPlan,
-    wafer: Wafer,
-) -> Float[Array, "B T D"]:
-    return _fwd(x, chosen, shares, weights, biases, plan, wafer)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _experts(operands: _Operands, plan: ExpertsPlan, wafer: Wafer) -> _Features:
+    return _fwd(operands, plan, wafer)[0]
 
 
-def _fwd(
-    x: Float[Array, "B T D"],
-    chosen: Int[Array, "B T k"],
-    shares: Float[Array, "B T k"],
-    weights: Weights,
-    biases: Biases,
-    plan: ExpertsPlan,
-    wafer: Wafer,
-) -> tuple[Float[Array, "B T D"], tuple]:
-    specs = (_TOKENS, _CHOICES, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
+def _fwd(operands: _Operands, plan: ExpertsPlan, wafer: Wafer) -> tuple[_Features, _Operands]:
     kernel = functools.partial(_per_pe, plan=plan)
-    run = wafer.map(kernel, in_specs=specs, out_specs=_TOKENS)
-    return run(x, chosen, shares, weights, biases), (x, chosen, shares, weights, biases)
+    run = wafer.map(kernel, in_specs=_specs(operands), out_specs=_TOKENS)
+    return run(*operands), operands
 
 
-def _bwd(plan: ExpertsPlan, wafer: Wafer, residuals: tuple, dout: Float[Array, "B T D"]) -> tuple:
-    x, chosen, shares, weights, biases = residuals
-    specs = (_TOKENS, _CHOICES, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
+def _bwd(plan: ExpertsPlan, wafer: Wafer, operands: _Operands, dout: _Features) -> tuple:
+    specs = _specs(operands)
+    floats = (specs[0], *specs[2:])
     kernel = functools.partial(_gradient_per_pe, plan=plan)
-    out_specs = (_TOKENS, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(biases))
-    run = wafer.map(kernel, in_specs=(*specs, _TOKENS), out_specs=out_specs)
-    dx, dshares, dweights, dbiases = run(x, chosen, shares, weights, biases, dout)
-    return dx, None, dshares, dweights, dbiases
+    run = wafer.map(kernel, in_specs=(*specs, _TOKENS), out_specs=floats)
+    dx, *others = run(*operands, dout)
+    return ((dx, None, *others),)
+
+
+def _specs(operands: _Operands) -> tuple:
+    return (_TOKENS, _CHOICES, _CHOICES, (_WEIGHT,) * 3, (_BIAS,) * len(operands[4]))
 
 
 _experts.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    x: Float[Array, "B Tt Dt"],
-    chosen: Int[Array, "B Tt k"],
-    shares: Float[Array, "B Tt k"],
+    x: _FeatureTile,
+    chosen: _ChoiceTile,
+    shares: _ShareTile,
     weights: Weights,
     biases: Biases,
     plan: ExpertsPlan,
-) -> Float[Array, "B Tt Dt"]:
+) -> _FeatureTile:
     rows = _token_rows(x, chosen, shares, plan)
     local_experts = weights[0].shape[0]  # experts on this wafer
 
@@ -201,9 +185,7 @@ def _per_pe(
         tokens = _receive(route, rows, local_experts)
         y = fabric.varying(jnp.zeros((tokens.rows.shape[0], x.shape[2]), x.dtype))
 
-        def add(
-            y: Float[Array, "R Dt"], part: tuple[grouped_matmul.Groups, Weights, Biases]
-        ) -> tuple[Float[Array, "R Dt"], None]:
+        def add(y: Float[Array, "R Dt"], part: _Part) -> tuple[Float[Array, "R Dt"], None]:
             groups, weights, biases = part
             of_part = tokens._replace(groups=groups)
             return y + feed_forward.forward(of_part, weights, biases, plan, FABRIC)[0], None
@@ -217,14 +199,14 @@ def _per_pe(
 
 
 def _gradient_per_pe(
-    x: Float[Array, "B Tt Dt"],
-    chosen: Int[Array, "B Tt k"],
-    shares: Float[Array, "B Tt k"],
+    x: _FeatureTile,
+    chosen: _ChoiceTile,
+    shares: _ShareTile,
     weights: Weights,
     biases: Biases,
-    dout: Float[Array, "B Tt Dt"],
+    dout: _FeatureTile,
     plan: ExpertsPlan,
-) -> tuple[Float[Array, "B Tt Dt"], Float[Array, "B Tt k"], Weights, Biases]:
+) -> tuple[_FeatureTile, _ShareTile, Weights, Biases]:
     rows = _token_rows(x, chosen, shares, plan)
     dout = dout.reshape(-1, dout.shape[2])
     work = functools.partial(_gradient_by_route, rows, weights, biases, dout, plan)
@@ -243,7 +225,7 @@ def _gradient_per_pe(
 
 
 def _gradient_by_route(
-    rows: tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]],
+    rows: _TokenRows,
     weights: Weights,
     biases: Biases,
     dout: Float[Array, "n Dt"],
@@ -254,10 +236,7 @@ def _gradient_by_route(
     tokens = _receive(route, rows, weights[0].shape[0])
     dy = route.send(dout)[tokens.groups.order // tokens.choices]
 
-    def add(
-        sums: tuple[Float[Array, "R D"], Float[Array, " R"]],
-        part: tuple[grouped_matmul.Groups, Weights, Biases],
-    ) -> tuple[tuple[Float[Array, "R D"], Float[Array, " R"]], tuple[Weights, Biases]]:
+    def add(sums: _RowGradients, part: _Part) -> tuple[_RowGradients, tuple[Weights, Biases]]:
         # Gate and up are multiplied again: their products of all parts would have to be kept.
         groups, weights, biases = part
         of_part = tokens._replace(groups=groups)
@@ -278,22 +257,15 @@ def _gradient_by_route(
 
 
 def _token_rows(
-    x: Float[Array, "B Tt Dt"],
-    chosen: Int[Array, "B Tt k"],
-    shares: Float[Array, "B Tt k"],
-    plan: ExpertsPlan,
-) -> tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]]:
+    x: _FeatureTile, chosen: _ChoiceTile, shares: _ShareTile, plan: ExpertsPlan
+) -> _TokenRows:
     """The tokens of this row of PEs as rows with all features, their choices and their shares."""
     x = layout.resize(fabric.all_gather(x, COLS, 2), 2, plan.D)
     rows, chosen, shares = (a.reshape(-1, a.shape[2]) for a in (x, chosen, shares))
     return rows, chosen, shares
 
 
-def _receive(
-    route: routing.Route,
-    rows: tuple[Float[Array, "n D"], Int[Array, "n k"], Float[Array, "n k"]],
-    local_experts: int,
-) -> Tokens:
+def _receive(route: routing.Route, rows: _TokenRows, local_experts: int) -> Tokens:
     """The rows that reach this wafer, sorted by the experts that it has."""
     x, chosen, shares = (route.send(a) for a in rows)
     local = chosen - fabric.axis_index(WAFERS) * local_experts
@@ -304,7 +276,7 @@ def _receive(
 
 
 def _for_each_part(
-    add: Callable[[Carry, tuple[grouped_matmul.Groups, Weights, Biases]], tuple[Carry, Any]],
+    add: Callable[[Carry, _Part], tuple[Carry, Any]],
     carry: Carry,
     groups: grouped_matmul.Groups,
     weights: Weights,
@@ -332,9 +304,7 @@ def _for_each_part(
     return carry, jax.tree.map(lambda a: a.reshape(E, *a.shape[2:]), out)
 
 
-def _cast_like(
-    values: tuple[Float[Array, ...], ...], like: tuple[Float[Array, ...], ...]
-) -> tuple[Float[Array, ...], ...]:
+def _cast_like(values: _Arrays, like: _Arrays) -> _Arrays:
     return tuple(v.astype(a.dtype) for v, a in zip(values, like, strict=True))
 
 

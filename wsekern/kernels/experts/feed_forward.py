@@ -23,6 +23,7 @@ from wsekern.wafer.axes import COLS, ROWS
 
 Weights = tuple[Float[Array, "E _ _"], ...]  # gate and up [E, D, F], down [E, F, D]
 Biases = tuple[Float[Array, "E _"], ...]  # of gate and up [E, F], of down [E, D]; () for none
+Rows = Float[Array, "R _"]  # a row for each choice of a token, sorted by expert
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -56,7 +57,7 @@ class Tokens(NamedTuple):
     groups: grouped_matmul.Groups
     choices: int
 
-    def sum_choices(self, rows: Float[Array, "R _"]) -> Float[Array, "n _"]:
+    def sum_choices(self, rows: Rows) -> Float[Array, "n _"]:
         """For each token the sum of its rows."""
         return rows[self.groups.place].reshape(-1, self.choices, rows.shape[1]).sum(1)
 
@@ -73,7 +74,7 @@ def sort_tokens(
 
 def forward(
     tokens: Tokens, weights: Weights, biases: Biases, plan: ExpertsPlan, exchange: Exchange
-) -> tuple[Float[Array, "R _"], tuple[Float[Array, "R _"], ...]]:
+) -> tuple[Rows, tuple[Rows, ...]]:
     """The experts' results, not yet multiplied by shares, and gate's and up's products."""
     gate, up, down = _gather_weights(weights, plan, exchange)
     groups = tokens.groups
@@ -91,13 +92,13 @@ def forward(
 
 def backward(
     tokens: Tokens,
-    dy: Float[Array, "R _"],
+    dy: Rows,
     weights: Weights,
     biases: Biases,
-    products: tuple[Float[Array, "R _"], ...],
+    products: tuple[Rows, ...],
     plan: ExpertsPlan,
     exchange: Exchange,
-) -> tuple[Float[Array, "R _"], Float[Array, " R"], Weights, Biases]:
+) -> tuple[Rows, Float[Array, " R"], Weights, Biases]:
     """Gradients of rows and shares (both still to be summed along x), of weights and of biases.
 
     `dy` is the gradient of the result in the sorted rows, not yet multiplied by shares.
@@ -148,7 +149,5 @@ def _gather_weights(weights: Weights, plan: ExpertsPlan, exchange: Exchange) -> 
     )
 
 
-def _gather_hidden(
-    h: Float[Array, "R _"], plan: ExpertsPlan, exchange: Exchange
-) -> Float[Array, "R _"]:
+def _gather_hidden(h: Rows, plan: ExpertsPlan, exchange: Exchange) -> Rows:
     return layout.resize(exchange.gather(h, COLS, 1), 1, plan.F)

@@ -25,6 +25,11 @@ from wsekern import fabric
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows
 
+_Matrices = tuple[Float[Array, "_ _"], ...]
+_Weights = tuple[Float[Array, "G _ _"], ...]  # a matrix for each group
+_Products = tuple[Float[Array, "K N"], ...]
+_Gradients = tuple[Float[Array, "G K N"], ...]
+
 
 class Groups(NamedTuple):
     """The order of rows sorted by group. R rows, G groups."""
@@ -68,7 +73,7 @@ def _nonempty_first(counts: Int[Array, " G"]) -> Int[Array, " G"]:
 
 def product(
     rows: Float[Array, "R K"],
-    weights: tuple[Float[Array, "G _ _"], ...],
+    weights: _Weights,
     groups: Groups,
     *,
     transposed: bool = False,
@@ -96,11 +101,7 @@ def product(
     )
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def multiply_block(
-        begin: Int[Array, ""],
-        matrices: tuple[Float[Array, "_ _"], ...],
-        outs: tuple[Float[Array, "_ _"], ...],
-    ) -> tuple[Float[Array, "_ _"], ...]:
+    def multiply_block(begin: Int[Array, ""], matrices: _Matrices, outs: _Matrices) -> _Matrices:
         block = lax.dynamic_slice_in_dim(rows, begin, size)
         results = (
             lax.dot_general(
@@ -117,9 +118,7 @@ def product(
             for out, result in zip(outs, results, strict=True)
         )
 
-    def multiply_group(
-        i: Int[Array, ""], outs: tuple[Float[Array, "_ _"], ...]
-    ) -> tuple[Float[Array, "_ _"], ...]:
+    def multiply_group(i: Int[Array, ""], outs: _Matrices) -> _Matrices:
         group = groups.nonempty[i]
         matrices = tuple(w[group] for w in weights)
         start, count = groups.starts[group], groups.counts[group]
@@ -136,7 +135,7 @@ def product(
 
 def _by_grouped_kernel(
     rows: Float[Array, "R K"],
-    weights: tuple[Float[Array, "G _ _"], ...],
+    weights: _Weights,
     groups: Groups,
     transposed: bool,
     precision: lax.PrecisionLike,
@@ -157,7 +156,7 @@ def weight_gradients(
     rights: tuple[Float[Array, "R N"], ...],
     groups: Groups,
     precision: lax.PrecisionLike = None,
-) -> tuple[Float[Array, "G K N"], ...]:
+) -> _Gradients:
     """`left[group]^T @ right[group]` for each group and each pair, in float32.
 
     Args:
@@ -173,9 +172,7 @@ def weight_gradients(
     )
     shapes = [(a.shape[1], b.shape[1]) for a, b in zip(lefts, rights, strict=True)]
 
-    def multiply_block(
-        begin: Int[Array, ""], end: Int[Array, ""]
-    ) -> tuple[Float[Array, "K N"], ...]:
+    def multiply_block(begin: Int[Array, ""], end: Int[Array, ""]) -> _Products:
         in_group = (begin + jnp.arange(size) < end)[:, None]
         pairs = (
             (lax.dynamic_slice_in_dim(a, begin, size), lax.dynamic_slice_in_dim(b, begin, size))
@@ -192,15 +189,11 @@ def weight_gradients(
             for a, b in pairs
         )
 
-    def add_group(
-        i: Int[Array, ""], outs: tuple[Float[Array, "G K N"], ...]
-    ) -> tuple[Float[Array, "G K N"], ...]:
+    def add_group(i: Int[Array, ""], outs: _Gradients) -> _Gradients:
         group = groups.nonempty[i]
         start, end = groups.starts[group], groups.starts[group] + groups.counts[group]
 
-        def add_block(
-            j: Int[Array, ""], sums: tuple[Float[Array, "K N"], ...]
-        ) -> tuple[Float[Array, "K N"], ...]:
+        def add_block(j: Int[Array, ""], sums: _Products) -> _Products:
             return tuple(map(jnp.add, sums, multiply_block(start + j * size, end)))
 
         # Begin with the first block's product and not with zeros: most groups have one block.

@@ -96,31 +96,20 @@ def travel_with_gradients(
     tiles: int,
 ) -> Gradients:
     """`travel` for gradients: the gradient of a tile of keys travels with it, and ends at home."""
-    arriving = _shift(keys) if tiles > 1 else keys
-    sums = first(sums, keys, 0)
+
+    def shift_and_visit(sums: Gradients, keys: Keys, distance: Distance) -> Gradients:
+        return visit(sums._replace(dkv=fabric.shift(sums.dkv, ROWS)), keys, distance)
+
+    sums = travel(first, shift_and_visit, sums, keys, tiles)
     if tiles == 1:
         return sums
-
-    def step(
-        state: tuple[Gradients, Keys], distance: Int[Array, ""]
-    ) -> tuple[tuple[Gradients, Keys], None]:
-        sums, keys = state
-        arriving = _shift(keys)
-        return (visit(_shift_dkv(sums), keys, distance), arriving), None
-
-    (sums, keys), _ = lax.scan(step, (sums, arriving), jnp.arange(1, tiles - 1))
     # After the last visit a tile's gradient is `tiles - 1` places from home: one shift, that far.
-    sums = visit(_shift_dkv(sums), keys, tiles - 1)
     return sums._replace(dkv=fabric.shift(sums.dkv, ROWS, 1 - tiles))
 
 
 def _shift(keys: Keys) -> Keys:
     kv, segments = fabric.shift((keys.kv, keys.segments), ROWS)
     return keys._replace(kv=kv, segments=segments)
-
-
-def _shift_dkv(sums: Gradients) -> Gradients:
-    return sums._replace(dkv=fabric.shift(sums.dkv, ROWS))
 
 
 def _set_start(keys: Keys, distance: Distance) -> Keys:

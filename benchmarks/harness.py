@@ -17,13 +17,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from wsekern.moved import moved_names
 from wsekern.wafer.launch import prepare_devices
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+    __getattr__ = moved_names(__name__)
 
 _PIPED_WIDTH = 160
 _SAMPLE_SECONDS = 0.02  # one sample is as many calls as fit into this time

@@ -11,12 +11,16 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from wsekern.atomic_write import atomic_write
+from wsekern.moved import moved_names
 from wsekern.wafer.launch import Platform, parse_grid
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+    __getattr__ = moved_names(__name__)
 
 # A resumed run may change where and how long it runs, and what it shows. The other fields decide
 # the losses: if one changed, the two halves would not be one run.

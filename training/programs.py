@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,8 +14,12 @@ from jaxtyping import Array, Int
 from sharding.state import initialize, lay_out, pad
 from training.plan import RunPlan
 from training.step import Metrics, TrainState, evaluation, state_of, train_step
+from wsekern.moved import moved_names
 from wsekern.wafer import layout
 from wsekern.wafer.axes import ROWS, WAFERS
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+    __getattr__ = moved_names(__name__)
 
 _BATCH = P(WAFERS, ROWS)
 

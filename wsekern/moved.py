@@ -1,9 +1,13 @@
-"""Old module paths: importing one raises ImportError with the new path. To be removed after 0.2."""
+"""Old paths of modules and names: importing one raises ImportError with the new path.
+
+To be removed after 0.2.
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Modules by their folders, as "old_name:new_name", or "name" if only the folder has changed.
 _FABRIC = "algorithms:choice chain cost k_tree line operation optimal ring star tree two_phase"
@@ -30,8 +34,12 @@ _PLACEMENT = "devices:failed_devices harvest:yields held:frozen_array machines:p
 
 
 def _moves(old: str, new: str, names: str) -> dict[str, str]:
+    return {before: f"{new}.{after}" for before, after in _pairs(old, names)}
+
+
+def _pairs(old: str, names: str) -> list[tuple[str, str]]:
     pairs = (name.partition(":") for name in names.split())
-    return {f"{old}.{before}": f"{new}.{after or before}" for before, _, after in pairs}
+    return [(f"{old}.{before}", after or before) for before, _, after in pairs]
 
 
 # Old path -> new path. The modules below a path moved with it, unless they are here themselves.
@@ -63,6 +71,63 @@ MOVED = {
     **_moves("training", "training", "optimiser:optimizer run:loop start:initial_model"),
 }
 
+_PRICE = "wsekern.estimator.links.price"
+_POINTS = "wsekern.estimator.validation.points"
+
+
+def _names(old: str, new: str, names: str) -> dict[str, str]:
+    return {before: f"from {new} import {after}" for before, after in _pairs(old, names)}
+
+
+# Old path of a name -> how to import it now. The module that it stood in still has its path.
+NAMES = {
+    **_names("wsekern.wafer", "wsekern.wafer.wafer", "TILED"),
+    **_names("wsekern.kernels.experts", "wsekern.kernels.experts.feed_forward", "Weights Biases"),
+    **_names("wsekern.kernels.matmul", "wsekern.kernels.matmul.signature", "Algorithm"),
+    **_names("wsekern.kernels.matmul", "wsekern.kernels.matmul.signature", "Right:Matrix"),
+    **_names("wsekern.estimator.links", _PRICE, "Move:PricedMove of_equation:price_move"),
+    **_names("wsekern.estimator.links", _PRICE, "axes_of root_of reduction:price_reduction"),
+    **_names("wsekern.estimator.validation", _POINTS, "COUNTED FITTED POINTS Row:PredictedPoint"),
+    **_names("wsekern.estimator.validation", _POINTS, "Validation fit left_out:cross_validate"),
+    **_names("wsekern.estimator.validation", _POINTS, "read:read_points validate"),
+    **_names(
+        "models.planning.plan",
+        "models.planning.plan",
+        "Plan:DeploymentPlan scaling:scale_out",
+    ),
+    **_names(
+        "training.config",
+        "training.config",
+        "differences:config_differences load:load_config resolved:resolve_config save:save_config",
+    ),
+    **_names("training.programs", "training.plan", "Plan:RunPlan make_plan"),
+    **_names("benchmarks.harness", "wsekern.wafer.launch", "parse_grid"),
+    **_names(
+        "benchmarks.harness",
+        "benchmarks.harness",
+        "Compiled:CompiledProgram Result:Timing compiled:compile_program",
+    ),
+}
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """A `__getattr__` for `module`, which is no package: an old name raises ImportError.
+
+    Of a package, `from package import name` asks for a module of that name, and so the finder
+    below.
+    """
+
+    def old_name(name: str) -> Any:
+        _raise_if_moved(f"{module}.{name}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return old_name
+
+
+def _raise_if_moved(name: str) -> None:
+    if name in NAMES:
+        raise ImportError(f"{name} has moved: {NAMES[name]}", name=name)
+
 
 class _Signpost:
     """The last finder that Python asks. It finds no module; it names the new path of an old one."""
@@ -71,6 +136,7 @@ class _Signpost:
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        _raise_if_moved(name)
         if name not in MOVED:
             return None
         # Python imports a folder before the modules in it, so that only the folder's error is

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 from models.config import DecoderConfig
 from models.planning import memory
@@ -17,6 +18,10 @@ from models.planning.chips import Chips, chips_of
 from models.planning.parts import BYTES, Mode, Part, parts_of
 from models.planning.regions import Regions, candidates, of_side
 from wsekern.hardware import ACCELERATORS, Machine
+from wsekern.moved import moved_names
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+    __getattr__ = moved_names(__name__)
 
 _PASSES = 3  # transfers of a training step: weights forward, weights backward, gradients back
 

@@ -1,4 +1,4 @@
-"""Old module paths: what an import of one says."""
+"""Old paths of modules and names: what an import of one says."""
 
 import importlib
 import subprocess
@@ -48,6 +48,28 @@ def test_old_paths_are_known_when_a_folder_above_wsekern_alone_is_imported(packa
     program = f"import {package}\nimport {old}"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert f"ImportError: {old} has moved: import {new}\n" in run.stderr
+
+
+@pytest.mark.parametrize("old", wsekern.moved.NAMES)
+def test_an_old_name_says_how_to_import_it_now(old):
+    statement = wsekern.moved.NAMES[old]
+    old_module, _, old_name = old.rpartition(".")
+    new_module, new_name = statement.removeprefix("from ").split(" import ")
+    with pytest.raises(ImportError, match=f"^{old} has moved: {statement}$"):
+        exec(f"from {old_module} import {old_name}", {})
+    assert hasattr(importlib.import_module(new_module), new_name)
+
+
+@pytest.mark.parametrize("module", ["training.config", "wsekern.kernels.matmul"])
+def test_a_name_that_never_was_cannot_be_imported(module):
+    with pytest.raises(ImportError, match=f"^cannot import name 'nonsense' from '{module}'"):
+        exec(f"from {module} import nonsense", {})
+
+
+def test_what_can_be_imported_from_a_family_still_can_be():
+    from wsekern.kernels.stencil import stencil, stencil_tile
+
+    assert (stencil, stencil_tile) == (wsekern.stencil, wsekern.stencil_tile)
 
 
 def test_a_module_below_a_folder_that_moved_names_the_folders_new_path():

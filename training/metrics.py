@@ -81,7 +81,10 @@ def loss_curve(metrics: Sequence[Line], path: str | os.PathLike) -> str:
       path: the picture to write.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        return "no loss curve: matplotlib is not installed (pip install matplotlib)"
+        return (
+            "no loss curve: matplotlib is not installed; in the checkout, run "
+            "`pip install -e '.[viz]' -c constraints.txt`"
+        )
     train = _points(metrics, "loss")
     validation = _points(metrics, "val_loss")
     if not train and not validation:

@@ -64,7 +64,10 @@ def _reader(file: pathlib.Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f'{file}: GGUF needs its package: pip install "wsekern[hf]"') from None
+        raise ValueError(
+            f"{file} needs the gguf library; in the checkout, run "
+            "`pip install -e '.[hf]' -c constraints.txt`"
+        ) from None
     try:
         return gguf.GGUFReader(file)
     except Exception as error:  # numpy's errors for missing bytes are of many kinds

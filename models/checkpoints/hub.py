@@ -27,8 +27,8 @@ def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
         import huggingface_hub
     except ImportError:
         raise FileNotFoundError(
-            f"{name}: no such folder; to look for it on the Hugging Face hub, install "
-            "huggingface_hub (the extra `hf`)"
+            f"{name}: no such folder; the Hugging Face hub needs huggingface_hub; in the checkout, "
+            "run `pip install -e '.[hf]' -c constraints.txt`"
         ) from None
     for local in (True, False):
         try:

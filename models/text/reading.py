@@ -5,13 +5,13 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 from models.checkpoints.hub import find
 from models.text import bpe
 from models.text.tokenizer import Codec, FastCodec, Tokenizer, bytes_tokenizer
+from wsekern.atomic_write import atomic_write
 
 # Files that `copy_tokenizer` copies.
 _FILES = (
@@ -68,7 +68,8 @@ def copy_tokenizer(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
         return
     for name in _FILES:
         if (checkpoint / name).exists():
-            shutil.copyfile(checkpoint / name, folder / name)
+            with atomic_write(folder / name) as file:
+                file.write((checkpoint / name).read_bytes())
 
 
 def _codec(
@@ -111,7 +112,8 @@ def _model(file: pathlib.Path, settings: dict[str, Any], names: dict[str, Any]) 
         import sentencepiece
     except ImportError:
         raise ValueError(
-            f'{file} is of SentencePiece, which is not installed: pip install "wsekern[hf]"'
+            f"{file} needs the sentencepiece library; in the checkout, run "
+            "`pip install -e '.[hf]' -c constraints.txt`"
         ) from None
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     every = range(model.get_piece_size())
@@ -204,6 +206,7 @@ def _tokenizers(file: pathlib.Path) -> Any:
         import tokenizers
     except ImportError:
         raise ValueError(
-            f'{file} needs the tokenizers library: pip install "wsekern[hf]"'
+            f"{file} needs the tokenizers library; in the checkout, run "
+            "`pip install -e '.[hf]' -c constraints.txt`"
         ) from None
     return tokenizers

@@ -21,7 +21,10 @@ def render(template: str, names: dict[str, Any], source: str = "") -> str:
         import jinja2.ext
         import jinja2.sandbox
     except ImportError:
-        raise ValueError('chat templates need jinja2: pip install "wsekern[hf]"') from None
+        raise ValueError(
+            "chat templates need jinja2; in the checkout, run "
+            "`pip install -e '.[hf]' -c constraints.txt`"
+        ) from None
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)

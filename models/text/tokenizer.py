@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from models.text.template import render
+from wsekern.atomic_write import atomic_write
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -108,18 +109,26 @@ class Tokenizer:
             )
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; nothing if tokens are bytes."""
+        """Writes tokenizer.json and tokenizer_config.json; nothing if tokens are bytes.
+
+        If the tokenizer knows the tokens that end a text, it writes generation_config.json too.
+        Each file is written whole or not at all.
+        """
         if not isinstance(self.codec, FastCodec):
             return
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names}
         if self.template is not None:
             settings["chat_template"] = self.template
-        self.codec.inner.save(str(folder / "tokenizer.json"))
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        texts = {
+            "tokenizer.json": self.codec.inner.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
+        }
         if self.ends:
-            ends = json.dumps({"eos_token_id": list(self.ends)}, indent=2)
-            (folder / "generation_config.json").write_text(ends, encoding="utf-8")
+            ends = {"eos_token_id": list(self.ends)}
+            texts["generation_config.json"] = json.dumps(ends, indent=2)
+        for name, text in texts.items():
+            with atomic_write(folder / name) as file:
+                file.write(text.encode())
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of `tokens` in pieces, one for each token, and one last piece at the end.

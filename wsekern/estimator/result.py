@@ -130,7 +130,7 @@ class Estimate:
           path: where to write it, as .png, .svg or .pdf; None: nowhere.
 
         Raises:
-          ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+          ImportError: matplotlib is not installed (`pip install -e '.[viz]' -c constraints.txt`).
           ValueError: the path ends in something else.
         """
         from wsekern.estimator.pictures.wafer_map import wafer_map
@@ -158,7 +158,7 @@ class Estimate:
           title: its heading; by default the wafer.
 
         Raises:
-          ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+          ImportError: matplotlib is not installed (`pip install -e '.[viz]' -c constraints.txt`).
           OSError: the path cannot be written.
         """
         from wsekern.estimator.pictures.page import page

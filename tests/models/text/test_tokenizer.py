@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ import tokenizers  # noqa: E402
 from tokenizers import decoders, pre_tokenizers, trainers  # noqa: E402
 
 from models.text import bpe  # noqa: E402
-from models.text.reading import load_tokenizer  # noqa: E402
+from models.text.reading import copy_tokenizer, load_tokenizer  # noqa: E402
 from models.text.template import render  # noqa: E402
 from models.text.tokenizer import bytes_tokenizer  # noqa: E402
 
@@ -65,6 +66,27 @@ def test_tokenizer_json_with_its_chat_template(folder):
     assert tokens[0] == 0  # the name of a special token is that token
     with pytest.raises(ValueError, match=r"has \d+ tokens, the model knows 100"):
         tokenizer.check(100)
+
+
+def test_a_saved_tokenizer_is_whole_or_not_there(folder, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(tmp_path)
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert set(written) == {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert load_tokenizer(tmp_path).codec.definition == tokenizer.codec.definition
+
+    def full_disk(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    for write in (tokenizer.save, lambda path: copy_tokenizer(folder, path)):
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == written
 
 
 def test_generation_config_says_what_ends_a_text(folder, tmp_path):

@@ -42,7 +42,8 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
-            'pictures need matplotlib, which is not installed; pip install "wsekern[viz]"'
+            "pictures need matplotlib, which is not installed; in the checkout, run "
+            "`pip install -e '.[viz]' -c constraints.txt`"
         )
 
 

@@ -58,7 +58,7 @@ def roofline(
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
-      ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+      ImportError: matplotlib is not installed (`pip install -e '.[viz]' -c constraints.txt`).
       ValueError: no program computes anything, or the path has another ending.
       OSError: the path cannot be written.
     """

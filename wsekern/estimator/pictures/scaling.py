@@ -39,7 +39,7 @@ def scaling(
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
-      ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+      ImportError: matplotlib is not installed (`pip install -e '.[viz]' -c constraints.txt`).
       ValueError: there is no value, or one that is not positive, or the path has another ending.
       OSError: the path cannot be written.
     """

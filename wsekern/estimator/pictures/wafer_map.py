@@ -44,7 +44,7 @@ def wafer_map(
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
-      ImportError: matplotlib is not installed (`pip install "wsekern[viz]"`).
+      ImportError: matplotlib is not installed (`pip install -e '.[viz]' -c constraints.txt`).
       ValueError: the shapes of values and defects differ, the zoom is outside of the map, there is
         no such quantity, or the path has another ending.
       OSError: the path cannot be written.

@@ -90,7 +90,7 @@ def test_an_unknown_quantity_is_refused_with_the_nearest_name(e):
 def test_without_matplotlib_it_says_what_to_install(e, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for draw in (e.plot, lambda: e.html(tmp_path / "e.html")):
-        with pytest.raises(ImportError, match=r'pip install "wsekern\[viz\]"'):
+        with pytest.raises(ImportError, match=r"pip install -e '.\[viz\]'"):
             draw()
     e.timeline(tmp_path / "e.json")  # which needs no matplotlib
 

@@ -45,7 +45,9 @@ class BlockMove(NamedTuple):
     stretches: tuple[Stretch, ...] | None
 
 
-def permute(tile: Shaped[Array, "..."], name: str, pairs: Pairs, fill: float) -> Array:
+def permute(
+    tile: Shaped[Array, "..."], name: str, pairs: Pairs, fill: float
+) -> Shaped[Array, "..."]:
     """`tile` sent along `name` by `pairs` of (source, destination).
 
     Each device sends every other device only the rows it needs; messages are padded to the largest
@@ -53,14 +55,16 @@ def permute(tile: Shaped[Array, "..."], name: str, pairs: Pairs, fill: float) ->
     """
 
     @custom_vmap
-    def move(tile: Array, place: Array) -> Array:
+    def move(tile: Shaped[Array, "..."], place: Int[Array, ""]) -> Shaped[Array, "..."]:
         del place
         return tile
 
     # The place is an operand only to tell which vmap this is: it is batched by the vmap of `name`
     # alone. Until that one, the rule passes `move` on.
     @move.def_vmap
-    def _(size: int, batched: Sequence[bool], tile: Array, place: Array) -> tuple[Array, bool]:
+    def _(
+        size: int, batched: Sequence[bool], tile: Shaped[Array, "..."], place: Int[Array, "..."]
+    ) -> tuple[Shaped[Array, "..."], bool]:
         if not batched[1]:  # another axis: its tiles together are one larger tile to this move
             return move(tile, place), True
         block = tile if batched[0] else jnp.broadcast_to(tile, (size, *tile.shape))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from jaxtyping import Array, Shaped
 from wsekern.fabric import flood, jax_collectives
 from wsekern.fabric.exchange import check_root
 from wsekern.fabric.jax_collectives import is_virtual
-from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
+from wsekern.fabric.moves import Along, TileTree, axis_index, axis_size, names_of, varying
 from wsekern.fabric.reductions import chain, choice, line, ring
 from wsekern.fabric.reductions.choice import Algorithm
 from wsekern.fabric.reductions.operation import OPERATIONS, Op
 from wsekern.wafer.axes import WAFERS
 
 
-def broadcast(x: Any, along: Along, root: int = 0) -> Any:
+def broadcast(x: TileTree, along: Along, root: int = 0) -> TileTree:
     """The root's `x`, on every PE along `along`: a flood, one step of B words.
 
     On a wafer, `B + P + 2 T_R` cycles from the end of a line of P PEs, and `B + M + N - 2 + 2 T_R +
@@ -39,8 +39,8 @@ def broadcast(x: Any, along: Along, root: int = 0) -> Any:
 
 
 def reduce(
-    x: Any, along: Along, root: int = 0, op: Op = "sum", *, algorithm: Algorithm = "auto"
-) -> Any:
+    x: TileTree, along: Along, root: int = 0, op: Op = "sum", *, algorithm: Algorithm = "auto"
+) -> TileTree:
     """`x` reduced over `along`, on the root; zeros on every other PE.
 
     Cycles on a line of P PEs with the root at its end, for tiles of B words (T_R = 2):
@@ -79,7 +79,9 @@ def reduce(
     return _reduce_each(x, along, op, algorithm, root)
 
 
-def all_reduce(x: Any, along: Along, op: Op = "sum", *, algorithm: Algorithm = "auto") -> Any:
+def all_reduce(
+    x: TileTree, along: Along, op: Op = "sum", *, algorithm: Algorithm = "auto"
+) -> TileTree:
     """`x` reduced over `along`, on every PE; JAX types it as the same on each.
 
     It is a reduction to the PE that suits the algorithm, and a flood from there: one step and B
@@ -105,7 +107,9 @@ def all_reduce(x: Any, along: Along, op: Op = "sum", *, algorithm: Algorithm = "
     return _reduce_each(x, along, op, algorithm, None)
 
 
-def _reduce_each(x: Any, along: Along, op: Op, algorithm: Algorithm, root: int | None) -> Any:
+def _reduce_each(
+    x: TileTree, along: Along, op: Op, algorithm: Algorithm, root: int | None
+) -> TileTree:
     names, grid = names_of(along), names_of(_grid_axes(along))
     sizes = [axis_size(name) for name in grid]
     # Several wafers: first reduce to all PEs of each, then let XLA reduce between them.
@@ -155,8 +159,13 @@ def _differentiable(
 
 @_differentiable.defjvp
 def _differentiable_jvp(
-    names: tuple[str, ...], root: int | None, op: Op, algorithm: str, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
+    names: tuple[str, ...],
+    root: int | None,
+    op: Op,
+    algorithm: str,
+    primals: tuple[Shaped[Array, "..."]],
+    tangents: tuple[Shaped[Array, "..."]],
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
     (tile,), (dtile,) = primals, tangents
     out = _differentiable(tile, names, root, op, algorithm)
     return out, _reduce_by_xla(dtile, names, root, op)
@@ -171,7 +180,10 @@ def _grafted(
 
 
 @_grafted.defjvp
-def _grafted_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _grafted_jvp(
+    primals: tuple[Shaped[Array, "..."], Shaped[Array, "..."]],
+    tangents: tuple[Shaped[Array, "..."], Shaped[Array, "..."]],
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
     return _grafted(*primals), tangents[1]
 
 
@@ -180,7 +192,7 @@ def _without_gradient(tile: Shaped[Array, "..."], op: Op) -> Shaped[Array, "..."
     return tile
 
 
-def _refuse_gradient(op: Op, residuals: None, dout: Any) -> Any:
+def _refuse_gradient(op: Op, residuals: None, dout: Shaped[Array, "..."]) -> NoReturn:
     raise ValueError(
         f"fabric: op={op!r} has no gradient; put lax.stop_gradient around what is reduced"
     )

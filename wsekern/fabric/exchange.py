@@ -3,18 +3,16 @@
 They are XLA's own collectives on every backend.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from wsekern.fabric import jax_collectives
 from wsekern.fabric.jax_collectives import is_virtual
-from wsekern.fabric.moves import Along, axis_index, axis_size, names_of, varying
+from wsekern.fabric.moves import Along, TileTree, axis_index, axis_size, names_of, varying
 
 
-def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False) -> Any:
+def all_gather(x: TileTree, along: Along, axis: int = 0, *, replicated: bool = False) -> TileTree:
     """All PEs' tiles along `along`, joined in order along dimension `axis`, on every PE.
 
     With P PEs and tiles of B words, a PE receives (P - 1) B words and then holds P B.
@@ -32,7 +30,7 @@ def all_gather(x: Any, along: Along, axis: int = 0, *, replicated: bool = False)
     return x
 
 
-def reduce_scatter(x: Any, along: Along, axis: int = 0) -> Any:
+def reduce_scatter(x: TileTree, along: Along, axis: int = 0) -> TileTree:
     """This PE's part, along dimension `axis`, of the sum of all PEs' `x`.
 
     It is the gradient of `all_gather`, and has the inverse layout. With P PEs and tiles of B words,
@@ -54,7 +52,7 @@ def reduce_scatter(x: Any, along: Along, axis: int = 0) -> Any:
     return x
 
 
-def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
+def all_to_all(x: TileTree, along: str, split: int, concat: int) -> TileTree:
     """One part of `x` sent to each PE along `along`, and the parts received joined.
 
     With P PEs and tiles of B words, a PE receives (P - 1) B / P words.
@@ -81,7 +79,7 @@ def all_to_all(x: Any, along: str, split: int, concat: int) -> Any:
     return x
 
 
-def scatter(x: Any, along: Along, axis: int = 0, root: int = 0) -> Any:
+def scatter(x: TileTree, along: Along, axis: int = 0, root: int = 0) -> TileTree:
     """This PE's part, along dimension `axis`, of the root's `x`; one step.
 
     Args:
@@ -99,7 +97,7 @@ def scatter(x: Any, along: Along, axis: int = 0, root: int = 0) -> Any:
     return reduce_scatter(root_alone, along, axis)
 
 
-def gather(x: Any, along: Along, axis: int = 0, root: int = 0) -> Any:
+def gather(x: TileTree, along: Along, axis: int = 0, root: int = 0) -> TileTree:
     """All PEs' tiles, joined in order along dimension `axis`, on the root; zeros elsewhere.
 
     Every PE needs the memory of the result, P tiles for P PEs: a kernel's arrays have one shape on
@@ -134,7 +132,7 @@ def _gather(tile: Shaped[Array, "..."], name: str, axis: int, kind: str) -> Shap
     return jax_collectives.all_gather(tile, name, axis % tile.ndim, kind)
 
 
-def _check_parts(operation: str, x: Any, along: Along, axis: int) -> None:
+def _check_parts(operation: str, x: TileTree, along: Along, axis: int) -> None:
     size = axis_size(along)
     for tile in jax.tree.leaves(x):
         if tile.shape[axis] % size:

@@ -4,8 +4,6 @@ A router passes a word on in several directions at once. So a broadcast costs no
 for the farthest PE: Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +13,7 @@ from wsekern.fabric import jax_collectives, moves
 from wsekern.fabric.reductions.cost import Cost
 
 
-def flood(x: Any, along: moves.Along) -> Any:
+def flood(x: moves.TileTree, along: moves.Along) -> moves.TileTree:
     """Every element of `x` from the one PE where it is not zero, on every PE.
 
     One step of B words for a tile of B. JAX types the result as the same on every PE. On devices it
@@ -36,7 +34,7 @@ def flood(x: Any, along: moves.Along) -> Any:
     return jax.tree.map(flood_tile, x)
 
 
-def from_root(x: Any, along: moves.Along, root: int) -> Any:
+def from_root(x: moves.TileTree, along: moves.Along, root: int) -> moves.TileTree:
     """The root's `x`, on every PE along `along`."""
     is_root = moves.axis_index(along) == root
     # A select and not a product: an infinity on another PE times zero would be a NaN.

@@ -5,12 +5,12 @@ Costs are per PE: words received, and steps that wait for one another.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Int32, PyTree, Shaped
 
 from wsekern.fabric import across_devices, jax_collectives
 from wsekern.fabric.jax_collectives import is_virtual
@@ -20,6 +20,7 @@ from wsekern.wafer.context import inside, is_differentiating
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
+TileTree: TypeAlias = PyTree[Shaped[Array, "..."]]  # a tile, or a pytree of tiles
 Along = str | tuple[str, ...]
 # The order in which the PEs of a line form a ring. "plain" is 0 1 2 3 4 5, whose ends are a whole
 # line apart; "folded" is 0 2 4 5 3 1, in which neighbors are at most two hops apart.
@@ -67,14 +68,14 @@ def ring_index(along: str, ring: Ring = "plain") -> Int32[Array, ""]:
 
 
 def shift(
-    x: Any,
+    x: TileTree,
     along: str,
     by: int = 1,
     *,
     periodic: bool = True,
     fill: float = 0.0,
     ring: Ring = "plain",
-) -> Any:
+) -> TileTree:
     """Every PE's `x` moved `by` places along `along`; each PE gets the tile `by` places before it.
 
     Every PE receives the words of one tile, in one step.
@@ -96,8 +97,8 @@ def shift(
 
 
 def skew(
-    x: Any, along: str, by: str, *, times: int = 1, plus: int = 0, ring: Ring = "plain"
-) -> Any:
+    x: TileTree, along: str, by: str, *, times: int = 1, plus: int = 0, ring: Ring = "plain"
+) -> TileTree:
     """Every PE's `x` moved around the ring along `along`, by a distance of its own.
 
     A PE at place i along `by` moves its tile `times * i + plus` places: the skew of Cannon's
@@ -129,7 +130,9 @@ def skew(
     return _skew_at_once(x, along, by, times, plus, ring)
 
 
-def route(x: Any, along: str, pairs: Sequence[tuple[int, int]], *, fill: float = 0.0) -> Any:
+def route(
+    x: TileTree, along: str, pairs: Sequence[tuple[int, int]], *, fill: float = 0.0
+) -> TileTree:
     """`x` sent along `along` from the source to the destination of each of `pairs`.
 
     A destination receives the words of one tile, in one step.
@@ -154,7 +157,7 @@ def route(x: Any, along: str, pairs: Sequence[tuple[int, int]], *, fill: float =
     return _permute(x, along, list(pairs), fill)
 
 
-def transpose(x: Any, rows: str = ROWS, cols: str = COLS) -> Any:
+def transpose(x: TileTree, rows: str = ROWS, cols: str = COLS) -> TileTree:
     """PE (y, x) gets the tile of PE (x, y): the grid is reflected in its diagonal, no tile is.
 
     Every PE receives the words of one tile, in one step. On virtual PEs, and on grids of more than
@@ -185,7 +188,7 @@ def transpose(x: Any, rows: str = ROWS, cols: str = COLS) -> Any:
     return route(x, rows, [(i, -i % size) for i in range(size)])
 
 
-def varying(x: Any, along: Along | None = None) -> Any:
+def varying(x: TileTree, along: Along | None = None) -> TileTree:
     """`x`, with the type of an array that may differ from PE to PE.
 
     JAX types a fresh array, such as `jnp.zeros`, as the same on every PE. As the first carry of a
@@ -224,7 +227,7 @@ def ring_order(size: int, ring: Ring) -> list[int]:
     return [*range(0, size, 2), *reversed(range(1, size, 2))]
 
 
-def _skew_at_once(x: Any, along: str, by: str, times: int, plus: int, ring: Ring) -> Any:
+def _skew_at_once(x: TileTree, along: str, by: str, times: int, plus: int, ring: Ring) -> TileTree:
     size, others = axis_size(along), axis_size(by)
     order, other_order = ring_order(size, ring), ring_order(others, ring)
 
@@ -236,8 +239,8 @@ def _skew_at_once(x: Any, along: str, by: str, times: int, plus: int, ring: Ring
 
 
 def _permute_at_once(
-    x: Any, first: str, second: str, destination: Callable[[int, int], tuple[int, int]]
-) -> Any:
+    x: TileTree, first: str, second: str, destination: Callable[[int, int], tuple[int, int]]
+) -> TileTree:
     """Every PE's `x` sent to `destination` of its places along two axes, as one permutation."""
     # JAX numbers the PEs of several axes in the order of the mesh, in whatever order the axes are
     # given. So sort them that way, and find how far apart the numbers of neighbors are.
@@ -254,7 +257,7 @@ def _permute_at_once(
     return jax.tree.map(lambda t: lax.ppermute(varying(t, both), names, pairs), x)
 
 
-def _permute(x: Any, along: str, pairs: list[tuple[int, int]], fill: float) -> Any:
+def _permute(x: TileTree, along: str, pairs: list[tuple[int, int]], fill: float) -> TileTree:
     names = names_of(along)
     if not names:
         stays = (0, 0) in pairs

@@ -141,7 +141,9 @@ def _receives(
 
 def _cut(
     tile: Shaped[Array, "..."], count: int
-) -> tuple[Shaped[Array, "count width"], Callable[[Array], Array]]:
+) -> tuple[
+    Shaped[Array, "count width"], Callable[[Shaped[Array, "count width"]], Shaped[Array, "..."]]
+]:
     """A tile as `count` pieces, and the function that joins them again."""
     width = -(-tile.size // count)
     flat = jnp.pad(tile.reshape(-1), (0, count * width - tile.size))

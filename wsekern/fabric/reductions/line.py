@@ -1,7 +1,7 @@
 """A line of PEs: an axis of the grid, or the snake that winds through the whole grid."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -15,14 +15,14 @@ class Line(NamedTuple):
     size: int
     place: Int[Array, ""]  # of this PE
     # (tile, by, fill): the tile `by` places before this PE, or `fill` beyond an end.
-    shift: Callable[[Array, int, Any], Array]
+    shift: Callable[[Shaped[Array, "..."], int, float], Shaped[Array, "..."]]
     axis: str | None  # the axis that it lies along; None for the snake
 
 
 def along(axis: str) -> Line:
     """The line along an axis of the grid."""
 
-    def shift(tile: Shaped[Array, "..."], by: int, fill: Any) -> Shaped[Array, "..."]:
+    def shift(tile: Shaped[Array, "..."], by: int, fill: float) -> Shaped[Array, "..."]:
         return moves.shift(tile, axis, by, periodic=False, fill=fill)
 
     return Line(moves.axis_size(axis), moves.axis_index(axis), shift, axis)
@@ -44,7 +44,7 @@ def snake(rows: str, cols: str) -> Line:
     place = y * width + jnp.where(eastward, x, width - 1 - x)
     first, last = place % width == 0, place % width == width - 1  # of its row
 
-    def shift(tile: Shaped[Array, "..."], by: int, fill: Any) -> Shaped[Array, "..."]:
+    def shift(tile: Shaped[Array, "..."], by: int, fill: float) -> Shaped[Array, "..."]:
         if abs(by) != 1:
             raise ValueError(f"fabric: a snake moves one place at a time, not {by}")
         turns = first if by == 1 else last

@@ -3,8 +3,6 @@
 Luczynski et al., "Near-Optimal Wafer-Scale Reduce", HPDC 2024. It is the best for one word.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
@@ -12,6 +10,8 @@ from jaxtyping import Array, Shaped
 from wsekern.fabric.reductions.cost import Cost, Received, sides
 from wsekern.fabric.reductions.line import Line
 from wsekern.fabric.reductions.operation import Operation
+
+_Carry = tuple[Shaped[Array, "..."], list[Shaped[Array, "..."]]]  # the total, tiles on their way
 
 
 def reduce(
@@ -25,7 +25,7 @@ def reduce(
     fill = op.neutral(tile.dtype)
     directions = [by for by, side in ((1, root), (-1, line.size - 1 - root)) if side]
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
+    def step(carry: _Carry, _: None) -> tuple[_Carry, None]:
         total, traveling = carry
         traveling = [line.shift(t, by, fill) for t, by in zip(traveling, directions, strict=True)]
         for arrived in traveling:

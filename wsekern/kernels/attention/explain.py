@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
+from jaxtyping import Float, Int
 
 from wsekern.kernels.attention import operands
-from wsekern.kernels.attention.operands import Floats, Segments
+from wsekern.kernels.attention.operands import Described, Floats, Segments
 from wsekern.kernels.attention.plan import (
+    Algorithm,
     AttentionOptions,
     AttentionPlan,
     plan_attention,
@@ -24,15 +25,23 @@ from wsekern.wafer.wafer import Wafer
 
 @accept_jax_names("attention", is_causal="causal")
 def explain(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Float[Described, "B T N H"],
+    k: Float[Described, "B S K H"],
+    v: Float[Described, "B S K H"],
     *,
-    bias: Any = None,
-    sinks: Any = None,
-    segment_ids: Any = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Described, " N"] | None = None,
+    segment_ids: Int[Described, "B T"]
+    | tuple[Int[Described, "B T"], Int[Described, "B S"]]
+    | None = None,
+    bias: Float[Described, ...] | None = None,
+    algorithm: Algorithm = "auto",
+    precision: jax.lax.PrecisionLike = None,
     wafer: Wafer | None = None,
-    **options: Any,
+    is_causal: bool | None = None,
 ) -> Explanation:
     """Which algorithm `attention` takes for the same arguments, why, and what each would cost.
 
@@ -46,16 +55,29 @@ def explain(
       q: queries, or their `jax.ShapeDtypeStruct`; so for all arrays.
       k: keys.
       v: values.
-      bias: as for `attention`.
-      sinks: as for `attention`.
-      segment_ids: as for `attention`.
-      wafer: as for `attention`.
-      options: the other keywords of `attention`.
+      causal: as for `attention`, like every other keyword.
+      window: how many keys a query sees.
+      scale: what the products are multiplied by; it changes no cost.
+      soft_cap: the limit of the scores; it changes no cost.
+      sinks: one more score a head.
+      segment_ids: of the rows of queries and keys.
+      bias: added to the scores.
+      algorithm: "auto", "ring", "allgather" or "ulysses".
+      precision: of every product; it changes no cost.
+      wafer: where it would run; by default the current wafer.
+      is_causal: JAX's name for `causal`; give one of the two.
 
     Raises:
       ValueError: as `attention`.
     """
-    asked = AttentionOptions(**options)
+    asked = AttentionOptions(
+        causal=causal,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        precision=precision,
+        algorithm=algorithm,
+    )
     if isinstance(bias, jax.ShapeDtypeStruct):  # which has no reshape
         bias = jax.ShapeDtypeStruct((1,) * (4 - len(bias.shape)) + bias.shape, bias.dtype)
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)

@@ -17,6 +17,7 @@ from wsekern.wafer.wafer import Wafer
 # How the work is ordered: on one PE, or by an algorithm; "zigzag" is the ring for causal queries.
 Order = Literal["local", "allgather", "ulysses", "ring", "zigzag"]
 
+Described = Array | jax.ShapeDtypeStruct  # `attention.explain` reads no values
 HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 _WHOLE_HEADS = P(WAFERS, ROWS, None, None)
 

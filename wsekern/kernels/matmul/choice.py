@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from wsekern.kernels.matmul import allgather, cannon, overlapped, replicated, stationary, summa
-from wsekern.kernels.matmul.problem import MatmulPlan, MatmulProblem, PricedPlan
+from wsekern.kernels.matmul.problem import MatmulProblem, PricedPlan
 from wsekern.wafer.limits import gather_limit
 from wsekern.wafer.wafer import Wafer
 
@@ -17,12 +17,40 @@ PRICES: dict[str, Callable[[MatmulProblem], PricedPlan]] = {
     "stationary": stationary.price,
     "2.5d": replicated.price,
 }
+# "mesh" was the name of MeshGEMM, which a `jax.sharding.Mesh` has nothing to do with. The old name
+# is accepted for one release.
+_FORMER_NAMES = {"mesh": "mesh_gemm"}
 _FEW_WORDS = 4  # a stationary factor pays if this many times fewer words move
 _LITTLE = 2**18  # bytes; gathering so few costs no more than the call itself
 
 
-def choose(problem: MatmulProblem) -> tuple[PricedPlan, str]:
-    """The plan that `auto` takes, and why."""
+def find_algorithm(operation: str, algorithm: str) -> str:
+    """The present name of an algorithm, or "auto".
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    name = _FORMER_NAMES.get(algorithm, algorithm)
+    if name not in ("auto", *PRICES):
+        known = ", ".join(repr(name) for name in ("auto", *PRICES))
+        raise ValueError(f"{operation}: algorithm={algorithm!r} is not one of {known}")
+    return name
+
+
+def choose(operation: str, problem: MatmulProblem, name: str) -> tuple[PricedPlan, str]:
+    """The plan of the algorithm of that name, or the one that "auto" takes, and why.
+
+    Raises:
+      ValueError: the algorithm cannot serve on the problem's wafer.
+    """
+    if name != "auto":
+        priced = PRICES[name](problem)
+        if priced.refused:
+            raise ValueError(
+                f"{operation}: algorithm={name!r} {priced.refused}; use one of "
+                f"{serving(problem.wafer)}"
+            )
+        return priced, "asked for"
     return (_choose_on_devices if problem.wafer.machine is None else _choose_on_wafer)(problem)
 
 
@@ -37,22 +65,6 @@ def serving(wafer: Wafer) -> tuple[str, ...]:
         rows=1, meeting=1, columns=1, x_bytes=4, y_bytes=4, s_bytes=4, wafer=wafer
     )
     return tuple(name for name, priced in price_all(problem).items() if not priced.refused)
-
-
-def plan(problem: MatmulProblem, name: str) -> MatmulPlan:
-    """How the algorithm of that name, or "auto", runs on the problem's wafer.
-
-    Raises:
-      ValueError: it cannot serve there.
-    """
-    if name == "auto":
-        return choose(problem)[0].plan
-    priced = PRICES[name](problem)
-    if priced.refused:
-        raise ValueError(
-            f"matmul: algorithm={name!r} {priced.refused}; use one of {serving(problem.wafer)}"
-        )
-    return priced.plan
 
 
 def _choose_on_devices(problem: MatmulProblem) -> tuple[PricedPlan, str]:

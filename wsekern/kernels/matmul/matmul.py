@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from wsekern import fabric
 from wsekern.kernels.matmul import choice, epilogue, tile
+from wsekern.kernels.matmul.explain import explain_matmul
 from wsekern.kernels.matmul.problem import MatmulPlan, MatmulProblem
 from wsekern.kernels.matmul.right_factor import RightFactor, check_right_factor, is_trained
 from wsekern.kernels.matmul.signature import Algorithm, Matrix, with_signature
@@ -21,12 +22,8 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.limits import sum_dtype
 from wsekern.wafer.wafer import Wafer
 
-# "mesh" was the name of MeshGEMM, which a `jax.sharding.Mesh` has nothing to do with. The old name
-# is accepted for one release.
-_FORMER_NAMES = {"mesh": "mesh_gemm"}
 
-
-@with_signature
+@with_signature(explain_matmul)
 def matmul(
     a: Float[Array, "*batch _ _"],
     b: Matrix | Sequence[Matrix],
@@ -99,8 +96,8 @@ def matmul(
     form = tile.form_of("matmul", transpose_a, transpose_b)
     a = layout.as_array(a)
     rights = _right_factors(b, bias, scales, several)
-    name = _FORMER_NAMES.get(algorithm, algorithm)
-    _check(form, a, rights, name)
+    _check(form, a, rights)
+    name = choice.find_algorithm("matmul", algorithm)
     function = epilogue.find_activation("matmul", activation)
     wafer = context.resolve(wafer)
     # An empty matrix cannot be cut into tiles.
@@ -108,7 +105,7 @@ def matmul(
         cs = tuple(_plain(form, a, right, function, precision) for right in rights)
     else:
         problem = MatmulProblem.of(form, a, [right.matrix for right in rights], wafer)
-        plan = choice.plan(problem, name)
+        plan = choice.choose("matmul", problem, name)[0].plan
         cs = _on_wafer(a, rights, _MatmulOptions(form, plan, function, precision), wafer)
     return cs if several else cs[0]
 
@@ -370,9 +367,7 @@ def _right_factors(
     return tuple(map(RightFactor.of, b, biases, scaleses))
 
 
-def _check(
-    form: tile.Form, a: jax.Array, rights: tuple[RightFactor[jax.Array], ...], algorithm: str
-) -> None:
+def _check(form: tile.Form, a: jax.Array, rights: tuple[RightFactor[jax.Array], ...]) -> None:
     if not rights:
         raise ValueError("matmul: b is an empty tuple; give at least one right factor")
     for right in rights:
@@ -384,6 +379,3 @@ def _check(
         raise ValueError(
             f"matmul: the right factors are {dtypes}; make them alike, or call once for each dtype"
         )
-    if algorithm not in ("auto", *choice.PRICES):
-        known = ", ".join(repr(name) for name in ("auto", *choice.PRICES))
-        raise ValueError(f"matmul: algorithm={algorithm!r} is not one of {known}")

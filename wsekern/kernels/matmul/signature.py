@@ -7,9 +7,8 @@ import jax
 from jaxtyping import Array, Float, Int8
 
 from wsekern.kernels.matmul.epilogue import Activation
-from wsekern.kernels.matmul.explain import explain_matmul
 from wsekern.kernels.matmul.problem import Described
-from wsekern.wafer.explanation import Explanation
+from wsekern.wafer.explanation import Explanation, explained_by
 from wsekern.wafer.wafer import Wafer
 
 Algorithm = Literal[
@@ -25,6 +24,8 @@ Algorithm = Literal[
 ]
 Matrix = Float[Array, "... _ _"] | Int8[Array, "... _ _"]
 Shape = tuple[int, ...]
+# Of one right factor, or of several.
+Vectors = Described | None | Sequence[Described | None]
 
 
 @runtime_checkable
@@ -38,6 +39,11 @@ class Explain(Protocol):
         *,
         transpose_a: bool = False,
         transpose_b: bool = False,
+        bias: Vectors = None,
+        activation: Activation = None,
+        scales: Vectors = None,
+        algorithm: Algorithm = "auto",
+        precision: jax.lax.PrecisionLike = None,
         dtype: Any = ...,
         wafer: Wafer | None = None,
     ) -> Explanation: ...
@@ -84,7 +90,10 @@ class Matmul(Protocol):
         """Which algorithm "auto" takes for these factors, and what each would cost."""
 
 
-def with_signature(function: Callable[..., Any]) -> Matmul:
-    """`function` with its `explain`, and known by the type above."""
-    function.explain = explain_matmul  # type: ignore[attr-defined]
-    return cast(Matmul, function)
+def with_signature(explain: Explain) -> Callable[[Callable[..., Any]], Matmul]:
+    """The decorator that gives `matmul` its `explain`, and makes it known by the type above."""
+
+    def attach(function: Callable[..., Any]) -> Matmul:
+        return cast(Matmul, explained_by(explain)(function))
+
+    return attach

@@ -293,6 +293,17 @@ def test_the_explanation_marks_one_row_and_says_who_chose(algorithm, mark):
     assert algorithm in ("auto", explained.algorithm)
 
 
+def test_explain_declares_the_keywords_of_attention():
+    call, explain = inspect.signature(wk.attention), inspect.signature(wk.attention.explain)
+    assert {name: p.default for name, p in explain.parameters.items()} == {
+        name: p.default for name, p in call.parameters.items()
+    }
+    x = jax.ShapeDtypeStruct((1, 8, 4, 4), jnp.float32)
+    misspelled: dict[str, Any] = {"casual": True}
+    with pytest.raises(TypeError, match=r"explain\(\) got an unexpected keyword argument 'casual'"):
+        wk.attention.explain(x, x, x, **misspelled)
+
+
 def test_attention_is_a_function_with_an_explanation():
     assert inspect.isfunction(wk.attention)
     assert list(inspect.signature(wk.attention).parameters)[:4] == ["q", "k", "v", "causal"]

@@ -5,7 +5,7 @@ import inspect
 import pathlib
 import re
 import traceback
-from typing import assert_type, get_args
+from typing import Any, assert_type, get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -63,7 +63,7 @@ def with_gradients(run):
     return call
 
 
-FORMS: dict[str, dict[str, bool]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "nn": {},
     "nt": {"transpose_b": True},
     "tn": {"transpose_a": True},
@@ -370,6 +370,32 @@ def test_the_explanation_of_auto_is_what_runs(rows):
     )
     assert auto == named
     assert wk.explain_matmul(a, b).algorithm == "plain"
+
+
+@pytest.mark.parametrize(("algorithm", "mark"), [("auto", "<- auto"), ("mesh", "<- asked for")])
+def test_explain_takes_the_keywords_of_the_call(algorithm, mark):
+    wafer = wk.Wafer.abstract(wk.WSE2, 4, 4)
+    a, b = jnp.ones((8, 16)), jnp.ones((16, 4))
+    options: dict[str, Any] = dict(bias=jnp.ones(4), activation="relu", precision="highest")
+    c = wk.matmul(a, b, algorithm="auto", **options)
+    explained = wk.matmul.explain(a, b, algorithm=algorithm, wafer=wafer, **options)
+    (marked,) = [line for line in str(explained).splitlines() if "<-" in line]
+    assert marked.split()[0] == explained.algorithm and marked.endswith(mark)
+    assert c.shape == (8, 4) and (algorithm == "auto" or explained.algorithm == "mesh_gemm")
+    assert set(inspect.signature(wk.matmul).parameters) < set(
+        inspect.signature(wk.matmul.explain).parameters
+    )
+
+
+def test_explain_refuses_what_the_call_refuses():
+    a, wafer = jnp.ones((8, 8)), wk.Wafer.abstract(wk.WSE2, 4, 4)
+    unknown: Any = "strassen"
+    with pytest.raises(ValueError, match="explain_matmul: algorithm='strassen' is not one of"):
+        wk.matmul.explain(a, a, algorithm=unknown)
+    with pytest.raises(ValueError, match=r"explain_matmul: algorithm='2.5d' .*; use one of"):
+        wk.matmul.explain(a, a, algorithm="2.5d", wafer=wafer)
+    with pytest.raises(ValueError, match="explain_matmul: activation='swish' is not one of"):
+        wk.matmul.explain(a, a, activation="swish")
 
 
 def test_explain_is_known_to_type_checkers():

@@ -79,7 +79,7 @@ def run(
     return whole(pieces)
 
 
-def received_of(chains: Chains, words: int) -> Received:
+def count_received_in(chains: Chains, words: int) -> Received:
     """`ceil(B / C)` words from each side in each of n + C - 1 steps."""
     offset, hops = _offsets(chains)
     if hops == 0:
@@ -91,9 +91,9 @@ def received_of(chains: Chains, words: int) -> Received:
     return Received(sides_used * steps * -(-words // count), steps)
 
 
-def received(pes: int, words: int, root: int = 0) -> Received:
-    """As `received_of`, for the chain through all PEs of a line."""
-    return received_of(Chains(np.full(pes, root), 1), words)
+def count_received(pes: int, words: int, root: int = 0) -> Received:
+    """As `count_received_in`, for the chain through all PEs of a line."""
+    return count_received_in(Chains(np.full(pes, root), 1), words)
 
 
 def pieces_of(hops: int, words: float) -> int:

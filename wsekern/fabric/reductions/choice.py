@@ -23,17 +23,17 @@ class _Reduction(NamedTuple):
     """A reduction along a line to a root, what a PE receives in it, and its terms of cost."""
 
     reduce: Callable
-    received: Callable[[int, int, int], Received]
+    count_received: Callable[[int, int, int], Received]
     cost: Callable[[int, float, int], Cost]
 
 
 LINES: dict[str, _Reduction] = {
-    "star": _Reduction(star.reduce, star.received, star.cost),
-    "chain": _Reduction(chain.reduce, chain.received, chain.cost),
-    "tree": _Reduction(tree.reduce, tree.received, tree.cost),
-    "two_phase": _Reduction(two_phase.reduce, two_phase.received, two_phase.cost),
-    "optimal": _Reduction(optimal.reduce, optimal.received, optimal.cost),
-    "k_tree": _Reduction(k_tree.reduce, k_tree.received, k_tree.cost),
+    "star": _Reduction(star.reduce, star.count_received, star.cost),
+    "chain": _Reduction(chain.reduce, chain.count_received, chain.cost),
+    "tree": _Reduction(tree.reduce, tree.count_received, tree.cost),
+    "two_phase": _Reduction(two_phase.reduce, two_phase.count_received, two_phase.cost),
+    "optimal": _Reduction(optimal.reduce, optimal.count_received, optimal.cost),
+    "k_tree": _Reduction(k_tree.reduce, k_tree.count_received, k_tree.cost),
 }
 _ALL = ("auto", "xla", *LINES, "ring", "snake")
 
@@ -100,17 +100,17 @@ def received(algorithm: str, sizes: Sequence[int], words: int, root: int | None 
     total = Received(0, 0)
     if algorithm == "ring":
         for size in sizes:
-            total = total.plus(ring.received(size, words))
+            total = total.plus(ring.count_received(size, words))
         return total
     places = places_of(root_of(algorithm, sizes) if root is None else root, sizes)
     if algorithm == "snake":
         # A shift of the snake is up to three moves at once, and a PE receives a tile in each.
         moves = (sizes[0] > 1) + 2 * (sizes[1] > 1)
-        total = chain.received(math.prod(sizes), words, snake_place(places, sizes))
+        total = chain.count_received(math.prod(sizes), words, snake_place(places, sizes))
         total = Received(moves * total.words, total.steps)
     else:
         for size, place in zip(sizes, places, strict=True):
-            total = total.plus(LINES[algorithm].received(size, words, place))
+            total = total.plus(LINES[algorithm].count_received(size, words, place))
     return total if root is not None else total.plus(Received(words, 1))
 
 

@@ -29,9 +29,9 @@ def reduce(
     return tile
 
 
-def received(pes: int, words: int, root: int) -> Received:
+def count_received(pes: int, words: int, root: int) -> Received:
     """What the chains of both levels receive, one after the other."""
-    first, second = (chain.received_of(chains, words) for chains in levels(pes, root))
+    first, second = (chain.count_received_in(chains, words) for chains in levels(pes, root))
     return first.plus(second)
 
 

@@ -36,7 +36,7 @@ def reduce(
     return tile
 
 
-def received(pes: int, words: int, root: int = 0) -> Received:
+def count_received(pes: int, words: int, root: int = 0) -> Received:
     """At most one tile in each step."""
     steps = len(rounds(pes, words, root))
     return Received(steps * words, steps)

@@ -40,7 +40,7 @@ def all_reduce(tile: Shaped[Array, "..."], along: str, op: Operation) -> Shaped[
     return gathered[np.roll(order, 1)].reshape(-1)[: tile.size].reshape(tile.shape)
 
 
-def received(pes: int, words: int) -> Received:
+def count_received(pes: int, words: int) -> Received:
     """`2 (P - 1) ceil(B / P)` words in P steps."""
     return Received(2 * (pes - 1) * -(-words // pes), pes) if pes > 1 else Received(0, 0)
 

@@ -37,7 +37,7 @@ def reduce(
     return jnp.where(line.place == root, total, tile)
 
 
-def received(pes: int, words: int, root: int = 0) -> Received:
+def count_received(pes: int, words: int, root: int = 0) -> Received:
     """`n B` words from each side, in n steps."""
     steps = max(sides(pes, root), default=0)
     return Received(len(sides(pes, root)) * steps * words, steps)

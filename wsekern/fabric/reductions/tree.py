@@ -35,7 +35,7 @@ def reduce(
     return tile
 
 
-def received(pes: int, words: int, root: int = 0) -> Received:
+def count_received(pes: int, words: int, root: int = 0) -> Received:
     """One tile in each step, from each side that still has tiles to send."""
     levels = [_levels(side) for side in sides(pes, root)]
     return Received(sum(levels) * words, max(levels, default=0))

@@ -28,9 +28,9 @@ def reduce(
     return tile
 
 
-def received(pes: int, words: int, root: int = 0) -> Received:
+def count_received(pes: int, words: int, root: int = 0) -> Received:
     """What the chains of both phases receive, one after the other."""
-    first, second = (chain.received_of(chains, words) for chains in phases(pes, root))
+    first, second = (chain.count_received_in(chains, words) for chains in phases(pes, root))
     return first.plus(second)
 
 

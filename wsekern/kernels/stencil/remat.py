@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from wsekern.kernels.stencil.buffers import Step, Tiles
-from wsekern.kernels.stencil.sources import Readings, join_readings
+from wsekern.kernels.stencil.sources import Records, join_records
 from wsekern.wafer import context
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _UNIT = 4
 Cotangents = tuple[list[Any], list[Any]]
 
 
-def advance(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+def advance(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Records]:
     """`run.advance`, with a reverse-mode gradient that keeps few states."""
     if run.plan.on_wafer:
         return _nested_checkpoints(run, tiles, begin, steps)
@@ -74,15 +74,15 @@ def _steps_of_a_unit(plan: StencilPlan) -> int:
 # virtual PEs `jax.checkpoint` does it.
 def _nested_checkpoints(
     run: StencilRun, tiles: Tiles, begin: Step, steps: int
-) -> tuple[Tiles, Readings]:
+) -> tuple[Tiles, Records]:
     division = _Division.of(run.plan, steps)
 
     @jax.checkpoint
-    def unit(tiles: Tiles, begin: Step) -> tuple[Tiles, Readings]:
+    def unit(tiles: Tiles, begin: Step) -> tuple[Tiles, Records]:
         return run.advance(tiles, begin, division.unit)
 
     @jax.checkpoint
-    def segment(tiles: Tiles, begin: Step) -> tuple[Tiles, Readings]:
+    def segment(tiles: Tiles, begin: Step) -> tuple[Tiles, Records]:
         return run.loop(lambda t, b, _: unit(t, b), tiles, begin, division.length, division.unit)
 
     size = division.length * division.unit
@@ -92,18 +92,18 @@ def _nested_checkpoints(
         lambda t, b, _: unit(t, b), tiles, begin, division.units, division.unit
     )
     tiles, last = run.advance(tiles, begin + division.units * division.unit, division.steps)
-    return tiles, join_readings(first, second, last)
+    return tiles, join_records(first, second, last)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _checkpointed(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+def _checkpointed(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Records]:
     return _checkpointed_fwd(run, tiles, begin, steps)[0]
 
 
 # The backward pass is a program of its own, in which cells gather their cotangents (`adjoint`).
 def _checkpointed_fwd(
     run: StencilRun, tiles: Tiles, begin: Step, steps: int
-) -> tuple[tuple[Tiles, Readings], tuple[Any, ...]]:
+) -> tuple[tuple[Tiles, Records], tuple[Any, ...]]:
     division = _Division.of(run.plan, steps)
 
     def segment(buffers: tuple[Tiles, Tiles], begin: Step) -> tuple[Any, Any]:
@@ -117,36 +117,36 @@ def _checkpointed_fwd(
     end, last = run.take_steps(end, begin + steps - division.steps, division.steps)
     if first is not None:
         first = first.reshape(division.in_segments, first.shape[-1])
-    readings = join_readings(first, second, last)
-    return (run.tiles(end[0]), readings), (run, begin, starts, buffers[0])
+    records = join_records(first, second, last)
+    return (run.tiles(end[0]), records), (run, begin, starts, buffers[0])
 
 
 def _checkpointed_bwd(
     steps: int, residuals: tuple[Any, ...], cotangents: tuple[Any, Any]
 ) -> tuple[Any, Any, None]:
     run, begin, starts, last = residuals
-    dtiles, dreadings = cotangents
+    dtiles, drecords = cotangents
     division = _Division.of(run.plan, steps)
     done = division.in_segments
-    if dreadings is not None and dreadings.dtype == jax.dtypes.float0:
-        dreadings = None
+    if drecords is not None and drecords.dtype == jax.dtypes.float0:
+        drecords = None
     current = (
         [jnp.zeros_like(x) for x in _floating(run)[0]],
         list(run.two_buffers(tuple(_floating(dtiles)[0]))[0]),
     )
     # What the forward pass did last comes first.
     current = _back_through_units(
-        run, current, last, begin + done, division.units, division.steps, _tail(dreadings, done)
+        run, current, last, begin + done, division.units, division.steps, _tail(drecords, done)
     )
 
     def segment(current: Cotangents, saved: tuple[Any, Any, Any]) -> tuple[Cotangents, None]:
-        start, begin, dreadings = saved
-        return _back_through_units(run, current, start, begin, division.length, 0, dreadings), None
+        start, begin, drecords = saved
+        return _back_through_units(run, current, start, begin, division.length, 0, drecords), None
 
     size = division.length * division.unit
-    dreadings = _in_groups(dreadings, division.segments, size)
+    drecords = _in_groups(drecords, division.segments, size)
     begins = _begins(begin, division.segments, size)
-    (drun, dnow), _ = lax.scan(segment, current, (starts, begins, dreadings), reverse=True)
+    (drun, dnow), _ = lax.scan(segment, current, (starts, begins, drecords), reverse=True)
     return _floating(run)[1](drun, None), _floating(last)[1](run.tiles(tuple(dnow)), None), None
 
 
@@ -160,7 +160,7 @@ def _back_through_units(
     begin: Step,
     units: int,
     steps: int,
-    dreadings: Any,
+    drecords: Any,
 ) -> Cotangents:
     """The cotangents before some units and single steps, taken once more from `start`."""
     unit = _steps_of_a_unit(run.plan)
@@ -173,21 +173,21 @@ def _back_through_units(
     if units:  # XLA would compile a loop of no turns too
         (now, _), starts = lax.scan(ahead, (start, start), begins)
     if steps:
-        of_steps = _tail(dreadings, done)
+        of_steps = _tail(drecords, done)
         current = _back_through_steps(run, current, now, begin + done, steps, of_steps)
     if not units:
         return current
 
     def back(current: Cotangents, saved: tuple[Any, Any, Any]) -> tuple[Cotangents, None]:
-        now, begin, dreadings = saved
-        return _back_through_steps(run, current, now, begin, unit, dreadings), None
+        now, begin, drecords = saved
+        return _back_through_steps(run, current, now, begin, unit, drecords), None
 
-    dreadings = _in_groups(dreadings, units, unit)
-    return lax.scan(back, current, (starts, begins, dreadings), reverse=True)[0]
+    drecords = _in_groups(drecords, units, unit)
+    return lax.scan(back, current, (starts, begins, drecords), reverse=True)[0]
 
 
 def _back_through_steps(
-    run: StencilRun, current: Cotangents, now: Tiles, begin: Step, steps: int, dreadings: Any
+    run: StencilRun, current: Cotangents, now: Tiles, begin: Step, steps: int, drecords: Any
 ) -> Cotangents:
     rebuild_run, rebuild_now = _floating(run)[1], _floating(now)[1]
 
@@ -195,26 +195,26 @@ def _back_through_steps(
         traced_run = rebuild_run(run_arrays, run)
         after, end, record = traced_run.take_steps_reverse(rebuild_now(buffers, now), begin, steps)
         results = _floating(after)[0], _floating(end)[0]
-        return results, None if dreadings is None else record
+        return results, None if drecords is None else record
 
     with context.differentiating():
         _, pull = jax.vjp(ahead, _floating(run)[0], _floating(now)[0])
-    return pull((current, dreadings))
+    return pull((current, drecords))
 
 
 def _begins(begin: Step, times: int, size: int) -> Int[Array, " times"]:
     return begin + size * jnp.arange(times, dtype=jnp.int32)
 
 
-def _tail(dreadings: Any, done: int) -> Any:
-    return None if dreadings is None else dreadings[done:]
+def _tail(drecords: Any, done: int) -> Any:
+    return None if drecords is None else drecords[done:]
 
 
-def _in_groups(dreadings: Any, times: int, size: int) -> Any:
-    """The cotangents of the first `times * size` readings, in groups of `size` steps."""
-    if dreadings is None:
+def _in_groups(drecords: Any, times: int, size: int) -> Any:
+    """The cotangents of the first `times * size` records, in groups of `size` steps."""
+    if drecords is None:
         return None
-    return dreadings[: times * size].reshape(times, size, dreadings.shape[-1])
+    return drecords[: times * size].reshape(times, size, drecords.shape[-1])
 
 
 def _floating(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any], Any], Any]]:

@@ -16,7 +16,7 @@ from wsekern.kernels.stencil import geometry
 from wsekern.kernels.stencil.buffers import Pairs, Step, Tile
 from wsekern.kernels.stencil.geometry import Lines
 
-Readings = Shaped[Array, "_ points"] | None  # a row for each step; None without receivers
+Records = Shaped[Array, "_ points"] | None  # a row for each step; None without receivers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,8 +147,8 @@ def read(
     return jnp.where(mine, values, jnp.zeros((), values.dtype))
 
 
-def join_readings(*parts: Readings) -> Readings:
-    """The readings of several stretches of steps, one after another."""
+def join_records(*parts: Records) -> Records:
+    """The records of several stretches of steps, one after another."""
     arrays = [part for part in parts if part is not None]
     return jnp.concatenate(arrays) if arrays else None
 

@@ -30,8 +30,8 @@ from wsekern.kernels.stencil.plan import (
 from wsekern.kernels.stencil.sources import (
     Emitters,
     Readers,
-    Readings,
     Receivers,
+    Records,
     Sources,
     make_emitters,
     make_readers,
@@ -184,7 +184,7 @@ class _Call(NamedTuple):
 
     @property
     def split_axes(self) -> tuple[str, ...]:
-        """The axes over which the fields are split, and the readings have to be summed."""
+        """The axes over which the fields are split, and the records have to be summed."""
         if self.wafer is None:
             return ()
         return tuple(axis for entry in self.along for axis in axes_of(entry))
@@ -246,7 +246,7 @@ def _per_pe(
     *,
     plan: StencilPlan,
     axes: tuple[str, ...],
-) -> tuple[Tiles, Tiles | None, Readings]:
+) -> tuple[Tiles, Tiles | None, Records]:
     run = prepare(plan, fields, coefficients, emitters, readers)
     tiles, saved, record = run_steps(run, fields)
     # A PE reads zero for another PE's receivers.
@@ -268,7 +268,7 @@ def _first_not_finite_per_pe(
 def _finish(
     u: Any,
     call: _Call,
-    results: tuple[Tiles, Tiles | None, Readings],
+    results: tuple[Tiles, Tiles | None, Records],
     check_finite: bool,
 ) -> Any:
     """What `stencil` returns: the results without padding, and those that were asked for."""

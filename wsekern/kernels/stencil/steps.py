@@ -20,7 +20,7 @@ from wsekern.kernels.stencil.buffers import Mode, Pairs, Step, Tile, Tiles, cut_
 from wsekern.kernels.stencil.exchange import concatenate_halo, exchange
 from wsekern.kernels.stencil.geometry import Lines
 from wsekern.kernels.stencil.plan import StencilPlan
-from wsekern.kernels.stencil.sources import Emitters, Readers, Readings, join_readings
+from wsekern.kernels.stencil.sources import Emitters, Readers, Records, join_records
 from wsekern.kernels.stencil.traced_update import TracedUpdate
 
 
@@ -39,7 +39,7 @@ class StencilRun:
     emitters: Emitters | None
     readers: Readers | None
 
-    def advance(self, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Readings]:
+    def advance(self, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Records]:
         """The tiles `steps` steps later, and what the receivers on this PE read."""
         # After a unit the fields lie in the buffer where they began, as the carry of a loop must.
         unit = self.plan.unit
@@ -48,17 +48,17 @@ class StencilRun:
         buffers, first = self.loop(self.take_steps, buffers, begin, steps // unit, unit)
         mode = Mode.PADDED if done == 0 else None  # else a loop has had the buffers
         buffers, last = self.take_steps(buffers, begin + done, steps - done, first_mode=mode)
-        return self.tiles(buffers[0]), join_readings(first, last)
+        return self.tiles(buffers[0]), join_records(first, last)
 
     def loop(
         self,
-        body: Callable[[Any, Step, int], tuple[Any, Readings]],
+        body: Callable[[Any, Step, int], tuple[Any, Records]],
         carry: Any,
         begin: Step,
         times: int,
         unit: int,
-    ) -> tuple[Any, Readings]:
-        """`body`, of `unit` steps, repeated; and all its readings in order."""
+    ) -> tuple[Any, Records]:
+        """`body`, of `unit` steps, repeated; and all its records in order."""
         if times == 0:  # XLA would compile the body all the same
             return carry, self._stack([])
         # Arrays, so that XLA does not know the numbers of steps: `cpu_fusion` relies on it.
@@ -72,7 +72,7 @@ class StencilRun:
         begin: Step,
         steps: int,
         first_mode: Mode | None = None,
-    ) -> tuple[tuple[Tiles, Tiles], Readings]:
+    ) -> tuple[tuple[Tiles, Tiles], Records]:
         """`steps` steps unrolled, with an exchange before each `depth` of them.
 
         Args:
@@ -102,12 +102,12 @@ class StencilRun:
             new = [(self._update_box(fields, box, step), box) for fields, box in boxes]
             # Take turns: the buffer that was read is the one that the next step overwrites.
             now, other = self._write_boxes(now, other, new, step, mode), now
-            records += self._readings(now)
+            records += self._records(now)
         return (now, other), self._stack(records)
 
     def take_steps_reverse(
         self, now: Tiles, begin: Step, steps: int
-    ) -> tuple["StencilRun", Tiles, Readings]:
+    ) -> tuple["StencilRun", Tiles, Records]:
         """As `take_steps`, to be differentiated in reverse; the buffers are in new memory.
 
         The run comes back too: `adjoint.apply_gathering` passes its coefficients on.
@@ -127,7 +127,7 @@ class StencilRun:
             new, coefficients = gather(list(now), list(run.coefficients))
             run = dataclasses.replace(run, coefficients=tuple(coefficients))
             now = run._write_boxes(now, other, [(new, region)], step, mode)
-            records += run._readings(now)
+            records += run._records(now)
         return run, now, run._stack(records)
 
     def varying(self) -> "StencilRun":
@@ -221,13 +221,13 @@ class StencilRun:
             buffers = sources.emit(self.emitters, buffers, plan.lines[0], plan.padding, step)
         return tuple(buffers)
 
-    def _readings(self, now: Tiles) -> list[Shaped[Array, " points"]]:
-        """This step's readings in a list, which is empty without receivers."""
+    def _records(self, now: Tiles) -> list[Shaped[Array, " points"]]:
+        """This step's records in a list, which is empty without receivers."""
         if self.readers is None:
             return []
         return [sources.read(self.readers, now, self.plan.lines[0], self.plan.padding)]
 
-    def _stack(self, records: Sequence[Shaped[Array, " points"]]) -> Readings:
+    def _stack(self, records: Sequence[Shaped[Array, " points"]]) -> Records:
         if self.readers is None:
             return None
         return jnp.stack(records) if records else jnp.zeros((0, self.readers.count))
@@ -267,7 +267,7 @@ def prepare(
     return run
 
 
-def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | None, Readings]:
+def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | None, Records]:
     """The tiles after all steps, snapshots, and what the receivers on this PE read."""
     plan = run.plan
     advance = run.advance if plan.checkpoint is None else functools.partial(remat.advance, run)
@@ -276,7 +276,7 @@ def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | N
         tiles, record = advance(tuple(fields), 0, plan.steps)
         return tiles, None, record
 
-    def save(tiles: Tiles, begin: Step) -> tuple[Tiles, tuple[Tiles, Readings]]:
+    def save(tiles: Tiles, begin: Step) -> tuple[Tiles, tuple[Tiles, Records]]:
         tiles, record = advance(tiles, begin, every)
         return tiles, (tiles, record)
 
@@ -288,7 +288,7 @@ def run_steps(run: StencilRun, fields: Sequence[Tile]) -> tuple[Tiles, Tiles | N
     tiles, last = advance(tiles, done, plan.steps - done)
     if records is not None:
         records = records.reshape(done, records.shape[-1])
-    return tiles, saved, join_readings(records, last)
+    return tiles, saved, join_records(records, last)
 
 
 def _with_halos(plan: StencilPlan, coefficients: Sequence[Tile]) -> Tiles:

@@ -288,7 +288,7 @@ def test_an_update_may_take_the_step_and_read_whole_arrays(full_wafer):
     np.testing.assert_allclose(got, field() + 15 * rows, rtol=1e-5, atol=1e-5)
 
 
-def test_snapshots_and_readings(full_wafer):
+def test_snapshots_and_records(full_wafer):
     at = [(0, 0), (7, 9), (15, 15)]
     last, saved, record = run(
         field(), steps=7, save_every=3, receivers=wk.Receivers(at=at), wafer=full_wafer

@@ -23,13 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         _list(known)
         return 0
-    name, *rest = argv
+    name, *flags = argv
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"benchmarks: {name!r} is not one of {', '.join(known)}{hint}", file=sys.stderr)
         return 2
-    importlib.import_module(f"benchmarks.{name}").main(rest)
+    importlib.import_module(f"benchmarks.{name}").main(flags)
     return 0
 
 

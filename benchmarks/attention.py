@@ -106,7 +106,7 @@ def _candidates(grid, length, options):
         return jax.lax.with_sharding_constraint(plain(q, k, v), layout)
 
     def case(attention, operands, **shardings):
-        function, used = _timed(attention, options)
+        function, used = _function_to_time(attention, options)
         return harness.compile_program(function, *operands[:used], **shardings)
 
     tiled = [jax.device_put(x, layout) for x in whole]
@@ -151,7 +151,7 @@ def one_device(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> A
     return tile.unblock_queries(tile.finish(softmax, None, q.dtype)[0])
 
 
-def _timed(attention: Callable, options: AttentionOptions) -> tuple[Callable, int]:
+def _function_to_time(attention: Callable, options: AttentionOptions) -> tuple[Callable, int]:
     """The function to time, and how many of q, k, v and the result's gradient it takes."""
     import jax
     import jax.numpy as jnp

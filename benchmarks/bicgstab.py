@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     apart = np.abs(x - want).max() / np.abs(want).max()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     out(f"largest difference {apart:.1e} of the largest value; {peak / 1e9:.2f} GB at most")
-    out(published())
+    out(published_time())
     if options.json:
         harness.dump(options.json, {"bicgstab": results}, {"apart": float(apart), "peak": peak})
 
@@ -111,7 +111,7 @@ def plain(matrix, b, tolerance: float = 1e-6):
 
     import wsekern as wk
 
-    def shifted(u, axis, by):
+    def shift(u, axis, by):
         pads = [(0, 0)] * 3
         pads[axis] = (1, 0) if by > 0 else (0, 1)
         kept = slice(None, -1) if by > 0 else slice(1, None)
@@ -122,7 +122,7 @@ def plain(matrix, b, tolerance: float = 1e-6):
         def operator(u):
             ways = [(0, 1), (0, -1), (1, 1), (1, -1), (2, 1), (2, -1)]
             return u + sum(
-                c * shifted(u, axis, by) for c, (axis, by) in zip(matrix, ways, strict=True)
+                c * shift(u, axis, by) for c, (axis, by) in zip(matrix, ways, strict=True)
             )
 
         solution = wk.bicgstab(operator, b, tolerance=tolerance, max_iterations=200)
@@ -131,7 +131,7 @@ def plain(matrix, b, tolerance: float = 1e-6):
     return run(matrix, b)
 
 
-def published() -> str:
+def published_time() -> str:
     """The time of an iteration on WSE-1: the paper's, and the estimate for this kernel."""
     import jax
     import jax.numpy as jnp
@@ -198,12 +198,12 @@ def _per_pe(matrix, b, tolerance, most):
         p = _plus(r, beta, _plus(p, -omega, v))
         return x, r, p, new, rr, k + 1
 
-    def unsolved(state):
+    def should_continue(state):
         *_, rr, k = state
         return (rr > tolerance**2 * bb) & (k < most)
 
     start = (b - b, b, b, bb, bb, jnp.int32(0))  # b - b: zeros that JAX knows to vary from PE to PE
-    x, _, _, _, rr, k = lax.while_loop(unsolved, body, start)
+    x, _, _, _, rr, k = lax.while_loop(should_continue, body, start)
     return x, k, jnp.sqrt(rr / bb)
 
 

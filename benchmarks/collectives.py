@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     grids = [parse_height_width(text) for text in options.grid]
     harness.start(max(math.prod(grid) for grid in grids))
     harness.show_environment()
-    harness.console().print(_predicted(options))
+    harness.console().print(_prediction_table(options))
     tables = {}
     for grid in grids:
         for words in options.words:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         harness.dump(options.json, tables)
 
 
-def _predicted(options: CollectivesOptions) -> Table:
+def _prediction_table(options: CollectivesOptions) -> Table:
     import wsekern as wk
     from wsekern import fabric
     from wsekern.fabric.reductions.choice import LINES

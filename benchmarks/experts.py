@@ -81,19 +81,19 @@ def _candidates(
     shares, chosen = jax.lax.top_k(jax.nn.softmax(scores), k)
 
     def ours(x, shares, weights):
-        return wk.experts(x, chosen, shares, weights, activation=_gated)
+        return wk.experts(x, chosen, shares, weights, activation=_swiglu)
 
     def dense(x, shares, weights):
         gate, up, down = weights
-        return (_gated(x @ gate, x @ up) @ down).reshape(1, tokens, k, D).sum(2)
+        return (_swiglu(x @ gate, x @ up) @ down).reshape(1, tokens, k, D).sum(2)
 
     cases = {
         "dense": (dense, jnp.repeat(x, k, axis=1), tuple(w[0] for w in weights)),
         "ours": (ours, x, weights),
     }
     if options.peers:
-        cases["ragged_dot"] = (functools.partial(_ragged, chosen=chosen), x, weights)
-        cases["loop"] = (functools.partial(_loop, chosen=chosen), x, weights)
+        cases["ragged_dot"] = (functools.partial(_ragged_dot_experts, chosen=chosen), x, weights)
+        cases["loop"] = (functools.partial(_loop_over_experts, chosen=chosen), x, weights)
 
     def case(function, x, weights):
         if not backward:
@@ -104,31 +104,31 @@ def _candidates(
     return {name: case(*case_) for name, case_ in cases.items()}
 
 
-def _gated(gate, up):
+def _swiglu(gate, up):
     import jax
 
     return jax.nn.silu(gate) * up
 
 
-def _ragged(x, shares, weights, chosen):
+def _ragged_dot_experts(x, shares, weights, chosen):
     import jax
     import jax.numpy as jnp
 
     (gate, up, down), k = weights, chosen.shape[-1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     rows, counts = x[0][order // k], jnp.bincount(chosen.reshape(-1), length=len(gate))
-    hidden = _gated(*(jax.lax.ragged_dot(rows, w, counts) for w in (gate, up)))
+    hidden = _swiglu(*(jax.lax.ragged_dot(rows, w, counts) for w in (gate, up)))
     out = jax.lax.ragged_dot(hidden, down, counts)[jnp.argsort(order)]
     return (out.reshape(*chosen.shape, -1) * shares[..., None]).sum(2)
 
 
-def _loop(x, shares, weights, chosen):
+def _loop_over_experts(x, shares, weights, chosen):
     import jax
     import jax.numpy as jnp
 
     def add(total, expert):
         e, gate, up, down = expert
         share = (shares * (chosen == e)).sum(-1, keepdims=True)
-        return total + share * (_gated(x @ gate, x @ up) @ down), None
+        return total + share * (_swiglu(x @ gate, x @ up) @ down), None
 
     return jax.lax.scan(add, jnp.zeros_like(x), (jnp.arange(len(weights[0])), *weights))[0]

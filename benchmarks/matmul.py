@@ -89,7 +89,7 @@ def _candidates(grid, size, options):
     plain = functools.partial(ours, wafer=wk.Wafer.devices(1, 1))
 
     def case(product, operands, **layout):
-        function, used = _timed(product, options.backward), 3 if options.backward else 2
+        function, used = _function_to_time(product, options.backward), 3 if options.backward else 2
         return harness.compile_program(function, *operands[:used], **layout)
 
     # What a user has without the library: the same layouts, and XLA decides what moves.
@@ -106,7 +106,7 @@ def _candidates(grid, size, options):
     return candidates, notes
 
 
-def _timed(product: Callable, backward: bool) -> Callable:
+def _function_to_time(product: Callable, backward: bool) -> Callable:
     if not backward:
         return product
     import jax

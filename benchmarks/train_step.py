@@ -109,7 +109,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
         ours = harness.compile_program(train_step(graph, optimizer), state, *shared, **out)
     candidates = {
         f"jit alone, {name}": harness.compile_program(
-            plain_step(functools.partial(_constrained, wafer, specs)), state, *shared, **out
+            plain_step(functools.partial(_constrain, wafer, specs)), state, *shared, **out
         )
         for name, specs in plain_decoder.CONSTRAINTS.items()
     }
@@ -117,7 +117,7 @@ def _candidates(size: str, height: int, width: int) -> dict[str, harness.Compile
     return candidates | {"wsekern": ours, "one device": one}
 
 
-def _constrained(wafer: Any, specs: dict[str, Any], x: Any, kind: str) -> Any:
+def _constrain(wafer: Any, specs: dict[str, Any], x: Any, kind: str) -> Any:
     return wafer.shard(x, specs[kind]) if kind in specs else x
 
 

@@ -24,7 +24,7 @@ def frequencies(config: DecoderConfig) -> np.ndarray:
         return plain / np.float32(scaling.factor)
     if scaling.kind == "llama3":
         return stretch(plain, scaling)
-    return _mixed(plain, scaling, _yarn(config, scaling))
+    return _blend(plain, scaling, _yarn(config, scaling))
 
 
 def stretch(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -34,10 +34,10 @@ def stretch(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """
     turns = scaling.original_context * plain / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    return _mixed(plain, scaling, np.clip((high - turns) / (high - low), 0, 1))
+    return _blend(plain, scaling, np.clip((high - turns) / (high - low), 0, 1))
 
 
-def _mixed(plain: np.ndarray, scaling: RopeScaling, slow: np.ndarray) -> np.ndarray:
+def _blend(plain: np.ndarray, scaling: RopeScaling, slow: np.ndarray) -> np.ndarray:
     # `slow` is how far each is stretched: 0 for fast frequencies, 1 for the slowest.
     return (plain * (1 - slow) + plain / np.float32(scaling.factor) * slow).astype(np.float32)
 

@@ -17,7 +17,7 @@ def capacity(machine: Machine) -> int:
     return machine.sram_bytes - machine.code_bytes
 
 
-def needed(parts: Sequence[Part], machine: Machine) -> int | None:
+def regions_needed(parts: Sequence[Part], machine: Machine) -> int | None:
     """How many regions store all weights and caches; None if not even one layer fits in a region.
 
     A region is filled with layers, in the order in which a token passes them, before the next one.
@@ -63,7 +63,7 @@ def lacking(parts: Sequence[Part], mode: Mode, machine: Machine, regions: int) -
     """Bytes that a PE lacks even if all weights are streamed; 0 or less if the model fits."""
     if mode == "train":
         return sum(training(parts).values()) - capacity(machine)
-    count = needed(parts, machine)
+    count = regions_needed(parts, machine)
     if count is not None and count <= regions:
         return 0.0
     return sum(streaming(parts, regions).values()) - capacity(machine)

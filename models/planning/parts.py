@@ -112,7 +112,7 @@ class _Sizes:
         )
 
     @property
-    def grouped(self) -> dict[str, Any]:
+    def grouped_shapes(self) -> dict[str, Any]:
         """The weights of a layer, with an array of its own for each group of queries."""
         if self.groups == 1:
             return self.shapes
@@ -190,7 +190,7 @@ def _price_decode(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch
 def _price_prefill(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
     del seen, batch
     run = functools.partial(waferllm.prefill_layer, wafer=wafer)
-    return wk.estimate(run, _array(context, sizes.d_model), sizes.grouped, wafer=wafer)
+    return wk.estimate(run, _array(context, sizes.d_model), sizes.grouped_shapes, wafer=wafer)
 
 
 @functools.cache
@@ -206,7 +206,7 @@ def _price_train(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch:
         return out, jax.vjp(layer, h, weights)[1](cotangent)
 
     h = _array(context, sizes.d_model)
-    return wk.estimate(run, h, sizes.grouped, h, wafer=wafer)
+    return wk.estimate(run, h, sizes.grouped_shapes, h, wafer=wafer)
 
 
 def _head(wafer: wk.Wafer, config: DecoderConfig, mode: Mode, context: int, batch: int) -> Part:

@@ -195,7 +195,7 @@ def _price(
         compute = math.ceil(batch / wafers / regions.count) * one_pass
     else:
         batch, used = batch or 1, wafers * regions.count
-        count, streamed = memory.needed(parts, machine), 0.0
+        count, streamed = memory.regions_needed(parts, machine), 0.0
         if count is not None and count <= used:
             used = count
         else:

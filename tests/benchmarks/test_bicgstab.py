@@ -42,4 +42,4 @@ def test_a_pe_sends_its_column_four_times_a_product():
 
 
 def test_the_published_iteration_is_told_beside_the_estimate():
-    assert "published 28.1 us, estimated" in bicgstab.published()
+    assert "published 28.1 us, estimated" in bicgstab.published_time()

@@ -178,12 +178,12 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _validate(table: str, as_json: bool, plot: str | None) -> None:
-    from wsekern.estimator.pictures.published import published
+    from wsekern.estimator.pictures.published import plot_published
     from wsekern.estimator.validation import points
 
     validation = points.validate(table or points.POINTS)
     if plot is not None:
-        published(validation, plot)
+        plot_published(validation, plot)
     if as_json:
         for point, why in validation.skipped.items():
             print(f"left out: {point}: {why}", file=sys.stderr)

@@ -80,7 +80,7 @@ class Work(NamedTuple):
     port_bytes: float = 0.0  # read from the PE's memory and written to it
     narrow: bool = False  # whether its elements have 16 bits
 
-    def scaled(self, share: float) -> Work:
+    def scale(self, share: float) -> Work:
         """The work if only a share of its instructions is issued, as when zeros are skipped."""
         return self._replace(
             cycles=share * self.cycles, flops=share * self.flops, port_bytes=share * self.port_bytes

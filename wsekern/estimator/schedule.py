@@ -169,7 +169,7 @@ class Schedule:
     def _work(self, equation: JaxprEqn, accumulates: bool = False) -> cost.Work:
         work = cost.equation_work(equation, self.machine, self.constants, accumulates)
         # Only a tile product skips factors that are zero.
-        return work.scaled(self.density) if equation.primitive.name == "dot_general" else work
+        return work.scale(self.density) if equation.primitive.name == "dot_general" else work
 
     def _kernel(self, equation: JaxprEqn, operands: list[VariableState]) -> list[VariableState]:
         """A kernel under `Wafer.map`, after a relayout of each operand that lies otherwise."""
@@ -193,7 +193,7 @@ class Schedule:
         root_turns = move.kind == "flood" and any(v.from_counter for v in operands)
         if id(equation) in self._fixed_roots and move.pattern is not None:
             places = self._fixed_roots[id(equation)]
-            move = move._replace(pattern=move.pattern.rooted(places, self._sizes))
+            move = move._replace(pattern=move.pattern.with_root(places, self._sizes))
         arrived = self._send(equation, move, ready, self._flood_roots if root_turns else 1)
         return [VariableState(arrived)] * len(equation.outvars)
 

@@ -144,7 +144,7 @@ def _reduce_on_fabric(
     # Under vmap a rule of differentiation runs inside a jit, where the axes have no names any more.
     # So the derivative is grafted on: XLA's sum is traced for it, and its value never computed.
     value = _by_algorithm(lax.stop_gradient(tile), names, root, op, algorithm)
-    return _grafted(value, _reduce_by_xla(tile, names, root, op))
+    return _graft_derivative(value, _reduce_by_xla(tile, names, root, op))
 
 
 # Plain autodiff would save every step of a scan and run it backwards, for what is one sum. The
@@ -172,19 +172,19 @@ def _differentiable_jvp(
 
 
 @jax.custom_jvp
-def _grafted(
+def _graft_derivative(
     value: Shaped[Array, "..."], source_of_derivative: Shaped[Array, "..."]
 ) -> Shaped[Array, "..."]:
     del source_of_derivative
     return value
 
 
-@_grafted.defjvp
-def _grafted_jvp(
+@_graft_derivative.defjvp
+def _graft_derivative_jvp(
     primals: tuple[Shaped[Array, "..."], Shaped[Array, "..."]],
     tangents: tuple[Shaped[Array, "..."], Shaped[Array, "..."]],
 ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
-    return _grafted(*primals), tangents[1]
+    return _graft_derivative(*primals), tangents[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -42,8 +42,8 @@ def emulate_devices(count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"emulate_devices: count is {count}, it must be 1 or more")
-    given = os.environ.get("XLA_FLAGS", "").split()
-    before = [f.partition("=")[2] for f in given if f.startswith(_FLAG)]
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    before = [f.partition("=")[2] for f in flags if f.startswith(_FLAG)]
     before.append(os.environ.get(_VARIABLE, ""))
     wanted = max(count, *(int(number) for number in before if number.isdigit()), 0)
     if "jax" in sys.modules:
@@ -52,7 +52,7 @@ def emulate_devices(count: int) -> None:
         os.environ[_VARIABLE] = str(wanted)
     threads = max(2 * wanted, int(os.environ.get("NPROC") or 0))
     os.environ["NPROC"] = str(threads)
-    others = [f for f in given if not f.startswith(_FLAG)]
+    others = [f for f in flags if not f.startswith(_FLAG)]
     os.environ["XLA_FLAGS"] = " ".join([*others, f"{_FLAG}={wanted}"])
 
 

@@ -59,7 +59,7 @@ def map_on_virtual_pes(wafer: "Wafer", kernel: Callable, specs: Specs, check: bo
 
 
 def device_grid(devices: Any) -> tuple[int, int, int]:
-    """(rows, columns, wafers) of devices, from `(rows, columns)` or `(wafers, rows, columns)`.
+    """(wafers, rows, columns) of devices, from `(rows, columns)` or `(wafers, rows, columns)`.
 
     Raises:
       ValueError: it is neither.
@@ -71,7 +71,7 @@ def device_grid(devices: Any) -> tuple[int, int, int]:
             "columns) of devices, or a wafer made by Wafer.devices"
         )
     wafers, rows, columns = (1, *counts)[-3:]
-    return rows, columns, wafers
+    return wafers, rows, columns
 
 
 def mesh_over(over: "Wafer", wafer: "Wafer") -> Mesh:

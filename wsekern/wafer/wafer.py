@@ -173,11 +173,10 @@ class Wafer:
         wafer = _with_own_axes(wafer)
         placement = place_on(machine, height, width, defects, folded)
         if devices is not None:
-            over = (
-                devices
-                if isinstance(devices, Wafer)
-                else cls.devices(*virtual.device_grid(devices))
-            )
+            over = devices
+            if not isinstance(devices, Wafer):
+                count, rows, columns = virtual.device_grid(devices)
+                over = cls.devices(rows, columns, count)
             wafer = dataclasses.replace(wafer, mesh=virtual.mesh_over(over, wafer))
         return dataclasses.replace(wafer, placement=placement)
 

@@ -39,7 +39,7 @@ class LinkPattern:
     # Tiles on each link in a shift. They follow from `pairs`, so that equality leaves them out.
     crossed: LinkLoads = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
-    def rooted(self, places: Mapping[str, int], sizes: Mapping[str, int]) -> LinkPattern:
+    def with_root(self, places: Mapping[str, int], sizes: Mapping[str, int]) -> LinkPattern:
         """The pattern of a flood that starts at `places` of its axes.
 
         The pattern as it is, if `places` lacks an axis or lies outside of the grid.

@@ -65,7 +65,7 @@ def price_move(equation: JaxprEqn, sizes: dict[str, int], machine: Machine) -> P
     if name in _SUMS:
         return price_reduction("xla", _axes(params), words, sizes, machine)
     if name in ("jit", "pjit"):
-        return _named(equation, sizes, machine)
+        return _price_by_name(equation, sizes, machine)
     if name not in trace.MOVES:
         return None
     P = math.prod(sizes[a] for a in _axes(params))
@@ -149,7 +149,9 @@ def _permutation(
     return PricedMove("shift", words, busy, latency, hops=traveled, tile=words, pattern=pattern)
 
 
-def _named(equation: JaxprEqn, sizes: dict[str, int], machine: Machine) -> PricedMove | None:
+def _price_by_name(
+    equation: JaxprEqn, sizes: dict[str, int], machine: Machine
+) -> PricedMove | None:
     """The flood or the reduction that a jitted call is, by its name; None for any other call.
 
     The call holds the steps that devices take instead: XLA has neither of the two.

@@ -81,11 +81,13 @@ def render_page(e: Estimate, title: str | None = None) -> str:
         "<h2>By operation</h2>",
         '<p class="soft">Cycles that operations take, one after another; what overlaps is counted '
         "each time.</p>",
-        _folded(("operation", "cycles", "share"), _shares(e, 0)),
+        _folding_table(("operation", "cycles", "share"), _shares(e, 0)),
         "<h2>By source line</h2>",
-        _folded(("line", "cycles", "share"), _shares(e, 1)),
+        _folding_table(("line", "cycles", "share"), _shares(e, 1)),
         "<h2>Each operation on its line</h2>",
-        _folded(("operation", "line", "cycles"), [(o, s, _count(n)) for o, s, n in e.by_operation]),
+        _folding_table(
+            ("operation", "line", "cycles"), [(o, s, _count(n)) for o, s, n in e.by_operation]
+        ),
         "<h2>Assumptions</h2>",
         render_table(("of", "what is assumed"), assumptions(e), numbers=()),
     ]
@@ -94,12 +96,12 @@ def render_page(e: Estimate, title: str | None = None) -> str:
 
 def render_document(title: str, subtitle: str, parts: Iterable[str]) -> str:
     """A page with a heading, a line of text below it, and `parts`, which are HTML."""
-    heading = _escaped(title)
+    heading = _escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{heading}</title><style>{_STYLE}</style></head>\n<body>\n"
-        f'<h1>{heading}</h1>\n<p class="soft">{_escaped(subtitle)}</p>\n'
+        f'<h1>{heading}</h1>\n<p class="soft">{_escape(subtitle)}</p>\n'
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
@@ -155,7 +157,7 @@ def render_cards(cards: Iterable[tuple[str, str, str]]) -> str:
       cards: for each, its class ("bad" or ""), the figure, and what it is.
     """
     made = (
-        f'<div class="{kind}"><b>{_escaped(value)}</b><span>{_escaped(label)}</span></div>'
+        f'<div class="{kind}"><b>{_escape(value)}</b><span>{_escape(label)}</span></div>'
         for kind, value, label in cards
     )
     return f'<div class="cards">{"".join(made)}</div>'
@@ -190,8 +192,8 @@ def render_pictures(drawn: Iterable[tuple[Callable[[], Figure], str]]) -> str:
     for draw, caption in drawn:
         with figure.style(of_page=True):
             picture = draw()
-        svg = figure.inline_svg(picture, _escaped(caption))
-        made.append(f"<figure>{svg}<figcaption>{_escaped(caption)}</figcaption></figure>")
+        svg = figure.inline_svg(picture, _escape(caption))
+        made.append(f"<figure>{svg}<figcaption>{_escape(caption)}</figcaption></figure>")
     return f'<div class="pictures">{"".join(made)}</div>'
 
 
@@ -206,7 +208,7 @@ def _shares(e: Estimate, which: int) -> list[tuple[str, str, str]]:
     return [(name or "no line", _count(n), f"{n / whole:.1%}") for name, n in ordered]
 
 
-def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _folding_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose rows after the first are folded away."""
     numbers = [i for i, name in enumerate(head) if name in ("cycles", "share")]
     first = render_table(head, rows[:_OPEN_ROWS], numbers)
@@ -228,7 +230,7 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Se
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = ['class="n"' if i in numbers else "" for i in range(len(cells))]
         made = (
-            f"<{tag} {k}>{_escaped(c)}</{tag}>".replace(" >", ">")
+            f"<{tag} {k}>{_escape(c)}</{tag}>".replace(" >", ">")
             for k, c in zip(kinds, cells, strict=True)
         )
         return f"<tr>{''.join(made)}</tr>"
@@ -242,5 +244,5 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _escaped(value: str) -> str:
+def _escape(value: str) -> str:
     return html.escape(value)

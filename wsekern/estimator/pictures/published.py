@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BAND = 10  # percent of error; predictions within it lie in a shaded band
 
 
-def published(validation: Validation, path: output.Path | None = None) -> Figure:
+def plot_published(validation: Validation, path: output.Path | None = None) -> Figure:
     """Each prediction against its measurement, and its error; hollow points were fitted on.
 
     Args:

@@ -32,11 +32,11 @@ class Quantity(NamedTuple):
     note: str = ""
 
 
-def quantity_of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
+def quantity_of(source: Any, quantity: str = "load", label: str = "") -> Quantity:
     """The values of a map.
 
     Args:
-      what: an estimate, or values by PE, `[height, width]`.
+      source: an estimate, or values by PE, `[height, width]`.
       quantity: for an estimate. "load": words on each PE's busiest outgoing link. "N", "E", "S" or
         "W": words on its link in that direction. "busy": cycles for which its engine or busiest
         link is busy. "sram": bytes of data at most.
@@ -45,8 +45,8 @@ def quantity_of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
     Raises:
       ValueError: an array does not have two dimensions, or there is no such quantity.
     """
-    if not hasattr(what, "link_words"):
-        values = np.asarray(what, float)
+    if not hasattr(source, "link_words"):
+        values = np.asarray(source, float)
         if values.ndim != 2 or not values.size:
             raise ValueError(
                 f"wafer_map: values of shape {values.shape} are not [height, width]; give an "
@@ -54,12 +54,12 @@ def quantity_of(what: Any, quantity: str = "load", label: str = "") -> Quantity:
             )
         return Quantity(values, label or "value", "")
     check_quantity(quantity)
-    return _of_estimate(what, quantity)
+    return _of_estimate(source, quantity)
 
 
-def on_wafer(what: Any, shown: Quantity) -> Quantity:
+def on_wafer(source: Any, shown: Quantity) -> Quantity:
     """The values at their PEs' physical places; faulty and spare PEs are blank."""
-    placement = getattr(getattr(what, "wafer", None), "placement", None)
+    placement = getattr(getattr(source, "wafer", None), "placement", None)
     if placement is None:
         return shown
     values = np.full(placement.physical, np.nan)
@@ -68,9 +68,9 @@ def on_wafer(what: Any, shown: Quantity) -> Quantity:
     return shown._replace(values=values, note="; ".join(filter(None, (shown.note, note))))
 
 
-def extent(what: Any) -> tuple[int, int, int, int] | None:
+def extent(source: Any) -> tuple[int, int, int, int] | None:
     """The (y0, y1, x0, x1) rows and columns of a program with a placement; None: the whole map."""
-    placement = getattr(getattr(what, "wafer", None), "placement", None)
+    placement = getattr(getattr(source, "wafer", None), "placement", None)
     if placement is None:
         return None
     rows, columns = placement.rows, placement.columns

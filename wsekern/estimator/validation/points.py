@@ -53,7 +53,7 @@ class Validation(NamedTuple):
     skipped: dict[str, str]  # by the point's id, why it has no prediction
 
     @property
-    def counted(self) -> list[PredictedPoint]:
+    def counted_rows(self) -> list[PredictedPoint]:
         """The points that the mean error counts: neither fitted nor merely reported."""
         return [r for r in self.rows if not r.fitted and r.point.family in COUNTED]
 
@@ -70,7 +70,7 @@ class Validation(NamedTuple):
                 "error": r.error,
                 "unit": r.point.unit,
                 "fitted": r.fitted,
-                "counted": r in self.counted,
+                "counted": r in self.counted_rows,
                 "source": r.point.source,
             }
             for r in self.rows
@@ -92,7 +92,7 @@ def validate(path: pathlib.Path | str = POINTS, constants: Constants = DEFAULT) 
     fitted_on = [p for p in read_points(POINTS) if p.id in FITTED]
     for point in read_points(path):
         try:
-            predicted = program_of(point).predicted(constants)
+            predicted = program_of(point).predict(constants)
         except ValueError as error:
             skipped[point.id] = str(error)
             continue
@@ -111,7 +111,7 @@ def cross_validate() -> dict[str, float]:
         others = [(p, g) for p, g in zip(points, programs, strict=True) if p.family != family]
         constants = fit([p for p, _ in others], [g for _, g in others])
         family_errors = [
-            abs(g.predicted(constants) / p.value - 1)
+            abs(g.predict(constants) / p.value - 1)
             for p, g in zip(points, programs, strict=True)
             if p.family == family
         ]
@@ -135,7 +135,7 @@ def fit(
 
     def residuals(x: Any) -> Any:
         constants = Constants(**dict(zip(_NAMES, np.exp(x).tolist(), strict=True)))
-        predicted = np.log([program.predicted(constants) for program in programs])
+        predicted = np.log([program.predict(constants) for program in programs])
         return np.concatenate([predicted - measured, trust * (x - prior)])
 
     x = prior
@@ -179,12 +179,12 @@ def read_points(path: pathlib.Path | str) -> list[PublishedPoint]:
 def _table(v: Validation) -> str:
     lines = [f"{'point':<20} {'measured':>12} {'predicted':>12} {'error':>7}  {'unit':<9} source"]
     for r in v.rows:
-        note = " (fitted)" if r.fitted else "" if r in v.counted else " (reported only)"
+        note = " (fitted)" if r.fitted else "" if r in v.counted_rows else " (reported only)"
         lines.append(
             f"{r.point.id:<20} {r.point.value:>12.6g} {r.predicted:>12.6g} {r.error:>+7.1%}  "
             f"{r.point.unit:<9} {r.point.source}{note}"
         )
-    errors = [abs(r.error) for r in v.counted]
+    errors = [abs(r.error) for r in v.counted_rows]
     if errors:
         lines.append("")
         lines.append(

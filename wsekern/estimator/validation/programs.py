@@ -62,7 +62,7 @@ class PublishedPoint:
         """The kind of program: "decode", "prefill", "product", "stencil" ...; "" if not known."""
         model = _LLM.match(self.workload)
         if model:
-            return model["what"]
+            return model["phase"]
         return next((name for text, name in _FAMILIES.items() if text in self.workload), "")
 
 
@@ -73,12 +73,12 @@ class PublishedProgram:
     parts: tuple[tuple[Any, Wafer], ...]  # jaxprs, each with its wafer
     quantity: Callable[..., float]  # of the cycles of each part
 
-    def predicted(self, constants: Constants = DEFAULT) -> float:
+    def predict(self, constants: Constants = DEFAULT) -> float:
         """The model's prediction of the point, in the point's unit."""
         return self.quantity(*(_cycles(jaxpr, wafer, constants) for jaxpr, wafer in self.parts))
 
 
-_LLM = re.compile(r"(?P<model>\S+) (?P<what>decode|prefill|end to end)\b", re.IGNORECASE)
+_LLM = re.compile(r"(?P<model>\S+) (?P<phase>decode|prefill|end to end)\b", re.IGNORECASE)
 _FAMILIES = {"25-point": "stencil", "GEMM fp32": "product", "broadcast of": "broadcast"}
 
 
@@ -91,7 +91,7 @@ def program_of(point: PublishedPoint) -> PublishedProgram:
     machine = _machine(point.machine)
     model = _LLM.match(point.workload)
     if model:
-        return _model_program(point, machine, model["model"], model["what"].lower())
+        return _model_program(point, machine, model["model"], model["phase"].lower())
     makers = {"stencil": _wave, "product": _product, "broadcast": _broadcast}
     if point.family not in makers:
         raise ValueError(f"workload {point.workload!r} is none of those written here")

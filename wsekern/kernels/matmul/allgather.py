@@ -31,7 +31,7 @@ def price(problem: MatmulProblem) -> PricedPlan:
         words=((w - 1) * problem.x + (h - 1) * problem.y) / WORD_BYTES,
         steps=2,
         hops=h + w,
-        held_bytes=problem.gathered,
+        held_bytes=problem.gathered_bytes,
         overlaps=False,  # nothing is multiplied before all is there
     )
 

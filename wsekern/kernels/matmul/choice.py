@@ -70,7 +70,7 @@ def serving(wafer: Wafer) -> tuple[str, ...]:
 def _choose_on_devices(problem: MatmulProblem) -> tuple[PricedPlan, str]:
     by_gathering, by_rows = allgather.price(problem), stationary.price(problem)
     # When very little moves, the fewest collectives are fastest, however many words they send.
-    if problem.gathered > _LITTLE and _FEW_WORDS * by_rows.words <= by_gathering.words:
+    if problem.gathered_bytes > _LITTLE and _FEW_WORDS * by_rows.words <= by_gathering.words:
         return by_rows, "few rows: the large factor stays, and far fewer words move"
     if problem.gathers_little:
         return by_gathering, "what it gathers is little"

@@ -114,7 +114,7 @@ class MatmulProblem:
         return self.x_copies * self._tile(self.rows, self.columns) * self.s_bytes
 
     @property
-    def gathered(self) -> int:
+    def gathered_bytes(self) -> int:
         """Bytes of a row of X's tiles and a column of Y's."""
         return self.wafer.width * self.x + self.wafer.height * self.y
 
@@ -124,7 +124,7 @@ class MatmulProblem:
         limit = gather_limit(self.wafer)
         if self.wafer.platform == "cpu":
             limit = min(limit, _GATHERED_BYTES)
-        return self.gathered <= limit
+        return self.gathered_bytes <= limit
 
     def price(
         self,

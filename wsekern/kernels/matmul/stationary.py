@@ -66,19 +66,21 @@ def _bytes_moved(problem: MatmulProblem, met: int, mirrored: bool) -> float:
     few = 2 * problem.rows <= tall  # padding is most of what a gather would move
     tile_x, tile_s = -(-problem.meeting // w), -(-problem.columns // w)
 
-    def gathered(columns: int, size: int) -> float:
+    def gather_bytes(columns: int, size: int) -> float:
         whole = problem.x_copies * columns * size
         return whole * problem.rows if few else whole * tall * (h - 1) / h
 
-    def summed(columns: int) -> float:
+    def sum_bytes(columns: int) -> float:
         rows = 2 * problem.rows if few else tall
         return problem.x_copies * rows * columns * WORD_BYTES * (h - 1) / h
 
     flooded = met if problem.form != "nt" else 2 * met * (w - 1) / w
     moved = {
-        "nn": gathered(tile_x, problem.x_bytes) + flooded + summed(tile_s),
-        "nt": gathered(tile_s, problem.s_bytes) + flooded + summed(tile_x),
-        "tn": gathered(tile_x, problem.x_bytes) + flooded + gathered(tile_s, problem.s_bytes),
+        "nn": gather_bytes(tile_x, problem.x_bytes) + flooded + sum_bytes(tile_s),
+        "nt": gather_bytes(tile_s, problem.s_bytes) + flooded + sum_bytes(tile_x),
+        "tn": gather_bytes(tile_x, problem.x_bytes)
+        + flooded
+        + gather_bytes(tile_s, problem.s_bytes),
     }[problem.form]
     return moved - flooded + problem.x if mirrored else moved
 

@@ -74,7 +74,7 @@ def exchange(
             )
             for field, buffer in zip(moving, written, strict=True):
                 field.buffer = buffer
-    return [field.written() for field in slabs]
+    return [field.write() for field in slabs]
 
 
 def concatenate_halo(
@@ -187,8 +187,8 @@ class _FieldSlabs:
             slab = jnp.concatenate([*before, slab, *after], earlier) if before or after else slab
         return slab
 
-    def written(self) -> Tile:
-        """The buffer with all that was received."""
+    def write(self) -> Tile:
+        """Writes all that was received into the buffer, and returns it."""
         # The last to arrive is written first: what it waited for has been cut by then.
         for (dim, high), slab in reversed(self.received.items()):
             self.buffer = lax.dynamic_update_slice(self.buffer, slab, self.starts(dim, high))

@@ -41,10 +41,10 @@ def rectangle(
     if plane is None:
         return None
     for grid in (plane, plane.T):  # as it lies, or turned
-        corner = _first_corner(_occupied(grid), height, width)
+        corner = _first_corner(_occupancy(grid), height, width)
         if corner is not None:
             return grid[corner[0] : corner[0] + height, corner[1] : corner[1] + width]
-    best = _largest_in(_occupied(plane))
+    best = _largest_in(_occupancy(plane))
     raise ValueError(_no_room(height, width, len(devices), best))
 
 
@@ -91,7 +91,7 @@ def _plane(devices: Sequence[Any]) -> Shaped[np.ndarray, "rows columns"] | None:
     return grid
 
 
-def _occupied(grid: Shaped[np.ndarray, "rows columns"]) -> Bool[np.ndarray, "rows columns"]:
+def _occupancy(grid: Shaped[np.ndarray, "rows columns"]) -> Bool[np.ndarray, "rows columns"]:
     return np.array([[device is not None for device in row] for row in grid], np.bool_)
 
 

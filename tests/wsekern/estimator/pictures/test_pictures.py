@@ -130,7 +130,7 @@ def test_a_page_has_every_row_and_loads_nothing(e, tmp_path):
     for name, line, cycles in e.by_operation:
         assert {name, line, f"{cycles:,.0f}"} <= set(cells)
     for name, value in page.figures(e) + page.assumptions(e):
-        assert name in cells and page._escaped(value) in cells
+        assert name in cells and page._escape(value) in cells
     assert text.count("<svg ") == 5 and "currentColor" in text
     loads = re.findall(r"""(?:href|src|action|data)=["']([^"']*)|url\(([^)]*)\)""", text)
     assert loads and all(re.match("data:|#", a or b) for a, b in loads)
@@ -177,13 +177,13 @@ def test_predictions_are_plotted_against_measurements(tmp_path):
         points.PredictedPoint(p, 1.1 * p.value, fitted)
         for p, fitted in zip(point, (True, False), strict=True)
     ]
-    figure = published.published(points.Validation(rows, {}), tmp_path / "points.png")
+    figure = published.plot_published(points.Validation(rows, {}), tmp_path / "points.png")
     left, right = figure.axes
     drawn = [tuple(xy) for line in left.lines for xy in np.asarray(line.get_xydata())]
     assert all((row.point.value, row.predicted) in drawn for row in rows)
     assert [t.get_text() for t in right.get_yticklabels()] == [row.point.id for row in rows]
     with pytest.raises(ValueError, match="nothing to plot"):
-        published.published(points.Validation([], {}))
+        published.plot_published(points.Validation([], {}))
 
 
 def printed_lines(what, colors, **arguments):

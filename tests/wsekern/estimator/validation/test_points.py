@@ -20,7 +20,7 @@ def validation():
 
 
 def test_predictions_are_near_the_measurements(validation):
-    errors = [abs(row.error) for row in validation.counted]
+    errors = [abs(row.error) for row in validation.counted_rows]
     assert len(errors) == 9
     assert np.mean(errors) < 0.05 and max(errors) < 0.1
     assert all(abs(row.error) < 0.003 for row in validation.rows if row.fitted)
@@ -77,12 +77,12 @@ def test_a_fit_finds_the_constants_that_made_the_points():
     traced = [programs.program_of(p) for p in stencils]
     truth = Constants(vector_start=20.0, paired_float32=1.3)
     exact = [
-        dataclasses.replace(p, value=g.predicted(truth))
+        dataclasses.replace(p, value=g.predict(truth))
         for p, g in zip(stencils, traced, strict=True)
     ]
     fitted = points.fit(exact, traced, trust=1e-3)
     for p, g in zip(exact, traced, strict=True):
-        assert g.predicted(fitted) == pytest.approx(p.value, rel=5e-3)
+        assert g.predict(fitted) == pytest.approx(p.value, rel=5e-3)
 
 
 def test_the_published_layers_equal_plain_ones():

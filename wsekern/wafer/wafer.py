@@ -173,8 +173,9 @@ class Wafer:
         wafer = _with_own_axes(wafer)
         placement = place_on(machine, height, width, defects, folded)
         if devices is not None:
-            over = devices
-            if not isinstance(devices, Wafer):
+            if isinstance(devices, Wafer):
+                over = devices
+            else:
                 count, rows, columns = virtual.device_grid(devices)
                 over = cls.devices(rows, columns, count)
             wafer = dataclasses.replace(wafer, mesh=virtual.mesh_over(over, wafer))

@@ -1,3 +1,5 @@
+"""The command `wsekern`: its help, its tables, its errors and their exit status."""
+
 import subprocess
 import sys
 import time

@@ -1,3 +1,5 @@
+"""Figures of the machines, and the programs and dtypes that they refuse."""
+
 import dataclasses
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""The fabric's moves and collectives against NumPy indexing, and their gradients."""
+
 import functools
 import itertools
 from typing import Any

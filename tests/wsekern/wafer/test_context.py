@@ -1,3 +1,5 @@
+"""`with wafer:` chooses the wafer of jitted functions, gradients and threads."""
+
 import threading
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Emulated devices, the grid in text, and the choice of a platform."""
+
 import os
 import subprocess
 import sys

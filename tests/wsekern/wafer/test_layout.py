@@ -1,3 +1,5 @@
+"""Arrays padded to a grid, cropped and resized."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,9 @@
+"""Which kernels are one program, traced once; and what a program's specs must say."""
+
+import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import wsekern as wk
 from wsekern import fabric
 from wsekern.wafer import program
+from wsekern.wafer.program import freeze, program_key
 
 TILED = P("y", "x")
 U = np.arange(32, dtype=np.float32).reshape(4, 8)
@@ -206,3 +212,120 @@ def test_no_operand_at_all_is_fine(wafer_24):
         lambda: fabric.axis_index(("y", "x"))[None], in_specs=(), out_specs=P(("y", "x"))
     )
     np.testing.assert_array_equal(where(), np.arange(8))
+
+
+def add(u, by):
+    return u + by
+
+
+def kernel_holding(value):
+    return lambda u: add(u, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    scale: float
+    parts: tuple
+
+
+SAME = [
+    (kernel_holding(1), kernel_holding(1)),
+    (kernel_holding((1, "a")), kernel_holding((1, "a"))),
+    (kernel_holding(Rule(1.0, (1, 2))), kernel_holding(Rule(1.0, (1, 2)))),
+    (functools.partial(add, by=1), functools.partial(add, by=1)),
+    (functools.partial(kernel_holding(1)), functools.partial(kernel_holding(1))),
+    (kernel_holding(add), kernel_holding(add)),
+]
+OTHER = [
+    (kernel_holding(1), kernel_holding(1.0)),
+    (kernel_holding(1), kernel_holding(True)),
+    (kernel_holding((1,)), kernel_holding((1.0,))),
+    (kernel_holding(0.0), kernel_holding(-0.0)),
+    (kernel_holding(np.float32(1)), kernel_holding(np.float64(1))),
+    (kernel_holding(Rule(1.0, (1,))), kernel_holding(Rule(1.0, (1.0,)))),
+    (kernel_holding(kernel_holding(1)), kernel_holding(kernel_holding(2))),
+    (functools.partial(add, by=1), functools.partial(add, 1)),
+    (lambda u: u, lambda u: u + 1),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), SAME)
+def test_made_afresh_it_is_the_same_program(a, b):
+    assert program_key(a) == program_key(b) and hash(program_key(a)) == hash(program_key(b))
+
+
+@pytest.mark.parametrize(("a", "b"), OTHER)
+def test_what_differs_in_what_it_holds_is_another(a, b):
+    assert program_key(a) != program_key(b)
+
+
+def test_code_that_is_loaded_anew_is_another_program():
+    source = "lambda u: helper(u)"
+    assert program_key(eval(source)) != program_key(eval(source))
+
+
+def calls_itself():
+    def kernel(u, times=2):
+        return kernel(u + 1, times - 1) if times else u
+
+    return kernel
+
+
+def held_before_it_is_there():
+    def kernel(u):
+        return later(u)
+
+    found = program_key(kernel)
+
+    def later(u):
+        return u
+
+    return found
+
+
+def test_what_cannot_be_told_has_no_key():
+    assert program_key(kernel_holding([1])) is None
+    assert program_key(kernel_holding(np.zeros(2))) is None
+    assert (
+        program_key(kernel_holding(jnp.zeros(2))) is None
+    )  # a program that is kept would keep it in memory
+    assert program_key(calls_itself()) is None
+    assert held_before_it_is_there() is None
+
+
+def test_frozen_keeps_what_is_held_now():
+    by = 1
+
+    def inner(u):
+        return u + by
+
+    kernel = functools.partial(lambda u, times: inner(u) * times, times=10)
+    kept = freeze(kernel)
+    by = 2
+    assert (kept(0), kernel(0)) == (10, 20)
+    assert program_key(kept) != program_key(kernel)
+
+
+def test_frozen_keeps_defaults_and_its_name():
+    by = 1
+
+    def kernel(u, a=3, *, b=4):
+        return u + by + a + b
+
+    kept = freeze(kernel)
+    assert kept(0) == 8 and kept.__name__ == "kernel"
+
+
+def test_in_a_script_a_helper_defined_anew_is_another_program():
+    script = (
+        "from wsekern.wafer.program import program_key\n"
+        "def make(): return lambda u: helper(u)\n"
+        "def helper(u): return u + 1\n"
+        "first = program_key(make())\n"
+        "assert first == program_key(make())\n"
+        "def helper(u): return u + 2\n"
+        "assert first != program_key(make())\n"
+        "def helper(u): return helper(u - 1) if u else 0\n"
+        "assert program_key(make()) == program_key(make()) is not None\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,3 +1,5 @@
+"""Wafers of devices, of a mesh, virtual and abstract; kernels mapped over them."""
+
 import dataclasses
 import functools
 from typing import Any
@@ -133,7 +135,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("backend", ["devices", "virtual", "abstract"])
-def test_map_takes_and_gives_trees_in_every_reading(backend):
+def test_map_takes_and_gives_trees_on_every_backend(backend):
     grid = (2, 4) if backend == "devices" else (wk.WSE2, 2, 4)
     wafer = getattr(wk.Wafer, backend)(*grid)
     operands = {"u": matrix(), "v": np.arange(16)}, np.array([1, 2, 1, 2])

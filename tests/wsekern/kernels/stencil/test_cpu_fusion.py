@@ -1,3 +1,5 @@
+"""Shared values of an update are computed once on CPUs, and results and gradients stay the same."""
+
 import functools
 import re
 

@@ -1,3 +1,5 @@
+"""Coefficients of difference quotients, and the largest stable time steps."""
+
 import math
 import warnings
 

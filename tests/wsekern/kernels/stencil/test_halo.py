@@ -1,3 +1,5 @@
+"""Halos against `numpy.pad`: boundaries, widths, corners and gradients."""
+
 import functools
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""`check_finite` names the field, the step and the cell of the first NaN or infinity."""
+
 import functools
 
 import jax

@@ -1,3 +1,5 @@
+"""Steps that compute the inside of a tile while its halo is on the way."""
+
 import functools
 
 import jax

@@ -1,3 +1,5 @@
+"""Gradients of many steps from few kept states."""
+
 import functools
 
 import jax

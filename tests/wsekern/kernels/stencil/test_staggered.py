@@ -1,3 +1,5 @@
+"""Fields of two grids, half a cell apart: cells and the faces between them."""
+
 import functools
 
 import jax

@@ -1,3 +1,5 @@
+"""Stencil steps against the same update of a whole padded array."""
+
 import functools
 import os
 import pathlib

@@ -137,10 +137,7 @@ class TrainingConfig:
     """Steps between lines of metrics.jsonl, and of output if it is not a terminal."""
 
     def __post_init__(self) -> None:
-        # A str is one source, as on the command line; a tuple can be hashed, a list cannot.
-        if isinstance(self.data, str | list):
-            data = (self.data,) if isinstance(self.data, str) else tuple(self.data)
-            object.__setattr__(self, "data", data)
+        object.__setattr__(self, "data", _paths(self.data))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         _check_ranges(self)
@@ -321,12 +318,22 @@ def _from_json(text: str) -> TrainingConfig:
     return TrainingConfig(**fields)
 
 
+def _paths(data: Any) -> Any:
+    """The paths in `data`, as a tuple of str; anything else as it is, for `_check_type`."""
+    # A str is one source, as on the command line; a tuple can be hashed, a list cannot.
+    sources = (data,) if isinstance(data, str | os.PathLike) else data
+    if not isinstance(sources, list | tuple):
+        return data
+    return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in sources)
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         expected = getattr(hint, "__name__", str(hint))
         if typing.get_origin(hint) or isinstance(hint, types.UnionType):
             expected = str(hint).replace("typing.", "").replace("collections.abc.", "")
-        raise ValueError(f"{name}={value!r} is not of type {expected}")
+        hint_for_data = "; give a path, or a sequence of paths" if name == "data" else ""
+        raise ValueError(f"{name}={value!r} is not of type {expected}{hint_for_data}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -32,7 +32,10 @@ ROOT = pathlib.Path(__file__).parents[2]
         ({"wafer": "4x1x1", "batch": 8, "microbatch": 2}, "microbatch=2 is not .* use 4"),
         ({"steps": 2.5}, "steps=2.5 is not of type int"),
         ({"steps": True}, "steps=True is not of type int"),
-        ({"data": 5}, r"data=5 is not of type Sequence\[str\]"),
+        (
+            {"data": 5},
+            r"data=5 is not of type Sequence\[str\]; give a path, or a sequence of paths",
+        ),
         ({"data": (5,)}, r"data=\(5,\) is not of type Sequence\[str\]"),
         ({"tokens": "words"}, r"tokens=.words. is not of type .*Literal\[.bytes., .characters."),
         ({"microbatch": "all"}, "microbatch='all' is not of type int | None"),
@@ -44,7 +47,10 @@ def test_refuses_by_field_value_and_mend(fields, message):
         TrainingConfig(**fields)
 
 
-@pytest.mark.parametrize("data", ["text.txt", ("text.txt",), ["text.txt"]])
+TEXT = pathlib.Path("text.txt")
+
+
+@pytest.mark.parametrize("data", ["text.txt", ("text.txt",), ["text.txt"], TEXT, [TEXT]])
 def test_a_single_source_is_data_as_the_flag_takes_it(data):
     run = TrainingConfig(data=data)
     assert run == parse(["--data", "text.txt"]) and run.data == ("text.txt",)

@@ -20,10 +20,11 @@ from wsekern.solvers.solution import (
     GOES_ON,
     INCONSISTENT,
     JAX_NAMES,
+    REQUIREMENTS,
     TOLERANCE,
+    Limits,
     Reason,
     Solution,
-    check_limits,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -33,7 +34,7 @@ _MOST = 1000
 _FLAT = 1e-4
 
 
-@accept_jax_names("bicgstab", **JAX_NAMES, M="preconditioner")
+@accept_jax_names("bicgstab", REQUIREMENTS, **JAX_NAMES, M="preconditioner")
 def bicgstab(
     operator: Operator,
     b: Fields,
@@ -71,7 +72,7 @@ def bicgstab(
       ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
         both names with different values.
     """
-    limits = check_limits("bicgstab", tolerance, absolute, max_iterations)
+    limits = Limits(tolerance, absolute, int(max_iterations))
     precondition = preconditioner or (lambda r: r)
     step = functools.partial(_step, precondition)
     return solve("bicgstab", operator, b, x0, _begin, step, limits, symmetric=False)

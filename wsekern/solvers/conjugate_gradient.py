@@ -18,10 +18,11 @@ from wsekern.solvers.solution import (
     GOES_ON,
     INCONSISTENT,
     JAX_NAMES,
+    REQUIREMENTS,
     TOLERANCE,
+    Limits,
     Reason,
     Solution,
-    check_limits,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -32,7 +33,7 @@ _MOST = 1000
 _FLAT = 1e-3
 
 
-@accept_jax_names("cg", **JAX_NAMES, M="preconditioner")
+@accept_jax_names("cg", REQUIREMENTS, **JAX_NAMES, M="preconditioner")
 def cg(
     operator: Operator,
     b: Fields,
@@ -70,7 +71,7 @@ def cg(
       ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
         both names with different values.
     """
-    limits = check_limits("cg", tolerance, absolute, max_iterations)
+    limits = Limits(tolerance, absolute, int(max_iterations))
     precondition = preconditioner or (lambda r: r)
     begin = functools.partial(_begin, precondition)
     step = functools.partial(_step, precondition)

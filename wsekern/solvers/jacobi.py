@@ -16,10 +16,11 @@ from wsekern.solvers.solution import (
     ABSOLUTE,
     GOES_ON,
     JAX_NAMES,
+    REQUIREMENTS,
     TOLERANCE,
+    Limits,
     Reason,
     Solution,
-    check_limits,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -27,7 +28,7 @@ from wsekern.wafer.keywords import accept_jax_names
 _MOST = 1000
 
 
-@accept_jax_names("jacobi", **JAX_NAMES)
+@accept_jax_names("jacobi", REQUIREMENTS, **JAX_NAMES)
 def jacobi(
     operator: Operator,
     b: Fields,
@@ -67,7 +68,7 @@ def jacobi(
     """
     if not damping > 0:
         raise ValueError(f"jacobi: damping={damping} must be above 0")
-    limits = check_limits("jacobi", tolerance, absolute, max_iterations)
+    limits = Limits(tolerance, absolute, int(max_iterations))
 
     def step(
         matvec: Operator, x: Fields, r: Fields, carry: tuple[()]

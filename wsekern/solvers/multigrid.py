@@ -22,10 +22,11 @@ from wsekern.solvers.solution import (
     DIVERGED,
     GOES_ON,
     JAX_NAMES,
+    REQUIREMENTS,
     TOLERANCE,
+    Limits,
     Reason,
     Solution,
-    check_limits,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -38,7 +39,7 @@ _SWEEPS = 40  # on the coarsest grid
 _GROWN = 10.0  # relative to the first residual: one so large does not come down again
 
 
-@accept_jax_names("multigrid", **JAX_NAMES)
+@accept_jax_names("multigrid", REQUIREMENTS, **JAX_NAMES)
 def multigrid(
     operator_at: Callable[[int], Operator],
     b: Field,
@@ -85,7 +86,7 @@ def multigrid(
         solution's reason is that it diverged.
     """
     _check(b, sweeps, damping)
-    limits = check_limits("multigrid", tolerance, absolute, max_iterations)
+    limits = Limits(tolerance, absolute, int(max_iterations))
     cycle = v_cycle(operator_at, b.shape, diagonal_at=diagonal_at, sweeps=sweeps, damping=damping)
 
     def step(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wsekern.solvers import fields
 from wsekern.solvers.fields import Fields, Operator, Scalar
+from wsekern.wafer.keywords import Requirement
 
 # Why a solver stopped. Inside jit the reason is a number, a place in this list.
 REASONS = (
@@ -30,6 +31,26 @@ TOLERANCE, ABSOLUTE = 1e-5, 0.0  # defaults of every method
 GOES_ON = -1  # instead of a reason
 # The limits' names in `jax.scipy.sparse.linalg`, and ours.
 JAX_NAMES = {"tol": "tolerance", "atol": "absolute", "maxiter": "max_iterations"}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` is one real number, of Python, NumPy or JAX."""
+    is_other = isinstance(value, bool | str | bytes)
+    return not is_other and jnp.isscalar(value) and jnp.isrealobj(value)
+
+
+_NOT_NEGATIVE = Requirement(lambda value: _is_number(value) and value >= 0, "0 or more, a number")
+_COUNT = Requirement(
+    lambda value: _is_number(value) and value >= 1 and value == value // 1,
+    "1 or more, a whole number",
+)
+# What every method's limits must be, and a preconditioner where there is one.
+REQUIREMENTS = {
+    "tolerance": _NOT_NEGATIVE,
+    "absolute": _NOT_NEGATIVE,
+    "max_iterations": _COUNT,
+    "preconditioner": Requirement(callable, "a function of fields"),
+}
 
 Reason = Int[Array, ""]
 Begin = Callable[[Fields], Any]
@@ -58,20 +79,6 @@ class Limits(NamedTuple):
     tolerance: float
     absolute: float
     max_iterations: int
-
-
-def check_limits(method: str, tolerance: float, absolute: float, max_iterations: int) -> Limits:
-    """The limits of a solver; `method` is its name, for the message.
-
-    Raises:
-      ValueError: a limit is out of range.
-    """
-    if max_iterations < 1 or tolerance < 0 or absolute < 0:
-        raise ValueError(
-            f"{method}: max_iterations={max_iterations} must be 1 or more, tolerance={tolerance} "
-            f"and absolute={absolute} 0 or more"
-        )
-    return Limits(tolerance, absolute, int(max_iterations))
 
 
 def solve(

@@ -1,6 +1,8 @@
 """Every solver against the dense solution, SciPy's iterations, and theory."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +125,31 @@ def test_takes_the_names_of_jax_scipy():
         maxiter=1,
     )
     assert int(short.iterations) == 1
+
+
+@pytest.mark.parametrize("solver", [wk.cg, wk.bicgstab])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"maxiter": "a"}, "maxiter='a' must be 1 or more, a whole number"),
+        ({"maxiter": -1}, "maxiter=-1 must be 1 or more, a whole number"),
+        ({"max_iterations": 2.5}, "max_iterations=2.5 must be 1 or more, a whole number"),
+        ({"tol": "x"}, "tol='x' must be 0 or more, a number"),
+        ({"M": 3}, "M=3 must be a function of fields"),
+        ({"preconditioner": np.ones((99, 9))}, r"preconditioner=array.* must be a function of"),
+    ],
+)
+def test_a_refusal_has_the_name_that_was_typed(solver, option, message):
+    with pytest.raises(ValueError, match=f"^{solver.__name__}: {message}"):
+        solver(poisson(), B, **option)
+
+
+def test_limits_may_be_numbers_of_numpy_and_jax():
+    limits: dict[str, Any] = dict(
+        tolerance=np.float32(0), atol=jnp.float32(0), max_iterations=np.int64(2)
+    )
+    got = wk.jacobi(lambda u: 2 * u, B, diagonal=3.0, **limits)
+    assert int(got.iterations) == 2
 
 
 def test_jacobi_converges_where_the_diagonal_dominates():
@@ -294,6 +321,11 @@ def test_says_why_it_stopped():
         (lambda: wk.cg(lambda u: u, jnp.ones(3, jnp.int32)), "b is int32; cast it to a floating"),
         (lambda: wk.cg(lambda u: u, {}), "b holds no field"),
         (lambda: wk.cg(lambda u: u, B, max_iterations=0), "max_iterations=0 must be 1 or more"),
+        (
+            lambda: wk.cg(lambda u: u, B, tolerance=-1),
+            "cg: tolerance=-1 must be 0 or more, a number",
+        ),
+        (lambda: wk.cg(lambda u: u, B, atol=math.nan), "cg: atol=nan must be 0 or more, a number"),
         (lambda: wk.jacobi(lambda u: u, B, diagonal=1.0, damping=0), "damping=0 must be above 0"),
         (
             lambda: wk.multigrid(laplacian_at, B[:15], diagonal_at=lambda h: 4.0),

@@ -19,6 +19,7 @@ from wsekern.kernels.attention.explain import explain
 from wsekern.kernels.attention.mask import Keys, Rows
 from wsekern.kernels.attention.operands import Floats, Segments
 from wsekern.kernels.attention.plan import (
+    REQUIREMENTS,
     Algorithm,
     AttentionOptions,
     AttentionPlan,
@@ -34,7 +35,7 @@ from wsekern.wafer.wafer import Wafer
 
 
 @explained_by(explain)
-@accept_jax_names("attention", is_causal="causal")
+@accept_jax_names("attention", REQUIREMENTS, is_causal="causal")
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from wsekern.kernels.attention import operands
 from wsekern.kernels.attention.operands import Described, Floats, Segments
 from wsekern.kernels.attention.plan import (
+    REQUIREMENTS,
     Algorithm,
     AttentionOptions,
     AttentionPlan,
@@ -23,7 +24,7 @@ from wsekern.wafer.keywords import accept_jax_names
 from wsekern.wafer.wafer import Wafer
 
 
-@accept_jax_names("attention", is_causal="causal")
+@accept_jax_names("attention", REQUIREMENTS, is_causal="causal")
 def explain(
     q: Float[Described, "B T N H"],
     k: Float[Described, "B S K H"],

@@ -19,6 +19,7 @@ from wsekern.kernels.attention.operands import (
     bias_shared_along,
 )
 from wsekern.wafer.axes import COLS, WAFERS
+from wsekern.wafer.keywords import Requirement
 from wsekern.wafer.limits import fits_gathered
 from wsekern.wafer.wafer import Wafer
 
@@ -27,6 +28,13 @@ Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
 _BLOCK = 512  # rows of a block inside a PE
 _NARROW = 128  # a product with fewer rows than this runs at a worse rate
 _BAND = _BLOCK * _BLOCK // _NARROW  # keys that _NARROW rows meet at once: a block's worth of scores
+
+# Of keywords with two names; `AttentionOptions` checks the others.
+REQUIREMENTS = {
+    "causal": Requirement(
+        lambda value: jnp.isscalar(value) and value in (False, True), "True or False"
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

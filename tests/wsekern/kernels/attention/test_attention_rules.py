@@ -328,6 +328,10 @@ def test_causal_has_jaxs_name_too():
             wk.attention(q, k, v, causal=causal, is_causal=other)
         with pytest.raises(ValueError, match=message):
             wk.attention.explain(q, k, v, causal=causal, is_causal=other)
+    for name in ("causal", "is_causal"):
+        option: dict[str, Any] = {name: "yes"}
+        with pytest.raises(ValueError, match=f"attention: {name}='yes' must be True or False"):
+            wk.attention(q, k, v, **option)
 
 
 @pytest.mark.parametrize("algorithm", [None, "ring", "allgather", "ulysses"])

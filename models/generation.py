@@ -20,7 +20,7 @@ import wsekern as wk
 from models.decoder import Decoder, make_sequence, unstack_layers
 from models.layers import Attention, Sequence
 from models.sampling import Sampling, choose, sequence_keys
-from wsekern.wafer import context
+from wsekern.wafer import context, layout
 from wsekern.wafer.wafer import Wafer
 
 _AHEAD = 8  # steps in flight before the host reads a token
@@ -296,7 +296,7 @@ def _sliding(
 ) -> Int[Array, "B _"]:
     """The whole text; each token takes a pass over as much of its end as the context holds."""
     T = tokens.shape[1]
-    text = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
+    text = layout.resize(tokens, 1, T + max_new_tokens)
     window = nnx.merge(graph, params).config.context
 
     def extend(length: Int[Array, ""], text: Int[Array, "B L"]) -> Int[Array, "B L"]:

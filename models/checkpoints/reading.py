@@ -62,7 +62,7 @@ def load(
         or its tensors are not exactly those of its config.
       FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
     """
-    config, tensors = open_checkpoint(find(checkpoint))
+    config, tensors = open_checkpoint(checkpoint)
     config = dataclasses.replace(config, stacked=stacked)
     if dtype is None:
         dtype = _default_dtype(config, tensors)
@@ -79,16 +79,21 @@ def read_config(checkpoint: str | os.PathLike[str]) -> DecoderConfig:
       ValueError: it is not a checkpoint, or not of a family that is known here.
       FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
-    return open_checkpoint(find(checkpoint))[0]
+    return open_checkpoint(checkpoint)[0]
 
 
-def open_checkpoint(path: pathlib.Path) -> tuple[DecoderConfig, Tensors]:
-    """The config and the tensors of a folder or a GGUF file; no tensor is read yet.
+def open_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple[DecoderConfig, Tensors]:
+    """The config and the tensors of a checkpoint; no tensor is read yet.
+
+    Args:
+      checkpoint: a folder, a GGUF file, or the id of a model on the Hugging Face hub.
 
     Raises:
       ValueError: it is not a checkpoint, not of a known family, or quantized otherwise than in
         MXFP4.
+      FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
+    path = find(checkpoint)
     fields, tensors = _open_gguf(path) if path.is_file() else _open_folder(path)
     return find_family(fields).from_fields(fields), tensors
 

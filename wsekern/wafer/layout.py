@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
@@ -128,7 +129,16 @@ def resize(array: Shaped[Array, "..."], axis: int, length: int) -> Shaped[Array,
 
     For an array whose `axis` is whole where this runs: inside a kernel, on one device, or on Auto
     axes. An Explicit axis of a mesh cannot grow what it splits; lay the array out whole first.
+
+    Args:
+      array: of any shape but a scalar's.
+      axis: the dimension to resize; counted from the end if negative.
+      length: the size it gets.
+
+    Raises:
+      ValueError: `array` has no such axis, or `length` is not an integer of 0 or more.
     """
+    _check_resize(array, axis, length)
     size = array.shape[axis]
     if length < size:
         return jax.lax.slice_in_dim(array, 0, length, axis=axis)
@@ -137,6 +147,16 @@ def resize(array: Shaped[Array, "..."], axis: int, length: int) -> Shaped[Array,
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - size)
     return jnp.pad(array, widths)
+
+
+def _check_resize(array: Shaped[Array, "..."], axis: int, length: int) -> None:
+    if not isinstance(axis, int | np.integer) or not -array.ndim <= axis < array.ndim:
+        raise ValueError(
+            f"layout.resize: axis={axis!r} is no dimension of an array of shape {array.shape}; "
+            f"give an integer from {-array.ndim} to {array.ndim - 1}"
+        )
+    if not isinstance(length, int | np.integer) or length < 0:
+        raise ValueError(f"layout.resize: length={length!r} must be an integer of 0 or more")
 
 
 def _pes_along(entry: Any, wafer: Wafer) -> int:

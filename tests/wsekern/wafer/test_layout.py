@@ -127,3 +127,22 @@ def test_resize_cuts_or_adds_zeros_at_the_far_end(axis, length):
     assert got.shape[axis] == length and got.size == 3 * length
     np.testing.assert_array_equal(got.take(range(kept), axis), x.take(range(kept), axis))
     assert not got.take(range(kept, length), axis).any()
+
+
+@pytest.mark.refuses
+@pytest.mark.parametrize(
+    ("axis", "length", "message"),
+    [
+        (
+            2,
+            3,
+            r"axis=2 is no dimension of an array of shape \(3, 3\); give an integer from -2 to 1",
+        ),
+        ("x", 3, "axis='x' is no dimension"),
+        (0, -1, "length=-1 must be an integer of 0 or more"),
+        (0, 2.0, "length=2.0 must be an integer of 0 or more"),
+    ],
+)
+def test_resize_refuses(axis, length, message):
+    with pytest.raises(ValueError, match=f"layout.resize: {message}"):
+        layout.resize(jnp.zeros((3, 3)), axis, length)

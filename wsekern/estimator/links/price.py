@@ -24,7 +24,6 @@ from wsekern.fabric.reductions import choice
 from wsekern.hardware import Machine
 from wsekern.wafer.axes import AXES, COLS, ROWS, WAFERS
 
-DIRECTIONS = ("N", "E", "S", "W", "wafer")
 # The fabric names its reductions so in the trace: "reduction_chain_0", "reduction_k_tree_all".
 _REDUCTION = re.compile(r"reduction_(.+)_(all|\d+)$")
 # The links that a move both ways along an axis takes.

@@ -7,7 +7,6 @@ way, and takes one cycle more. Every algorithm's file gives its own terms.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 from wsekern.hardware import Machine
@@ -28,10 +27,6 @@ class Cost:
         ramps = 2 * machine.ramp_cycles + machine.hop_cycles
         busiest = max(self.contention, self.energy / max(self.links, 1))
         return busiest + self.distance * machine.hop_cycles + ramps * self.depth
-
-
-# (PEs of the line, words of the tile, place of the root) to the terms of a reduction.
-CostOf = Callable[[int, float, int], Cost]
 
 
 class Received(NamedTuple):

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from wsekern import fabric
+from wsekern.wafer import layout
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows
 
@@ -94,7 +95,7 @@ def product(
         return _by_grouped_kernel(rows, weights, groups, transposed, precision)
     dtypes = [jnp.promote_types(rows.dtype, w.dtype) for w in weights]
     size = _block_rows(R, G)
-    rows = jnp.pad(rows, ((0, size), (0, 0)))
+    rows = layout.resize(rows, 0, R + size)
     outs = tuple(
         fabric.varying(jnp.zeros((R + size, w.shape[axis]), dtype))
         for w, dtype in zip(weights, dtypes, strict=True)
@@ -167,9 +168,7 @@ def weight_gradients(
     """
     R, G = lefts[0].shape[0], len(groups.counts)
     size = _block_rows(R, G)
-    lefts, rights = (
-        tuple(jnp.pad(x, ((0, size), (0, 0))) for x in side) for side in (lefts, rights)
-    )
+    lefts, rights = (tuple(layout.resize(x, 0, R + size) for x in side) for side in (lefts, rights))
     shapes = [(a.shape[1], b.shape[1]) for a, b in zip(lefts, rights, strict=True)]
 
     def multiply_block(begin: Int[Array, ""], end: Int[Array, ""]) -> _Products:

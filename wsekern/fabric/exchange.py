@@ -100,8 +100,9 @@ def scatter(x: TileTree, along: Along, axis: int = 0, root: int = 0) -> TileTree
 def gather(x: TileTree, along: Along, axis: int = 0, root: int = 0) -> TileTree:
     """All PEs' tiles, joined in order along dimension `axis`, on the root; zeros elsewhere.
 
-    Every PE needs the memory of the result, P tiles for P PEs: a kernel's arrays have one shape on
-    all PEs.
+    It is an `all_gather`, masked: with P PEs and tiles of B words, every PE receives (P - 1) B
+    words, in one step along each axis. Every PE needs the memory of the result, P B words: a
+    kernel's arrays have one shape on all PEs.
 
     Args:
       x: a tile, or a pytree of tiles.

@@ -43,7 +43,7 @@ class RooflinePoint(NamedTuple):
 def roofline(
     estimates: Estimate | Mapping[str, Estimate],
     *,
-    accelerators: Sequence[Accelerator] = (A100, H100),
+    accelerators: Sequence[Accelerator] | None = None,
     path: output.Path | None = None,
 ) -> Figure:
     """The rooflines of wafers and chips, with a point for each program, as a matplotlib figure.
@@ -54,7 +54,7 @@ def roofline(
 
     Args:
       estimates: an estimate, or several by name.
-      accelerators: chips to compare with, one of each.
+      accelerators: chips to compare with, one of each; by default A100 and H100.
       path: where to write it (.png, .svg or .pdf); None: nowhere.
 
     Raises:
@@ -63,7 +63,7 @@ def roofline(
       OSError: the path cannot be written.
     """
     with figure.style():
-        made = draw_roofline(estimates, accelerators)
+        made = draw_roofline(estimates, (A100, H100) if accelerators is None else accelerators)
     return figure.save(made, path)
 
 

@@ -38,6 +38,9 @@ def load_balance_loss(
     probability. It is k where experts are used evenly, and more where they are not. Computed in
     float32; the gradient flows through the probabilities only.
 
+    For T tokens it adds T k ones into E counts, and takes a mean of T E probabilities. If tokens
+    are split over devices, XLA sums E words over them twice, once for each.
+
     Args:
       probabilities: the router's, of all experts.
       chosen: the k experts of each token.

@@ -68,7 +68,15 @@ def diffusion_limit(diffusivity: float, spacing: float | Sequence[float], order:
 
 
 def check_time_step(step: float, limit: float) -> None:
-    """Warns, and says the limit, if a time step is longer than it."""
+    """Warns, and says the limit, if a time step is longer than it.
+
+    Args:
+      step: the time step, in the unit of `limit`.
+      limit: the longest stable time step, such as `wave_limit` or `diffusion_limit` gives.
+
+    Warns:
+      RuntimeWarning: `step` is above `limit`, so that the field grows without bound.
+    """
     if step > limit:
         warnings.warn(
             f"the time step {step:.6g} is above the stability limit {limit:.6g}: the field will "

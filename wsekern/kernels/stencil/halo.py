@@ -90,15 +90,23 @@ def halo_tile(
 ) -> Any:
     """This PE's `tile` with its halo around it; for kernels and for your own `jax.shard_map`.
 
+    A PE sends one message, of all fields, to each neighbor: a dimension after the other, so that
+    corners come in two steps. It receives a slab of `width` cells from each side, across the whole
+    tile, and holds the tile once more with its halo. Differentiable, forward and reverse.
+
     Args:
       tile: a tile, or a pytree of tiles of one shape.
       along: for each dimension the axis that it is split over, None, or a tuple of axes: the
         entries of the `PartitionSpec`.
       width: cells of the halo: one number for every dimension that is split, or a number or a pair
         (low, high) for each dimension.
-      boundary: what lies beyond the field, as in `halo_exchange`: a rule by name, a number or a
-        function; for all sides, by dimension, by side, or by a field's name.
-      corners: whether diagonal neighbors' cells come too.
+      boundary: what lies beyond the field: "periodic", "zero", a number, "edge" (the last cell
+        again), "reflect" (about the last cell), "symmetric" (about its outer face), "fixed" (as
+        "edge"), or a function that makes the ghost cells from the cells nearest to that side, as
+        many as the halo is wide, in order. One for all sides, or one for each dimension, or (low,
+        high) for each dimension; or a dict of these by a field's name.
+      corners: whether diagonal neighbors' cells come too. Without them all messages go in one
+        step, and corners hold nothing of use.
       size: cells of the whole field along each dimension; by default all tiles are full.
 
     Raises:

@@ -137,7 +137,10 @@ def stencil_tile(
 ) -> Any:
     """This PE's `tile` after `steps` steps; for kernels and for your own `jax.shard_map`.
 
-    Costs and results are those of `stencil`. Differentiable, forward and reverse.
+    The result is this PE's part of what `stencil` gives for the whole field. A PE sends `depth *
+    radius` cells to each neighbor once in `depth` steps, and between computes its neighbors'
+    nearest cells itself. It holds two padded copies of its tiles. Differentiable, forward and
+    reverse.
 
     Args:
       tile: a tile, or a pytree of tiles of one shape.
@@ -146,11 +149,16 @@ def stencil_tile(
       along: for each dimension the axis that it is split over, None, or a tuple of axes.
       radius: cells that `update` takes off: one number for every dimension that is split, or a
         number or a pair (low, high) for each dimension.
-      boundary: what lies beyond the field, as in `stencil`: a rule by name, a number or a function.
+      boundary: what lies beyond the field in each step: "periodic", "zero", a number, "edge",
+        "reflect", "symmetric", "fixed" (the `radius` cells nearest to the end stay as they are), or
+        a function from the `radius` nearest cells to the ghost cells. One for all sides, or one for
+        each dimension, or (low, high) for each dimension; or a dict of these by a field's name.
       steps: how many.
       coefficients: a pytree that `update` reads, this PE's tiles of it.
-      corners: whether `update` reads cells diagonally across; by default as its slices say.
-      checkpoint: "sqrt" keeps sqrt(steps) states for a gradient in reverse mode; None keeps all.
+      corners: whether `update` reads cells diagonally across; by default as its slices say. A star
+        reads none, so less is sent where each step has an exchange. Deeper halos need them.
+      checkpoint: for a gradient, in reverse mode only, "sqrt" keeps sqrt(steps) states and what
+        `update` needs of a few steps, and takes each step three times. None keeps everything.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       overlap: whether a tile's inside is computed while its halo travels; by default not on CPUs.
       size: cells of the whole field along each dimension; by default all tiles are full.

@@ -147,9 +147,9 @@ def _reduce_on_fabric(
     return _graft_derivative(value, _reduce_by_xla(tile, names, root, op))
 
 
-# Plain autodiff would save every step of a scan and run it backwards, for what is one sum. The
-# derivative is that of XLA's sum, which knows whether cotangents are summed already. Each rule
-# calls the function that it is the rule of, so that it holds for derivatives of any order.
+# The derivative of a sum is one sum, but plain autodiff would save every step of a scan and run it
+# backwards. So the derivative is that of XLA's sum, which knows whether cotangents are summed
+# already. The rule calls `_differentiable` again, and so it works for derivatives of any order.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _differentiable(
     tile: Shaped[Array, "..."], names: tuple[str, ...], root: int | None, op: Op, algorithm: str

@@ -211,7 +211,7 @@ def _vary(tile: Shaped[Array, "..."], names: tuple[str, ...]) -> Shaped[Array, "
         try:
             tile = lax.pcast(tile, (name,), to="varying")
         except ValueError:
-            pass  # it has the type along this axis already, which no public call tells
+            pass  # it varies along this axis already; no public call says so in advance
     return tile
 
 

@@ -1,4 +1,4 @@
-"""On which wafer a field is computed, and over which axes it lies: as given, or as it lies already.
+"""Choose a field's wafer, and the axes it is split over, from the arguments or its sharding.
 
 Stencils need no `with wafer`: an array that is split over a mesh says enough.
 """
@@ -21,7 +21,7 @@ Entry = None | str | tuple[str, ...]  # the axes over which one dimension is spl
 def field_layout(
     field: Shaped[Array | np.ndarray, "..."], spec: P | None, wafer: Wafer | None
 ) -> tuple[Wafer | None, tuple[Entry, ...]]:
-    """The wafer of a field, None for none, and the axes that each dimension is split over.
+    """The field's wafer, or None, and the axes that each dimension is split over.
 
     Args:
       field: if no wafer is given or entered, the mesh that it is split over becomes one.
@@ -76,7 +76,7 @@ def _wafer_of(sharding: NamedSharding) -> Wafer | None:
 
 
 def _in_wafer_axes(spec: P, wafer: Wafer) -> P:
-    """A spec in the mesh's names, in the wafer's axes, without the mesh axes that are not those."""
+    """Rename a spec's mesh axes to the wafer's; drop the others."""
     axis_of = {name: axis for axis in wafer.axes for name in wafer.mesh_spec(P(axis))}
     return P(*(tuple(axis_of[n] for n in axes_of(e) if n in axis_of) or None for e in spec))
 

@@ -61,7 +61,7 @@ def _tell_imported_jax(count: int, wanted: int) -> None:
 
     try:
         jax.config.update("jax_num_cpu_devices", wanted)
-    except RuntimeError:  # the backend has started: what it has is what there is
+    except RuntimeError:  # the backend has started, and its devices cannot change any more
         have = len(jax.devices("cpu"))
         if have < count:
             raise RuntimeError(
@@ -76,8 +76,8 @@ def prepare_devices(
 ) -> None:
     """Chooses jax's platform and, on a CPU, emulates the devices; call it before jax starts.
 
-    jax prefers TPUs and GPUs to the CPU by itself. So "cpu" is set in `JAX_PLATFORMS`, and for the
-    others only a "cpu" that stands there is removed.
+    For "cpu" it sets `JAX_PLATFORMS=cpu`. For the others it only removes that setting, since jax
+    prefers TPUs and GPUs to the CPU by itself.
 
     Args:
       count: how many devices are needed.

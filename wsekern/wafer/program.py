@@ -127,7 +127,10 @@ class _Program:
 
 
 def _in_one_memory(wafer: "Wafer") -> bool:
-    """Whether all PEs share one memory, as on emulated devices; if not, XLA names the full one."""
+    """Whether all PEs share one memory, as on emulated devices.
+
+    On several memories no check is needed: XLA's own error names the device that is full.
+    """
     return wafer.mesh is None or wafer.platform == "cpu"
 
 

@@ -232,12 +232,12 @@ def _place(along: str, ring: fabric.Ring, further: Int[Array, ""] | int) -> Int[
 
 
 def _meeting(along: str) -> int:
-    """The meeting dimension of the operand that goes round `along`."""
+    """The dimension that the product sums over, in the operand that goes round `along`."""
     return -1 if along == COLS else -2
 
 
 def _free(along: str) -> int:
-    """Its other dimension, which it has in common with S."""
+    """The dimension that the operand that goes round `along` shares with S."""
     return -2 if along == COLS else -1
 
 

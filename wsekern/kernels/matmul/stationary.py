@@ -117,8 +117,9 @@ class Stationary:
             partial = tile.product("nt", _gather_rows(s, rows), y, result)
             if self.mirrored:
                 return fabric.transpose(_sum_own_rows(partial, result, COLS))
-            # The sums are of the columns of X that meet this PE's rows of Y. Its own tile of X has
-            # other columns, perhaps of several PEs along y, so each adds those that it has.
+            # A PE now has sums for the columns of X that meet its rows of Y. A tile of X has other
+            # columns, which may lie on several PEs along y. So each of these PEs takes what it has
+            # of the tile's columns, with zeros for the others; a sum along y joins them.
             met = fabric.all_reduce(partial, COLS)
             width = result.shape[-1]
             start = fabric.axis_index(COLS) * width - fabric.axis_index(ROWS) * met.shape[-1]

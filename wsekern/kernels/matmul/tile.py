@@ -118,7 +118,7 @@ def product(
 
 
 def zeros(shape: tuple[int, ...], *factors: Num[Array, "..."]) -> Float[Array, "..."]:
-    """Where a sum of products of `factors` begins; varies over the PEs as they do."""
+    """Zeros to sum products of `factors` into, typed as varying from PE to PE."""
     batched = any(x.ndim > 2 for x in factors)
     along = (WAFERS, ROWS, COLS) if batched else (ROWS, COLS)
     dtype = jnp.result_type(*(x.dtype for x in factors))

@@ -53,8 +53,8 @@ def compute_once(
       counter: the number of a loop's step, a value that XLA does not know. With a number that it
         knows, or None, this is just `function(*operands)`.
       operands: of the function.
-      results_too: whether the results are computed before anything that reads them, and the
-        subexpressions left alone.
+      results_too: True computes the results once, before anything that reads them, and leaves
+        subexpressions alone.
     """
     if not isinstance(counter, jax.Array):
         return list(function(*operands))
@@ -62,7 +62,7 @@ def compute_once(
         return _behind_barrier(function, counter, *operands)
     closed = jax.make_jaxpr(function)(*operands)
     jaxpr = closed.jaxpr
-    if jaxpr.effects:  # the parts below are cut by results, and printing has none
+    if jaxpr.effects:  # a part below has only what its results need: prints would be lost
         return list(function(*operands))
     known, values = [*jaxpr.invars], [*operands]
     for level in shared_levels(jaxpr):

@@ -157,7 +157,7 @@ def test_a_wave_disperses_and_turns_back():
 
 
 def test_source_and_receiver_may_change_places(full_wafer):
-    """Reciprocity: a receiver at b hears a source at a as one at a hears a source at b."""
+    """Reciprocity: the record stays the same when source and receiver are exchanged."""
     a, b, steps = (3, 4), (12, 9), 24
     c = (0.2 + 0.05 * np.random.default_rng(3).uniform(size=SHAPE)).astype(np.float32)
     # Where the speed varies, the operator c * Laplacian is symmetric with weights 1 / c.

@@ -194,7 +194,7 @@ def test_of_more_faults_less_is_left():
     assert whole.rectangle == wk.WSE3.physical and whole.share == whole.untouched == 1.0
     assert most.whole == 1.0 and least.whole == 0.0
     assert whole.share > most.share > least.share
-    # A drawn map is as the draws of rows alone say.
+    # Drawing every PE leaves about as much as `harvest`, which draws one number for each row.
     rows, columns = largest(Defects.random(wk.WSE3, 0.99))
     assert rows * columns == pytest.approx(most.rectangle[0] * most.rectangle[1], rel=0.01)
     assert table(found).count("\n") == 4

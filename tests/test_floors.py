@@ -30,6 +30,9 @@ ABOVE = {"benchmarks", "examples"}  # these may import every floor, and none imp
 HOUSE = {*FLOORS, *ABOVE, "tests"}
 COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "ppermute", "all_gather", "psum_scatter"}
 COLLECTIVES |= {"all_to_all", "axis_index", "axis_size", "pcast"}
+STILL_BARE = {"steps", "traced_update"}  # files of the stencil with annotations to mend
+# Parameters of kernels that are `Any` and hold no array.
+NO_ARRAYS = {"dtype", "boundary", "side", "width", "option", "field", "out_specs"}
 
 
 @functools.cache
@@ -188,6 +191,38 @@ def test_files_and_functions_stay_short():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert not {where: length for where, length in functions.items() if length > 90}
+
+
+def shapeless(hint):
+    """The bare array types of an annotation: `jax.Array`, but not that of `Float[Array, "M K"]`."""
+    if isinstance(hint, ast.Constant) and isinstance(hint.value, str):
+        hint = ast.parse(hint.value, mode="eval").body
+    if isinstance(hint, ast.Subscript) and isinstance(hint.slice, ast.Tuple):
+        *_, shape = hint.slice.elts
+        if isinstance(shape, ast.Constant) and isinstance(shape.value, str | type(...)):
+            # A tuple or a Callable may end in an ellipsis too.
+            if ast.unparse(hint.value) not in {"tuple", "Callable"}:
+                return set()
+    if isinstance(hint, ast.Name | ast.Attribute):
+        return {ast.unparse(hint)} & {"Array", "jax.Array"}
+    return set().union(*map(shapeless, ast.iter_child_nodes(hint))) if hint else set()
+
+
+def test_arrays_that_kernels_pass_on_carry_their_shapes():
+    """No parameter or result is a bare array, and none that could be an array is `Any`."""
+    offending = []
+    rooms = sources("wsekern/fabric", "wsekern/kernels")
+    for file in rooms.keys() - {f"wsekern/kernels/stencil/{name}.py" for name in STILL_BARE}:
+        for node in ast.walk(rooms[file]):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            a = node.args
+            parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+            hints = {p.arg: p.annotation for p in parameters if p}
+            any_type = {n for n, h in hints.items() if h and ast.unparse(h) == "Any"} - NO_ARRAYS
+            bare = {n for n, h in (hints | {"return": node.returns}).items() if shapeless(h)}
+            offending += [(file, node.lineno, node.name, name) for name in any_type | bare]
+    assert not offending
 
 
 def test_a_module_says_in_its_first_line_what_it_does():

@@ -254,7 +254,8 @@ def _start(
     floats: Floats,
     segments: Segments,
     plan: AttentionPlan,
-    for_gradients: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    for_gradients: tuple[Float[Array, "B _ _"], Float[Array, "B Tt Nt H"], Float[Array, "B Tt Nt"]]
+    | None = None,
 ) -> tuple[Rows, Keys]:
     """This PE's rows and keys in blocks, after the moves that come before the first product.
 

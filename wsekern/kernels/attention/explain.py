@@ -79,8 +79,6 @@ def explain(
         precision=precision,
         algorithm=algorithm,
     )
-    if isinstance(bias, jax.ShapeDtypeStruct):  # which has no reshape
-        bias = jax.ShapeDtypeStruct((1,) * (4 - len(bias.shape)) + bias.shape, bias.dtype)
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)
     wafer = context.resolve(wafer)
     plan, why = plan_attention(floats, asked, wafer)

@@ -8,14 +8,16 @@ long again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
-import jax
 from jax import lax
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from wsekern.kernels.attention.mask import Keys, Rows, Rule
 
 Carry = TypeVar("Carry")
+Record: TypeAlias = PyTree[Shaped[Array, "..."]]  # a NamedTuple of arrays, such as `Rows`
+Place = tuple[Int[Array, ""], Int[Array, ""]]  # the first sequence and key-value head of a part
 
 # The axes that count sequences and key-value heads, by the name of the field; None: it has none.
 _AXES = {"kv": (2, 3), "dkv": (2, 3), "segments": (1, None), "start": (None, None)}
@@ -42,7 +44,7 @@ def few_heads_at_once(
         return body(carry, rows, keys)
     heads = max(h for h in range(1, K + 1) if K % h == 0 and (h == 1 or h * one_head <= limit))
 
-    def step(index: jax.Array, carry: Carry) -> Carry:
+    def step(index: Int[Array, ""], carry: Carry) -> Carry:
         begin = index // (K // heads), index % (K // heads) * heads
         part = body(*(_cut(x, begin, heads) for x in (carry, rows, keys)))
         return _put(carry, part, begin)
@@ -50,8 +52,8 @@ def few_heads_at_once(
     return lax.fori_loop(0, B * K // heads, step, carry)
 
 
-def _cut(record: Any, begin: tuple[jax.Array, jax.Array], heads: int) -> Any:
-    def cut(name: str, leaf: jax.Array) -> jax.Array:
+def _cut(record: Record, begin: Place, heads: int) -> Record:
+    def cut(name: str, leaf: Shaped[Array, ...]) -> Shaped[Array, ...]:
         axes = _AXES.get(name, _OTHER_AXES)
         for axis, start, size in zip(axes, begin, (1, heads), strict=True):
             if axis is not None and leaf.shape[axis] > 1:  # what all heads share stays whole
@@ -61,9 +63,9 @@ def _cut(record: Any, begin: tuple[jax.Array, jax.Array], heads: int) -> Any:
     return _map_fields(cut, record)
 
 
-def _put(record: Carry, part: Carry, begin: tuple[jax.Array, jax.Array]) -> Carry:
-    def put(name: str, leaf: jax.Array, new: jax.Array) -> jax.Array:
-        starts: list[jax.Array | int] = [0] * leaf.ndim
+def _put(record: Carry, part: Carry, begin: Place) -> Carry:
+    def put(name: str, leaf: Shaped[Array, ...], new: Shaped[Array, ...]) -> Shaped[Array, ...]:
+        starts: list[Int[Array, ""] | int] = [0] * leaf.ndim
         for axis, start in zip(_AXES.get(name, _OTHER_AXES), begin, strict=True):
             if axis is not None and leaf.shape[axis] > 1:
                 starts[axis] = start
@@ -72,7 +74,9 @@ def _put(record: Carry, part: Carry, begin: tuple[jax.Array, jax.Array]) -> Carr
     return _map_fields(put, record, part)
 
 
-def _map_fields(function: Callable[..., jax.Array], record: Any, *others: Any) -> Any:
+def _map_fields(
+    function: Callable[..., Shaped[Array, ...]], record: Record, *others: Record
+) -> Record:
     """`record` with `function(name, field, *fields of others)` in place of each field not None."""
     fields = {
         name: function(name, leaf, *(getattr(other, name) for other in others))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
@@ -51,7 +51,12 @@ class PaddedSizes:
 
 
 def pack(
-    q: Any, k: Any, v: Any, bias: Any, sinks: Any, segment_ids: Any
+    q: Float[Described, "B T N H"],
+    k: Float[Described, "B S K H"],
+    v: Float[Described, "B S K H"],
+    bias: Float[Described, ...] | None,
+    sinks: Float[Described, " N"] | None,
+    segment_ids: Int[Described, "B T"] | tuple[Int[Described, "B T"], Int[Described, "B S"]] | None,
 ) -> tuple[Floats, Segments]:
     """The operands of one call, checked, the bias with all its four axes.
 
@@ -64,7 +69,11 @@ def pack(
     if bias is not None:
         _check_bias(bias, (B, N, T, S))
         if len(bias.shape) < 4:
-            bias = bias.reshape((1,) * (4 - len(bias.shape)) + tuple(bias.shape))
+            shape = (1,) * (4 - len(bias.shape)) + tuple(bias.shape)
+            if isinstance(bias, jax.ShapeDtypeStruct):
+                bias = jax.ShapeDtypeStruct(shape, bias.dtype)
+            else:
+                bias = bias.reshape(shape)
     if sinks is not None and sinks.shape != (N,):
         raise ValueError(
             f"attention: sinks is {sinks.shape}, it must be ({N},): one for each head of q"
@@ -88,7 +97,7 @@ def lse_spec(order: Order) -> P:
     return P(WAFERS, (COLS, ROWS), None) if order == "ulysses" else P(WAFERS, COLS, ROWS)
 
 
-def bias_shared_along(bias: Any, order: Order) -> tuple[str, ...]:
+def bias_shared_along(bias: Float[Described, "_ _ _ _"] | None, order: Order) -> tuple[str, ...]:
     """The axes of the wafer along which all PEs hold the same part of a whole `bias`."""
     if bias is None or order == "local":
         return ()
@@ -161,14 +170,16 @@ def unblock_bias(
     return dbias.transpose(1, 2, 3, 0, 4, 5).reshape(shape)
 
 
-def _bias_spec(bias: Any, order: Order) -> P:
+def _bias_spec(bias: Float[Described, "_ _ _ _"], order: Order) -> P:
     along: list[Any] = [WAFERS, COLS, ROWS, None]
     if order == "ulysses":
         along = [WAFERS, (COLS, ROWS), None, None]
     return P(*(axis if n > 1 else None for axis, n in zip(along, bias.shape, strict=True)))
 
 
-def _check_qkv(q: Any, k: Any, v: Any) -> None:
+def _check_qkv(
+    q: Shaped[Described, ...], k: Shaped[Described, ...], v: Shaped[Described, ...]
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(
@@ -198,7 +209,7 @@ def _check_qkv(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"attention: q, k and v are {q.dtype}; cast them to a floating dtype")
 
 
-def _check_bias(bias: Any, scores: tuple[int, int, int, int]) -> None:
+def _check_bias(bias: Shaped[Described, ...], scores: tuple[int, int, int, int]) -> None:
     full = (1,) * (4 - len(bias.shape)) + tuple(bias.shape)
     if len(full) > 4 or any(x not in (1, n) for x, n in zip(full, scores, strict=True)):
         raise ValueError(
@@ -208,7 +219,9 @@ def _check_bias(bias: Any, scores: tuple[int, int, int, int]) -> None:
 
 
 def _check_segments(
-    pair: tuple[Any, ...], of_queries: tuple[int, int], of_keys: tuple[int, int]
+    pair: tuple[Shaped[Described, ...] | None, ...],
+    of_queries: tuple[int, int],
+    of_keys: tuple[int, int],
 ) -> None:
     if len(pair) != 2 or (pair[0] is None) != (pair[1] is None):
         raise ValueError(

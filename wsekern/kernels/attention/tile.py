@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.attention.heads import few_heads_at_once
@@ -163,7 +163,9 @@ def finish(
 
 
 def scan_blocks(
-    body: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, blocks: Any
+    body: Callable[[Carry, Any], tuple[Carry, Any]],
+    carry: Carry,
+    blocks: PyTree[Shaped[Array, "blocks ..."]],
 ) -> tuple[Carry, Any]:
     """`lax.scan`, but a single block is run without a loop."""
     if jax.tree.leaves(blocks)[0].shape[0] > 1:

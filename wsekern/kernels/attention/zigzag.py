@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.attention import ring, tile, tile_gradients, vendor
@@ -170,7 +170,7 @@ def _half(tiles: Tree, half: int) -> Tree:
     return jax.tree.map(cut, tiles)
 
 
-def _where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
+def _where(condition: Bool[Array, ""], a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from wsekern import fabric
 from wsekern.wafer.axes import ROWS, WAFERS
@@ -108,7 +108,7 @@ def _bucket_route(goes: Bool[Array, "n W"], room: int) -> Route:
     empty = jnp.full((wafers, room), n)  # row n does not exist
     source = empty.at[wafer, place].set(row, mode="drop").reshape(-1)
 
-    def send(rows: Any) -> Any:
+    def send(rows: PyTree[Shaped[Array, "n ..."]]) -> PyTree[Shaped[Array, "m ..."]]:
         def send_one(array: Shaped[Array, "n ..."]) -> Shaped[Array, "m ..."]:
             fill = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
             buckets = array.at[source].get(mode="fill", fill_value=fill)

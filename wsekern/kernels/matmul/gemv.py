@@ -17,7 +17,13 @@ from jaxtyping import Array, Float, Int8, Num
 
 from wsekern import fabric
 from wsekern.kernels.matmul import epilogue, tile
-from wsekern.kernels.matmul.right_factor import RightFactor, check_right_factor, is_trained
+from wsekern.kernels.matmul.right_factor import (
+    ArrayFactor,
+    FactorGradient,
+    RightFactor,
+    check_right_factor,
+    is_trained,
+)
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.limits import sum_dtype
@@ -101,7 +107,7 @@ class _GemvOptions:
 
 def _plain(
     x: Float[Array, "*batch _"],
-    right: RightFactor[jax.Array],
+    right: ArrayFactor,
     transpose_b: bool,
     activation: epilogue.Function | None,
     precision: jax.lax.PrecisionLike,
@@ -119,7 +125,7 @@ def _plain(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(
     x: Float[Array, "*batch _"],
-    right: RightFactor[jax.Array],
+    right: ArrayFactor,
     options: _GemvOptions,
     wafer: Wafer,
 ) -> Float[Array, "*batch _"]:
@@ -127,7 +133,7 @@ def _product(
 
 
 def _forward_program(
-    x: jax.Array, right: RightFactor[jax.Array], options: _GemvOptions, wafer: Wafer
+    x: Float[Array, "*batch _"], right: ArrayFactor, options: _GemvOptions, wafer: Wafer
 ) -> Callable[..., Any]:
     x_spec, y_spec = options.specs(x.ndim)
     return wafer.map(
@@ -139,15 +145,15 @@ def _forward_program(
 
 # Plain autodiff would sum the gradient of `x` over PEs that all hold the same `x`.
 def _fwd(
-    x: jax.Array, right: RightFactor[jax.Array], options: _GemvOptions, wafer: Wafer
-) -> tuple[jax.Array, tuple]:
+    x: Float[Array, "*batch _"], right: ArrayFactor, options: _GemvOptions, wafer: Wafer
+) -> tuple[Float[Array, "*batch _"], tuple]:
     y, argument = _forward_program(x, right, options, wafer)(x, right)
     return y, (x, right, None if options.activation is None else argument)
 
 
 def _bwd(
-    options: _GemvOptions, wafer: Wafer, residuals: tuple, dy: jax.Array
-) -> tuple[jax.Array, RightFactor]:
+    options: _GemvOptions, wafer: Wafer, residuals: tuple, dy: Float[Array, "*batch _"]
+) -> tuple[Float[Array, "*batch _"], FactorGradient]:
     x, right, argument = residuals
     if options.activation is not None:
         dy = epilogue.before_activation(dy, argument, options.activation)
@@ -166,7 +172,7 @@ _product.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    x: Float[Array, "*batch Kt"], right: RightFactor[jax.Array], options: _GemvOptions
+    x: Float[Array, "*batch Kt"], right: ArrayFactor, options: _GemvOptions
 ) -> tuple[Float[Array, "*batch Nt"], Float[Array, "*batch Nt"]]:
     """This PE's part of the result, and of the activation's argument."""
     sums = _multiply(options.form, x, right.matrix, options.precision)
@@ -177,10 +183,10 @@ def _per_pe(
 
 def _per_pe_gradients(
     x: Float[Array, "*batch Kt"],
-    right: RightFactor[jax.Array],
+    right: ArrayFactor,
     dy: Float[Array, "*batch Nt"],
     options: _GemvOptions,
-) -> tuple[Float[Array, "*batch Kt"], RightFactor[jax.Array | None]]:
+) -> tuple[Float[Array, "*batch Kt"], FactorGradient]:
     form, b, precision = options.form, right.matrix, options.precision
     along = WAFERS if x.ndim > 1 else ()  # with a batch, wafers have different vectors
     wide = dy.astype(sum_dtype(dy.dtype))
@@ -215,7 +221,7 @@ def _multiply(
     return sums[0] if x.ndim == 1 else sums
 
 
-def _check(x: jax.Array, right: RightFactor[jax.Array], transpose_b: bool) -> None:
+def _check(x: Num[Array, "..."], right: ArrayFactor, transpose_b: bool) -> None:
     b = right.matrix
     if x.ndim < 1 or b.ndim != 2:
         raise ValueError(

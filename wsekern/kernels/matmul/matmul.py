@@ -8,13 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num, PyTree
 
 from wsekern import fabric
 from wsekern.kernels.matmul import choice, epilogue, tile
 from wsekern.kernels.matmul.explain import explain_matmul
 from wsekern.kernels.matmul.problem import MatmulPlan, MatmulProblem
-from wsekern.kernels.matmul.right_factor import RightFactor, check_right_factor, is_trained
+from wsekern.kernels.matmul.right_factor import (
+    ArrayFactor,
+    FactorGradient,
+    RightFactor,
+    check_right_factor,
+    is_trained,
+)
 from wsekern.kernels.matmul.signature import Algorithm, Matrix, with_signature
 from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer import context, layout
@@ -123,7 +130,7 @@ class _MatmulOptions:
 def _plain(
     form: tile.Form,
     a: Float[Array, "... _ _"],
-    right: RightFactor[jax.Array],
+    right: ArrayFactor,
     activation: epilogue.Function | None,
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "... _ _"]:
@@ -142,7 +149,7 @@ def _plain(
 
 def _on_wafer(
     a: Float[Array, "... _ _"],
-    rights: tuple[RightFactor[jax.Array], ...],
+    rights: tuple[ArrayFactor, ...],
     options: _MatmulOptions,
     wafer: Wafer,
 ) -> tuple[Float[Array, "... _ _"], ...]:
@@ -158,18 +165,20 @@ def _on_wafer(
     return tuple(layout.crop(c, shape, spec, wafer) for c, shape in zip(cs, shapes, strict=True))
 
 
-def _result_shape(form: tile.Form, a: jax.Array, b: jax.Array) -> tuple[int, ...]:
+def _result_shape(
+    form: tile.Form, a: Num[Array, "... _ _"], b: Num[Array, "... _ _"]
+) -> tuple[int, ...]:
     rows, columns = a.shape[-1 if form == "tn" else -2], b.shape[-2 if form == "nt" else -1]
     return (*a.shape[:-2], rows, columns)
 
 
 def _lay_out(
-    right: RightFactor[jax.Array],
+    right: ArrayFactor,
     shape: tuple[int, ...],
     form: tile.Form,
     plan: MatmulPlan,
     wafer: Wafer,
-) -> RightFactor[jax.Array]:
+) -> ArrayFactor:
     """`right` padded for `plan`, where `shape` is that of its product."""
     # The result too: in `a @ b^T` it is X, whose columns Cannon's algorithm cuts into blocks.
     _, role, role_of_result = tile.ROLES[form]
@@ -193,7 +202,7 @@ def _lay_out(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(
     a: Float[Array, "... _ _"],
-    rights: tuple[RightFactor[jax.Array], ...],
+    rights: tuple[ArrayFactor, ...],
     options: _MatmulOptions,
     wafer: Wafer,
 ) -> tuple[Float[Array, "... _ _"], ...]:
@@ -201,8 +210,8 @@ def _product(
 
 
 def _forward_program(
-    a: jax.Array,
-    rights: tuple[RightFactor[jax.Array], ...],
+    a: Float[Array, "... _ _"],
+    rights: tuple[ArrayFactor, ...],
     options: _MatmulOptions,
     wafer: Wafer,
     keep: bool,
@@ -217,16 +226,22 @@ def _forward_program(
 
 # Plain autodiff would keep every tile that has moved.
 def _fwd(
-    a: jax.Array, rights: tuple[RightFactor[jax.Array], ...], options: _MatmulOptions, wafer: Wafer
-) -> tuple[tuple[jax.Array, ...], tuple]:
+    a: Float[Array, "... _ _"],
+    rights: tuple[ArrayFactor, ...],
+    options: _MatmulOptions,
+    wafer: Wafer,
+) -> tuple[tuple[Float[Array, "... _ _"], ...], tuple]:
     keep = options.activation is not None
     cs, arguments = _forward_program(a, rights, options, wafer, keep)(a, rights)
     return cs, (a, rights, arguments)
 
 
 def _bwd(
-    options: _MatmulOptions, wafer: Wafer, residuals: tuple, dcs: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[RightFactor, ...]]:
+    options: _MatmulOptions,
+    wafer: Wafer,
+    residuals: tuple,
+    dcs: tuple[Float[Array, "... _ _"], ...],
+) -> tuple[Float[Array, "... _ _"], tuple[FactorGradient, ...]]:
     a, rights, arguments = residuals
     if options.activation is not None:
         # Element by element, so it may stand outside the kernel, where nothing is differentiated.
@@ -247,7 +262,7 @@ _product.defvjp(_fwd, _bwd)
 
 def _per_pe(
     a: Float[Array, "*batch _ _"],
-    rights: tuple[RightFactor[jax.Array], ...],
+    rights: tuple[ArrayFactor, ...],
     options: _MatmulOptions,
     keep: bool,
 ) -> tuple[tuple[Float[Array, "*batch Mt _"], ...], tuple[Float[Array, "*batch Mt _"], ...]]:
@@ -262,12 +277,12 @@ def _per_pe(
 
 def _per_pe_gradients(
     a: Float[Array, "*batch _ _"],
-    rights: tuple[RightFactor[jax.Array], ...],
+    rights: tuple[ArrayFactor, ...],
     dcs: tuple[Float[Array, "*batch Mt _"], ...],
     options: _MatmulOptions,
-) -> tuple[Float[Array, "*batch _ _"], tuple[RightFactor[jax.Array | None], ...]]:
+) -> tuple[Float[Array, "*batch _ _"], tuple[FactorGradient, ...]]:
     along = (ROWS, WAFERS) if a.ndim > 2 else ROWS  # with a batch, wafers have different rows
-    products: Sequence[jax.Array | None] = [None] * len(rights)
+    products: Sequence[Float[Array, "*batch Mt _"] | None] = [None] * len(rights)
     if rights[0].scales is not None:  # all have scales, or none
         products = _sums(a, rights, options)
     scaled, vectors = [], []
@@ -294,7 +309,7 @@ def _per_pe_gradients(
 
 def _sums(
     a: Float[Array, "*batch _ _"],
-    rights: tuple[RightFactor[jax.Array], ...],
+    rights: tuple[ArrayFactor, ...],
     options: _MatmulOptions,
 ) -> list[Float[Array, "*batch Mt _"]]:
     """The sums of each product on this PE."""
@@ -334,7 +349,9 @@ def _pair_of_gradients(
 ) -> tuple[Float[Array, "*batch _ _"], Float[Array, "... _ _"] | None]:
     factors = {"a": a, "b": b, "c": dc}
 
-    def multiply(form: tile.Form, left: str, right: str, shape: tuple[int, ...]) -> jax.Array:
+    def multiply(
+        form: tile.Form, left: str, right: str, shape: tuple[int, ...]
+    ) -> Float[Array, "... _ _"]:
         run = tile.in_form(options.plan.algorithm, form)
         return run(factors[left], factors[right], TileResult(shape, options.precision))
 
@@ -354,8 +371,8 @@ def _split(
 
 
 def _right_factors(
-    b: Any, bias: Any, scales: Any, several: bool
-) -> tuple[RightFactor[jax.Array], ...]:
+    b: PyTree[ArrayLike], bias: PyTree[ArrayLike], scales: PyTree[ArrayLike], several: bool
+) -> tuple[ArrayFactor, ...]:
     if not several:
         return (RightFactor.of(b, bias, scales),)
     for name, value in (("bias", bias), ("scales", scales)):
@@ -367,7 +384,7 @@ def _right_factors(
     return tuple(map(RightFactor.of, b, biases, scaleses))
 
 
-def _check(form: tile.Form, a: jax.Array, rights: tuple[RightFactor[jax.Array], ...]) -> None:
+def _check(form: tile.Form, a: Num[Array, "..."], rights: tuple[ArrayFactor, ...]) -> None:
     if not rights:
         raise ValueError("matmul: b is an empty tuple; give at least one right factor")
     for right in rights:

@@ -26,7 +26,7 @@ from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 
-Halves = list[jax.Array]  # of a tile; one whole tile if it is too small to halve
+Halves = list[Num[Array, "... _ _"]]  # of a tile; one whole tile if it is too small to halve
 
 
 def price(problem: MatmulProblem) -> PricedPlan:
@@ -127,7 +127,7 @@ def _send_sums_round(
     shape: tuple[int, ...],
     along: str,
     ring: fabric.Ring,
-    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    multiply: Callable[[Num[Array, "... _ _"], Num[Array, "... _ _"]], Float[Array, "... _ _"]],
 ) -> Float[Array, "... _ _"]:
     """Each PE adds its summand to the sums that pass; they reach their own PE in the last step."""
     size = fabric.axis_size(along)
@@ -154,7 +154,7 @@ def _send_operand_round(
     shape: tuple[int, ...],
     along: str,
     ring: fabric.Ring,
-    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    multiply: Callable[[Num[Array, "... _ _"], Num[Array, "... _ _"]], Float[Array, "... _ _"]],
 ) -> Float[Array, "... _ _"]:
     """This PE's summands of the whole result: a block of it from each tile that passes."""
     size = fabric.axis_size(along)
@@ -174,7 +174,7 @@ def _send_operand_round(
             whole = lax.dynamic_update_slice_in_dim(whole, old + block, at, axis)
         return whole
 
-    def step(carry: tuple[Halves, jax.Array], i: Int[Array, ""]) -> tuple:
+    def step(carry: tuple[Halves, Float[Array, "... _ _"]], i: Int[Array, ""]) -> tuple:
         halves, whole = carry
         halves = _shift(halves, along, directions, ring)
         return (halves, add_blocks(whole, halves, i)), None
@@ -198,7 +198,7 @@ def _block(
     gathered: Num[Array, "... _ _"],
     along: str,
     place: Int[Array, ""],
-    like: jax.Array | jax.ShapeDtypeStruct,
+    like: Num[Array | jax.ShapeDtypeStruct, "... _ _"],
 ) -> Num[Array, "... _ _"]:
     length = like.shape[_meeting(along)]
     axis = _meeting(_across(along)) % gathered.ndim

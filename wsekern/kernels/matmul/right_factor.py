@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
+from jaxtyping import Array, Num
 
 from wsekern.wafer import layout
 
 # A field holds an array, a gradient, or on the way through `Wafer.map` a spec.
 Leaf = TypeVar("Leaf")
+Other = TypeVar("Other")
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +34,7 @@ class RightFactor(Generic[Leaf]):
     @classmethod
     def of(
         cls, matrix: ArrayLike, bias: ArrayLike | None, scales: ArrayLike | None
-    ) -> "RightFactor[jax.Array]":
+    ) -> "ArrayFactor":
         """The right factor that a caller gives, as arrays."""
         return RightFactor(
             matrix=layout.as_array(matrix),
@@ -40,18 +42,20 @@ class RightFactor(Generic[Leaf]):
             scales=None if scales is None else layout.as_array(scales),
         )
 
-    def replace(self, matrix: Any, bias: Any, scales: Any) -> "RightFactor[Any]":
+    def replace(
+        self, matrix: Other, bias: Other | None, scales: Other | None
+    ) -> "RightFactor[Other]":
         """Another factor, or a gradient, with a tile of the same size."""
         return RightFactor(matrix=matrix, bias=bias, scales=scales, tile=self.tile)
 
-    def with_float0(self, factor: "RightFactor[jax.Array]") -> "RightFactor[Any]":
+    def with_float0(self, factor: "ArrayFactor") -> "RightFactor[Any]":
         """This gradient of `factor`, with what JAX expects for a matrix of integers."""
         if is_trained(factor.matrix):
             return self
         zeros = np.zeros(factor.matrix.shape, jax.dtypes.float0)
         return self.replace(matrix=zeros, bias=self.bias, scales=self.scales)
 
-    def specs(self: "RightFactor[jax.Array]", vector_axis: str) -> "RightFactor[P]":
+    def specs(self: "ArrayFactor", vector_axis: str) -> "RightFactor[P]":
         """How a factor like this lies: its matrix tiled, its vectors along an axis."""
         vector = layout.tiled(1, vector_axis)
         return RightFactor(
@@ -63,12 +67,17 @@ class RightFactor(Generic[Leaf]):
         )
 
 
-def is_trained(matrix: jax.Array) -> bool:
+# A factor as arrays, whole or one PE's tile; and a gradient of one, None for what is not trained.
+ArrayFactor = RightFactor[Num[Array, "..."]]
+FactorGradient = RightFactor[Num[Array, "..."] | None]
+
+
+def is_trained(matrix: Num[Array, "..."]) -> bool:
     """Whether a matrix has a gradient; integers have none."""
     return jnp.issubdtype(matrix.dtype, jnp.floating)
 
 
-def check_right_factor(operation: str, a: jax.Array, right: RightFactor[jax.Array], N: int) -> None:
+def check_right_factor(operation: str, a: Num[Array, "..."], right: ArrayFactor, N: int) -> None:
     """Raises ValueError if dtypes, or the sizes of bias and scales, do not fit `a @ b`."""
     b, scales = right.matrix, right.scales
     if not jnp.issubdtype(a.dtype, jnp.floating):

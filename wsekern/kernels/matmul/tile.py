@@ -79,7 +79,9 @@ class TileAlgorithm(Protocol):
         """Y = X^T @ S."""
 
 
-TileProduct = Callable[[jax.Array, jax.Array, TileResult], jax.Array]
+TileProduct = Callable[
+    [Num[Array, "... _ _"], Num[Array, "... _ _"], TileResult], Float[Array, "... _ _"]
+]
 
 
 def in_form(algorithm: TileAlgorithm, form: Form) -> TileProduct:
@@ -142,8 +144,8 @@ def form_of(operation: str, transpose_a: bool, transpose_b: bool) -> Form:
 def check_shapes(
     operation: str,
     form: Form,
-    a: jax.Array | jax.ShapeDtypeStruct,
-    b: jax.Array | jax.ShapeDtypeStruct,
+    a: Num[Array | jax.ShapeDtypeStruct, "..."],
+    b: Num[Array | jax.ShapeDtypeStruct, "..."],
 ) -> None:
     """Raises ValueError if `a` and `b` cannot be multiplied in `form`."""
     for name, x in (("a", a), ("b", b)):

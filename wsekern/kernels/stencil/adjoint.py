@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jaxtyping import Array, Shaped
 
 from wsekern.kernels.stencil.buffers import Mode, Tile, ends
 from wsekern.wafer import context
@@ -231,7 +232,7 @@ def _write_slabs_bwd(
     make: MakeSlabs,
     starts: Starts,
     residuals: tuple[Any, "_SlabShapes"],
-    cotangents: Sequence[Any],
+    cotangents: Sequence[Shaped[Array | np.ndarray, "..."]],
 ) -> tuple[list[Any]]:
     pull, static = residuals
     slab_cotangents: list[Any] = []

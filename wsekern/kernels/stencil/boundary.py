@@ -7,13 +7,12 @@ corner gets the later dimension's rule.
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from wsekern import fabric
 from wsekern.kernels.stencil import adjoint, cpu_fusion
-from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_line, ends
+from wsekern.kernels.stencil.buffers import Mode, Pairs, Step, Tile, cut_line, ends
 from wsekern.kernels.stencil.geometry import Line, Lines
 
 
@@ -26,7 +25,7 @@ def fill(
     radius: Pairs,
     mode: Mode,
     corners: bool = True,
-    cpu_counter: jax.Array | int | None = None,
+    cpu_counter: Step | None = None,
 ) -> list[Tile]:
     """`buffers` with their ghost cells filled, on the PEs at the ends of the field.
 
@@ -65,7 +64,7 @@ def fill_side(
     radius: Pairs,
     mode: Mode,
     corners: bool = True,
-    cpu_counter: jax.Array | int | None = None,
+    cpu_counter: Step | None = None,
 ) -> list[Tile]:
     """`buffers` with the ghost cells of one side of one dimension filled; see `fill`."""
     margin, filled = margins[dim][high], list(buffers)

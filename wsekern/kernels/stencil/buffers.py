@@ -2,12 +2,15 @@
 
 import enum
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 Tile = Shaped[Array, "..."]  # any number of dimensions, any dtype
+Fields: TypeAlias = PyTree[Shaped[Array | np.ndarray, "..."]]  # a field, or a pytree of fields
 Tiles = tuple[Tile, ...]  # one for each field
 Step = Int[Array, ""] | int  # the number of a step, from 0
 Pairs = tuple[tuple[int, int], ...]  # for each dimension: low and high, or begin and end

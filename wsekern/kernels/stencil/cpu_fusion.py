@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jaxtyping import Array, Int
 
-from wsekern.kernels.stencil.buffers import Tile
+from wsekern.kernels.stencil.buffers import Step, Tile
 
 # To write an array and read it again costs as much as this many operations a cell. What costs less
 # is computed again.
@@ -39,7 +40,7 @@ Read = tuple[Any, tuple[int, ...]]
 
 def compute_once(
     function: Callable[..., Sequence[Tile]],
-    counter: jax.Array | int | None,
+    counter: Step | None,
     *operands: Tile,
     results_too: bool = False,
 ) -> list[Tile]:
@@ -94,7 +95,7 @@ def shared_levels(jaxpr: core.Jaxpr) -> list[list[Variable]]:
 
 
 def _behind_barrier(
-    function: Callable[..., Sequence[Tile]], counter: jax.Array, *operands: Tile
+    function: Callable[..., Sequence[Tile]], counter: Int[Array, ""], *operands: Tile
 ) -> list[Tile]:
     """`function(*operands)` in a branch, computed before anything that reads it."""
 

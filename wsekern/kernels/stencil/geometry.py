@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from wsekern import fabric
 from wsekern.wafer.axes import axes_of
@@ -120,7 +120,7 @@ def boundary_pairs(
     return tuple(sides)
 
 
-def option_by_field(option: Any, fields: Any) -> list[Any]:
+def option_by_field(option: Any, fields: PyTree) -> list[Any]:
     """`option` for each leaf of `fields`: a dict by the leaf's name or place, or one for all."""
     names = field_names(fields)
     if not isinstance(option, dict):
@@ -131,7 +131,7 @@ def option_by_field(option: Any, fields: Any) -> list[Any]:
     return [option.get(name) for name in names]
 
 
-def field_names(fields: Any) -> list[Any]:
+def field_names(fields: PyTree) -> list[Any]:
     """The name, or the place, of each leaf of `fields`."""
     return [_top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(fields)[0]]
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from wsekern.kernels.stencil import boundary, geometry
-from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile, cut_box, pad_tile
+from wsekern.kernels.stencil.buffers import Fields, Mode, Pairs, Tile, cut_box, pad_tile
 from wsekern.kernels.stencil.exchange import exchange
 from wsekern.kernels.stencil.geometry import Axes, Boundary, Line, Lines, Width
 from wsekern.wafer import layout
@@ -26,14 +28,14 @@ Along = P | Sequence[Axes]
 
 
 def halo_exchange(
-    u: Any,
+    u: Fields,
     width: Width | Sequence[Width],
     *,
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     corners: bool = True,
     spec: P | None = None,
     wafer: Wafer | None = None,
-) -> Any:
+) -> Fields:
     """The tiles of `u`, each with its halo, side by side as one array.
 
     A dimension of `N` cells over `p` PEs becomes one of `p * (N/p + low + high)`; `crop` is the
@@ -80,14 +82,14 @@ def halo_exchange(
 
 
 def halo_tile(
-    tile: Any,
+    tile: Fields,
     along: Along,
     width: Width | Sequence[Width],
     *,
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     corners: bool = True,
     size: Sequence[int] | None = None,
-) -> Any:
+) -> Fields:
     """This PE's `tile` with its halo around it; for kernels and for your own `jax.shard_map`.
 
     A PE sends one message, of all fields, to each neighbor: a dimension after the other, so that
@@ -122,13 +124,13 @@ def halo_tile(
 
 
 def crop(
-    tiles: Any,
+    tiles: Fields,
     width: Width | Sequence[Width],
     *,
     shape: Sequence[int] | None = None,
     spec: P | None = None,
     wafer: Wafer | None = None,
-) -> Any:
+) -> Fields:
     """The field whose tiles with halos are `tiles`: the inverse of `halo_exchange`.
 
     Nothing is sent.
@@ -158,7 +160,7 @@ def crop(
 
 
 def whole_field_lines(
-    operation: str, fields: Any, boundary: Any, spec: P | None, wafer: Wafer | None
+    operation: str, fields: Fields, boundary: Any, spec: P | None, wafer: Wafer | None
 ) -> tuple[Wafer | None, tuple[Axes, ...], tuple[Lines, ...]]:
     """The wafer of whole fields, the axes of each dimension, and for each field its lines.
 
@@ -181,7 +183,7 @@ def whole_field_lines(
 
 
 def tile_lines(
-    operation: str, tile: Any, along: Along, boundary: Any, size: Sequence[int] | None
+    operation: str, tile: Fields, along: Along, boundary: Any, size: Sequence[int] | None
 ) -> tuple[Lines, ...]:
     """For each field of `tile` its lines, by the mesh in whose kernel this is traced.
 
@@ -246,7 +248,7 @@ def _crop_per_pe(*tiles: Tile, widths: Pairs) -> list[Tile]:
     return [cut_box(tile, widths, box, none) for tile, box in zip(tiles, inside, strict=True)]
 
 
-def _check_fields(operation: str, fields: Sequence[Any]) -> None:
+def _check_fields(operation: str, fields: Sequence[Shaped[Array | np.ndarray, "..."]]) -> None:
     if not fields:
         raise ValueError(f"{operation}: there is no field")
     shapes = [jnp.shape(field) for field in fields]

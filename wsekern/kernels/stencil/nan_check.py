@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.stencil.buffers import Tile, Tiles
@@ -19,7 +19,7 @@ from wsekern.kernels.stencil.geometry import Lines
 from wsekern.kernels.stencil.steps import StencilRun
 
 
-def is_finite(arrays: Any) -> bool:
+def is_finite(arrays: PyTree[Shaped[Array, "..."]]) -> bool:
     """Whether all cells of all arrays are finite; waits for them."""
     return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(arrays))
 
@@ -49,7 +49,7 @@ def first_not_finite(run: StencilRun, tiles: Sequence[Tile], steps: int) -> Int[
 
     def one_step(
         carry: tuple[Tiles, Int[Array, " entries"]], step: Int[Array, ""]
-    ) -> tuple[Any, None]:
+    ) -> tuple[tuple[Tiles, Int[Array, " entries"]], None]:
         tiles, first = carry
         tiles, _ = run.advance(tiles, step, 1)
         return (tiles, look(first, tiles, step + 1)), None
@@ -61,7 +61,7 @@ def first_not_finite(run: StencilRun, tiles: Sequence[Tile], steps: int) -> Int[
     return first.reshape((1,) * len(lines) + first.shape)
 
 
-def report(operation: str, first: Any, names: Sequence[Any], steps: int) -> None:
+def report(operation: str, first: Int[Array, "..."], names: Sequence[Any], steps: int) -> None:
     """Raises FloatingPointError that says what `first_not_finite` says on the PE where it began."""
     rows = np.asarray(first).reshape(-1, np.shape(first)[-1])
     # The earliest step of all PEs; of several in one step, any.

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from wsekern.kernels.stencil import halo
-from wsekern.kernels.stencil.buffers import Mode, Pairs, Tile
+from wsekern.kernels.stencil.buffers import Fields, Mode, Pairs, Tile
 from wsekern.kernels.stencil.geometry import Line, Lines
 
 # One exchange on emulated devices takes as long as the update of so many cells: two collectives a
@@ -125,7 +127,7 @@ class StencilPlan:
 
 def make_plan(
     operation: str,
-    u: Any,
+    u: Fields,
     options: StencilOptions,
     lines: tuple[Lines, ...],
     radius: Pairs,
@@ -167,14 +169,14 @@ def make_plan(
     )
 
 
-def coefficient_arrays(coefficients: Any) -> tuple[Tile, ...]:
+def coefficient_arrays(coefficients: PyTree[ArrayLike]) -> tuple[Tile, ...]:
     return tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(coefficients))
 
 
-def _coefficient_lines(coefficients: Any, lines: Lines) -> tuple[Lines | None, ...]:
+def _coefficient_lines(coefficients: PyTree[ArrayLike], lines: Lines) -> tuple[Lines | None, ...]:
     """For each coefficient its lines; None for one that is whole on every PE."""
 
-    def of_leaf(leaf: Any) -> Lines | None:
+    def of_leaf(leaf: ArrayLike) -> Lines | None:
         if jnp.ndim(leaf) != len(lines):
             return None
         return tuple(

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree, Shaped
 
-from wsekern.kernels.stencil.buffers import Step, Tiles
+from wsekern.kernels.stencil.buffers import Fields, Step, Tile, Tiles
 from wsekern.kernels.stencil.sources import Records, join_records
 from wsekern.wafer import context
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _UNIT = 4
 
 # Cotangents of the run's floating arrays and of the buffers.
-Cotangents = tuple[list[Any], list[Any]]
+Cotangents = tuple[list[Tile], list[Tile]]
 
 
 def advance(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Records]:
@@ -106,7 +106,9 @@ def _checkpointed_fwd(
 ) -> tuple[tuple[Tiles, Records], tuple[Any, ...]]:
     division = _Division.of(run.plan, steps)
 
-    def segment(buffers: tuple[Tiles, Tiles], begin: Step) -> tuple[Any, Any]:
+    def segment(
+        buffers: tuple[Tiles, Tiles], begin: Step
+    ) -> tuple[tuple[Tiles, Tiles], tuple[Records, Tiles]]:
         end, record = run.loop(run.take_steps, buffers, begin, division.length, division.unit)
         return end, (record, buffers[0])
 
@@ -122,8 +124,8 @@ def _checkpointed_fwd(
 
 
 def _checkpointed_bwd(
-    steps: int, residuals: tuple[Any, ...], cotangents: tuple[Any, Any]
-) -> tuple[Any, Any, None]:
+    steps: int, residuals: tuple[Any, ...], cotangents: tuple[Fields, Fields]
+) -> tuple[StencilRun, Tiles, None]:
     run, begin, starts, last = residuals
     dtiles, drecords = cotangents
     division = _Division.of(run.plan, steps)
@@ -139,7 +141,7 @@ def _checkpointed_bwd(
         run, current, last, begin + done, division.units, division.steps, _tail(drecords, done)
     )
 
-    def segment(current: Cotangents, saved: tuple[Any, Any, Any]) -> tuple[Cotangents, None]:
+    def segment(current: Cotangents, saved: tuple[Tiles, Step, Records]) -> tuple[Cotangents, None]:
         start, begin, drecords = saved
         return _back_through_units(run, current, start, begin, division.length, 0, drecords), None
 
@@ -160,7 +162,7 @@ def _back_through_units(
     begin: Step,
     units: int,
     steps: int,
-    drecords: Any,
+    drecords: Records,
 ) -> Cotangents:
     """The cotangents before some units and single steps, taken once more from `start`."""
     unit = _steps_of_a_unit(run.plan)
@@ -178,7 +180,7 @@ def _back_through_units(
     if not units:
         return current
 
-    def back(current: Cotangents, saved: tuple[Any, Any, Any]) -> tuple[Cotangents, None]:
+    def back(current: Cotangents, saved: tuple[Tiles, Step, Records]) -> tuple[Cotangents, None]:
         now, begin, drecords = saved
         return _back_through_steps(run, current, now, begin, unit, drecords), None
 
@@ -187,11 +189,11 @@ def _back_through_units(
 
 
 def _back_through_steps(
-    run: StencilRun, current: Cotangents, now: Tiles, begin: Step, steps: int, drecords: Any
+    run: StencilRun, current: Cotangents, now: Tiles, begin: Step, steps: int, drecords: Records
 ) -> Cotangents:
     rebuild_run, rebuild_now = _floating(run)[1], _floating(now)[1]
 
-    def ahead(run_arrays: list[Any], buffers: list[Any]) -> tuple[Any, Any]:
+    def ahead(run_arrays: list[Tile], buffers: list[Tile]) -> tuple[Cotangents, Records]:
         traced_run = rebuild_run(run_arrays, run)
         after, end, record = traced_run.take_steps_reverse(rebuild_now(buffers, now), begin, steps)
         results = _floating(after)[0], _floating(end)[0]
@@ -206,18 +208,20 @@ def _begins(begin: Step, times: int, size: int) -> Int[Array, " times"]:
     return begin + size * jnp.arange(times, dtype=jnp.int32)
 
 
-def _tail(drecords: Any, done: int) -> Any:
+def _tail(drecords: Records, done: int) -> Records:
     return None if drecords is None else drecords[done:]
 
 
-def _in_groups(drecords: Any, times: int, size: int) -> Any:
+def _in_groups(
+    drecords: Records, times: int, size: int
+) -> Shaped[Array, "{times} {size} points"] | None:
     """The cotangents of the first `times * size` records, in groups of `size` steps."""
     if drecords is None:
         return None
     return drecords[: times * size].reshape(times, size, drecords.shape[-1])
 
 
-def _floating(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any], Any], Any]]:
+def _floating(tree: Fields) -> tuple[list[Tile], Callable[[Iterable[Tile], PyTree], PyTree]]:
     """The leaves that have a gradient, and a function that puts new ones into the tree.
 
     It takes the other leaves from its second argument, or puts None there.
@@ -225,7 +229,7 @@ def _floating(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any], Any], Any]
     leaves, structure = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
-    def rebuild(floating: Iterable[Any], others: Any) -> Any:
+    def rebuild(floating: Iterable[Tile], others: PyTree) -> PyTree:
         values = [None] * len(leaves) if others is None else jax.tree.leaves(others)
         for i, leaf in zip(places, floating, strict=True):
             values[i] = leaf

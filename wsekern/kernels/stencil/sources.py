@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from wsekern import fabric
 from wsekern.kernels.stencil import geometry
@@ -73,7 +74,7 @@ class Readers:
 
 
 def make_emitters(
-    sources: Sources | None, fields: Any, lines: Lines, steps: int
+    sources: Sources | None, fields: PyTree, lines: Lines, steps: int
 ) -> Emitters | None:
     """`sources` for a kernel.
 
@@ -92,7 +93,7 @@ def make_emitters(
     return Emitters(jnp.asarray(at), values, _leaf_index("sources", sources.field, fields))
 
 
-def make_readers(receivers: Receivers | None, fields: Any, lines: Lines) -> Readers | None:
+def make_readers(receivers: Receivers | None, fields: PyTree, lines: Lines) -> Readers | None:
     """`receivers` for a kernel.
 
     Raises:
@@ -164,7 +165,7 @@ def _places_in_buffer(
     return cells - jnp.stack(begins)[None]
 
 
-def _check_cells(option: str, at: Any, lines: Lines) -> np.ndarray:
+def _check_cells(option: str, at: ArrayLike | Sequence[Sequence[int]], lines: Lines) -> np.ndarray:
     cells = np.asarray(at)
     if cells.ndim != 2 or cells.shape[1] != len(lines):
         raise ValueError(
@@ -182,7 +183,7 @@ def _check_cells(option: str, at: Any, lines: Lines) -> np.ndarray:
     return cells.astype(np.int32)
 
 
-def _leaf_index(option: str, field: Any, fields: Any) -> int:
+def _leaf_index(option: str, field: Any, fields: PyTree) -> int:
     if field is None:
         return 0
     named = geometry.option_by_field({field: True}, fields)

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, PyTree
 
 from wsekern import fabric
 from wsekern.kernels.stencil import geometry, halo, nan_check
-from wsekern.kernels.stencil.buffers import Tile, Tiles
+from wsekern.kernels.stencil.buffers import Fields, Tile, Tiles
 from wsekern.kernels.stencil.geometry import Axes, Boundary, Width
 from wsekern.kernels.stencil.halo import Along
 from wsekern.kernels.stencil.plan import (
@@ -44,13 +46,13 @@ from wsekern.wafer.wafer import Wafer
 
 
 def stencil(
-    u: Any,
+    u: Fields,
     update: Callable[..., Any],
     *,
     radius: Width | Sequence[Width],
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     steps: int = 1,
-    coefficients: Any = None,
+    coefficients: PyTree[ArrayLike] = None,
     corners: bool | None = None,
     sources: Sources | None = None,
     receivers: Receivers | None = None,
@@ -62,7 +64,7 @@ def stencil(
     donate: bool = False,
     spec: P | None = None,
     wafer: Wafer | None = None,
-) -> Any:
+) -> Fields:
     """`u` after `steps` steps of `update`, the same field on every mesh.
 
     `update(u)` makes tiles, of any size, from tiles with `radius` more cells around. It is called
@@ -121,20 +123,20 @@ def stencil(
 
 
 def stencil_tile(
-    tile: Any,
+    tile: Fields,
     update: Callable[..., Any],
     along: Along,
     *,
     radius: Width | Sequence[Width],
     boundary: Boundary | Sequence[Any] | dict[Any, Any] = "zero",
     steps: int = 1,
-    coefficients: Any = None,
+    coefficients: PyTree[ArrayLike] = None,
     corners: bool | None = None,
     checkpoint: str | None = None,
     depth: int | None = None,
     overlap: bool | None = None,
     size: Sequence[int] | None = None,
-) -> Any:
+) -> Fields:
     """This PE's `tile` after `steps` steps; for kernels and for your own `jax.shard_map`.
 
     The result is this PE's part of what `stencil` gives for the whole field. A PE sends `depth *
@@ -199,7 +201,7 @@ class _Call(NamedTuple):
 
 
 def _check_call(
-    u: Any,
+    u: Fields,
     options: StencilOptions,
     sources: Sources | None,
     receivers: Receivers | None,
@@ -268,17 +270,17 @@ def _first_not_finite_per_pe(
     readers: Readers | None,
     *,
     plan: StencilPlan,
-) -> jax.Array:
+) -> Int[Array, "..."]:
     run = prepare(plan, fields, coefficients, emitters, None)
     return nan_check.first_not_finite(run, fields, plan.steps)
 
 
 def _finish(
-    u: Any,
+    u: Fields,
     call: _Call,
     results: tuple[Tiles, Tiles | None, Records],
     check_finite: bool,
-) -> Any:
+) -> Fields:
     """What `stencil` returns: the results without padding, and those that were asked for."""
     plan, tree = call.plan, jax.tree.structure(u)
     tiles, saved, record = results

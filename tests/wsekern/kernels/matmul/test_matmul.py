@@ -387,6 +387,7 @@ def test_explain_takes_the_keywords_of_the_call(algorithm, mark):
     )
 
 
+@pytest.mark.refuses
 def test_explain_refuses_what_the_call_refuses():
     a, wafer = jnp.ones((8, 8)), wk.Wafer.abstract(wk.WSE2, 4, 4)
     unknown: Any = "strassen"

@@ -47,7 +47,7 @@ def attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-    bias: Float[Array, ...] | None = None,
+    bias: Float[Array, "..."] | None = None,
     algorithm: Algorithm = "auto",
     precision: lax.PrecisionLike = None,
     wafer: Wafer | None = None,

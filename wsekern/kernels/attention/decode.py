@@ -204,8 +204,8 @@ def _visible(
 
 
 def _lay_out(
-    x: Shaped[Array, ...], axis: int, length: int, spec: P, wafer: Wafer
-) -> Shaped[Array, ...]:
+    x: Shaped[Array, "..."], axis: int, length: int, spec: P, wafer: Wafer
+) -> Shaped[Array, "..."]:
     """`x` with `length` along one axis, then padded and laid out by `spec`."""
     if length == x.shape[axis]:
         return layout.pad(x, spec, wafer)
@@ -216,10 +216,10 @@ def _lay_out(
 
 
 def _check(
-    q: Shaped[Array, ...],
+    q: Shaped[Array, "..."],
     cache: KVCache,
     soft_cap: float | None,
-    sinks: Shaped[Array, ...] | None,
+    sinks: Shaped[Array, "..."] | None,
 ) -> None:
     if q.ndim != 4:
         raise ValueError(

@@ -336,7 +336,7 @@ def _check_sizes(sizes: dict[str, int], dtype: jax.typing.DTypeLike) -> None:
 
 
 def _check_tokens(
-    operation: str, cache: KVCache, k: Shaped[Array, ...], v: Shaped[Array, ...]
+    operation: str, cache: KVCache, k: Shaped[Array, "..."], v: Shaped[Array, "..."]
 ) -> None:
     sizes = (
         (0, len(cache.lengths), "sequences"),
@@ -383,7 +383,7 @@ def _check_room(cache: KVCache, active: Bool[Array, " B"], tokens: int) -> None:
 
 def _check_lengths(
     cache: KVCache,
-    lengths: Shaped[Array, ...],
+    lengths: Shaped[Array, "..."],
     active: Bool[Array, " B"],
     room: int,
     S: int,

@@ -176,10 +176,10 @@ def scan_blocks(
 
 def dot(
     subscripts: str,
-    a: Float[Array, ...],
-    b: Float[Array, ...],
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
     precision: lax.PrecisionLike,
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
     """A product summed in float32."""
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 

@@ -56,16 +56,16 @@ def _add_heads(sums: Gradients, rows: Rows, keys: Keys, rule: Rule) -> Gradients
     indices = jnp.arange(rows.q.shape[0])
 
     def one_key_block(
-        carry: tuple[Float[Array, ...], Float[Array, ...] | None],
-        block: tuple[Float[Array, ...], Keys],
-    ) -> tuple[tuple[Float[Array, ...], Float[Array, ...] | None], Float[Array, ...]]:
+        carry: tuple[Float[Array, "..."], Float[Array, "..."] | None],
+        block: tuple[Float[Array, "..."], Keys],
+    ) -> tuple[tuple[Float[Array, "..."], Float[Array, "..."] | None], Float[Array, "..."]]:
         dq, dbias = carry
         dkv, keys = block
 
         def one_query_block(
-            carry: tuple[Float[Array, ...], Float[Array, ...] | None],
-            block: tuple[Float[Array, ...], Rows, Int[Array, ""]],
-        ) -> tuple[tuple[Float[Array, ...], Float[Array, ...] | None], Float[Array, ...]]:
+            carry: tuple[Float[Array, "..."], Float[Array, "..."] | None],
+            block: tuple[Float[Array, "..."], Rows, Int[Array, ""]],
+        ) -> tuple[tuple[Float[Array, "..."], Float[Array, "..."] | None], Float[Array, "..."]]:
             dkv, dbias = carry
             dq, rows, index = block
 

@@ -120,7 +120,7 @@ def _gradient_per_pe(
     return jnp.where(words < vocab, dlogits, 0).astype(logits.dtype)
 
 
-def _words(logits: Float[Array, "*batch Tt Vt"]) -> Integer[Array, ...]:
+def _words(logits: Float[Array, "*batch Tt Vt"]) -> Integer[Array, "..."]:
     """The word of each column of this PE's tile, broadcastable to the tile."""
     words = fabric.axis_index(COLS) * logits.shape[-1] + jnp.arange(logits.shape[-1])
     return words.reshape((1,) * (logits.ndim - 1) + words.shape)
@@ -138,7 +138,7 @@ def _local(
     return jax.nn.logsumexp(logits, -1) - of_label[..., 0]
 
 
-def _check(logits: Shaped[Array, ...], labels: Shaped[Array, ...], vocab: int | None) -> None:
+def _check(logits: Shaped[Array, "..."], labels: Shaped[Array, "..."], vocab: int | None) -> None:
     if logits.ndim < 2:
         raise ValueError(
             f"cross_entropy: logits is {logits.shape}, it must have two dimensions or more: "

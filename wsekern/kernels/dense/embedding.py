@@ -169,7 +169,7 @@ def _local(
     return rows.astype(table.dtype)
 
 
-def _check(tokens: Shaped[Array, ...], table: Shaped[Array, ...]) -> None:
+def _check(tokens: Shaped[Array, "..."], table: Shaped[Array, "..."]) -> None:
     if table.ndim != 2:
         raise ValueError(
             f"embedding: table is {table.shape}, it must have two dimensions: vocabulary, features"

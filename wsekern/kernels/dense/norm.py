@@ -285,7 +285,7 @@ def _zero_padding(x: Float[Array, "*batch Tt Dt"], features: int) -> Float[Array
     return jnp.where(_rowwise(column < features, x), x, 0)
 
 
-def _rowwise(vector: Shaped[Array, " _"], x: Float[Array, "*batch Tt Dt"]) -> Shaped[Array, ...]:
+def _rowwise(vector: Shaped[Array, " _"], x: Float[Array, "*batch Tt Dt"]) -> Shaped[Array, "..."]:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
@@ -327,9 +327,9 @@ def _local_layer(
 
 def _check(
     operation: str,
-    x: Shaped[Array, ...],
-    scale: Shaped[Array, ...],
-    bias: Shaped[Array, ...] | None,
+    x: Shaped[Array, "..."],
+    scale: Shaped[Array, "..."],
+    bias: Shaped[Array, "..."] | None,
     eps: float,
     features: int | None,
 ) -> None:

@@ -63,9 +63,9 @@ def _turn(
 
 
 def _check(
-    x: Shaped[Array, ...],
-    positions: Shaped[Array, ...] | None,
-    frequencies: Shaped[Array, ...] | None,
+    x: Shaped[Array, "..."],
+    positions: Shaped[Array, "..."] | None,
+    frequencies: Shaped[Array, "..."] | None,
 ) -> None:
     if x.ndim != 4:
         raise ValueError(

@@ -309,9 +309,9 @@ def _cast_like(values: _Arrays, like: _Arrays) -> _Arrays:
 
 
 def _check(
-    x: Shaped[Array, ...],
-    chosen: Shaped[Array, ...],
-    shares: Shaped[Array, ...],
+    x: Shaped[Array, "..."],
+    chosen: Shaped[Array, "..."],
+    shares: Shaped[Array, "..."],
     weights: Weights,
     biases: Biases,
 ) -> None:

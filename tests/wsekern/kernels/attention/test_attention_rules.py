@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import typing
 from typing import Any
 
 import jax
@@ -308,6 +309,7 @@ def test_attention_is_a_function_with_an_explanation():
     assert inspect.isfunction(wk.attention)
     assert list(inspect.signature(wk.attention).parameters)[:4] == ["q", "k", "v", "causal"]
     assert "zig-zag order" in str(inspect.getdoc(wk.attention))
+    assert "bias" in typing.get_type_hints(wk.attention)
 
 
 def test_causal_has_jaxs_name_too():

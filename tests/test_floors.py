@@ -46,7 +46,7 @@ def type_checkers_alone(node):
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def imported(tree, *, for_types=True):
+def imports_of(tree, *, for_types=True):
     """What a file imports, as (module, name); the name is None in `import module`."""
     nodes = list(tree.body)
     while nodes:
@@ -66,7 +66,7 @@ def module_of(file):
 
 def imported_modules(tree, modules, **options):
     """The modules of ours that a file imports, or imports a name from."""
-    for module, name in imported(tree, **options):
+    for module, name in imports_of(tree, **options):
         if f"{module}.{name}" in modules:
             yield f"{module}.{name}"
         elif module in modules:
@@ -86,13 +86,13 @@ def room_of(module):
 @pytest.mark.parametrize("floor", FLOORS)
 def test_a_floor_imports_only_those_below(floor):
     files, above = sources(floor), HOUSE - FLOORS[floor] - {floor}
-    tops = {(file, m.split(".")[0]) for file, tree in files.items() for m, _ in imported(tree)}
+    tops = {(file, m.split(".")[0]) for file, tree in files.items() for m, _ in imports_of(tree)}
     assert files and not [(file, top) for file, top in tops if top in above]
 
 
 @pytest.mark.parametrize("folder", sorted(ABOVE))
 def test_what_stands_above_imports_no_tests(folder):
-    tops = {m.split(".")[0] for tree in sources(folder).values() for m, _ in imported(tree)}
+    tops = {m.split(".")[0] for tree in sources(folder).values() for m, _ in imports_of(tree)}
     assert not tops & HOUSE - set(FLOORS) - {folder}
 
 
@@ -109,12 +109,14 @@ def test_imports_between_rooms_run_down_those_for_types_and_in_functions_too():
     trees = {module_of(f): tree for f, tree in sources(*FLOORS).items()}
     upward = []
     for module, tree in trees.items():
-        here = room_of(module)
+        room = room_of(module)
         for other in imported_modules(tree, trees):
-            there = room_of(other)
+            other_room = room_of(other)
             # The face and the command line are imported by nobody but the floors above.
-            hidden = there is None and module.startswith("wsekern") and here is not None
-            if hidden or (here != there and here and there and ROOMS[here] <= ROOMS[there]):
+            hidden = other_room is None and module.startswith("wsekern") and room is not None
+            if hidden or (
+                room != other_room and room and other_room and ROOMS[room] <= ROOMS[other_room]
+            ):
                 upward.append((module, other))
     assert not upward
     assert {room_of(module) for module in trees} - {None} == set(ROOMS)
@@ -145,7 +147,7 @@ def test_the_library_never_imports_its_own_face():
     by_face = [
         (file, module, name)
         for file, tree in sources("wsekern").items()
-        for module, name in imported(tree)
+        for module, name in imports_of(tree)
         if module == "wsekern" and f"wsekern.{name}" not in submodules
     ]
     assert not by_face
@@ -171,12 +173,12 @@ def users_of(names, tree, of_lax):
     ids=["collectives", "shard_map"],
 )
 def test_only_one_file_talks_between_pes_or_runs_kernels_on_them(home, names):
-    found = {
+    users = {
         file: lines
         for file, tree in sources(*FLOORS, "examples").items()
         if (lines := list(users_of(names, tree, of_lax=names is COLLECTIVES)))
     }
-    assert found and all(file.startswith(home) for file in found), found
+    assert users and all(file.startswith(home) for file in users), users
 
 
 def test_files_and_functions_stay_short():
@@ -254,9 +256,11 @@ def test_a_thing_lives_where_its_meaning_is():
 @pytest.mark.parametrize("package", ["wsekern", "sharding", "models", "training"])
 def test_every_public_name_comes_from_the_file_that_type_checkers_are_told(package):
     face = importlib.import_module(package)
-    (told,) = [n for n in sources(package)[f"{package}/__init__.py"].body if type_checkers_alone(n)]
-    assert isinstance(told, ast.If)
-    homes = {name: module for module, name in imported(ast.Module(told.body, []))}
+    (for_types,) = [
+        n for n in sources(package)[f"{package}/__init__.py"].body if type_checkers_alone(n)
+    ]
+    assert isinstance(for_types, ast.If)
+    homes = {name: module for module, name in imports_of(ast.Module(for_types.body, []))}
     assert sorted(homes) == face.__all__ == dir(face)
     for name, module in homes.items():
         assert getattr(face, name) is getattr(sys.modules[str(module)], name)

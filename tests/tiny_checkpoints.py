@@ -171,7 +171,7 @@ def by_transformers(folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _golden() -> Iterator[tuple[str, dict[str, Any]]]:
+def _golden_values() -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as root:
         for name, fields in CONFIGS.items():
             result = by_transformers(make(pathlib.Path(root, name), fields))
@@ -180,5 +180,5 @@ def _golden() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    lines = (f"{json.dumps(name)}: {json.dumps(golden)}" for name, golden in _golden())
+    lines = (f"{json.dumps(name)}: {json.dumps(golden)}" for name, golden in _golden_values())
     sys.stdout.write("{\n" + ",\n".join(lines) + "\n}\n")

@@ -11,14 +11,14 @@ from benchmarks import bicgstab
 
 
 @pytest.fixture(scope="module")
-def solved():
+def problem_and_solution():
     matrix, b = bicgstab.problem((4, 8, 5))
     return matrix, b, bicgstab.plain(matrix, b)
 
 
 @pytest.mark.parametrize("backend", ["columns", "tiles", "devices", "defects"])
-def test_it_is_solved_as_on_one_array(solved, backend):
-    matrix, b, (want, *_) = solved
+def test_it_is_solved_as_on_one_array(problem_and_solution, backend):
+    matrix, b, (want, *_) = problem_and_solution
     wafer = {
         "columns": wk.Wafer.virtual(wk.WSE1, 4, 8),
         "tiles": wk.Wafer.virtual(wk.WSE1, 2, 2),

@@ -21,7 +21,7 @@ MEASURED = {
 }
 
 
-def piped():
+def file_terminal():
     return Terminal(file=io.StringIO(), width=80, markup=False, highlight=False)
 
 
@@ -31,7 +31,7 @@ def lines_of(terminal):
 
 
 def test_a_pipe_gets_a_line_every_log_every_steps_and_at_both_ends():
-    terminal = piped()
+    terminal = file_terminal()
     with Console(CONFIG, terminal) as console:
         for step in range(1, 41):
             console.progress(step=step, **MEASURED)
@@ -76,7 +76,7 @@ def test_a_run_goes_on_when_nobody_can_read_it(trouble):
 
 
 def test_what_is_compiled_after_the_first_step_is_counted():
-    terminal = piped()
+    terminal = file_terminal()
     with Console(CONFIG, terminal) as console:
         console.progress(step=1, **MEASURED)
         jax.jit(lambda x: x * 3 + 17)(jnp.arange(5))
@@ -86,7 +86,7 @@ def test_what_is_compiled_after_the_first_step_is_counted():
 
 
 def test_nothing_is_counted_once_the_run_is_over():
-    with Console(CONFIG, piped()) as console:
+    with Console(CONFIG, file_terminal()) as console:
         pass
     compiled = console._compiled
     jax.jit(lambda x: x * 5 + 19)(jnp.arange(7))
@@ -94,7 +94,7 @@ def test_nothing_is_counted_once_the_run_is_over():
 
 
 def test_compiling_is_announced_before_it_is_done():
-    terminal = piped()
+    terminal = file_terminal()
     with Console(CONFIG, terminal) as console, console.compiling():
         assert lines_of(terminal) == ["compiling the step and the evaluation"]
     assert lines_of(terminal)[1].startswith("compiled in ")
@@ -102,7 +102,7 @@ def test_compiling_is_announced_before_it_is_done():
 
 @pytest.mark.parametrize("text", ["[red]not markup[/red]", "a line\n\nand another"])
 def test_a_sample_is_shown_as_it_is(text):
-    terminal = piped()
+    terminal = file_terminal()
     with Console(CONFIG, terminal) as console:
         console.sample(text)
     for line in text.splitlines():

@@ -163,12 +163,12 @@ def test_the_slower_of_two_processes_takes_the_corpus_of_the_faster(texts, cache
     write = data._write
     inner = []
 
-    def write_and_be_overtaken(*arguments):
+    def write_as_another_writes(*arguments):
         write(*arguments)
         monkeypatch.setattr(data, "_write", write)
         inner.append(data.open_corpus(str(texts), context=8))
 
-    monkeypatch.setattr(data, "_write", write_and_be_overtaken)
+    monkeypatch.setattr(data, "_write", write_as_another_writes)
     assert data.open_corpus(str(texts), context=8).fingerprint == inner[0].fingerprint
     assert len(list(cache.iterdir())) == 1
 
@@ -255,10 +255,10 @@ def test_refuses_a_bad_file(tmp_path, cache, name, content, message):
 
 
 def test_refuses_an_unreadable_file(texts, cache, monkeypatch):
-    def denied(path):
+    def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", denied)
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
     with pytest.raises(ValueError, match=r"00.txt' cannot be read \(Permission denied\)"):
         data.open_corpus(str(texts / "00.txt"), context=8)
 

@@ -124,13 +124,13 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     trainer = Trainer(wild)
     take_step = TrainingLoop._take_step
 
-    def poisoned(run):
+    def take_step_with_nan(run):
         if run.step == 3:
             run.state["params"] = jax.tree.map(lambda x: x * float("nan"), run.state["params"])
         take_step(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_take_step", poisoned)
+        patch.setattr(TrainingLoop, "_take_step", take_step_with_nan)
         with pytest.raises(Diverged, match="at step 4 the loss is nan.*step 3 is the last good"):
             trainer.fit()
     result = Trainer(dataclasses.replace(wild, resume=True, steps=4)).fit()

@@ -50,10 +50,10 @@ def test_the_library_is_imported_without_jax():
 
 def test_info_tells_the_devices_and_the_machines(capsys):
     main(["info"])
-    told = capsys.readouterr().out
-    assert "devices: 16 x cpu, emulated on the CPU\n" in told
-    assert "wk.Wafer.devices(height=4, width=4)\n" in told
-    rows = {line[:5]: line.split() for line in told.splitlines()}
+    output = capsys.readouterr().out
+    assert "devices: 16 x cpu, emulated on the CPU\n" in output
+    assert "wk.Wafer.devices(height=4, width=4)\n" in output
+    rows = {line[:5]: line.split() for line in output.splitlines()}
     # 745,500 PEs at 0.85 GHz: two FLOPs a fused multiply-add, one such of float32, four of 16 bits.
     assert (
         rows["WSE-2"] == "WSE-2 750x994 48 KiB 36.6 GB 0.85 GHz 1.27 PFLOP/s 5.07 PFLOP/s".split()

@@ -112,7 +112,7 @@ CASES = {
 }
 
 
-def optimized(function, operands):
+def optimized_program(function, operands):
     """The optimized program, without what only names and locates its parts."""
     text = jax.jit(function).lower(*operands).compile().as_text() or ""
     text = re.sub(r",? *metadata=\{[^}]*\}", "", text.partition("\n\n")[2])
@@ -146,7 +146,9 @@ def test_it_compiles_to_the_plain_program(name, wafer):
     def call(*operands):
         return operation(*operands, wafer=wafer)
 
-    assert optimized(call, operands) == optimized(lambda *operands: plain(*operands), operands)
+    assert optimized_program(call, operands) == optimized_program(
+        lambda *operands: plain(*operands), operands
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,7 +159,7 @@ def test_its_gradient_is_the_plain_ones_program(name):
     def call(*operands):
         return operation(*operands, wafer=None)
 
-    programs = [optimized(with_gradients(f), (operands, dout)) for f in (call, plain)]
+    programs = [optimized_program(with_gradients(f), (operands, dout)) for f in (call, plain)]
     # Operands of a fusion may be numbered in another order; the instructions are the same.
     ours, plains = (collections.Counter(re.findall(r"= (\S+ [\w-]+)\(", p)) for p in programs)
     assert ours and ours == plains

@@ -25,12 +25,12 @@ def plan_small(config=SMALL, **options: Any):
 
 @pytest.mark.parametrize("machine", [wk.WSE1, wk.WSE2, wk.WSE3])
 def test_regions_lie_on_the_wafer_side_by_side(machine):
-    found = regions.candidates(machine)
-    assert found[0].side >= 595
-    for r in found:
+    candidates = regions.candidates(machine)
+    assert candidates[0].side >= 595
+    for r in candidates:
         assert r.down * r.side <= machine.usable_height
         assert r.across * r.side <= machine.usable_width
-    assert max(r.count * r.side**2 for r in found) > 0.95 * machine.usable_pes
+    assert max(r.count * r.side**2 for r in candidates) > 0.95 * machine.usable_pes
 
 
 def test_weights_stay_if_there_is_room_and_are_streamed_if_not():
@@ -88,10 +88,10 @@ def test_a_prompt_takes_longer_than_a_token_and_prompts_follow_one_another():
 
 
 def test_chips_read_their_weights_once_a_token():
-    found = chips_of(SMALL, 10**9, "decode", wk.A100, 1024, 1)
+    chips = chips_of(SMALL, 10**9, "decode", wk.A100, 1024, 1)
     cache = 4 * 2 * 2 * 1024 * 512
-    assert found.count == 1
-    assert found.seconds == pytest.approx((2e9 + cache) / 2.039e12)
+    assert chips.count == 1
+    assert chips.seconds == pytest.approx((2e9 + cache) / 2.039e12)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_the_command_prints_tables_or_json(capsys):
     out = capsys.readouterr().out
     assert "tokens/s" in out and "resident" in out and "memory of a PE" in out
     assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["wafers_needed"] == 1 and found["tokens_per_second"] > 1000
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["wafers_needed"] == 1 and plan["tokens_per_second"] > 1000
     assert main(["plan", "llama3-8b", "--machine", "h100", "--wafers", "2"]) == 0
     assert "2 x H100" in capsys.readouterr().out
 
@@ -135,8 +135,8 @@ def test_the_command_prints_tables_or_json(capsys):
 def test_andromeda_is_sixteen_wafers(capsys):
     command = ["plan", "cerebras-gpt-111m", "--machine", "andromeda", "--mode", "train"]
     assert main([*command, "--side", "250", "--context", "512", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["wafers"] == 16 and found["scaling"][-1][0] == 16
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["wafers"] == 16 and plan["scaling"][-1][0] == 16
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def abstract(height, width=None, machine=wk.WSE2):
     return wk.Wafer.abstract(machine, height, width or height)
 
 
-def mapped(wafer, kernel, specs=GRID):
+def on_grid(wafer, kernel, specs=GRID):
     return wafer.map(kernel, in_specs=specs, out_specs=GRID)
 
 
@@ -86,14 +86,14 @@ def test_a_tile_product_takes_one_instruction_for_each_element_of_its_smaller_fa
     for shapes in ([(3, 5), (5, 40)], [(40, 5), (5, 3)]):
         a, b = (array(2 * s[0], 2 * s[1], dtype=jnp.float16) for s in shapes)
         kernel = lambda a, b: (a @ b).astype(a.dtype)  # noqa: E731
-        e = wk.estimate(mapped(abstract(2), kernel), a, b, wafer=abstract(2))
+        e = wk.estimate(on_grid(abstract(2), kernel), a, b, wafer=abstract(2))
         assert e.cycles == pytest.approx(rows)
 
 
 def test_a_product_and_a_sum_are_one_instruction():
     a = array(64, 64)
     kernel = lambda x, y: x * 3.0 + y  # noqa: E731
-    e = wk.estimate(mapped(abstract(2), kernel), a, a, wafer=abstract(2))
+    e = wk.estimate(on_grid(abstract(2), kernel), a, a, wafer=abstract(2))
     n = 32 * 32
     assert e.cycles == pytest.approx(DEFAULT.vector_start + n * DEFAULT.accumulate_float32)
     assert e.flops == 2 * 64 * 64
@@ -130,7 +130,7 @@ def test_a_scan_costs_its_trips():
 
             return lax.scan(step, x, length=trips)[0]
 
-        return wk.estimate(mapped(wafer, kernel), array(32, 32), wafer=wafer).cycles
+        return wk.estimate(on_grid(wafer, kernel), array(32, 32), wafer=wafer).cycles
 
     a, b, c = cycles(50), cycles(100), cycles(1000)
     assert b - a == pytest.approx((c - a) / 19, rel=1e-6)
@@ -143,7 +143,7 @@ def test_a_solver_costs_its_iterations():
         around = u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2]
         return (4 + k) * u[1:-1, 1:-1] - around
 
-    def solved(b, k):
+    def solve(b, k):
         operator = functools.partial(wk.stencil, update=update, radius=1, coefficients=k)
         return wk.cg(operator, b).x
 
@@ -152,7 +152,7 @@ def test_a_solver_costs_its_iterations():
         *(
             (e.moves, e.cycles)
             for trips in (10, 20, 200)
-            for e in [wk.estimate(solved, array(64, 64), array(), wafer=wafer, trips=trips)]
+            for e in [wk.estimate(solve, array(64, 64), array(), wafer=wafer, trips=trips)]
         ),
         strict=True,
     )
@@ -166,7 +166,7 @@ def test_what_only_the_place_of_a_pe_decides_costs_nothing():
         return jnp.where(place > 3, x, -x) if False else jnp.where(place > 3, x, jnp.zeros_like(x))
 
     wafer = abstract(4)
-    e = wk.estimate(mapped(wafer, kernel), array(64, 64), wafer=wafer)
+    e = wk.estimate(on_grid(wafer, kernel), array(64, 64), wafer=wafer)
     assert e.cycles == 0 and e.bound == "latency"
 
 
@@ -182,7 +182,7 @@ def test_a_change_of_layout_is_charged_and_named():
 
 def test_unknown_operations_are_named_and_counted():
     wafer = abstract(2)
-    e = wk.estimate(mapped(wafer, lambda x: jnp.sort(x)), array(64, 64), wafer=wafer)
+    e = wk.estimate(on_grid(wafer, lambda x: jnp.sort(x)), array(64, 64), wafer=wafer)
     assert list(e.unknown) == ["sort"] and e.cycles > 0
     assert "spread evenly" in str(e) and "sort" in str(e)
 
@@ -254,7 +254,7 @@ def test_recomputation_for_a_gradient_is_priced():
 
 def test_a_notebook_shows_an_estimate_as_the_table_that_is_printed():
     kernel = lambda x: jnp.sort(x) * 2.0  # noqa: E731
-    e = wk.estimate(mapped(abstract(2), kernel), array(64, 64), wafer=abstract(2))
+    e = wk.estimate(on_grid(abstract(2), kernel), array(64, 64), wafer=abstract(2))
     assert isinstance(e, wk.Estimate)
     shown = e._repr_html_()
     assert shown.startswith("<table>") and shown.count("<tr>") == len(str(e).splitlines()) - 2

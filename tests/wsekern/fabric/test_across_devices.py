@@ -38,7 +38,7 @@ def operand(wafer):
     return np.random.default_rng(0).integers(-9, 9, shape).astype(np.float32)
 
 
-def compared(wafer, kernel):
+def check_same_on_one_device(wafer, kernel):
     """`kernel` on the wafer and on one device: results, gradient and tangent are the same."""
 
     def everything(wafer):
@@ -70,7 +70,7 @@ def test_moves_are_those_of_one_device(name):
         routed.append(fabric.route(u, "y", [(i, 1 - i) for i in range(2)]))
         return [*shifts, *opened, *folded, *routed, fabric.skew(u, "x", "y", times=-1, plus=1)]
 
-    compared(wafer, kernel)
+    check_same_on_one_device(wafer, kernel)
 
 
 @pytest.mark.parametrize("name", ["4x6", "4of2x4"])
@@ -87,7 +87,7 @@ def test_collectives_are_those_of_one_device(name):
             moved.append(fabric.all_to_all(wide, axis, 1, 2))
         return moved
 
-    compared(wafer, kernel)
+    check_same_on_one_device(wafer, kernel)
 
 
 @pytest.mark.parametrize("algorithm", ["chain", "tree", "k_tree", "optimal", "ring", "snake"])
@@ -95,7 +95,7 @@ def test_a_reduction_by_any_algorithm_crosses_devices(algorithm):
     def kernel(u):
         return [fabric.all_reduce(u, ("y", "x"), algorithm=algorithm)]
 
-    compared(spread("4x6"), kernel)
+    check_same_on_one_device(spread("4x6"), kernel)
 
 
 def test_a_dimension_that_lies_along_two_axes_is_put_together_again():
@@ -161,7 +161,7 @@ def test_a_kernel_cannot_differentiate_other_moves_itself():
         spread("4x6").map(kernel, in_specs=TILED, out_specs=TILED)(operand(spread("4x6"))[0])
 
 
-def sent(program, *operands):
+def bytes_sent(program, *operands):
     """Bytes of each collective-permute of the compiled program, those in loops too."""
     text = program.lower(*operands).compile().as_text()
     shapes = re.findall(
@@ -185,7 +185,7 @@ def test_a_shift_sends_edges_and_not_blocks(gradient):
     if gradient:
         value = run
         run = jax.grad(lambda u: sum((v**2).sum() for v in value(u)))
-    assert sent(jax.jit(run), u) == sorted([12 * tile, 2 * 8 * tile] * (2 if gradient else 1))
+    assert bytes_sent(jax.jit(run), u) == sorted([12 * tile, 2 * 8 * tile] * (2 if gradient else 1))
 
 
 def test_a_stencil_sends_the_edges_of_edges():
@@ -199,7 +199,7 @@ def test_a_stencil_sends_the_edges_of_edges():
     def steps(u):
         return wk.stencil(u, heat, radius=1, corners=False, wafer=wafer, boundary="periodic")
 
-    assert set(sent(jax.jit(steps), u)) == {4 * 24 * 5}
+    assert set(bytes_sent(jax.jit(steps), u)) == {4 * 24 * 5}
 
 
 def test_a_reduction_sends_one_tile_for_each_block():
@@ -235,4 +235,4 @@ def test_a_loop_of_moves_may_be_scanned_and_kept():
         step = jax.checkpoint(lambda u, _: (fabric.shift(jnp.sin(u), "x"), None))
         return [lax.scan(step, u, length=3)[0]]
 
-    compared(spread("4x6"), kernel)
+    check_same_on_one_device(spread("4x6"), kernel)

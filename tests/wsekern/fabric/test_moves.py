@@ -122,19 +122,19 @@ def test_a_folded_ring_joins_neighbors_at_most_two_hops_apart(odd_wafer):
     def kernel(u):
         return [fabric.shift(u, axis, by, ring="folded") for axis, by in moves]
 
-    def moved(t, axis, by):
+    def plain_shift(t, axis, by):
         order = FOLDED[t.shape[DIM[axis]]]
         return take(t, axis, lambda i: order[(order.index(i) - by) % len(order)])
 
-    check(odd_wafer, kernel, lambda t: [moved(t, axis, by) for axis, by in moves])
+    check(odd_wafer, kernel, lambda t: [plain_shift(t, axis, by) for axis, by in moves])
     assert all(abs(a - b) <= 2 for line in FOLDED.values() for a, b in itertools.pairwise(line))
 
 
 def test_a_pe_knows_its_place_in_a_ring(odd_wafer):
-    asked: list[tuple[str, fabric.Ring]] = [("x", "plain"), ("x", "folded"), ("y", "folded")]
+    rings: list[tuple[str, fabric.Ring]] = [("x", "plain"), ("x", "folded"), ("y", "folded")]
 
     def kernel():
-        return [fabric.ring_index(axis, ring)[None, None] for axis, ring in asked]
+        return [fabric.ring_index(axis, ring)[None, None] for axis, ring in rings]
 
     plain, east, south = odd_wafer.map(kernel, in_specs=(), out_specs=P("y", "x"))()
     np.testing.assert_array_equal(plain, [[0, 1, 2, 3, 4]] * 3)
@@ -142,7 +142,7 @@ def test_a_pe_knows_its_place_in_a_ring(odd_wafer):
     np.testing.assert_array_equal(south, np.transpose([[0, 2, 1]] * 5))
 
 
-def skewed(t, along, by, times, plus, ring):
+def plain_skew(t, along, by, times, plus, ring):
     size, others = t.shape[DIM[along]], t.shape[DIM[by]]
     order, rows = (FOLDED[n] if ring == "folded" else range(n) for n in (size, others))
     source = np.zeros((others, size), int)
@@ -157,7 +157,7 @@ def check_skews(wafer, moves):
     def kernel(u):
         return [fabric.skew(u, a, b, times=n, plus=m, ring=ring) for a, b, n, m, ring in moves]
 
-    check(wafer, kernel, lambda t: [skewed(t, *move) for move in moves])
+    check(wafer, kernel, lambda t: [plain_skew(t, *move) for move in moves])
 
 
 SKEWS = (
@@ -234,12 +234,12 @@ def test_a_reduction_is_a_sum_on_the_root_or_on_every_pe(full_wafer):
         def everywhere(along, of):
             return per_line(t, along, lambda line: [of(line, 0)] * len(line))
 
-        def rooted(along, root, of):
+        def plain_reduce(along, root, of):
             return per_line(t, along, lambda l: [of(l, 0) * (i == root) for i in range(len(l))])
 
         sums = [everywhere(along, jnp.sum) for along in ("y", "wafer", GRID, EVERY)]
         means = [everywhere(along, jnp.mean) for along in ("x", GRID)]
-        return [*sums, *means, rooted("x", 1, jnp.sum), rooted(GRID, 3, jnp.mean)]
+        return [*sums, *means, plain_reduce("x", 1, jnp.sum), plain_reduce(GRID, 3, jnp.mean)]
 
     check(full_wafer, kernel, plain)
 
@@ -260,15 +260,15 @@ def test_max_and_min_find_the_extremes(full_wafer):
     jax.tree.map(np.testing.assert_array_equal, got, extremes(tiles_of(u, full_wafer)))
 
 
-def gathered(t, along, axis):
+def plain_all_gather(t, along, axis):
     return per_line(t, along, lambda line: [jnp.concatenate(line, axis - 3)] * len(line))
 
 
-def scattered(t, along, axis):
+def plain_reduce_scatter(t, along, axis):
     return per_line(t, along, lambda line: jnp.split(line.sum(0), len(line), axis - 3))
 
 
-def dealt(t, along, split, concat):
+def plain_all_to_all(t, along, split, concat):
     def new_line(line):
         parts = [jnp.split(tile, len(line), split - 3) for tile in line]
         return [jnp.concatenate([p[i] for p in parts], concat - 3) for i in range(len(line))]
@@ -286,8 +286,8 @@ def test_gathers_and_scatters_keep_the_order_of_the_pes(full_wafer):
         return [*whole, *(fabric.reduce_scatter(u, *move) for move in scatters)]
 
     def plain(t):
-        whole = [gathered(t, *move) for move in gathers]
-        return [*whole, *(scattered(t, along, axis % 3) for along, axis in scatters)]
+        whole = [plain_all_gather(t, *move) for move in gathers]
+        return [*whole, *(plain_reduce_scatter(t, along, axis % 3) for along, axis in scatters)]
 
     check(full_wafer, kernel, plain)
 
@@ -297,7 +297,7 @@ def test_all_to_all_deals_one_dimension_out_and_joins_another(full_wafer):
     check(
         full_wafer,
         lambda u: [fabric.all_to_all(u, *move) for move in moves],
-        lambda t: [dealt(t, *move) for move in moves],
+        lambda t: [plain_all_to_all(t, *move) for move in moves],
     )
 
 
@@ -320,8 +320,21 @@ def test_an_operand_that_is_the_same_everywhere_moves_like_any_other(full_wafer)
         pes = t.shape[1] * t.shape[2]
         rooted = per_line(t, GRID, lambda line: [line.sum(0) * (i == 2) for i in range(pes)])
         shifted, routed = take(t, "x", lambda i: i - 1, 3), take(t, "y", {1: 0}.get)
-        grouped = [t * pes, gathered(t, GRID, 1), scattered(t, GRID, 1), dealt(t, "x", 1, 2)]
-        return [shifted, t, routed, t, rooted, *grouped, dealt(t * t.shape[2], "x", 2, 2)]
+        grouped = [
+            t * pes,
+            plain_all_gather(t, GRID, 1),
+            plain_reduce_scatter(t, GRID, 1),
+            plain_all_to_all(t, "x", 1, 2),
+        ]
+        return [
+            shifted,
+            t,
+            routed,
+            t,
+            rooted,
+            *grouped,
+            plain_all_to_all(t * t.shape[2], "x", 2, 2),
+        ]
 
     check(full_wafer, kernel, plain, spec=P())
 
@@ -339,8 +352,8 @@ def test_what_is_the_same_on_every_pe_leaves_once(full_wafer):
 
     def plain(u):
         t = tiles_of(u, full_wafer)
-        kept = [t.sum((0, 1, 2), keepdims=True), t[:, 1:2], gathered(t, "x", 2)[:, :, :1]]
-        return [whole_of(v) for v in [*kept, gathered(t, EVERY, 1)[:1, :1, :1]]]
+        kept = [t.sum((0, 1, 2), keepdims=True), t[:, 1:2], plain_all_gather(t, "x", 2)[:, :, :1]]
+        return [whole_of(v) for v in [*kept, plain_all_gather(t, EVERY, 1)[:1, :1, :1]]]
 
     specs = [P(), P("wafer", None, "x"), P("wafer", "y"), P()]
     run = full_wafer.map(kernel, in_specs=ALL, out_specs=specs)
@@ -349,11 +362,11 @@ def test_what_is_the_same_on_every_pe_leaves_once(full_wafer):
 
 
 def test_a_pe_knows_its_place_and_the_size_of_the_grid(full_wafer):
-    asked: list[fabric.Along] = ["y", "x", "wafer", GRID, ("x", "y"), EVERY]
+    axes: list[fabric.Along] = ["y", "x", "wafer", GRID, ("x", "y"), EVERY]
 
     def kernel():
-        sizes = [jnp.full((1, 1, 1), fabric.axis_size(along)) for along in asked]
-        return [fabric.axis_index(along).reshape(1, 1, 1) for along in asked], sizes
+        sizes = [jnp.full((1, 1, 1), fabric.axis_size(along)) for along in axes]
+        return [fabric.axis_index(along).reshape(1, 1, 1) for along in axes], sizes
 
     places, sizes = full_wafer.map(kernel, in_specs=(), out_specs=ALL)()
     n, y, x = np.indices(places[0].shape)

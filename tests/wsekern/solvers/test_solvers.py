@@ -181,7 +181,7 @@ def test_a_cycle_reduces_the_residual_equally_on_all_grids(size):
     cycle = wk.v_cycle(at, b.shape, diagonal_at=lambda level: 4 / level**2)
 
     @jax.jit
-    def reduced(r):
+    def reductions(r):
         """The residual's reduction in each cycle; it is normalized before only rounding is left."""
 
         def step(r, _):
@@ -190,7 +190,7 @@ def test_a_cycle_reduces_the_residual_equally_on_all_grids(size):
 
         return jax.lax.scan(step, r / jnp.linalg.norm(r), length=40)[1]
 
-    by = 1 / np.asarray(reduced(b))
+    by = 1 / np.asarray(reductions(b))
     assert by.min() > 5
     assert 5.1 < np.exp(np.log(by[20:]).mean()) < 5.6
 
@@ -201,7 +201,7 @@ def test_refuses_walls_that_differ_from_grid_to_grid():
     with pytest.raises(ValueError, match=r"operator_at\(2\) is a stencil with boundary='zero'"):
         wk.multigrid(functools.partial(laplacian_at, boundary="zero"), B, diagonal_at=diagonal)
 
-    def hidden(level):
+    def hide_boundary(level):
         return lambda u: laplacian_at(level, boundary="zero")(u)
 
     def at_one_place(level):
@@ -211,7 +211,7 @@ def test_refuses_walls_that_differ_from_grid_to_grid():
     b = jnp.tile(B, (2, 2))
     astray, got = (
         jax.jit(functools.partial(wk.multigrid, at, diagonal_at=diagonal, tolerance=1e-4))(b)
-        for at in (hidden, at_one_place)
+        for at in (hide_boundary, at_one_place)
     )
     assert "diverged" in astray.why and not bool(astray.converged)
     assert got.why == "converged" and int(got.iterations) <= 9
@@ -274,16 +274,16 @@ def test_gradients_are_those_of_the_dense_solution(full_wafer, wind):
 def test_several_fields_and_sixteen_bits():
     """Two fields coupled; inner products of bfloat16 are summed in float32."""
 
-    def coupled(f):
+    def couple(f):
         u, v = f["u"], f["v"]
         return {"u": 3 * u + v, "v": u + 2 * v}
 
     b = {"u": B, "v": -B}
-    got = jax.jit(lambda b: wk.cg(coupled, b))(b)
+    got = jax.jit(lambda b: wk.cg(couple, b))(b)
     assert int(got.iterations) <= 2
     np.testing.assert_allclose(3 * got.x["u"] + got.x["v"], B, atol=1e-4)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), b)
-    rough = jax.jit(lambda b: wk.cg(coupled, b, tolerance=2e-2))(low)
+    rough = jax.jit(lambda b: wk.cg(couple, b, tolerance=2e-2))(low)
     assert rough.x["u"].dtype == jnp.bfloat16 and rough.residual.dtype == jnp.float32
     assert bool(rough.converged)
 

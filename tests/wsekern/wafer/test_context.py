@@ -32,7 +32,7 @@ def grid():
     return wafer.map(kernel, in_specs=(), out_specs=P())()
 
 
-def seen(array):
+def shape_and_dtype(array):
     return array.shape, array.dtype.name
 
 
@@ -54,11 +54,11 @@ def test_one_jitted_function_takes_the_wafer_in_force():
             with wafer:
                 c, at = product(A, B)
             np.testing.assert_allclose(c, A @ B, atol=1e-5)
-            assert seen(at) == where
-        assert seen(product(A, B)[1]) == ((), "bool")
+            assert shape_and_dtype(at) == where
+        assert shape_and_dtype(product(A, B)[1]) == ((), "bool")
         with wk.Wafer.abstract(wk.WSE2, 50, 70):
             c, at = jax.eval_shape(product, A, B)
-        assert (c.shape, seen(at)) == ((7, 6), ((50, 70), "int32"))
+        assert (c.shape, shape_and_dtype(at)) == ((7, 6), ((50, 70), "int32"))
     assert len(traces) == 5, "a second call on the same wafer needs no second trace"
 
 
@@ -95,13 +95,13 @@ def test_an_exception_restores_the_wafer():
 
 
 def test_the_wafer_given_goes_before_the_one_entered():
-    entered, given = wk.Wafer.devices(2, 2), wk.Wafer.virtual(wk.WSE2, 2, 2)
+    entered, argument = wk.Wafer.devices(2, 2), wk.Wafer.virtual(wk.WSE2, 2, 2)
     one = wk.Wafer.devices(1, 1)
     assert context.resolve(None) is None
-    assert context.resolve(given) == given
+    assert context.resolve(argument) == argument
     with entered:
         assert context.resolve(None) == entered
-        assert context.resolve(given) == given
+        assert context.resolve(argument) == argument
         assert context.resolve(one) is None, "on one PE the plain operation is the program"
 
 
@@ -118,11 +118,11 @@ def test_a_pullback_outlives_the_block(backend):
 
 def in_thread(work):
     """What `work` returns in a thread of its own."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(work()))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()))
     thread.start()
     thread.join(60)
-    (result,) = found
+    (result,) = results
     return result
 
 
@@ -137,21 +137,21 @@ def test_a_new_thread_sees_no_wafer_but_takes_the_one_given():
 
 
 def test_threads_enter_wafers_of_their_own():
-    both_entered, found = threading.Barrier(2, timeout=60), {}
+    both_entered, own_wafer_seen = threading.Barrier(2, timeout=60), {}
 
     def work(side):
         with wk.Wafer.virtual(wk.WSE2, side, side) as mine:
             both_entered.wait()
-            found[side] = context.current() == mine
+            own_wafer_seen[side] = context.current() == mine
 
-    with wk.Wafer.virtual(wk.WSE2, 7, 7) as here:
+    with wk.Wafer.virtual(wk.WSE2, 7, 7) as wafer:
         threads = [threading.Thread(target=work, args=(side,)) for side in (3, 5)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert context.current() == here
-    assert found == {3: True, 5: True}
+        assert context.current() == wafer
+    assert own_wafer_seen == {3: True, 5: True}
 
 
 def test_scan_and_checkpoint_are_traced_for_the_wafer_in_force():
@@ -180,16 +180,16 @@ def test_scan_and_checkpoint_are_traced_for_the_wafer_in_force():
 @pytest.mark.parametrize("backend", ["devices", "virtual"])
 def test_a_kernel_has_no_current_wafer_but_is_inside_its_own(backend):
     wafer = wk.Wafer.devices(2, 4) if backend == "devices" else wk.Wafer.virtual(wk.WSE2, 2, 4)
-    found = []
+    wafers = []
 
     def kernel(u):
-        found.append((context.current(), context.inside()))
+        wafers.append((context.current(), context.inside()))
         return wk.matmul(u, u)
 
     tiles = np.arange(32, dtype=np.float32).reshape(4, 8)
     with wafer:
         squares = wafer.map(kernel, in_specs=P("y", "x"), out_specs=P("y", "x"))(tiles)
         assert context.inside() is None
-    assert set(found) == {(None, wafer)}
+    assert set(wafers) == {(None, wafer)}
     first = tiles[:2, :2]
     np.testing.assert_allclose(squares[:2, :2], first @ first)

@@ -14,7 +14,7 @@ GRID = P("y", "x")
 MB = 2**20
 
 
-def mapped(kernel, out=GRID):
+def on_virtual(kernel, out=GRID):
     return wk.Wafer.virtual(wk.WSE2, 8, 8).map(kernel, in_specs=GRID, out_specs=out)
 
 
@@ -31,22 +31,22 @@ def little(monkeypatch):
 def test_a_figure_is_told_of_shapes_alone():
     shape = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     wafer = wk.Wafer.virtual(wk.WSE2, 8, 8)
-    told = wk.memory(lambda u: wk.matmul(u, u), shape, wafer=wafer)
-    assert told.arguments == told.results == 4 * MB
-    assert told.temporaries > 0 and told.total < 64 * MB and told.fits
-    assert "available (arguments 4.19 MB, results 4.19 MB, temporaries" in str(told)
+    needs = wk.memory(lambda u: wk.matmul(u, u), shape, wafer=wafer)
+    assert needs.arguments == needs.results == 4 * MB
+    assert needs.temporaries > 0 and needs.total < 64 * MB and needs.fits
+    assert "available (arguments 4.19 MB, results 4.19 MB, temporaries" in str(needs)
 
 
 def test_what_does_not_fit_is_refused_with_the_figure(little):
     u = np.ones((256, 256), np.float32)
     with pytest.raises(ValueError, match="8x8 virtual PEs needs 16.8 MB beside its .* 262 kB, and"):
-        mapped(spread, P("y", "x", None))(u)
+        on_virtual(spread, P("y", "x", None))(u)
     with pytest.raises(ValueError, match="at least 17 MB, .* this machine has 10.5 MB available"):
-        jax.jit(mapped(spread, P("y", "x", None)))(u)
+        jax.jit(on_virtual(spread, P("y", "x", None)))(u)
     # Temporaries count too: two results' worth, of which one is freed.
-    assert mapped(lambda u: fabric.shift(u, "y"))(u).shape == (256, 256)
-    told = wk.memory(mapped(spread, P("y", "x", None)), u)
-    assert not told.fits and told.results == 16 * MB and "of 10.5 MB available" in str(told)
+    assert on_virtual(lambda u: fabric.shift(u, "y"))(u).shape == (256, 256)
+    needs = wk.memory(on_virtual(spread, P("y", "x", None)), u)
+    assert not needs.fits and needs.results == 16 * MB and "of 10.5 MB available" in str(needs)
 
 
 def test_a_shape_is_looked_into_once(monkeypatch):
@@ -57,7 +57,7 @@ def test_a_shape_is_looked_into_once(monkeypatch):
         return 0
 
     monkeypatch.setattr(host_memory, "bytes_needed", bytes_needed)
-    run = mapped(lambda u: u * 3.0)
+    run = on_virtual(lambda u: u * 3.0)
     for size in (8, 8, 16, 8):
         run(np.ones((size, size), np.float32))
     assert len(programs) == 2

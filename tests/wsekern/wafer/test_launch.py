@@ -46,22 +46,22 @@ def test_devices_get_two_threads_each(before_jax):
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("flags", "kept"),
     [
         (f"--xla_dump_to=dumps {FLAG}=4 --xla_cpu_foo=1", "--xla_dump_to=dumps --xla_cpu_foo=1"),
         (f"{FLAG}=2 {FLAG}=4 --a", "--a"),
         ("--a --b", "--a --b"),
     ],
 )
-def test_other_flags_stay_and_the_old_count_goes(before_jax, given, kept):
-    before_jax.setenv("XLA_FLAGS", given)
+def test_other_flags_stay_and_the_old_count_goes(before_jax, flags, kept):
+    before_jax.setenv("XLA_FLAGS", flags)
     emulate_devices(8)
     assert settings()[0] == f"{kept} {FLAG}=8"
 
 
-@pytest.mark.parametrize(("given", "threads"), [("3", "16"), ("40", "40"), ("", "16")])
-def test_more_threads_than_needed_stay(before_jax, given, threads):
-    before_jax.setenv("NPROC", given)
+@pytest.mark.parametrize(("set_before", "threads"), [("3", "16"), ("40", "40"), ("", "16")])
+def test_more_threads_than_needed_stay(before_jax, set_before, threads):
+    before_jax.setenv("NPROC", set_before)
     emulate_devices(8)
     assert settings()[1] == threads
 

@@ -41,7 +41,7 @@ def plus(u, by, *, then=0):
     return u + jnp.asarray(by)[None, None] + then
 
 
-def tiled(wafer, kernel):
+def map_tiles(wafer, kernel):
     return wafer.map(kernel, in_specs=TILED, out_specs=TILED)
 
 
@@ -75,31 +75,31 @@ MAKERS = [in_partial, in_lambda, in_default, in_keyword_default, in_a_partial_in
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_kernel_made_afresh_at_each_call_is_traced_once(wafer_24, make):
     for by in (1, 2, 1, 2):
-        np.testing.assert_array_equal(tiled(wafer_24, make(by))(U), U + by)
+        np.testing.assert_array_equal(map_tiles(wafer_24, make(by))(U), U + by)
     assert len(TRACES) == 2
 
 
 @pytest.mark.parametrize("make", MAKERS[:2])
 def test_values_that_are_equal_but_of_another_type_are_other_programs(wafer_24, make):
     ints = U.astype(np.int32)
-    got = [tiled(wafer_24, make(by))(ints).dtype for by in (1, 1.0, True, np.float16(1))]
+    got = [map_tiles(wafer_24, make(by))(ints).dtype for by in (1, 1.0, True, np.float16(1))]
     assert got == [jnp.int32, jnp.float32, jnp.int32, jnp.float16]
     assert len(TRACES) == 4
 
 
 def test_other_code_is_another_program_even_on_one_line(wafer_24):
     kernels = [lambda u: plus(u, 1), lambda u: plus(u, 2), lambda u: plus(u, 1.0)]
-    got = [tiled(wafer_24, kernel)(U)[0, 0] for kernel in kernels]
+    got = [map_tiles(wafer_24, kernel)(U)[0, 0] for kernel in kernels]
     assert got == [1, 2, 1] and TRACES == [1, 2, 1.0]
 
 
 def test_equal_programs_are_one_and_unequal_ones_are_not():
     wafer = wafer_of("devices")
-    program = tiled(wafer, in_lambda(1))
-    assert tiled(wafer_of("devices"), in_lambda(1)) is program
+    program = map_tiles(wafer, in_lambda(1))
+    assert map_tiles(wafer_of("devices"), in_lambda(1)) is program
     others = [
-        tiled(wk.Wafer.devices(4, 2), in_lambda(1)),
-        tiled(wafer_of("virtual"), in_lambda(1)),
+        map_tiles(wk.Wafer.devices(4, 2), in_lambda(1)),
+        map_tiles(wafer_of("virtual"), in_lambda(1)),
         wafer.map(in_lambda(1), in_specs=(TILED,), out_specs=TILED),
         wafer.map(in_lambda(1), in_specs=TILED, out_specs=P("x", "y")),
         wafer.map(in_lambda(1), in_specs=TILED, out_specs=TILED, replicated_by_construction=True),
@@ -114,16 +114,16 @@ def test_what_cannot_be_hashed_may_be_held_and_is_read_at_each_call(wafer_24):
         return plus(u, held[0])
 
     for held[0] in (1, 2):
-        np.testing.assert_array_equal(tiled(wafer_24, kernel)(U), U + held[0])
+        np.testing.assert_array_equal(map_tiles(wafer_24, kernel)(U), U + held[0])
         np.testing.assert_array_equal(
-            tiled(wafer_24, in_lambda(np.float32(held[0])))(U), U + held[0]
+            map_tiles(wafer_24, in_lambda(np.float32(held[0])))(U), U + held[0]
         )
 
 
 def test_a_kernel_may_hold_a_traced_value(wafer_24):
     @jax.jit
     def run(u, by):
-        return tiled(wafer_24, in_lambda(by))(u)
+        return map_tiles(wafer_24, in_lambda(by))(u)
 
     for by in (1.0, 2.0):
         np.testing.assert_array_equal(run(U, by), U + by)
@@ -137,7 +137,7 @@ def test_equal_values_inside_others_are_other_programs_too(pair):
     def kernel(u, held):
         return jnp.full(u.shape, jnp.copysign(1, held) if held == 0 else held[0])
 
-    first, second = (tiled(wafer, functools.partial(kernel, held=held))(U) for held in pair)
+    first, second = (map_tiles(wafer, functools.partial(kernel, held=held))(U) for held in pair)
     assert (first.dtype, float(first[0, 0])) != (second.dtype, float(second[0, 0]))
 
 
@@ -145,14 +145,14 @@ def test_a_kernel_may_call_itself():
     def kernel(u, times=2):
         return kernel(u + 1, times - 1) if times else u
 
-    np.testing.assert_array_equal(tiled(wafer_of("virtual"), kernel)(U), U + 2)
+    np.testing.assert_array_equal(map_tiles(wafer_of("virtual"), kernel)(U), U + 2)
 
 
 def test_what_a_kernel_holds_is_read_when_the_program_is_asked_for():
     def programs(*values):
         made = []
         for by in values:
-            made.append(tiled(wafer_of("virtual"), lambda u: plus(u, by)))  # noqa: B023
+            made.append(map_tiles(wafer_of("virtual"), lambda u: plus(u, by)))  # noqa: B023
         return made
 
     np.testing.assert_array_equal(programs(10, 20)[0](U), U + 10)
@@ -271,16 +271,16 @@ def calls_itself():
     return kernel
 
 
-def held_before_it_is_there():
+def key_before_a_helper_exists():
     def kernel(u):
         return later(u)
 
-    found = program_key(kernel)
+    key = program_key(kernel)
 
     def later(u):
         return u
 
-    return found
+    return key
 
 
 def test_what_cannot_be_told_has_no_key():
@@ -290,7 +290,7 @@ def test_what_cannot_be_told_has_no_key():
         program_key(kernel_holding(jnp.zeros(2))) is None
     )  # a program that is kept would keep it in memory
     assert program_key(calls_itself()) is None
-    assert held_before_it_is_there() is None
+    assert key_before_a_helper_exists() is None
 
 
 def test_frozen_keeps_what_is_held_now():

@@ -15,7 +15,7 @@ from wsekern.wafer.placement.failed_devices import rectangle
 GRID = P("y", "x")
 
 
-def rolled(u):
+def shift_and_sum(u):
     return fabric.shift(u, "x") + fabric.all_reduce(u.sum(), ("y", "x"))
 
 
@@ -28,7 +28,7 @@ def test_regions_run_their_own_programs(backend):
     alone = wk.Wafer.devices(2, 2)
     for i, part in enumerate(parts):
         u = np.arange(16.0, dtype=np.float32).reshape(4, 4) + i
-        got, want = (w.map(rolled, in_specs=GRID, out_specs=GRID)(u) for w in (part, alone))
+        got, want = (w.map(shift_and_sum, in_specs=GRID, out_specs=GRID)(u) for w in (part, alone))
         np.testing.assert_array_equal(got, want)
     if backend == "devices":
         used = [d for part in parts for d in part.device_mesh.devices.flat]
@@ -57,7 +57,7 @@ def test_a_region_of_your_own_mesh_keeps_its_other_axes():
 def test_virtual_regions_of_one_size_are_one_program():
     a, b = wk.Wafer.virtual(wk.WSE2, 4, 4).split(1, 2)
     c = wk.Wafer.virtual(wk.WSE2, 4, 2, defects=wk.Defects.random(wk.WSE2))
-    assert len({id(w.map(rolled, in_specs=GRID, out_specs=GRID)) for w in (a, b, c)}) == 1
+    assert len({id(w.map(shift_and_sum, in_specs=GRID, out_specs=GRID)) for w in (a, b, c)}) == 1
 
 
 def test_failed_devices_are_left_out():
@@ -99,9 +99,9 @@ def chips(rows, columns, *failed):
 
 
 def test_chips_in_a_plane_are_taken_from_a_good_rectangle():
-    found = rectangle(chips(4, 4, 1), 3, 4)
-    assert found is not None
-    assert [[d.id for d in row] for row in found] == [list(range(i, i + 4)) for i in (4, 8, 12)]
+    chosen = rectangle(chips(4, 4, 1), 3, 4)
+    assert chosen is not None
+    assert [[d.id for d in row] for row in chosen] == [list(range(i, i + 4)) for i in (4, 8, 12)]
     turned = rectangle(chips(2, 4), 4, 2)
     assert turned is not None and [d.id for d in turned[0]] == [0, 4]
     with pytest.raises(ValueError, match="4x4 does not fit the 15 .* largest good grid is 4x2|3x4"):

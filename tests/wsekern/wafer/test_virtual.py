@@ -102,13 +102,13 @@ def test_a_solver_takes_the_same_steps():
         around = u[1:-1, :-2] + u[1:-1, 2:] + u[:-2, 1:-1] + u[2:, 1:-1]
         return 4 * u[1:-1, 1:-1] - around
 
-    def solved(wafer):
+    def solve(wafer):
         operator = functools.partial(
             wk.stencil, update=laplacian, radius=1, boundary="zero", corners=False, wafer=wafer
         )
         return jax.jit(lambda b: wk.cg(operator, b))(b)
 
-    one, many = (solved(wafer) for wafer in pair(4, 4, (2, 2)))
+    one, many = (solve(wafer) for wafer in pair(4, 4, (2, 2)))
     assert bool(many.converged) and int(one.iterations) == int(many.iterations)
     np.testing.assert_allclose(one.x, many.x, rtol=1e-3, atol=1e-4)
 

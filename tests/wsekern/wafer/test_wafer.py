@@ -122,7 +122,7 @@ def test_wafers_are_equal_by_value():
         wk.Wafer.devices(2, 4).height = 3  # type: ignore[misc]
 
 
-def scaled(tree, scale):
+def scale_and_sum(tree, scale):
     """Of one tile of a tree: two results laid out differently, and a sum that all PEs have."""
     total = fabric.all_reduce(tree["u"].sum(), ("y", "x"))
     return {"u": tree["u"] * scale[None], "v": [tree["v"] + scale[0]]}, total
@@ -139,10 +139,10 @@ def test_map_takes_and_gives_trees_on_every_backend(backend):
     grid = (2, 4) if backend == "devices" else (wk.WSE2, 2, 4)
     wafer = getattr(wk.Wafer, backend)(*grid)
     operands = {"u": matrix(), "v": np.arange(16)}, np.array([1, 2, 1, 2])
-    program = wafer.map(scaled, **SCALED)
+    program = wafer.map(scale_and_sum, **SCALED)
     # Tile i of the vector lies on PE (i // 4, i % 4), whose place in ("x", "y") is another.
-    dealt = np.arange(16).reshape(2, 4, 2).transpose(1, 0, 2).reshape(16)
-    want = ({"u": matrix() * np.tile(operands[1], 4), "v": [dealt + 1]}, matrix().sum())
+    by_columns = np.arange(16).reshape(2, 4, 2).transpose(1, 0, 2).reshape(16)
+    want = ({"u": matrix() * np.tile(operands[1], 4), "v": [by_columns + 1]}, matrix().sum())
     if backend == "abstract":
         got = jax.eval_shape(program, *operands)
         assert jax.tree.map(lambda s: s.shape, got) == jax.tree.map(np.shape, want)
@@ -175,11 +175,7 @@ def test_operations_run_on_your_arrays_in_your_own_jit(kind):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), got, want)
 
 
-def compiled(f, *operands):
-    return jax.jit(f).lower(*operands).compile().as_text() or ""
-
-
-def shifted(u):
+def shift(u):
     return fabric.shift(u, "y")
 
 
@@ -192,10 +188,10 @@ def test_along_an_axis_of_your_mesh_that_is_not_the_grids_every_pe_does_the_same
     spec = P(None, "y", "x")
     whole = matrix(4, 8).reshape(2, 4, 4)
     u = jax.device_put(whole, NamedSharding(mesh, P("data", "seq", "model")))
-    moved = wafer.map(shifted, in_specs=spec, out_specs=spec)(u)
+    moved = wafer.map(shift, in_specs=spec, out_specs=spec)(u)
     assert moved.sharding.spec == P(kept, "seq", "model")
     alone = wk.Wafer.virtual(wk.WSE2, wafer.height, wafer.width)
-    np.testing.assert_array_equal(moved, alone.map(shifted, in_specs=spec, out_specs=spec)(whole))
+    np.testing.assert_array_equal(moved, alone.map(shift, in_specs=spec, out_specs=spec)(whole))
 
 
 @pytest.mark.parametrize(
@@ -233,13 +229,13 @@ def stray():
     return jax.device_put(matrix(), jax.devices()[15])
 
 
-def mapped(operand, spec=TILED):
-    return wk.Wafer.devices(2, 4).map(shifted, in_specs=spec, out_specs=spec)(operand)
+def run_shift(operand, spec=TILED):
+    return wk.Wafer.devices(2, 4).map(shift, in_specs=spec, out_specs=spec)(operand)
 
 
 def in_virtual(spec, out=TILED):
     wafer = wk.Wafer.virtual(wk.WSE2, 2, 4)
-    return wafer.map(shifted, in_specs=spec, out_specs=out)(matrix())
+    return wafer.map(shift, in_specs=spec, out_specs=out)(matrix())
 
 
 @pytest.mark.refuses
@@ -257,13 +253,16 @@ def in_virtual(spec, out=TILED):
         (lambda w: w.shard(matrix(), P("z")), "'z' in .* is not one of"),
         (lambda w: w.shard(np.ones(8), TILED), "has 1 dimensions, its spec .* has 2"),
         (
-            lambda w: mapped(stray()),
+            lambda w: run_shift(stray()),
             r"committed to 1 device\(s\) .* move it with wafer.shard\(array",
         ),
-        (lambda w: mapped(matrix(9)), r"Wafer.map: dimension 0 .* \(9, 16\) .*; pad it to 10"),
-        (lambda w: mapped(np.ones(8)), r"Wafer.map: an operand of shape \(8,\) has 1 dimensions"),
-        (lambda w: mapped(matrix(), P("Y", "x")), "Wafer.map: 'Y' in .* is not one of"),
-        (lambda w: mapped(matrix(), ("y", "x")), "'y' stands where a .*PartitionSpec belongs"),
+        (lambda w: run_shift(matrix(9)), r"Wafer.map: dimension 0 .* \(9, 16\) .*; pad it to 10"),
+        (
+            lambda w: run_shift(np.ones(8)),
+            r"Wafer.map: an operand of shape \(8,\) has 1 dimensions",
+        ),
+        (lambda w: run_shift(matrix(), P("Y", "x")), "Wafer.map: 'Y' in .* is not one of"),
+        (lambda w: run_shift(matrix(), ("y", "x")), "'y' stands where a .*PartitionSpec belongs"),
         (lambda w: in_virtual(P("X")), "Wafer.map: 'X' in .* is not one of"),
     ],
 )
@@ -287,7 +286,7 @@ def test_refuses_a_spec_that_does_not_fit_a_result(spec, message):
 
 def test_the_mend_for_a_stray_array_mends_it():
     wafer = wk.Wafer.devices(2, 4)
-    got = mapped(wafer.shard(stray(), TILED))
+    got = run_shift(wafer.shard(stray(), TILED))
     np.testing.assert_array_equal(got, np.roll(matrix(), 4, 0))
 
 

@@ -31,7 +31,7 @@ def tiles(wafer, *tile, seed=0):
     return np.random.default_rng(seed).integers(-9, 9, shape).astype(np.float32)
 
 
-def mapped(wafer, kernel):
+def over_tiles(wafer, kernel):
     """`kernel` of one PE's tile, as a function of all tiles `[wafer, y, x, *tile]`."""
 
     def per_pe(u):
@@ -40,7 +40,7 @@ def mapped(wafer, kernel):
     return jax.jit(wafer.map(per_pe, in_specs=ALL, out_specs=ALL))
 
 
-def reduced(u, along, op="sum"):
+def plain_all_reduce(u, along, op="sum"):
     axes = tuple(AXIS[a] for a in ([along] if isinstance(along, str) else along))
     return np.broadcast_to(NUMPY[op](u, axes, keepdims=True), u.shape)
 
@@ -68,12 +68,12 @@ def test_every_pe_gets_the_reduction(wafer, algorithm):
         return [*sums, *others, fabric.all_reduce(u[:1], "x", algorithm=algorithm)]
 
     want = [
-        reduced(u, "x"),
-        reduced(u, GRID),
-        *(reduced(u, "y", op) for op in NUMPY if op != "sum"),
+        plain_all_reduce(u, "x"),
+        plain_all_reduce(u, GRID),
+        *(plain_all_reduce(u, "y", op) for op in NUMPY if op != "sum"),
     ]
-    got = mapped(wafer, kernel)(u)
-    for x, y in zip(got, [*want, reduced(u, "x")[..., :1]], strict=True):
+    got = over_tiles(wafer, kernel)(u)
+    for x, y in zip(got, [*want, plain_all_reduce(u, "x")[..., :1]], strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -86,10 +86,10 @@ def test_the_root_gets_the_reduction_and_no_other(full_wafer, algorithm):
         both = fabric.reduce(u, GRID, last + 1, "max", algorithm=algorithm)
         return [*along_x, both, fabric.reduce(u, ("wafer", "y"), 1, algorithm=algorithm)]
 
-    got = mapped(full_wafer, kernel)(u)
-    want = [on_root(reduced(u, "x"), "x", root) for root in (0, 1, last)]
-    want.append(on_root(reduced(u, GRID, "max"), GRID, last + 1))
-    want.append(on_root(reduced(u, ("wafer", "y")), ("wafer", "y"), 1))
+    got = over_tiles(full_wafer, kernel)(u)
+    want = [on_root(plain_all_reduce(u, "x"), "x", root) for root in (0, 1, last)]
+    want.append(on_root(plain_all_reduce(u, GRID, "max"), GRID, last + 1))
+    want.append(on_root(plain_all_reduce(u, ("wafer", "y")), ("wafer", "y"), 1))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -103,9 +103,9 @@ def test_a_snake_reduces_the_whole_grid(full_wafer):
             fabric.reduce(u, GRID, root, algorithm="snake"),
         ]
 
-    want = [reduced(u, GRID), reduced(u, ("wafer", *GRID), "min")]
-    want.append(on_root(reduced(u, GRID), GRID, root))
-    jax.tree.map(np.testing.assert_array_equal, mapped(full_wafer, kernel)(u), want)
+    want = [plain_all_reduce(u, GRID), plain_all_reduce(u, ("wafer", *GRID), "min")]
+    want.append(on_root(plain_all_reduce(u, GRID), GRID, root))
+    jax.tree.map(np.testing.assert_array_equal, over_tiles(full_wafer, kernel)(u), want)
 
 
 def pulled_back(f):
@@ -180,7 +180,7 @@ def test_truths_are_counted_as_xla_counts_them(full_wafer):
         return [[fabric.all_reduce(u > 0, "x", op, algorithm=a) for op in ops] for a in alike]
 
     alike: list[Any] = ["xla", "chain", "k_tree", "ring", "auto"]
-    want, *others = mapped(full_wafer, kernel)(tiles(full_wafer, 5))
+    want, *others = over_tiles(full_wafer, kernel)(tiles(full_wafer, 5))
     for got in others:
         for x, y in zip(got, want, strict=True):
             assert x.dtype == y.dtype
@@ -192,7 +192,7 @@ def test_the_gradient_of_a_rooted_sum_floods_back(full_wafer, algorithm):
     u = tiles(full_wafer, 4)
 
     def total(along, algorithm):
-        run = mapped(full_wafer, lambda u: fabric.reduce(u * u, along, 1, algorithm=algorithm))
+        run = over_tiles(full_wafer, lambda u: fabric.reduce(u * u, along, 1, algorithm=algorithm))
         return jax.jit(jax.grad(lambda u: (run(u) * jnp.arange(4.0).reshape(1, 1, 1, 4)).sum()))
 
     along: Any
@@ -202,10 +202,10 @@ def test_the_gradient_of_a_rooted_sum_floods_back(full_wafer, algorithm):
 
 def test_an_extreme_has_no_gradient_on_the_fabric():
     wafer = wk.Wafer.virtual(wk.WSE2, 2, 2)
-    run = mapped(wafer, lambda u: fabric.all_reduce(u, "x", "max", algorithm="chain"))
+    run = over_tiles(wafer, lambda u: fabric.all_reduce(u, "x", "max", algorithm="chain"))
     with pytest.raises(ValueError, match="op='max' has no gradient; put lax.stop_gradient"):
         jax.grad(lambda u: run(u).sum())(tiles(wafer, 2))
-    still = mapped(wafer, lambda u: u + fabric.all_reduce(lax.stop_gradient(u), "x", "max"))
+    still = over_tiles(wafer, lambda u: u + fabric.all_reduce(lax.stop_gradient(u), "x", "max"))
     np.testing.assert_array_equal(jax.grad(lambda u: still(u).sum())(tiles(wafer, 2)), 1)
 
 
@@ -225,8 +225,8 @@ def test_any_line_root_and_size(backend, data):
     def kernel(u):
         return [fabric.reduce(u, "x", root, algorithm=name) for name in REDUCTIONS]
 
-    for got in mapped(wafer, kernel)(u):
-        np.testing.assert_array_equal(got, on_root(reduced(u, "x"), "x", root))
+    for got in over_tiles(wafer, kernel)(u):
+        np.testing.assert_array_equal(got, on_root(plain_all_reduce(u, "x"), "x", root))
 
 
 def test_whole_numbers_and_infinities_come_through(full_wafer):
@@ -236,15 +236,15 @@ def test_whole_numbers_and_infinities_come_through(full_wafer):
         return [*sums, *(fabric.all_reduce(large, "x", "max", algorithm=a) for a in REDUCTIONS)]
 
     u = tiles(full_wafer, 3)
-    got = mapped(full_wafer, kernel)(u)
+    got = over_tiles(full_wafer, kernel)(u)
     for x in got[: len(LINES)]:
         assert x.dtype == jnp.int8
-        np.testing.assert_array_equal(x, reduced(u, "x"))
+        np.testing.assert_array_equal(x, plain_all_reduce(u, "x"))
     for x in got[len(LINES) :]:
-        np.testing.assert_array_equal(x, reduced(np.where(u > 0, np.inf, u), "x", "max"))
+        np.testing.assert_array_equal(x, plain_all_reduce(np.where(u > 0, np.inf, u), "x", "max"))
 
 
-def moved(wafer, algorithm, words=64):
+def distances_sent(wafer, algorithm, words=64):
     """How far each move of an all-reduce along x sends: a set of distances."""
     run = wafer.map(
         lambda u: fabric.all_reduce(u, "x", algorithm=algorithm), in_specs=ALL, out_specs=ALL
@@ -267,7 +267,7 @@ def moved(wafer, algorithm, words=64):
     ],
 )
 def test_how_far_a_move_goes(algorithm, distances):
-    assert moved(wk.Wafer.abstract(wk.WSE2, 1, 16), algorithm) == distances
+    assert distances_sent(wk.Wafer.abstract(wk.WSE2, 1, 16), algorithm) == distances
 
 
 def test_a_transposed_grid_has_every_tile_in_its_mirror_place():
@@ -277,7 +277,7 @@ def test_a_transposed_grid_has_every_tile_in_its_mirror_place():
         wk.Wafer.virtual(wk.WSE2, 5, 5),
     ):
         u = tiles(wafer, 2)
-        np.testing.assert_array_equal(mapped(wafer, fabric.transpose)(u), u.swapaxes(1, 2))
+        np.testing.assert_array_equal(over_tiles(wafer, fabric.transpose)(u), u.swapaxes(1, 2))
 
 
 def test_a_root_deals_its_tile_out_and_collects_all(full_wafer):
@@ -286,9 +286,9 @@ def test_a_root_deals_its_tile_out_and_collects_all(full_wafer):
     def kernel(u):
         return fabric.scatter(u, "x", 0, root=1), fabric.gather(u, "y", 0, root=1)
 
-    dealt, collected = mapped(full_wafer, kernel)(u)
+    scattered, collected = over_tiles(full_wafer, kernel)(u)
     parts = np.stack(np.split(u[:, :, 1], full_wafer.width, -1), 2)
-    np.testing.assert_array_equal(dealt, parts)
+    np.testing.assert_array_equal(scattered, parts)
     whole = np.moveaxis(u, 1, -2).reshape(*u.shape[:1], *u.shape[2:-1], -1)
     np.testing.assert_array_equal(collected[:, 1], whole)
     np.testing.assert_array_equal(np.delete(collected, 1, 1), 0)
@@ -317,4 +317,4 @@ def test_refuses(name):
     kernel, message = REFUSALS[name]
     wafer = wk.Wafer.abstract(wk.WSE2, 2, 4)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(mapped(wafer, kernel), tiles(wafer, 8))
+        jax.eval_shape(over_tiles(wafer, kernel), tiles(wafer, 8))

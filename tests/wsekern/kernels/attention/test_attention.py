@@ -46,7 +46,7 @@ def plain(q, k, v, causal=False, scale=None):
 
 
 @functools.cache
-def wanted(shape, causal):
+def plain_results(shape, causal):
     """The plain result and gradients in float64, for `operands(shape)` and `dout_of(shape)`."""
     run = with_gradients(functools.partial(plain, causal=causal))
     with jax.enable_x64(True):
@@ -74,7 +74,7 @@ def with_gradients(run):
 def assert_right(run, shape, causal):
     """The result and all gradients are the plain ones."""
     got = with_gradients(run)(*operands(shape), dout_of(shape))
-    for x, want in zip(got, wanted(shape, causal), strict=True):
+    for x, want in zip(got, plain_results(shape, causal), strict=True):
         np.testing.assert_allclose(x, want, atol=3e-6, rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ def largest(wafer, run, shape):
 def test_equals_the_plain_attention(wafer, algorithm, shape, causal):
     out = jax.jit(attend(wafer, algorithm, causal=causal))(*operands(shape))
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, wanted(shape, causal)[0], atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(out, plain_results(shape, causal)[0], atol=1e-6, rtol=1e-5)
 
 
 @both

@@ -33,7 +33,7 @@ def operands(B, T, S, N, K, H, bias=None, sinks=False):
     return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
-def packed(B, length, parts=3):
+def segment_ids_of(B, length, parts=3):
     """Segments of unequal lengths, different in each sequence."""
     return jnp.asarray(
         np.sort(np.random.default_rng(length).integers(0, parts, (B, length))).astype(np.int32)
@@ -100,23 +100,23 @@ B, T, S, N, K, H = SIZES = (2, 19, 19, 16, 16, 4)
 CASES: dict[str, tuple[dict, dict]] = {
     "window, cap, sinks, segments": (
         {"sinks": True},
-        {"causal": True, "window": 6, "soft_cap": 2.0, "segment_ids": packed(B, T)},
+        {"causal": True, "window": 6, "soft_cap": 2.0, "segment_ids": segment_ids_of(B, T)},
     ),
     "causal, cap, sinks, segments": (
         {"sinks": True},
-        {"causal": True, "soft_cap": 2.0, "segment_ids": packed(B, T)},
+        {"causal": True, "soft_cap": 2.0, "segment_ids": segment_ids_of(B, T)},
     ),
     "window, bias of each score": ({"bias": (B, N, T, S)}, {"causal": True, "window": 8}),
     "bias of rows or columns": ({"bias": (1, 1, S)}, {}),
     "bias of heads, and rows that see no key": (
         {"bias": (N, T, 1)},
-        {"segment_ids": (packed(B, T), packed(B, S) + 1), "soft_cap": 3.0},
+        {"segment_ids": (segment_ids_of(B, T), segment_ids_of(B, S) + 1), "soft_cap": 3.0},
     ),
 }
 
 
 @functools.cache
-def wanted(name):
+def plain_results_of(name):
     """The plain results of a case, which are the same on every wafer."""
     arrays, options = CASES[name]
     return plain_results(operands(*SIZES, **arrays), options)
@@ -124,7 +124,7 @@ def wanted(name):
 
 def check(name, wafer, algorithm):
     arrays, options = CASES[name]
-    assert_right(operands(*SIZES, **arrays), wafer, algorithm, wanted(name), **options)
+    assert_right(operands(*SIZES, **arrays), wafer, algorithm, plain_results_of(name), **options)
 
 
 @pytest.mark.parametrize(
@@ -224,18 +224,18 @@ def test_ulysses_sends_tiles_once():
 
 
 def test_auto_says_why():
-    def explained(shape, wafer):
+    def explain(shape, wafer):
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         return wk.attention.explain(x, x, x, causal=True, wafer=wafer)
 
     wafer = wk.Wafer.devices(4, 2)
-    assert explained((1, 8, 8, 4), wafer).algorithm == "allgather"
-    assert explained((1, 2**16, 8, 64), wafer).algorithm == "ulysses"
-    assert explained((1, 2**16, 6, 64), wafer).why.endswith("6 heads do not divide by 8 PEs")
-    on_wse = explained((1, 2**16, 8, 64), wk.Wafer.abstract(wk.WSE3, 4, 2))
+    assert explain((1, 8, 8, 4), wafer).algorithm == "allgather"
+    assert explain((1, 2**16, 8, 64), wafer).algorithm == "ulysses"
+    assert explain((1, 2**16, 6, 64), wafer).why.endswith("6 heads do not divide by 8 PEs")
+    on_wse = explain((1, 2**16, 8, 64), wk.Wafer.abstract(wk.WSE3, 4, 2))
     assert on_wse.algorithm == "zigzag"
     assert str(on_wse).startswith(f"attention on {on_wse.wafer}: zigzag, ")
-    alone = explained((1, 8, 8, 4), None)
+    alone = explain((1, 8, 8, 4), None)
     assert (alone.algorithm, alone.candidates) == ("plain", {})
 
 
@@ -257,8 +257,8 @@ def test_explains_the_words_and_steps_that_its_programs_take(grid, algorithm, op
     wafer = wk.Wafer.abstract(wk.WSE3, *grid)
 
     def run(q, k, v, ids):
-        asked: Any = "ring" if algorithm == "zigzag" else algorithm
-        return wk.attention(q, k, v, segment_ids=ids, algorithm=asked, **options)
+        name: Any = "ring" if algorithm == "zigzag" else algorithm
+        return wk.attention(q, k, v, segment_ids=ids, algorithm=name, **options)
 
     traffic = wk.traffic(run, q, k, k, ids, wafer=wafer)
     explained = wk.attention.explain(q, k, k, segment_ids=ids, wafer=wafer, **options)

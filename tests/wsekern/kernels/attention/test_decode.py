@@ -54,7 +54,7 @@ def plain(q, k, v, window=None, scale=None, soft_cap=None, sinks=None):
 
 
 @functools.cache
-def wanted(kind):
+def plain_results(kind):
     """The plain result of each step: sequences without a token have none."""
     options, attends = KINDS[kind]
     q, k, v = tokens(options.get("kv_heads", 2))
@@ -84,7 +84,7 @@ def steps(cache, **attends):
     return run
 
 
-def decoded(cache, q, k, v, **attends):
+def decode(cache, q, k, v, **attends):
     """The results of all steps, after the prompts."""
     cache = jax.jit(lambda c, *x: c.fill(*x))(cache, k[:, :7], v[:, :7], PROMPTS)
     run, outs = steps(cache, **attends), []
@@ -99,9 +99,9 @@ def decoded(cache, q, k, v, **attends):
 def test_every_step_equals_attention_over_all_tokens_so_far(wafer, kind):
     options, attends = KINDS[kind]
     cache = cache_of(wafer, **options)
-    outs, cache = decoded(cache, *tokens(cache.kv_heads), **attends)
+    outs, cache = decode(cache, *tokens(cache.kv_heads), **attends)
     assert outs.dtype == np.float32
-    np.testing.assert_allclose(outs, wanted(kind), atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(outs, plain_results(kind), atol=2e-6, rtol=1e-5)
     np.testing.assert_array_equal(cache.lengths, PROMPTS + ACTIVE.sum(0))
 
 
@@ -109,16 +109,18 @@ def test_every_step_equals_attention_over_all_tokens_so_far(wafer, kind):
 def test_without_a_wafer(kind):
     options, attends = KINDS[kind]
     cache = cache_of(None, **options)
-    outs, _ = decoded(cache, *tokens(cache.kv_heads), **attends)
-    np.testing.assert_allclose(outs, wanted(kind), atol=2e-6, rtol=1e-5)
+    outs, _ = decode(cache, *tokens(cache.kv_heads), **attends)
+    np.testing.assert_allclose(outs, plain_results(kind), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_16_bits_are_as_near_as_their_digits(dtype):
     cache = cache_of(wk.Wafer.devices(2, 4), dtype=dtype)
-    outs, _ = decoded(cache, *tokens(2, dtype=dtype))
+    outs, _ = decode(cache, *tokens(2, dtype=dtype))
     assert outs.dtype == dtype
-    np.testing.assert_allclose(np.float32(outs), wanted("all tokens"), atol=2**-6, rtol=2**-6)
+    np.testing.assert_allclose(
+        np.float32(outs), plain_results("all tokens"), atol=2**-6, rtol=2**-6
+    )
 
 
 def test_several_tokens_at_once_see_those_before_them(full_wafer):
@@ -145,7 +147,7 @@ def test_several_tokens_at_once_see_those_before_them(full_wafer):
 def test_any_heads(kv_heads):
     cache = cache_of(wk.Wafer.devices(2, 4), kv_heads=kv_heads)
     q, k, v = tokens(kv_heads)
-    outs, cache = decoded(cache, q, k, v)
+    outs, cache = decode(cache, q, k, v)
     assert cache.k.shape[1] == max(kv_heads, 4)  # no PE holds more than it must
     for b, n in enumerate(cache.lengths):
         at = [*range(PROMPTS[b]), *(7 + np.flatnonzero(ACTIVE[:, b]))]
@@ -157,7 +159,7 @@ def test_any_heads(kv_heads):
 def test_large_scores_do_not_overflow():
     cache = cache_of(wk.Wafer.devices(2, 2))
     q, k, v = tokens(2)
-    outs, _ = decoded(cache, 100 * q, 100 * k, v)
+    outs, _ = decode(cache, 100 * q, 100 * k, v)
     assert np.isfinite(outs).all()
 
 
@@ -181,12 +183,12 @@ def layers(caches, q, k, v):
     return nexts, q
 
 
-def looped(caches, q, k, v):
+def five_steps(caches, q, k, v):
     """Five such steps in a loop."""
     return jax.lax.fori_loop(0, 5, lambda _, now: layers(now[0], now[1], k, v), (caches, q))
 
 
-@pytest.mark.parametrize("program", [layers, looped])
+@pytest.mark.parametrize("program", [layers, five_steps])
 @pytest.mark.parametrize("batch", [1, 2], ids=["one sequence", "two sequences"])
 @pytest.mark.parametrize("grid", [None, "1x4", "2x4", "2of2x2"])
 def test_no_cache_is_copied(wafer_called, grid, batch, program, as_shipped):
@@ -218,8 +220,8 @@ def test_runs_where_the_cache_lives():
     with wk.Wafer.virtual(wk.WSE2, 2, 2):
         cache = cache_of(None)
     assert cache.balance.rows == 2
-    outs, _ = decoded(cache, q, k, v)
-    np.testing.assert_allclose(outs, wanted("all tokens"), atol=2e-6, rtol=1e-5)
+    outs, _ = decode(cache, q, k, v)
+    np.testing.assert_allclose(outs, plain_results("all tokens"), atol=2e-6, rtol=1e-5)
 
 
 def test_before_the_first_token_the_result_is_0():

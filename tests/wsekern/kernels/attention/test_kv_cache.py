@@ -18,7 +18,7 @@ def cache_of(wafer, **options):
     return wk.KVCache.empty(**(SIZES | options), wafer=wafer)
 
 
-def numbered(starts, tokens):
+def tokens_from(starts, tokens):
     """Keys and values of `tokens` tokens from position `starts`; each number is its position."""
     position = np.asarray(starts)[:, None] + np.arange(tokens)
     k = jnp.broadcast_to(position[..., None, None], (*position.shape, 2, 4)).astype(jnp.float32)
@@ -51,7 +51,7 @@ def test_rows_stay_balanced_token_by_token(wafer_called, grid, window):
     cache = cache_of(wafer_called(grid), window=window)
     for step in range(13):
         active = np.array([True, step % 2 == 0, step > 4])
-        cache = append(cache, *numbered(cache.lengths, 1), active)
+        cache = append(cache, *tokens_from(cache.lengths, 1), active)
         assert_balanced(cache)
     np.testing.assert_array_equal(cache.lengths, [13, 7, 8])
 
@@ -61,15 +61,15 @@ def test_prompts_of_any_length_fill_it_balanced(full_wafer, window):
     cache = cache_of(full_wafer, window=window)
     fill = jax.jit(lambda cache, k, v, n: cache.fill(k, v, n), donate_argnums=0)
     for lengths in ([0, 1, 10], [9, 4, 7]):
-        cache = fill(cache, *numbered([0] * 3, 10), np.array(lengths))
+        cache = fill(cache, *tokens_from([0] * 3, 10), np.array(lengths))
         assert_balanced(cache)
         np.testing.assert_array_equal(cache.lengths, lengths)
 
 
 def test_fills_some_sequences_and_leaves_others(full_wafer):
-    cache = cache_of(full_wafer).fill(*numbered([0] * 3, 6))
+    cache = cache_of(full_wafer).fill(*tokens_from([0] * 3, 6))
     assert_balanced(cache)
-    others = cache.fill(*numbered([0] * 3, 9), active=jnp.array([False, True, False]))
+    others = cache.fill(*tokens_from([0] * 3, 9), active=jnp.array([False, True, False]))
     assert_balanced(others)
     np.testing.assert_array_equal(others.lengths, [6, 9, 6])
 
@@ -78,13 +78,13 @@ def test_fills_some_sequences_and_leaves_others(full_wafer):
 def test_several_tokens_are_appended_as_one_by_one(wafer_called, grid):
     cache = cache_of(wafer_called(grid) if grid else None)
     for start in (0, 5, 10):
-        cache = append(cache, *numbered(cache.lengths, 5), np.array([True, start == 0, True]))
+        cache = append(cache, *tokens_from(cache.lengths, 5), np.array([True, start == 0, True]))
         assert_balanced(cache)
     np.testing.assert_array_equal(cache.lengths, [13, 5, 13])  # two had no room
 
 
 def test_a_prompt_of_a_window_may_be_longer_than_it():
-    cache = cache_of(wk.Wafer.devices(2, 2), window=4).fill(*numbered([0] * 3, 30))
+    cache = cache_of(wk.Wafer.devices(2, 2), window=4).fill(*tokens_from([0] * 3, 30))
     assert_balanced(cache)
     assert cache.k.shape[2] == 4  # only the window is kept
     assert not cache.full.any()
@@ -92,17 +92,17 @@ def test_a_prompt_of_a_window_may_be_longer_than_it():
 
 def test_a_full_cache_keeps_what_it_has():
     """Where the lengths are traced; where they are not, it refuses."""
-    cache = cache_of(wk.Wafer.devices(2, 2)).fill(*numbered([0] * 3, 13), jnp.array([13, 12, 3]))
+    cache = cache_of(wk.Wafer.devices(2, 2)).fill(*tokens_from([0] * 3, 13), jnp.array([13, 12, 3]))
     np.testing.assert_array_equal(cache.full, [True, False, False])
     active = jnp.array([True, True, False])
     with pytest.raises(
         ValueError, match="sequence 0 has 13 tokens, 1 more are beyond the capacity of 13"
     ):
-        cache.append(*numbered(cache.lengths, 1), active=active)
-    cache = append(cache, *numbered(cache.lengths, 1), active)
+        cache.append(*tokens_from(cache.lengths, 1), active=active)
+    cache = append(cache, *tokens_from(cache.lengths, 1), active)
     assert_balanced(cache)
     np.testing.assert_array_equal(cache.lengths, [13, 13, 3])
-    cache.append(*numbered(cache.lengths, 1), active=jnp.array([False, False, True]))
+    cache.append(*tokens_from(cache.lengths, 1), active=jnp.array([False, False, True]))
 
 
 @pytest.mark.parametrize("batch", [3, 4])
@@ -110,7 +110,7 @@ def test_a_full_cache_keeps_what_it_has():
 def test_one_program_serves_every_length(wafer_called, grid, batch, caplog):
     cache = cache_of(wafer_called(grid), batch=batch)
     step = jax.jit(lambda cache, k, v: cache.append(k, v), donate_argnums=0)
-    k, v = numbered([0] * batch, 1)
+    k, v = tokens_from([0] * batch, 1)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for _ in range(5):
             cache = step(cache, k, v)
@@ -120,7 +120,7 @@ def test_one_program_serves_every_length(wafer_called, grid, batch, caplog):
 
 def test_an_append_sends_one_entry_to_the_row_above():
     cache = cache_of(wk.Wafer.devices(4, 2))
-    k, v = numbered([0] * 3, 1)
+    k, v = tokens_from([0] * 3, 1)
     program = append.lower(cache, k, v, np.ones(3, bool)).as_text()
     assert program.count("stablehlo.collective_permute") == 1
     upwards = "[[2, 0], [4, 2], [6, 4], [3, 1], [5, 3], [7, 5]]"
@@ -142,7 +142,7 @@ def test_on_explicit_axes(batch):
     mesh = jax.make_mesh((2, 2, 2), ("d", "a", "b"), axis_types=(AxisType.Explicit,) * 3)
     wafer = wk.Wafer.of(mesh, y="a", x="b", wafer="d")
     q = jax.random.normal(jax.random.key(0), (batch, 1, 6, 4))
-    k, v = (x[:, :, :1] for x in numbered([0] * batch, 7))
+    k, v = (x[:, :, :1] for x in tokens_from([0] * batch, 7))
     active = jnp.ones(batch, bool)
 
     @jax.jit
@@ -218,14 +218,14 @@ def test_refuses_tokens_that_do_not_fit(what, k, v, message):
     ],
 )
 def test_refuses_prompts_that_do_not_fit(options, message):
-    k, v = numbered([0] * 3, 5)
+    k, v = tokens_from([0] * 3, 5)
     with pytest.raises(ValueError, match=f"^KVCache.fill: {message}"):
         cache_of(None).fill(k, v, **options)
 
 
 @pytest.mark.refuses
 def test_refuses_prompts_beyond_the_capacity_and_other_dtypes():
-    k, v = numbered([0] * 3, 14)
+    k, v = tokens_from([0] * 3, 14)
     with pytest.raises(ValueError, match="prompts have 14 tokens, the cache a capacity of 13"):
         cache_of(None).fill(k, v)
     with pytest.raises(ValueError, match="k is float16, the cache is float32: cast it"):

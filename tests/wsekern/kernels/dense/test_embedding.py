@@ -26,7 +26,7 @@ MORE_SHAPES = {
 }
 
 
-def shaped(shapes):
+def for_shapes(shapes):
     return pytest.mark.parametrize("shapes", shapes.values(), ids=shapes)
 
 
@@ -65,7 +65,7 @@ def with_gradient(run):
     return call
 
 
-@shaped(SHAPES)
+@for_shapes(SHAPES)
 def test_equals_the_plain_lookup(wafer, shapes):
     tokens, table = operands(shapes)
     rows = jax.jit(lookup(wafer))(tokens, table)
@@ -73,7 +73,7 @@ def test_equals_the_plain_lookup(wafer, shapes):
     np.testing.assert_array_equal(rows, plain(tokens, table))
 
 
-@shaped({name: SHAPES[name] for name in SHAPES if "padded" in name} | MORE_SHAPES)
+@for_shapes({name: SHAPES[name] for name in SHAPES if "padded" in name} | MORE_SHAPES)
 def test_results_and_gradients_of_any_shape(full_wafer, shapes):
     tokens, table = operands(shapes)
     dout = douts(tokens, table)

@@ -47,7 +47,7 @@ def row(vector, x):
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def normalized(norm, wafer, **options):
+def norm_on(norm, wafer, **options):
     return functools.partial(NORMS[norm][0], wafer=wafer, **options)
 
 
@@ -61,7 +61,7 @@ def with_gradients(run):
 
 
 @functools.cache
-def plain_jitted(norm):
+def plain_program(norm):
     return jax.jit(plain(norm))
 
 
@@ -73,18 +73,18 @@ def plain_with_gradients(norm):
 @both_norms
 @pytest.mark.parametrize("shape", [DIVIDES, PADDED], ids=["divides", "padded"])
 def test_equals_the_plain_norm(wafer, norm, shape):
-    y = jax.jit(normalized(norm, wafer))(*operands(norm, shape))
+    y = jax.jit(norm_on(norm, wafer))(*operands(norm, shape))
     assert y.dtype == jnp.float32
-    want = plain_jitted(norm)(*operands(norm, shape))
+    want = plain_program(norm)(*operands(norm, shape))
     np.testing.assert_allclose(y, want, rtol=2e-5, atol=5e-6)
 
 
 @both_norms
 def test_bfloat16_is_summed_in_float32(wafer, norm):
     low = [x.astype(jnp.bfloat16) for x in operands(norm, (3, 301))]
-    y = jax.jit(normalized(norm, wafer))(*low)
+    y = jax.jit(norm_on(norm, wafer))(*low)
     assert y.dtype == jnp.bfloat16
-    want = plain_jitted(norm)(*(x.astype(np.float32) for x in low))
+    want = plain_program(norm)(*(x.astype(np.float32) for x in low))
     np.testing.assert_allclose(np.float32(y), want, rtol=2**-8, atol=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_bfloat16_is_summed_in_float32(wafer, norm):
 )
 def test_results_and_gradients_equal_the_plain_ones(full_wafer, norm, shape):
     dy = gradient_of(shape)
-    got = with_gradients(normalized(norm, full_wafer))(dy, *operands(norm, shape))
+    got = with_gradients(norm_on(norm, full_wafer))(dy, *operands(norm, shape))
     want = plain_with_gradients(norm)(dy, *operands(norm, shape))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_results_and_gradients_equal_the_plain_ones(full_wafer, norm, shape):
 @both_norms
 def test_bfloat16_gradients_are_as_near_as_their_digits(norm):
     low = [x.astype(jnp.bfloat16) for x in (gradient_of(PADDED), *operands(norm, PADDED))]
-    got = with_gradients(normalized(norm, wk.Wafer.devices(2, 4)))(*low)
+    got = with_gradients(norm_on(norm, wk.Wafer.devices(2, 4)))(*low)
     want = plain_with_gradients(norm)(*(x.astype(np.float32) for x in low))
     for x, y in zip(got, want, strict=True):
         assert x.dtype == jnp.bfloat16
@@ -113,7 +113,7 @@ def test_bfloat16_gradients_are_as_near_as_their_digits(norm):
 def test_gradients_of_many_rows_are_summed_in_float32(full_wafer):
     """In bfloat16 a sum of ones ends at 256."""
     x, scale, bias = (a.astype(jnp.bfloat16) for a in operands("layer with bias", (2, 150, 9)))
-    run = with_gradients(normalized("layer with bias", full_wafer))
+    run = with_gradients(norm_on("layer with bias", full_wafer))
     *_, dbias = run(jnp.ones_like(x), x, scale, bias)
     np.testing.assert_array_equal(dbias, 300)
 
@@ -125,11 +125,11 @@ def test_columns_beyond_the_features_count_for_nothing(wafer, norm):
     x[..., features:] = 0
     for weight in weights:
         weight[features:] = 0
-    got = with_gradients(normalized(norm, wafer, features=features))(dy, x, *weights)
+    got = with_gradients(norm_on(norm, wafer, features=features))(dy, x, *weights)
     real = [a[..., :features] for a in (dy, x, *weights)]
-    for found, want in zip(got, plain_with_gradients(norm)(*real), strict=True):
-        np.testing.assert_allclose(found[..., :features], want, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(found[..., features:], 0)
+    for value, want in zip(got, plain_with_gradients(norm)(*real), strict=True):
+        np.testing.assert_allclose(value[..., :features], want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(value[..., features:], 0)
 
 
 @pytest.mark.parametrize("norm", ["layer", "layer with bias"])
@@ -137,7 +137,7 @@ def test_columns_beyond_the_features_count_for_nothing(wafer, norm):
 def test_a_constant_row_is_the_bias(norm, features):
     shape = (2, 3, features)
     _, *weights = operands(norm, shape)
-    run = with_gradients(normalized(norm, wk.Wafer.devices(2, 4)))
+    run = with_gradients(norm_on(norm, wk.Wafer.devices(2, 4)))
     y, dx, *_ = run(gradient_of(shape), np.full(shape, 3, np.float32), *weights)
     bias = weights[1] if len(weights) > 1 else np.zeros(features)
     np.testing.assert_allclose(y, np.broadcast_to(bias, shape), atol=1e-3)
@@ -147,7 +147,7 @@ def test_a_constant_row_is_the_bias(norm, features):
 @both_norms
 def test_a_row_of_zeros_has_a_finite_gradient(norm):
     _, *weights = operands(norm, PADDED)
-    run = with_gradients(normalized(norm, wk.Wafer.virtual(wk.WSE2, 2, 4)))
+    run = with_gradients(norm_on(norm, wk.Wafer.virtual(wk.WSE2, 2, 4)))
     got = run(gradient_of(PADDED), np.zeros(PADDED, np.float32), *weights)
     for x in got:
         assert np.isfinite(x).all()
@@ -156,7 +156,7 @@ def test_a_row_of_zeros_has_a_finite_gradient(norm):
 @every_norm
 def test_eps_is_added_to_the_mean_square(norm):
     x, *weights = operands(norm, PADDED)
-    y = jax.jit(normalized(norm, wk.Wafer.devices(2, 4), eps=0.5))(x, *weights)
+    y = jax.jit(norm_on(norm, wk.Wafer.devices(2, 4), eps=0.5))(x, *weights)
     want = jax.jit(plain(norm, eps=0.5))(x, *weights)
     np.testing.assert_allclose(y, want, rtol=2e-5, atol=5e-6)
 
@@ -170,7 +170,7 @@ def test_eps_is_added_to_the_mean_square(norm):
 def test_a_large_mean_costs_the_variance_no_digits(wafer, D):
     x, scale = operands("layer", (2, 3, D))
     x += 1e4
-    y = jax.jit(normalized("layer", wafer))(x, scale)
+    y = jax.jit(norm_on("layer", wafer))(x, scale)
     mean, variance = np.float64(x).mean(-1, keepdims=True), np.float64(x).var(-1, keepdims=True)
     want = (x - mean) / np.sqrt(variance + 1e-5) * scale[None, None]
     # Near 1e4 the digits of a mean in float32 are 1e-3 apart.
@@ -187,18 +187,18 @@ def test_a_large_mean_costs_the_variance_no_digits(wafer, D):
 )
 def test_one_move_a_row_forward_and_one_more_backward(norm, D, forward, both):
     """And one that sums the gradients of the weights."""
-    run, x = normalized(norm, wk.Wafer.devices(2, 4)), operands(norm, (2, 8, D))
+    run, x = norm_on(norm, wk.Wafer.devices(2, 4)), operands(norm, (2, 8, D))
     programs = jax.jit(run).lower(*x).as_text(), with_gradients(run).lower(x[0], *x).as_text()
     kinds = ("all_gather", "all_reduce", "all_to_all", "collective_permute", "reduce_scatter")
     for program, moves in zip(programs, (forward, both), strict=True):
-        found = [kind for kind in kinds for _ in range(program.count(f"stablehlo.{kind}"))]
-        assert found == moves
+        sent = [kind for kind in kinds for _ in range(program.count(f"stablehlo.{kind}"))]
+        assert sent == moves
 
 
 @every_norm
 def test_the_gradient_keeps_a_word_or_two_a_row(norm):
     x, *weights = operands(norm, DIVIDES)
-    run = normalized(norm, wk.Wafer.devices(2, 4))
+    run = norm_on(norm, wk.Wafer.devices(2, 4))
     kept = jax.eval_shape(lambda *operands: jax.vjp(run, *operands)[1], x, *weights)
     shapes = sorted(a.shape for a in jax.tree.leaves(kept) if a.ndim > 1)
     words = 1 if norm == "rms" else 2

@@ -13,7 +13,7 @@ import wsekern as wk
 B, T, D, F, E, k = 2, 6, 10, 7, 6, 3
 
 
-def gated(gate, up):
+def tanh_gate(gate, up):
     return jnp.tanh(gate) * (up + 1)
 
 
@@ -34,7 +34,7 @@ def dense(x, chosen, shares, weights, biases):
         g, u = x @ gate[e], x @ up[e]
         if biases is not None:
             g, u = g + biases[0][e][None, None], u + biases[1][e][None, None]
-        y = gated(g, u) @ down[e]
+        y = tanh_gate(g, u) @ down[e]
         y = y if biases is None else y + biases[2][e][None, None]
         total = total + y * (shares * (chosen == e)).sum(-1, keepdims=True)
     return total
@@ -49,7 +49,7 @@ def value_and_gradients(operation):
 
 
 def experts(*operands):
-    return wk.experts(*operands, activation=gated)
+    return wk.experts(*operands, activation=tanh_gate)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -83,7 +83,7 @@ def test_every_product_has_the_precision_asked_for(wafer):
     for precision, stated in (("highest", "HIGHEST"), (None, "DEFAULT")):
 
         def run(*operands, precision=precision):
-            return wk.experts(*operands, activation=gated, precision=precision, wafer=wafer)
+            return wk.experts(*operands, activation=tanh_gate, precision=precision, wafer=wafer)
 
         program = value_and_gradients(run).lower(x, shares, weights, biases, chosen).as_text()
         products = re.findall(r"stablehlo.dot_general.*", program)

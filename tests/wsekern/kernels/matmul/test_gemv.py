@@ -70,8 +70,8 @@ def test_precision_is_that_of_every_product(full_wafer, transpose_b):
     run = product(full_wafer, transpose_b=transpose_b, precision="highest")
     x, b = jnp.ones(8), jnp.ones((8, 8))
     program = jax.jit(lambda x, b, dy: jax.vjp(run, x, b)[1](dy)).lower(x, b, x).as_text()
-    found = re.findall(r"stablehlo.dot_general.* precision = (\[\w+, \w+\])", program)
-    assert len(found) >= 2 and set(found) == {"[HIGHEST, HIGHEST]"}
+    precisions = re.findall(r"stablehlo.dot_general.* precision = (\[\w+, \w+\])", program)
+    assert len(precisions) >= 2 and set(precisions) == {"[HIGHEST, HIGHEST]"}
 
 
 def test_a_chain_alternates_axes_and_moves_only_sums(as_shipped):

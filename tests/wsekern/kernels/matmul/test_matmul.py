@@ -85,8 +85,8 @@ def assert_right(run, a, b, dc, dtype=jnp.float32):
 
 def assert_highest(program, products):
     """A StableHLO program has so many products, or more, and each in the highest precision."""
-    found = re.findall(r"stablehlo.dot_general.* precision = (\[\w+, \w+\])", program)
-    assert len(found) >= products and set(found) == {"[HIGHEST, HIGHEST]"}
+    precisions = re.findall(r"stablehlo.dot_general.* precision = (\[\w+, \w+\])", program)
+    assert len(precisions) >= products and set(precisions) == {"[HIGHEST, HIGHEST]"}
 
 
 # Every algorithm where no axis has one PE only, devices and virtual; on rectangles where it can.
@@ -197,7 +197,7 @@ def test_auto_on_emulated_devices_gathers_if_little_and_else_takes_rounds():
     assert "stablehlo.while" in program(2052, 2048)  # rows that do not divide: summa
 
 
-def optimized(function, *operands):
+def optimized_program(function, *operands):
     """The program that XLA compiles, without the parts that only say where it comes from."""
     text = jax.jit(function).lower(*operands).compile().as_text() or ""
     return re.sub(
@@ -225,7 +225,7 @@ def test_one_pe_runs_the_plain_program(wafer, options, plainly):
         return wk.matmul(a, b, bias=bias, wafer=wafer, **options)
 
     operands = jnp.ones((8, 8)), jnp.ones((8, 8)), jnp.ones(8)
-    assert optimized(call, *operands) == optimized(plainly, *operands)
+    assert optimized_program(call, *operands) == optimized_program(plainly, *operands)
 
 
 def test_runs_on_the_wafer_in_force():

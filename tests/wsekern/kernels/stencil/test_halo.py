@@ -161,10 +161,10 @@ def test_without_corners_all_messages_go_in_one_step():
     wafer = wk.Wafer.abstract(wk.WSE2, 4, 8)
     u = jax.ShapeDtypeStruct((32, 64), jnp.float32)
 
-    def read(**options):
+    def traffic_of(**options):
         return wk.traffic(functools.partial(wk.halo_exchange, width=1, **options), u, wafer=wafer)
 
-    with_them, without = read(), read(corners=False)
+    with_them, without = traffic_of(), traffic_of(corners=False)
     assert (with_them.words, with_them.steps, with_them.moves) == (2 * 8 + 2 * 10, 2, 4)
     assert (without.words, without.steps, without.moves) == (4 * 8, 1, 4)
     wafer = wk.Wafer.devices(2, 4)

@@ -9,13 +9,13 @@ import wsekern as wk
 from tests.wsekern.kernels.stencil.test_stencil import field, run, weighted
 
 
-def computed_before_it_arrives(jaxpr):
+def shapes_before_it_arrives(jaxpr):
     """Shapes of the products that need no halo, in the jaxpr that has the exchange."""
     names = [equation.primitive.name for equation in jaxpr.eqns]
     if "ppermute" not in names:
         inner = [getattr(v, "jaxpr", v) for e in jaxpr.eqns for v in e.params.values()]
-        found = (computed_before_it_arrives(j) for j in inner if hasattr(j, "eqns"))
-        return next((shapes for shapes in found if shapes), set())
+        nested = (shapes_before_it_arrives(j) for j in inner if hasattr(j, "eqns"))
+        return next((shapes for shapes in nested if shapes), set())
     waits: set = set()
     shapes: set = set()
     for equation in jaxpr.eqns:
@@ -31,7 +31,7 @@ def test_the_inside_of_a_tile_does_not_wait_for_the_halo():
     u = jax.ShapeDtypeStruct((32, 32), np.float32)
     go = functools.partial(wk.stencil, update=weighted, radius=1, wafer=wk.Wafer.devices(2, 4))
     shapes = {
-        overlap: computed_before_it_arrives(
+        overlap: shapes_before_it_arrives(
             jax.make_jaxpr(functools.partial(go, overlap=overlap))(u).jaxpr
         )
         for overlap in (True, False, None)

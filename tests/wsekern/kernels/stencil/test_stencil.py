@@ -164,7 +164,7 @@ def test_source_and_receiver_may_change_places(full_wafer):
     pulse = np.zeros((steps, 1), np.float32)
     pulse[:4, 0] = [1, 2, -1, 0.5]
 
-    def heard(source, receiver):
+    def record_of(source, receiver):
         state = {"u": jnp.zeros(SHAPE), "before": jnp.zeros(SHAPE)}
         _, record = wk.stencil(
             state,
@@ -178,7 +178,7 @@ def test_source_and_receiver_may_change_places(full_wafer):
         )
         return record
 
-    there, back = heard(a, b), heard(b, a)
+    there, back = record_of(a, b), record_of(b, a)
     assert there.shape == (steps, 1) and np.abs(there).max() > 0.01
     np.testing.assert_allclose(there, back, atol=1e-6)
 
@@ -240,14 +240,14 @@ def test_words_of_a_step_are_the_hand_count():
     for grid in ((4, 4), (8, 16), (750, 994)):
         wafer = wk.Wafer.abstract(wk.WSE2, *grid)
 
-        def read(update, wafer=wafer, **options):
+        def traffic_of(update, wafer=wafer, **options):
             go = functools.partial(wk.stencil, update=update, radius=1, steps=20, **options)
             return wk.traffic(go, u(wafer), wafer=wafer)
 
-        nine, five = read(weighted), read(star)
+        nine, five = traffic_of(weighted), traffic_of(star)
         assert (nine.words, nine.steps) == (20 * (2 * 16 + 2 * 18), 20 * 2)
         assert (five.words, five.steps) == (20 * 4 * 16, 20)
-        deep = read(weighted, depth=4)
+        deep = traffic_of(weighted, depth=4)
         assert (deep.words, deep.steps) == (5 * (2 * 4 * 16 + 2 * 4 * 24), 5 * 2)
 
 
@@ -267,10 +267,10 @@ def test_a_dimension_that_is_not_split_has_a_halo_only_if_asked(full_wafer):
         want = v[1:-1, 1:-1] + np.float32(0.5) * np.roll(v[2:, 1:-1], 1, 2)
     got = run(u, update, steps=3, wafer=full_wafer)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    asked = run(
+    with_halo = run(
         u, deep, radius=(1, 1, 1), boundary=["zero", "zero", "periodic"], steps=3, wafer=full_wafer
     )
-    np.testing.assert_allclose(asked, want, rtol=1e-6)
+    np.testing.assert_allclose(with_halo, want, rtol=1e-6)
 
 
 def test_an_update_may_take_the_step_and_read_whole_arrays(full_wafer):

@@ -148,9 +148,9 @@ def test_maps_and_wafers_are_equal_by_value():
     assert wafers[0] == wafers[1] and len(set(wafers)) == 3
     with pytest.raises(ValueError, match="read-only"):
         one.faulty[0, 0] = True
-    given = np.zeros((3, 4), bool)
-    kept = Defects.of(given)
-    given[:] = True
+    mask = np.zeros((3, 4), bool)
+    kept = Defects.of(mask)
+    mask[:] = True
     assert kept.count == 0
     assert repr(kept) == "<Defects 0 of 3x4 PEs>" and kept.turned().shape == (4, 3)
 
@@ -189,12 +189,12 @@ def test_the_largest_rectangle_is_the_largest():
 
 
 def test_of_more_faults_less_is_left():
-    found = harvest(wk.WSE3, (0.0, 0.01, 0.1), wafers=20)
-    whole, most, least = found
+    harvests = harvest(wk.WSE3, (0.0, 0.01, 0.1), wafers=20)
+    whole, most, least = harvests
     assert whole.rectangle == wk.WSE3.physical and whole.share == whole.untouched == 1.0
     assert most.whole == 1.0 and least.whole == 0.0
     assert whole.share > most.share > least.share
     # Drawing every PE leaves about as much as `harvest`, which draws one number for each row.
     rows, columns = largest(Defects.random(wk.WSE3, 0.99))
     assert rows * columns == pytest.approx(most.rectangle[0] * most.rectangle[1], rel=0.01)
-    assert table(found).count("\n") == 4
+    assert table(harvests).count("\n") == 4

@@ -26,14 +26,14 @@ def exchange(wafer: Any, width: int) -> Callable | None:
     # It takes three dimensions, and reads the mesh from the operand's sharding.
     laid = NamedSharding(wafer.device_mesh, P("y", "x", None))
 
-    def padded(u):
+    def pad_locally(u):
         pad = functools.partial(jnp.pad, pad_width=[(width, width), (width, width), (0, 0)])
         return jax.shard_map(pad, mesh=wafer.device_mesh, in_specs=laid.spec, out_specs=laid.spec)(
             u
         )
 
     def run(u):
-        wide = jax.lax.with_sharding_constraint(padded(u[..., None]), laid)
+        wide = jax.lax.with_sharding_constraint(pad_locally(u[..., None]), laid)
         out = halo_exchange(wide, (width, width), (True, True))
         out = jax.lax.with_sharding_constraint(out, laid)
         return jax.lax.with_sharding_constraint(out[..., 0], NamedSharding(wafer.device_mesh, spec))

@@ -97,7 +97,7 @@ def _ours(wind, tolerance) -> dict[str, Callable[..., Any]]:
         grids = functools.partial(at, wafer=wafer)
         return wk.multigrid(grids, b, diagonal_at=diagonal_at, tolerance=tolerance)
 
-    def preconditioned(b, wafer):
+    def cg_by_a_cycle(b, wafer):
         grids = functools.partial(at, wafer=wafer)
         cycle = wk.v_cycle(grids, b.shape, diagonal_at=diagonal_at)
         return wk.cg(at(1, wafer), b, preconditioner=cycle, **most)
@@ -107,7 +107,7 @@ def _ours(wind, tolerance) -> dict[str, Callable[..., Any]]:
     return {
         "cg": lambda b, wafer: wk.cg(at(1, wafer), b, **most),
         "multigrid": cycles,
-        "cg by a cycle": preconditioned,
+        "cg by a cycle": cg_by_a_cycle,
     }
 
 

@@ -93,8 +93,8 @@ def _products() -> dict[str, Case]:
         "gemv": Case(
             program=wk.gemv,
             operands=lambda p: (jax.ShapeDtypeStruct((8 * p,), "float32"), matrices(p)[1]),
-            words=lambda p: _all_reduced(p, 8).words,
-            steps=lambda p: _all_reduced(p, 8).steps,
+            words=lambda p: _all_reduce_traffic(p, 8).words,
+            steps=lambda p: _all_reduce_traffic(p, 8).steps,
         ),
         "matmul, cannon": case("cannon", lambda p: 2 * p * TILE, lambda p: p),
         "matmul, mesh_gemm": case("mesh_gemm", lambda p: 2 * p * TILE, lambda p: p),
@@ -180,13 +180,13 @@ def _decoding() -> dict[str, Case]:
         "decode_attention": case(
             lambda cache, x: wk.decode_attention(x, cache),
             lambda p: 1,
-            lambda p: _all_reduced(p, 1).words + _all_reduced(p, 17).words,
-            lambda p: _all_reduced(p, 1).steps + _all_reduced(p, 17).steps,
+            lambda p: _all_reduce_traffic(p, 1).words + _all_reduce_traffic(p, 17).words,
+            lambda p: _all_reduce_traffic(p, 1).steps + _all_reduce_traffic(p, 17).steps,
         ),
     }
 
 
-def _all_reduced(p: int, words: int) -> Any:
+def _all_reduce_traffic(p: int, words: int) -> Any:
     """The traffic of one PE in the all-reduce along one axis that is cheapest on WSE-2."""
     import wsekern as wk
     from wsekern import fabric

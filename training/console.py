@@ -110,7 +110,7 @@ class Console:
         elif step == 1 or step == steps or step % self._config.log_every == 0:
             self.note(_BETWEEN.join(facts))
 
-    def evaluated(self, step: int, val_loss: float) -> None:
+    def evaluation(self, step: int, val_loss: float) -> None:
         """Prints the loss on the validation data, nats a token."""
         self.note(f"step {step}: validation loss {val_loss:.4f}")
 

@@ -241,7 +241,7 @@ class TrainingLoop:
         self.val_loss = float(np.mean(losses))
         self.evaluated_step = self.step
         self.checked_at = time.monotonic()  # tokens_per_s leaves evaluations out
-        self.console.evaluated(self.step, self.val_loss)
+        self.console.evaluation(self.step, self.val_loss)
         return self._write_metrics(val_loss=self.val_loss)
 
     def _write_metrics(

@@ -47,7 +47,7 @@ def test_a_terminal_gets_a_live_line():
     terminal = Terminal(file=output, width=120, force_terminal=True, markup=False)
     with Console(CONFIG, terminal) as console:
         console.progress(step=3, **MEASURED)
-        console.evaluated(3, 2.5)
+        console.evaluation(3, 2.5)
         console.end()
     assert "3/40  loss 2.3457" in output.getvalue() and "━" in output.getvalue()
     assert "step 3: validation loss 2.5000" in output.getvalue()

@@ -80,14 +80,14 @@ class Schedule:
         """The results of `jaxpr`, which is about a PE's tiles in a kernel, else about arrays."""
         states = dict.fromkeys(jaxpr.constvars, STATIC if in_kernel else VariableState())
         states |= dict(zip(jaxpr.invars, operands, strict=True))
-        fusions = self._memoized(cost.find_fusions, jaxpr)
+        fusions = self._memoize(cost.find_fusions, jaxpr)
 
         def state_of(atom: Any) -> VariableState:
             return STATIC if trace.is_literal(atom) else states[atom]
 
         if in_kernel:
-            self._fixed_roots |= self._memoized(roots.find_flood_roots, jaxpr)
-        used = self._memoized(trace.used_equations, jaxpr)
+            self._fixed_roots |= self._memoize(roots.find_flood_roots, jaxpr)
+        used = self._memoize(trace.used_equations, jaxpr)
         for place, equation in enumerate(jaxpr.eqns):
             if place not in used:
                 states |= dict.fromkeys(equation.outvars, VariableState())
@@ -109,7 +109,7 @@ class Schedule:
         # Moves come first: a flood and a reduction are calls, and are priced as a whole.
         if in_kernel:
             grid = self._sizes, self.machine, self.wafer.placement
-            move = self._memoized(around_defects.price_move, equation, *grid)
+            move = self._memoize(around_defects.price_move, equation, *grid)
             if move is not None:
                 return self._move(equation, move, operands)
         if name == "scan":
@@ -200,7 +200,7 @@ class Schedule:
     def _scan(
         self, equation: JaxprEqn, operands: list[VariableState], in_kernel: bool
     ) -> list[VariableState]:
-        body, length, consts, carry = self._memoized(trace.scan_parts, equation)
+        body, length, consts, carry = self._memoize(trace.scan_parts, equation)
         constants, carried = operands[:consts], operands[consts : consts + carry]
         scanned = operands[consts + carry :]
         if length == 0:
@@ -342,9 +342,9 @@ class Schedule:
             self.unknown.setdefault(name, self._line(equation))
 
     def _line(self, equation: JaxprEqn) -> str:
-        return self._memoized(trace.line_of, equation)
+        return self._memoize(trace.line_of, equation)
 
-    def _memoized(self, function: Callable, of: Any, *arguments: Any) -> Any:
+    def _memoize(self, function: Callable, of: Any, *arguments: Any) -> Any:
         """`function(of, *arguments)`, computed once for each `of`; `arguments` never change."""
         # A loop's body is walked several times. Its id is safe as a key: the trace outlives it.
         key = function, id(of)

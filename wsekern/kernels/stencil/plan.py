@@ -197,7 +197,7 @@ def _deepest_halo(lines: Lines, radius: Pairs) -> int:
     return min(depths, default=2**30)
 
 
-def _can_overlap(asked: bool | None, lines: Lines, radius: Pairs, platform: str) -> bool:
+def _can_overlap(overlap: bool | None, lines: Lines, radius: Pairs, platform: str) -> bool:
     """Whether the inside of a tile is computed apart: by default not on CPUs.
 
     On CPU devices nothing travels beside the computation.
@@ -209,7 +209,7 @@ def _can_overlap(asked: bool | None, lines: Lines, radius: Pairs, platform: str)
     ]
     if platform == WAFER or not inside or min(inside) < 1:
         return False
-    return platform != "cpu" if asked is None else asked
+    return platform != "cpu" if overlap is None else overlap
 
 
 def _parameters(update: Callable[..., Any]) -> Sequence[str]:

@@ -38,7 +38,7 @@ def advance(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Til
     """`run.advance`, with a reverse-mode gradient that keeps few states."""
     if run.plan.on_wafer:
         return _nested_checkpoints(run, tiles, begin, steps)
-    return _checkpointed(run, tiles, begin, steps)
+    return _advance_with_checkpoints(run, tiles, begin, steps)
 
 
 class _Division(NamedTuple):
@@ -96,12 +96,14 @@ def _nested_checkpoints(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _checkpointed(run: StencilRun, tiles: Tiles, begin: Step, steps: int) -> tuple[Tiles, Records]:
-    return _checkpointed_fwd(run, tiles, begin, steps)[0]
+def _advance_with_checkpoints(
+    run: StencilRun, tiles: Tiles, begin: Step, steps: int
+) -> tuple[Tiles, Records]:
+    return _advance_with_checkpoints_fwd(run, tiles, begin, steps)[0]
 
 
 # The backward pass is a program of its own, in which cells gather their cotangents (`adjoint`).
-def _checkpointed_fwd(
+def _advance_with_checkpoints_fwd(
     run: StencilRun, tiles: Tiles, begin: Step, steps: int
 ) -> tuple[tuple[Tiles, Records], tuple[Any, ...]]:
     division = _Division.of(run.plan, steps)
@@ -123,7 +125,7 @@ def _checkpointed_fwd(
     return (run.tiles(end[0]), records), (run, begin, starts, buffers[0])
 
 
-def _checkpointed_bwd(
+def _advance_with_checkpoints_bwd(
     steps: int, residuals: tuple[Any, ...], cotangents: tuple[Fields, Fields]
 ) -> tuple[StencilRun, Tiles, None]:
     run, begin, starts, last = residuals
@@ -152,7 +154,7 @@ def _checkpointed_bwd(
     return _floating(run)[1](drun, None), _floating(last)[1](run.tiles(tuple(dnow)), None), None
 
 
-_checkpointed.defvjp(_checkpointed_fwd, _checkpointed_bwd)
+_advance_with_checkpoints.defvjp(_advance_with_checkpoints_fwd, _advance_with_checkpoints_bwd)
 
 
 def _back_through_units(

@@ -73,6 +73,7 @@ def make_wafer(name: str) -> wk.Wafer:
 # Parameters that say where and how large, not what: `--one-of-each` takes one value of them.
 _PLACES = {"wafer", "full_wafer", "square_wafer", "odd_wafer", "wafer_24", "grid", "shape"}
 _PLACES |= {"shapes", "sizes", "batch", "odd", "rows", "x", "words", "width", "root", "P", "B"}
+_PLACES |= {"operands"}
 
 
 def pytest_addoption(parser):
@@ -89,7 +90,7 @@ def pytest_collection_modifyitems(config, items):
     candidates: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
-        kind = [(name, str(value)) for name, value in values.items() if name not in _PLACES]
+        kind = [(n, _without_grid(value)) for n, value in values.items() if n not in _PLACES]
         candidates.setdefault((item.nodeid.partition("[")[0], *kind), []).append(item)
     # Of a test's algorithms one is tried on devices and the next on virtual PEs, so each family of
     # kernels meets both. Of the grids, 2x4 has several PEs along both axes, told apart by length.
@@ -99,6 +100,12 @@ def pytest_collection_modifyitems(config, items):
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def _without_grid(value: object) -> str:
+    """`value` as text; of `("cannon", "2x4")` what is left without the grid."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return str([part for part in parts if not (isinstance(part, str) and part in GRIDS)])
 
 
 @pytest.fixture

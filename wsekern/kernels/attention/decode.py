@@ -155,7 +155,7 @@ def _attend(
     sinks: Float[Array, " N"],
     plan: DecodePlan,
     row: Int[Array, ""] | int,
-    reduce_rows: Callable[[Float[Array, ...], fabric.Op], Float[Array, ...]],
+    reduce_rows: Callable[[Float[Array, "..."], fabric.Op], Float[Array, "..."]],
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     K, G = N // plan.group, plan.group

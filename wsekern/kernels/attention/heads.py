@@ -53,7 +53,7 @@ def few_heads_at_once(
 
 
 def _cut(record: Record, begin: Place, heads: int) -> Record:
-    def cut(name: str, leaf: Shaped[Array, ...]) -> Shaped[Array, ...]:
+    def cut(name: str, leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         axes = _AXES.get(name, _OTHER_AXES)
         for axis, start, size in zip(axes, begin, (1, heads), strict=True):
             if axis is not None and leaf.shape[axis] > 1:  # what all heads share stays whole
@@ -64,7 +64,9 @@ def _cut(record: Record, begin: Place, heads: int) -> Record:
 
 
 def _put(record: Carry, part: Carry, begin: Place) -> Carry:
-    def put(name: str, leaf: Shaped[Array, ...], new: Shaped[Array, ...]) -> Shaped[Array, ...]:
+    def put(
+        name: str, leaf: Shaped[Array, "..."], new: Shaped[Array, "..."]
+    ) -> Shaped[Array, "..."]:
         starts: list[Int[Array, ""] | int] = [0] * leaf.ndim
         for axis, start in zip(_AXES.get(name, _OTHER_AXES), begin, strict=True):
             if axis is not None and leaf.shape[axis] > 1:
@@ -75,7 +77,7 @@ def _put(record: Carry, part: Carry, begin: Place) -> Carry:
 
 
 def _map_fields(
-    function: Callable[..., Shaped[Array, ...]], record: Record, *others: Record
+    function: Callable[..., Shaped[Array, "..."]], record: Record, *others: Record
 ) -> Record:
     """`record` with `function(name, field, *fields of others)` in place of each field not None."""
     fields = {

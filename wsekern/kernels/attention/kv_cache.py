@@ -405,5 +405,5 @@ def _check_lengths(
         )
 
 
-def _is_traced(x: Shaped[Array, ...]) -> bool:
+def _is_traced(x: Shaped[Array, "..."]) -> bool:
     return isinstance(x, jax.core.Tracer)

@@ -196,15 +196,16 @@ def test_files_and_functions_stay_short():
 
 
 def shapeless(hint):
-    """The bare array types of an annotation: `jax.Array`, but not that of `Float[Array, "M K"]`."""
+    """The bare array types of an annotation: `jax.Array`, but not that of `Float[Array, "M K"]`.
+
+    That of `Float[Array, ...]` is bare: without quotes, the annotation is not read and not checked.
+    """
     if isinstance(hint, ast.Constant) and isinstance(hint.value, str):
         hint = ast.parse(hint.value, mode="eval").body
     if isinstance(hint, ast.Subscript) and isinstance(hint.slice, ast.Tuple):
         *_, shape = hint.slice.elts
-        if isinstance(shape, ast.Constant) and isinstance(shape.value, str | type(...)):
-            # A tuple or a Callable may end in an ellipsis too.
-            if ast.unparse(hint.value) not in {"tuple", "Callable"}:
-                return set()
+        if isinstance(shape, ast.Constant) and isinstance(shape.value, str):
+            return set()
     if isinstance(hint, ast.Name | ast.Attribute):
         return {ast.unparse(hint)} & {"Array", "jax.Array"}
     return set().union(*map(shapeless, ast.iter_child_nodes(hint))) if hint else set()

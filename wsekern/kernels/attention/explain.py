@@ -38,7 +38,7 @@ def explain(
     segment_ids: Int[Described, "B T"]
     | tuple[Int[Described, "B T"], Int[Described, "B S"]]
     | None = None,
-    bias: Float[Described, ...] | None = None,
+    bias: Float[Described, "..."] | None = None,
     algorithm: Algorithm = "auto",
     precision: jax.lax.PrecisionLike = None,
     wafer: Wafer | None = None,

@@ -54,7 +54,7 @@ def pack(
     q: Float[Described, "B T N H"],
     k: Float[Described, "B S K H"],
     v: Float[Described, "B S K H"],
-    bias: Float[Described, ...] | None,
+    bias: Float[Described, "..."] | None,
     sinks: Float[Described, " N"] | None,
     segment_ids: Int[Described, "B T"] | tuple[Int[Described, "B T"], Int[Described, "B S"]] | None,
 ) -> tuple[Floats, Segments]:
@@ -178,7 +178,7 @@ def _bias_spec(bias: Float[Described, "_ _ _ _"], order: Order) -> P:
 
 
 def _check_qkv(
-    q: Shaped[Described, ...], k: Shaped[Described, ...], v: Shaped[Described, ...]
+    q: Shaped[Described, "..."], k: Shaped[Described, "..."], v: Shaped[Described, "..."]
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -209,7 +209,7 @@ def _check_qkv(
         raise ValueError(f"attention: q, k and v are {q.dtype}; cast them to a floating dtype")
 
 
-def _check_bias(bias: Shaped[Described, ...], scores: tuple[int, int, int, int]) -> None:
+def _check_bias(bias: Shaped[Described, "..."], scores: tuple[int, int, int, int]) -> None:
     full = (1,) * (4 - len(bias.shape)) + tuple(bias.shape)
     if len(full) > 4 or any(x not in (1, n) for x, n in zip(full, scores, strict=True)):
         raise ValueError(
@@ -219,7 +219,7 @@ def _check_bias(bias: Shaped[Described, ...], scores: tuple[int, int, int, int])
 
 
 def _check_segments(
-    pair: tuple[Shaped[Described, ...] | None, ...],
+    pair: tuple[Shaped[Described, "..."] | None, ...],
     of_queries: tuple[int, int],
     of_keys: tuple[int, int],
 ) -> None:

@@ -126,7 +126,8 @@ def _operand_boxes(equation: core.JaxprEqn, boxes: Sequence[Box | None]) -> list
         return [tuple(box[params["permutation"].index(d)] for d in range(len(box)))]
     if name == "pad":
         padded = zip(box, shapes[0], params["padding_config"], strict=True)
-        inside = [[_clip(end - low, n) for end in pair] for pair, n, (low, *_) in padded]
+        # Of a width that numpy made, an int.
+        inside = [[_clip(end - int(low), n) for end in pair] for pair, n, (low, *_) in padded]
         return [tuple((begin, end) for begin, end in inside), ()]
     if name == "stack":
         axis = params["axis"]

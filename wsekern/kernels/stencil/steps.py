@@ -7,7 +7,7 @@ field, and the compiler, which cannot fuse through a write in place, evaluates n
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from wsekern.kernels.stencil.geometry import Lines
 from wsekern.kernels.stencil.plan import StencilPlan
 from wsekern.kernels.stencil.sources import Emitters, Readers, Records, join_records
 from wsekern.kernels.stencil.traced_update import TracedUpdate
+
+Carry = TypeVar("Carry", bound=Tiles | tuple[Tiles, Tiles])  # tiles, or two buffers
 
 
 @functools.partial(
@@ -52,12 +54,12 @@ class StencilRun:
 
     def loop(
         self,
-        body: Callable[[Any, Step, int], tuple[Any, Records]],
-        carry: Any,
+        body: Callable[[Carry, Step, int], tuple[Carry, Records]],
+        carry: Carry,
         begin: Step,
         times: int,
         unit: int,
-    ) -> tuple[Any, Records]:
+    ) -> tuple[Carry, Records]:
         """`body`, of `unit` steps, repeated; and all its records in order."""
         if times == 0:  # XLA would compile the body all the same
             return carry, self._stack([])

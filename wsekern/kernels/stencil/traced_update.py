@@ -13,13 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jaxtyping import PyTree
 
 from wsekern.kernels.stencil import adjoint
-from wsekern.kernels.stencil.buffers import Tile, pad_tile
+from wsekern.kernels.stencil.buffers import Step, Tile, pad_tile
 from wsekern.kernels.stencil.narrow import narrow
 from wsekern.kernels.stencil.plan import StencilPlan
 
-Types = tuple[Any, ...]  # of windows and coefficients
+Types = tuple[Any, ...]  # of windows and coefficients, as `jax.typeof` gives them
+TileType = Tile | jax.ShapeDtypeStruct  # an array, or what stands for one
+StepType = Step | jax.ShapeDtypeStruct
 
 
 class TracedUpdate:
@@ -34,7 +37,7 @@ class TracedUpdate:
         self._traced: list[Types] = []  # the types that the Python code ran for
 
     def __call__(
-        self, windows: Sequence[Tile], coefficients: Sequence[Tile], step: jax.Array | int
+        self, windows: Sequence[Tile], coefficients: Sequence[Tile], step: Step
     ) -> list[Tile]:
         """The new cells of each field, by the kept jaxpr."""
         # Outside a loop the step is a Python integer, which would be another type to trace for.
@@ -43,7 +46,7 @@ class TracedUpdate:
         return core.jaxpr_as_fun(self.jaxpr(windows, coefficients, step))(*operands)
 
     def jaxpr(
-        self, windows: Sequence[Any], coefficients: Sequence[Any], step: Any
+        self, windows: Sequence[TileType], coefficients: Sequence[TileType], step: StepType
     ) -> core.ClosedJaxpr:
         """The update for operands of these types: arrays, or what stands for them.
 
@@ -62,7 +65,7 @@ class TracedUpdate:
             self._jaxprs[types] = closed
         return self._jaxprs[types]
 
-    def _narrow(self, types: Types, step: Any) -> core.ClosedJaxpr | None:
+    def _narrow(self, types: Types, step: StepType) -> core.ClosedJaxpr | None:
         """The jaxpr made of one for larger operands, if there is one that `narrow` can follow."""
         windows = types[: len(self.plan.lines)]
         shapes = [
@@ -75,7 +78,7 @@ class TracedUpdate:
         return next((closed for closed in narrowed if closed is not None), None)
 
     def _trace(
-        self, windows: Sequence[Any], coefficients: Sequence[Any], step: Any
+        self, windows: Sequence[TileType], coefficients: Sequence[TileType], step: StepType
     ) -> core.ClosedJaxpr:
         plan = self.plan
         arguments = [jax.tree.unflatten(plan.tree, windows)]
@@ -105,7 +108,7 @@ class TracedUpdate:
                     return True
         return False
 
-    def _check(self, windows: Sequence[Any], new: Any) -> None:
+    def _check(self, windows: Sequence[TileType], new: PyTree[jax.ShapeDtypeStruct]) -> None:
         operation, tree, radius = self.plan.operation, self.plan.tree, self.plan.radius
         if jax.tree.structure(new) != tree:
             raise ValueError(

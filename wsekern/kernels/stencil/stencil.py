@@ -69,10 +69,11 @@ def stencil(
 
     `update(u)` makes tiles, of any size, from tiles with `radius` more cells around. It is called
     as `update(u, coefficients)` if there are some, and with `step=`, counted from 0, if it has such
-    a parameter. Its Python code runs once for a program; an update that does more than slice its
-    fields and compute cell by cell runs once for each size of tile. A PE sends `depth * radius`
-    cells to each neighbor once in `depth` steps, and between computes its neighbors' nearest cells
-    itself. It holds two padded copies of its tiles. Differentiable, forward and reverse.
+    a parameter. Its Python code runs once for a program, but once for each size of tile if it does
+    more than cut, pad, stack and compute cell by cell (a convolution, a loop). A PE sends
+    `depth * radius` cells to each neighbor once in `depth` steps, and between computes its
+    neighbors' nearest cells itself. It holds two padded copies of its tiles. Differentiable,
+    forward and reverse.
 
     Args:
       u: a field, or a pytree of fields of one shape. On a staggered grid each cell is kept with the

@@ -19,6 +19,8 @@ ifneq ($(call new_enough,$(PYTHON)),True)
   $(error Python 3.11 or newer is needed, found '$(PYTHON)'; name one with PYTHON=...)
 endif
 python := $(VENV)/bin/python
+# Types are checked anew only where a file has changed, in another checkout too.
+export MYPY_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/wsekern/mypy
 # Two processes, whatever the machine: each emulates sixteen devices. WORKERS=0 is this one alone.
 WORKERS ?= 2
 pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal

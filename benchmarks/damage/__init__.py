@@ -1,0 +1,1 @@
+"""The cases of `python -m benchmarks reliability`: what goes wrong on purpose, a file for each group."""

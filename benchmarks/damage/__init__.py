@@ -1,1 +1,1 @@
-"""The cases of `python -m benchmarks reliability`: what goes wrong on purpose, a file for each group."""
+"""The cases of `python -m benchmarks reliability`: what goes wrong on purpose, by group."""

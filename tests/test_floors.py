@@ -22,7 +22,14 @@ FLOORS: dict[str, set[str]] = {
 }
 FAMILIES = ("matmul", "attention", "stencil", "experts", "dense")
 # room -> its height: it may import the rooms that are lower
-ROOMS = {"hardware": 0, "atomic_write": 0, "public_names": 0, "wafer": 1, "fabric": 2}
+ROOMS = {
+    "hardware": 0,
+    "atomic_write": 0,
+    "public_names": 0,
+    "progress": 0,
+    "wafer": 1,
+    "fabric": 2,
+}
 ROOMS |= {f"kernels.{family}": 3 for family in FAMILIES} | {"kernels": 3}
 ROOMS |= {"solvers": 4, "estimator": 5}
 ROOMS |= {"sharding": 6, "models": 7, "training": 8, "serving": 8}

@@ -7,6 +7,7 @@ published work turns the same cycles into seconds at 0.85 and at 1.1 GHz.
 import dataclasses
 
 KIB = 1024
+MIB = 1024 * KIB
 GB = 10**9
 TERA = 1e12
 
@@ -117,6 +118,8 @@ class Accelerator:
     memory_bytes: int
     memory_bytes_per_second: float
     power_watts: float | None  # limit of the board; None: not published
+    cache_bytes: int = 0  # shared by the chip's cores; data that stay in it are not read again
+    launch_seconds: float = 0.0  # what each kernel takes beside the time it runs
 
 
 # Grids are as published, "750 x 994", taken as height x width. The vendor's tools count columns
@@ -175,7 +178,10 @@ WSE3 = Machine(
     power_watts=23_000.0,
 )
 
-# NVIDIA's data sheets for the SXM boards, dense figures.
+# NVIDIA's data sheets for the SXM boards, dense figures; level-2 caches by its white papers of the
+# A100 and the H100 architecture. A launch is one from a CUDA graph: kernels of 2.9 us came every
+# 3.4 us (A. Gray, "Getting Started with CUDA Graphs", NVIDIA, 2019, on a V100).
+_GRAPH_LAUNCH = 0.5e-6
 A100 = Accelerator(
     name="A100 SXM 80 GB",
     kind="a100",
@@ -183,6 +189,8 @@ A100 = Accelerator(
     float32_flops=19.5 * TERA,
     memory_bytes=80 * GB,
     memory_bytes_per_second=2.039 * TERA,
+    cache_bytes=40 * MIB,
+    launch_seconds=_GRAPH_LAUNCH,
     power_watts=400.0,
 )
 H100 = Accelerator(
@@ -192,6 +200,8 @@ H100 = Accelerator(
     float32_flops=66.9 * TERA,
     memory_bytes=80 * GB,
     memory_bytes_per_second=3.35 * TERA,
+    cache_bytes=50 * MIB,
+    launch_seconds=_GRAPH_LAUNCH,
     power_watts=700.0,
 )
 H200 = Accelerator(
@@ -201,9 +211,12 @@ H200 = Accelerator(
     float32_flops=66.9 * TERA,
     memory_bytes=141 * GB,
     memory_bytes_per_second=4.8 * TERA,
+    cache_bytes=50 * MIB,
+    launch_seconds=_GRAPH_LAUNCH,
     power_watts=700.0,
 )
-# Google Cloud's documentation of TPU v5e; JAX calls the chip "TPU v5 lite".
+# Google Cloud's documentation of TPU v5e; JAX calls the chip "TPU v5 lite". Its vector memory by
+# the documentation of Pallas. A program's loops run on the chip, so that a step launches nothing.
 TPU_V5E = Accelerator(
     name="TPU v5e",
     kind="v5 lite",
@@ -211,6 +224,8 @@ TPU_V5E = Accelerator(
     float32_flops=None,
     memory_bytes=16 * GB,
     memory_bytes_per_second=0.819 * TERA,
+    cache_bytes=128 * MIB,
+    launch_seconds=0.0,
     power_watts=None,
 )
 

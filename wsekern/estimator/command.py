@@ -53,6 +53,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--trips", type=int, help="number of trips of a while loop, which a trace does not say"
     )
     parser.add_argument(
+        "--launches", type=int, default=1,
+        help="kernels that a GPU launches at least, such as one a step (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--validate", nargs="?", const="", metavar="POINTS.csv",
         help="predict published measurements instead, or those of a table of your own",
     )  # fmt: skip
@@ -119,8 +123,8 @@ def _estimate(arguments: argparse.Namespace) -> None:
     defects = None if arguments.pe_yield is None else Defects.random(machine, arguments.pe_yield)
     wafer = Wafer.abstract(machine, height, width, arguments.wafers, defects=defects)
     clock = arguments.clock and arguments.clock * 1e9
-    options = {"clock_hz": clock, "trips": arguments.trips, "density": arguments.density}
-    e = estimate(function, *shapes, wafer=wafer, **options)
+    options = {name: getattr(arguments, name) for name in ("trips", "density", "launches")}
+    e = estimate(function, *shapes, wafer=wafer, clock_hz=clock, **options)
     _draw(e, arguments)
     if not arguments.json:
         return print(e)

@@ -23,6 +23,7 @@ def estimate(
     clock_hz: float | None = None,
     trips: int | None = None,
     density: float = 1.0,
+    launches: int = 1,
     constants: Constants = DEFAULT,
 ) -> Estimate:
     """The cost of `function(*operands)` on a wafer, read off its trace; nothing is computed.
@@ -47,14 +48,19 @@ def estimate(
       density: the share of a product's factors that are not zero, from 0 to 1. A PE multiplies a
         vector by one factor after another and skips the factors that are zero (S. Lie, Hot Chips
         33, 2021). Zeros are assumed to be in one operand and evenly spread.
+      launches: the kernels that a GPU launches at least, such as one for each step of a stencil.
+        `Estimate.accelerators` charges each, and data that exceed the chip's cache cross its memory
+        in each. A trace cannot tell it: a loop of sends on a wafer may be one kernel on a GPU.
       constants: the fitted constants of the model.
 
     Raises:
       ValueError: there is no wafer; the wafer consists of devices, which have no cycles to count;
-        a while loop has no `trips`; `density` is not from 0 to 1.
+        a while loop has no `trips`; `density` is not from 0 to 1; `launches` is less than 1.
     """
     if not 0 <= density <= 1:
         raise ValueError(f"estimate: density={density} must be from 0 to 1")
+    if launches < 1:
+        raise ValueError(f"estimate: launches={launches} must be 1 or more")
     jaxpr, wafer = trace.trace_program("estimate", function, operands, wafer)
     if wafer.machine is None:
         raise ValueError(
@@ -64,10 +70,10 @@ def estimate(
     clock_hz = clock_hz or wafer.machine.clock_hz
     walk = Schedule(wafer, constants, clock_hz, trips, density)
     walk.run(jaxpr)
-    return _result(walk, jaxpr)
+    return _result(walk, jaxpr, launches)
 
 
-def _result(walk: Schedule, jaxpr: Jaxpr) -> Estimate:
+def _result(walk: Schedule, jaxpr: Jaxpr, launches: int) -> Estimate:
     wafer, totals = walk.wafer, walk.clocks.totals
     flops = {dtype: totals.flops[dtype] * wafer.size for dtype in ("float32", "float16")}
     # The cycles that all PEs would need at their peaks, one dtype after the other.
@@ -92,7 +98,8 @@ def _result(walk: Schedule, jaxpr: Jaxpr) -> Estimate:
         by_operation=tuple(sorted(lines, key=lambda line: -line[-1])),
         unknown=walk.unknown,
         events=tuple(walk.clocks.events),
-        accelerators=_roofline_seconds(flops, host_bytes),
+        accelerators=_roofline_seconds(flops, host_bytes, launches),
+        launches=launches,
         tiles=tuple(totals.tiles.items()),
     )
 
@@ -107,16 +114,21 @@ def _extra_cycles(walk: Schedule, jaxpr: Jaxpr) -> float:
     return walk.cycles - plain.cycles
 
 
-def _roofline_seconds(flops: Mapping[str, float], host_bytes: float) -> dict[str, float]:
-    """Seconds of one chip at its peaks: every argument read once, every result written once."""
-    return {
-        chip.name: max(
-            flops["float16"] / chip.bfloat16_flops
-            + flops["float32"] / (chip.float32_flops or chip.bfloat16_flops),
-            host_bytes / chip.memory_bytes_per_second,
-        )
-        for chip in ACCELERATORS
-    }
+def _roofline_seconds(
+    flops: Mapping[str, float], host_bytes: float, launches: int
+) -> dict[str, float]:
+    """Seconds of one chip at its peaks, and to launch its kernels.
+
+    Arguments are read and results written once, or in each launch if they exceed the cache.
+    """
+    seconds = {}
+    for chip in ACCELERATORS:
+        compute = flops["float16"] / chip.bfloat16_flops
+        compute += flops["float32"] / (chip.float32_flops or chip.bfloat16_flops)
+        passes = launches if host_bytes > chip.cache_bytes else 1
+        memory = passes * host_bytes / chip.memory_bytes_per_second
+        seconds[chip.name] = max(compute, memory) + launches * chip.launch_seconds
+    return seconds
 
 
 def _bytes(v: Any) -> float:

@@ -80,7 +80,11 @@ def figures(e: Estimate) -> list[tuple[str, str]]:
         ("words to a PE", f"{e.received:,.0f} in {e.moves:,} moves, {e.hops:,.0f} hops"),
         ("host I/O", f"{with_unit(e.host_bytes, 'B')}, {with_unit(e.host_seconds, 's')}"),
     ]
-    rows += [(name, f"{with_unit(s, 's')} at its roofline") for name, s in e.accelerators.items()]
+    launches = f", {e.launches:,} launches" if e.launches > 1 else ""
+    rows += [
+        (name, f"{with_unit(s, 's')} at its roofline{launches}")
+        for name, s in e.accelerators.items()
+    ]
     if e.wafer.placement is not None:
         rows.insert(2, ("placement", _placement(e)))
     if e.unknown:

@@ -206,6 +206,25 @@ def test_machines_differ_and_the_clock_is_an_input():
     assert two.accelerators["H100 SXM"] > two.accelerators["H200 SXM"] * 0.5
 
 
+def test_a_gpu_pays_for_each_launch_and_rereads_what_its_cache_cannot_hold():
+    small, large = array(256, 256), array(8192, 8192)  # 0.5 and 537 MB, read and written
+    double = lambda u: u + u  # noqa: E731
+    for u, passes in ((small, 1), (large, 1000)):
+        one, many = (
+            wk.estimate(double, u, wafer=abstract(16), launches=n).accelerators for n in (1, 1000)
+        )
+        for chip in (wk.A100, wk.H100):
+            memory = 2 * 4 * u.size / chip.memory_bytes_per_second
+            assert one[chip.name] == pytest.approx(memory + 0.5e-6)
+            assert many[chip.name] == pytest.approx(passes * memory + 1000 * 0.5e-6)
+        assert many["TPU v5e"] == pytest.approx(one["TPU v5e"] * passes)
+    assert "at its roofline, 7 launches" in str(
+        wk.estimate(double, small, wafer=abstract(16), launches=7)
+    )
+    with pytest.raises(ValueError, match="launches=0 must be 1 or more"):
+        wk.estimate(double, small, wafer=abstract(16), launches=0)
+
+
 def test_a_program_that_does_not_fit_says_by_how_much():
     a = array(1024, 1024)
     e = wk.estimate(functools.partial(wk.matmul, algorithm="mesh_gemm"), a, a, wafer=abstract(2))

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
 import pathlib
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from models.checkpoints.json_file import read_json, shown
 from wsekern.atomic_write import atomic_write
 from wsekern.moved import moved_names
 from wsekern.wafer.launch import Platform, parse_grid
@@ -244,8 +244,9 @@ def load_config(path: str | pathlib.Path) -> TrainingConfig:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config={str(path)!r} is not a file; give a saved config.json")
+    fields = read_json(path)
     try:
-        return _from_json(path.read_text())
+        return _from_fields(fields)
     except ValueError as error:
         raise ValueError(f"config={str(path)!r}: {error}") from None
 
@@ -305,10 +306,7 @@ def _starting_point(argv: Sequence[str]) -> TrainingConfig:
     return TrainingConfig()
 
 
-def _from_json(text: str) -> TrainingConfig:
-    fields = json.loads(text)
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}, not an object of names and values")
+def _from_fields(fields: dict[str, Any]) -> TrainingConfig:
     known = [f.name for f in dataclasses.fields(TrainingConfig) if f.name not in _OF_THE_CALL]
     for name in fields:
         if name not in known:
@@ -333,7 +331,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         if typing.get_origin(hint) or isinstance(hint, types.UnionType):
             expected = str(hint).replace("typing.", "").replace("collections.abc.", "")
         hint_for_data = "; give a path, or a sequence of paths" if name == "data" else ""
-        raise ValueError(f"{name}={value!r} is not of type {expected}{hint_for_data}")
+        raise ValueError(f"{name}={shown(value)} is not of type {expected}{hint_for_data}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -356,17 +354,17 @@ def _check_ranges(config: TrainingConfig) -> None:
         *("weight_decay", "clip_norm", "checkpoint_minutes", "temperature", "min_learning_rate"),
     )
     # name -> (test, the text of what would pass)
-    rules = {name: (lambda v: v >= 1, "1 or more") for name in at_least_one}
-    rules |= {name: (lambda v: v >= 0, "0 or more") for name in not_negative}
+    rules = {name: (lambda v: 1 <= v < 2**31, "1 or more, below 2**31") for name in at_least_one}
+    rules |= {name: (lambda v: 0 <= v < 2**31, "0 or more, below 2**31") for name in not_negative}
     rules |= {name: (lambda v: 0 <= v < 1, "from 0 to below 1") for name in ("beta1", "beta2")}
     rules["seed"] = (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
-    rules["learning_rate"] = (lambda v: v > 0, "above 0")
+    rules["learning_rate"] = (lambda v: 0 < v < 2**31, "above 0")
     rules["validation_fraction"] = (lambda v: 0 < v < 1, "between 0 and 1, both left out")
     rules["decay_fraction"] = (lambda v: 0 < v <= 1, "above 0 and at most 1")
     for name, (fits, expected) in rules.items():
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and fits(value)):
-            raise ValueError(f"{name}={value} does not fit; it must be {expected}")
+        if value is not None and not fits(value):  # NaN fits no rule
+            raise ValueError(f"{name}={shown(value)} does not fit; it must be {expected}")
     if config.final_learning_rate > config.learning_rate:
         raise ValueError(
             f"min_learning_rate={config.min_learning_rate} is above "

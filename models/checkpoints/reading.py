@@ -6,7 +6,6 @@ stays: no part is in memory twice, and no parameter is whole where a device need
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from flax import nnx
 
 from models.checkpoints import slots
 from models.checkpoints.hub import find
+from models.checkpoints.json_file import read_json
 from models.checkpoints.mxfp4 import Mxfp4
 from models.checkpoints.names import Names
 from models.checkpoints.slots import Piece
@@ -30,6 +30,7 @@ from sharding.state import layout_of, named_leaves
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
+_MOST_CONFIG = 10_000_000  # bytes of a config.json; most have 1,000
 _ALIGNED = 64  # bytes: XLA's CPU backend takes over a NumPy array so aligned without a copy
 
 
@@ -125,13 +126,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return fields
+    return read_json(file, _MOST_CONFIG)
 
 
 def read(

@@ -1,0 +1,113 @@
+"""Read JSON that may be damaged or hostile: bounded time and memory, errors that name the file."""
+
+import collections
+import json
+import os
+import pathlib
+import stat
+from typing import Any
+
+# An object or list of JSON takes some 60 bytes of memory for 3 of text. The largest vocabulary has
+# half a million.
+_MOST_CONTAINERS = 1_000_000
+_DEEPEST = 64  # the deepest of these files, a tokenizer.json, has 8
+_SHOWN = 80  # characters of a value in a message
+
+
+def read_json(file: str | os.PathLike[str], most: int = 100_000_000) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Args:
+      file: a regular file, or a link to one, in UTF-8.
+      most: the most bytes it may have.
+
+    Raises:
+      ValueError: it is not a regular file, is too large, is not JSON or not an object, or an object
+        in it has the same name twice.
+      OSError: there is no such file, or it cannot be read.
+    """
+    path = pathlib.Path(file)
+    size = file_size(path)
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that it may have")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def file_size(file: str | os.PathLike[str]) -> int:
+    """The bytes of a regular file. Ask before opening: opening a FIFO waits for a writer.
+
+    Raises:
+      ValueError: it is not a regular file, nor a link to one.
+      OSError: there is no such file.
+    """
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {
+            stat.S_IFDIR: "a folder",
+            stat.S_IFIFO: "a FIFO",
+            stat.S_IFSOCK: "a socket",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+        }
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ValueError(f"{os.fspath(file)} is {kind}, not a regular file")
+    return status.st_size
+
+
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """The JSON object that `text` spells.
+
+    Args:
+      text: the object in UTF-8, with or without a byte order mark.
+      what: the file, for messages.
+
+    Raises:
+      ValueError: it is not JSON or not an object, has too many parts or too deep ones, or an object
+        in it has the same name twice.
+    """
+    containers = text.count(b"{") + text.count(b"[")
+    if containers > _MOST_CONTAINERS:
+        raise ValueError(f"{what} has {containers:,} brackets, more than {_MOST_CONTAINERS:,}")
+    try:
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
+        deep = _is_deep(value)
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from None
+    if deep:
+        raise ValueError(f"{what} is not valid JSON: brackets stand in more than {_DEEPEST} others")
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is not a JSON object, it is {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: what a file holds may be as long as the file."""
+    if isinstance(value, dict | list) and len(value) > _SHOWN:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether brackets stand in more than `_DEEPEST` others; looks at one depth after another."""
+    level = [[value]]
+    for _ in range(_DEEPEST + 1):
+        level = [
+            part
+            for whole in level
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        [(twice, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(twice)} stands in it twice")
+    return fields

@@ -92,7 +92,7 @@ def shown(value: Any) -> str:
 
 def _is_deep(value: Any) -> bool:
     """Whether brackets stand in more than `_DEEPEST` others; looks at one depth after another."""
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(_DEEPEST + 1):
         level = [
             part

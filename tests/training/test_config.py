@@ -99,7 +99,7 @@ def test_fields_that_are_none_get_values():
         ('{"clip_norm": Infinity}', "clip_norm=inf does not fit"),
         ('{"preset": ["nano"]}', "preset=.'nano'. is not of type str"),
         ('{"steps": 3, "steps": 4}', "'steps' stands in it twice"),
-        ("[" * 200, "more than 64 others"),
+        ("[" * 2000, "more than 64 others"),
         ("[3]", "is not a JSON object, it is .3."),
         ("{", "config.json is not valid JSON"),
         ("", "config.json is not valid JSON"),

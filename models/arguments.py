@@ -22,8 +22,8 @@ class GenerateCommand:
     """Send each prompt as a user's message, in the checkpoint's chat template."""
     system: str | None = None
     """With --chat: the system message that comes first."""
-    max_new_tokens: int = 128
-    """The most tokens to add."""
+    max_new_tokens: int | None = None
+    """The most tokens to add. None: 128, or fewer if the model's context ends before."""
     temperature: float = 0.0
     """0 takes the likeliest token; higher values sample more freely."""
     top_k: int | None = None
@@ -46,7 +46,7 @@ class GenerateCommand:
             raise ValueError("prompt: there is none; give one, as --prompt 'Once upon a time'")
         if self.system is not None and not self.chat:
             raise ValueError("system is only said in a chat; add --chat")
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
         if self.wafer is not None:
             parse_grid(self.wafer)

@@ -29,6 +29,8 @@ from models.text.tokenizer import Tokenizer
 from wsekern.wafer.launch import find_devices, make_wafer
 from wsekern.wafer.wafer import Wafer
 
+_NEW_TOKENS = 128  # unless the command says how many
+
 
 def generate(command: GenerateCommand) -> int:
     """Streams text to standard output; figures go to standard error."""
@@ -53,11 +55,12 @@ def generate(command: GenerateCommand) -> int:
         tokens = np.zeros((len(prompts), max(int(lengths.max()), 1)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
+        room = model.config.context - int(lengths.max())
         steps = stream(
             model,
             tokens,
             sampling,
-            command.max_new_tokens,
+            command.max_new_tokens or max(1, min(_NEW_TOKENS, room)),
             key=jax.random.key(command.seed),
             lengths=lengths,
             stop=tokenizer.ends,

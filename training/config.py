@@ -56,7 +56,7 @@ class TrainingConfig:
     """Every choice of a training run. The defaults train a small decoder on a CPU in minutes."""
 
     preset: str = "nano"
-    """Sizes of the model: nano, 20m, 125m, 1b, 8b, ... See `python -m models info NAME`."""
+    """Sizes of the model: nano, 20m, 125m, 1b, 8b, ... See `python -m models info --model NAME`."""
     init: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|GGUF|ID")] = None
     """Checkpoint to take sizes, weights and tokenizer from, instead of a preset."""
     wafer: str = "2x4"

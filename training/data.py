@@ -19,6 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Integer
 
+from models.text.characters import save_characters
+from models.text.reading import copy_tokenizer
 from models.text.tokenizer import Tokenizer
 from training.corpus import Document, find_sources, read_documents, read_text, split_documents
 
@@ -70,6 +72,18 @@ class Corpus:
         if self.alphabet is None:
             return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
         return "".join(self.alphabet[token] for token in np.asarray(tokens))
+
+    def save_tokenizer(self, folder: pathlib.Path, checkpoint: pathlib.Path | None) -> None:
+        """Writes to `folder` what `load_tokenizer` needs to make these tokens; of bytes, nothing.
+
+        Args:
+          folder: a model's.
+          checkpoint: where the tokenizer was read from; None: there is none.
+        """
+        if self.alphabet is not None:
+            save_characters(self.alphabet, folder)
+        elif self.tokenizer is not None and checkpoint is not None:
+            copy_tokenizer(checkpoint, folder)
 
 
 def open_corpus(
@@ -234,6 +248,14 @@ def _tokenize(text: str, alphabet: str | None, tokenizer: Tokenizer | None = Non
     return np.searchsorted(order, points).astype(_dtype(len(alphabet)))
 
 
+def _tokens_of(document: Document, alphabet: str | None, tokenizer: Tokenizer | None) -> np.ndarray:
+    text = read_text(document.path)
+    try:
+        return _tokenize(text, alphabet, tokenizer)
+    except ValueError as error:  # a character that the vocabulary lacks
+        raise ValueError(f"data={str(document.path)!r}: {error}") from None
+
+
 def _dtype(vocab: int) -> type[np.unsignedinteger]:
     return np.uint8 if vocab <= 1 << 8 else np.uint16 if vocab <= 1 << 16 else np.uint32
 
@@ -273,8 +295,7 @@ def _write(
     tokenizer: Tokenizer | None,
 ) -> None:
     arrays_of: list[Iterable[np.ndarray]] = [
-        (_tokenize(read_text(document.path), about["alphabet"], tokenizer) for document in part)
-        for part in parts
+        (_tokens_of(document, about["alphabet"], tokenizer) for document in part) for part in parts
     ]
     if not parts[1]:
         [whole] = arrays_of[0]

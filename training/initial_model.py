@@ -10,6 +10,7 @@ from flax import nnx
 
 from models.checkpoints.hub import find
 from models.checkpoints.reading import open_checkpoint, read
+from models.checkpoints.saving import check_savable
 from models.config import DecoderConfig
 from models.presets import find_preset
 from models.text.reading import load_tokenizer
@@ -35,14 +36,22 @@ def find_initial_model(config: TrainingConfig) -> InitialModel:
     """The preset or checkpoint that `config` names; reads no weights yet.
 
     Raises:
-      ValueError: there is no such preset, or the checkpoint cannot be read.
+      ValueError: there is no such preset, or the checkpoint cannot be read, or what is trained from
+        it could not be saved.
       FileNotFoundError: there is no such checkpoint.
     """
     if config.init is None:
         sizes = find_preset(config.preset)
+        check_savable(sizes)
         return InitialModel(sizes=sizes, context=sizes.context)
     path = find(config.init)
     sizes, tensors = open_checkpoint(path)
+    try:
+        check_savable(sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"init={config.init!r}: what is trained from it could not be saved: {error}"
+        ) from None
     tokenizer = load_tokenizer(path)
     tokenizer.check(sizes.vocab)
 

@@ -16,7 +16,6 @@ from jaxtyping import Int
 
 from models.checkpoints.saving import save
 from models.generation import generate
-from models.text.reading import copy_tokenizer
 from sharding.state import logical, logical_shapes
 from training.checkpoint import Checkpoints
 from training.console import Console
@@ -302,9 +301,9 @@ class TrainingLoop:
         """Writes the model as a Hugging Face folder, with its tokenizer."""
         folder = self.config.run_dir / "model"
         with self._report_errors("the model"):
+            folder.mkdir(exist_ok=True)
+            self.corpus.save_tokenizer(folder, self.tokenizer_from)
             save(nnx.merge(self.plan.graph, self.state["params"]), folder)
-            if self.tokenizer_from is not None:
-                copy_tokenizer(self.tokenizer_from, folder)
             self.console.note(f"model: {folder}")
 
     def _draw_loss_curve(self) -> None:

@@ -1,5 +1,6 @@
 """Save a model as a Hugging Face checkpoint: config.json and safetensors."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from flax import nnx
 
 from models.checkpoints import slots, tensors
 from models.checkpoints.slots import Piece
+from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.presets import FAMILIES
 from sharding.state import named_leaves
@@ -21,13 +23,20 @@ _MOST = 5_000_000_000  # bytes of one file, as transformers splits them
 # Fields that must not be copied from the checkpoint that was loaded: `to_fields` writes the later
 # style of the first three, and the weights written are not quantized.
 _REPLACED = ("rope_theta", "rope_scaling", "torch_dtype", "quantization_config")
+# What decides a decoder's results, besides its weights. Biases that are lacking are saved as zeros.
+_EXPRESSED = (
+    *("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "d_head", "context", "norm"),
+    *("norm_eps", "positions", "rope_theta", "rope_scaling", "activation", "swiglu_alpha"),
+    *("swiglu_limit", "qk_norm", "sinks", "experts", "tied", "kinds"),
+)
 
 
 def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -> None:
     """Writes `model` as a folder that `transformers` and `load` read: config.json, safetensors.
 
     Parameters keep their dtype; at most one tensor is in the host's memory. Each file is written
-    whole or not at all, config.json last.
+    whole or not at all, config.json last. A bias that the family has and the model lacks is written
+    as zeros, which computes the same.
 
     Args:
       model: a decoder.
@@ -40,25 +49,33 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -
     """
     config = model.config
     family = FAMILIES[config.family]
-    fields = _fields(model)
-    state = nnx.state(model)
+    written_config = check_savable(config)
+    fields = _fields(config, np.dtype(model.embedding.dtype).name)
+    state = whole = nnx.state(model)
+    if written_config.biases != config.biases:
+        widened = dataclasses.replace(config, biases=written_config.biases)
+        whole = nnx.state(Decoder.shapes(widened))
     # Of each tensor, the pieces that it stores, and which expert of a piece it is.
     by_name: dict[str, list[tuple[Piece, int | None]]] = {}
-    for pieces in slots.pieces(config, state, family.NAMES.prefix).values():
+    for pieces in slots.pieces(config, whole, family.NAMES.prefix).values():
         for piece in pieces:
             for expert, name in enumerate(piece.names()):
                 by_name.setdefault(name, []).append((piece, expert if piece.experts else None))
     leaves = named_leaves(state)
     arrays = {
-        name: (pieces[0][0].tensor_shape(), np.dtype(leaves[pieces[0][0].leaf].dtype))
+        name: (
+            pieces[0][0].tensor_shape(),
+            np.dtype(leaves.get(pieces[0][0].leaf, model.embedding).dtype),
+        )
         for name, pieces in by_name.items()
     }
 
     def make(name: str) -> np.ndarray:
         shape, dtype = arrays[name]
-        tensor = np.empty(shape, dtype)
+        tensor = np.zeros(shape, dtype)
         for piece, expert in by_name[name]:
-            piece.place(tensor, _value(leaves[piece.leaf], piece, expert))
+            if piece.leaf in leaves:  # else a bias that the model lacks
+                piece.place(tensor, _value(leaves[piece.leaf], piece, expert))
         return tensor
 
     out = pathlib.Path(folder)
@@ -68,6 +85,29 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -
     _write_json(out / "config.json", fields)
     for file in old - written:
         file.unlink(missing_ok=True)
+
+
+def check_savable(config: DecoderConfig) -> DecoderConfig:
+    """The config that a checkpoint of a decoder of `config` will be loaded with.
+
+    Raises:
+      ValueError: the family's config.json cannot express a choice of `config`.
+    """
+    family = FAMILIES[config.family]
+    written = family.from_fields(family.to_fields(config))
+    # Whatever config.json cannot express must equal the family's default.
+    for name in _EXPRESSED:
+        if getattr(written, name) != getattr(config, name):
+            raise ValueError(
+                f"a {config.family} checkpoint cannot say {name}={getattr(config, name)}; it means "
+                f"{getattr(written, name)}"
+            )
+    if missing := set(config.biases) - set(written.biases):
+        raise ValueError(
+            f"a {config.family} checkpoint has no biases={tuple(sorted(missing))}; it has only "
+            f"{written.biases}"
+        )
+    return written
 
 
 def _value(leaf: nnx.Variable, piece: Piece, expert: int | None) -> np.ndarray:
@@ -111,26 +151,15 @@ def _write(
     return written | {out / tensors.INDEX}
 
 
-def _fields(model: Decoder) -> dict[str, Any]:
+def _fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """config.json: the fields of the one that was loaded, then those of the config."""
-    config = model.config
     family = FAMILIES[config.family]
-    written_fields = family.to_fields(config)
-    # Whatever config.json cannot express must equal the family's default.
-    reread = family.from_fields(written_fields)
-    for name in ("norm", "positions", "activation", "biases", "qk_norm", "sinks", "kinds"):
-        if getattr(reread, name) != getattr(config, name):
-            raise ValueError(
-                f"a {config.family} checkpoint cannot say {name}={getattr(config, name)}; it means "
-                f"{getattr(reread, name)}"
-            )
     loaded = json.loads(config.source) if config.source else {}
     kept = {name: value for name, value in loaded.items() if name not in _REPLACED}
-    dtype = np.dtype(model.embedding.dtype).name
     return (
         {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
         | kept
-        | written_fields
+        | family.to_fields(config)
         | {"dtype": dtype, "torch_dtype": dtype}
     )
 

@@ -167,8 +167,18 @@ class FastCodec:
         return self.inner.to_str()
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """The tokens of a text."""
-        return self.inner.encode(text, add_special_tokens=special).ids
+        """The tokens of a text; ValueError: the vocabulary lacks a character of it."""
+        try:
+            return self.inner.encode(text, add_special_tokens=special).ids
+        except Exception as error:
+            if type(error) is not Exception:  # `tokenizers` raises bare ones
+                raise
+            known = self.inner.get_vocab()
+            missing = "".join(sorted(set(text) - known.keys()))[:20]
+            raise ValueError(
+                f"the tokenizer cannot encode {text[:20]!r} ({error}); leave out what its "
+                f"vocabulary lacks: {missing!r}"
+            ) from None
 
     def decode(self, tokens: Sequence[int], special: bool) -> str:
         """The text of tokens."""

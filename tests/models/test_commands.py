@@ -74,7 +74,10 @@ def state(folder):
         (["generate", "--model", "/nowhere", "--prompt", "a"], "/nowhere: no such folder"),
         (["generate", "--model", "{}", "--prompt", ""], "prompt='' has no tokens"),
         (["generate", "--model", "{}", "--prompt", "a", "--chat"], "has no chat template"),
-        (["generate", "--model", "{}", "--prompt", "a" * 65], "65 tokens and max_new_tokens=128"),
+        (
+            ["generate", "--model", "{}", "--prompt", "a" * 65],
+            "65 tokens and max_new_tokens=1 are",
+        ),
         (
             ["generate", "--model", "{}", "--prompt", "a", "--top-p", "2", "--max-new-tokens", "1"],
             "top_p=2.0 must be above 0 and at most 1",

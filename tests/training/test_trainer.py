@@ -10,11 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from string import ascii_letters
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+import models
+from models.text.characters import save_characters
 from training.config import TrainingConfig, save_config
 from training.loop import Diverged, TrainingLoop
 from training.metrics import read_metrics
@@ -62,6 +66,35 @@ def test_a_run_leaves_everything_in_its_folder(config):
     assert [row["step"] for row in rows if "val_loss" in row] == [4, 6]
     assert result.sample is not None and result.sample.startswith("\n")
     assert len(result.sample.encode()) >= 1 + 5
+
+
+@pytest.mark.parametrize("preset", ["nano", "gpt2-nano"])
+def test_a_model_of_characters_has_its_vocabulary_and_can_be_trained_on(preset, config, tmp_path):
+    short = dataclasses.replace(config, steps=1, sample_tokens=0, wafer="1x2", preset=preset)
+    first = Trainer(dataclasses.replace(short, tokens="characters"))
+    folder = first.fit().run_dir / "model"
+    tokenizer = models.load_tokenizer(folder)
+    assert tokenizer.encode(TEXT) == list(first.corpus.encode(TEXT))
+    assert models.load(folder).config.vocab == tokenizer.vocab == len(set(TEXT))
+    more = Trainer(dataclasses.replace(short, init=str(folder), out=str(tmp_path / "more")))
+    assert more.corpus.tokenizer is not None and more.fit().step == 1
+    again = models.load_tokenizer(tmp_path / "more" / "model")
+    assert again.fingerprint == tokenizer.fingerprint
+    (tmp_path / "text.txt").write_text(TEXT + "é")
+    with pytest.raises(ValueError, match=r"text.txt'.*vocabulary lacks: 'é'"):
+        Trainer(dataclasses.replace(short, init=str(folder), out=str(tmp_path / "third")))
+
+
+def test_a_checkpoint_trained_on_bytes_does_not_keep_its_own_tokenizer(config, tmp_path):
+    short = dataclasses.replace(config, steps=1, sample_tokens=0, wafer="1x1", eval_batches=1)
+    (tmp_path / "init").mkdir()
+    save_characters(ascii_letters, tmp_path / "init")
+    models.save(
+        models.Decoder(models.find_preset("nano"), rngs=nnx.Rngs(0)),
+        tmp_path / "init",
+    )
+    run = Trainer(dataclasses.replace(short, init=str(tmp_path / "init"), tokens="bytes")).fit()
+    assert models.load_tokenizer(run.run_dir / "model").source == "bytes"
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(config, tmp_path):

@@ -1,5 +1,6 @@
 """Loading and saving checkpoints: exact both ways, and hostile files refused."""
 
+import dataclasses
 import json
 import os
 
@@ -13,6 +14,8 @@ from flax import nnx
 
 import models
 from models.checkpoints import mxfp4, tensors
+from models.checkpoints.saving import check_savable
+from models.presets import PRESETS
 
 LLAMA = tiny.CONFIGS["llama3"]
 
@@ -55,6 +58,28 @@ def test_a_preset_is_saved_as_a_llama(tmp_path):
     tokens = jnp.arange(16)[None]
     logits, reloaded = (jax.jit(lambda t, m=m: m(t))(tokens) for m in (model, again))
     np.testing.assert_allclose(logits, reloaded, atol=1e-5)
+
+
+def test_biases_that_a_model_lacks_are_saved_as_zeros(tmp_path):
+    """nanoGPT's configuration has none; GPT-2's config.json cannot say so."""
+    config = dataclasses.replace(models.find_preset("gpt2-nano"), layers=2, vocab=65, context=16)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    models.save(model, tmp_path)
+    again = models.load(tmp_path)
+    assert (config.biases, again.config.biases) == ((), ("qkv", "out", "mlp", "norm"))
+    tokens = jnp.arange(16)[None]
+    logits, reloaded = (jax.jit(lambda t, m=m: m(t))(tokens) for m in (model, again))
+    np.testing.assert_allclose(logits, reloaded, atol=1e-5)
+
+
+def test_what_config_json_cannot_say_is_refused():
+    gpt2 = models.find_preset("gpt2-nano")
+    for config in PRESETS.values():
+        check_savable(config)
+    with pytest.raises(ValueError, match="gpt2 checkpoint cannot say positions=rotary; it means"):
+        check_savable(dataclasses.replace(gpt2, positions="rotary"))
+    with pytest.raises(ValueError, match=r"llama checkpoint has no biases=\('norm',\)"):
+        check_savable(dataclasses.replace(models.find_preset("nano"), biases=("norm",)))
 
 
 @pytest.mark.parametrize("grid", ["2x4", "2of2x2", "virtual-4x4"])

@@ -42,6 +42,7 @@ def byte_level(
     cut: str = "gpt-2",
     special: Sequence[tuple[str, int]] = (),
     before: Sequence[int] = (),
+    prefix: bool = False,
 ) -> Any:
     """A `tokenizers.Tokenizer` for byte-pair encoding of bytes, GPT-2's way.
 
@@ -51,6 +52,7 @@ def byte_level(
       cut: how text is split into words first, by GGUF's name: "gpt-2", "llama-bpe", "qwen2", ...
       special: control tokens, and their numbers.
       before: tokens that every text begins with.
+      prefix: whether a space is put before every text.
 
     Raises:
       ValueError: `cut` is unknown.
@@ -64,7 +66,7 @@ def byte_level(
     model = models.BPE(vocab=vocab, merges=list(merges), ignore_merges=ignore_merges)
     tokenizer = Tokenizer(model)
     pattern = _SPLITS.get(cut)
-    splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=pattern is None)
     if pattern is not None:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         splitter = pre_tokenizers.Sequence([split, splitter])

@@ -1,45 +1,89 @@
 """Load the tokenizer of a checkpoint, in whichever of four formats it comes."""
 
 import base64
-import functools
-import json
+import dataclasses
+import importlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from models.checkpoints.hub import find
-from models.text import bpe
-from models.text.tokenizer import Codec, FastCodec, Tokenizer, bytes_tokenizer
+from models.checkpoints.json_file import file_size, shown
+from models.text import bpe, sentencepiece_model
+from models.text.special_tokens import SpecialTokens, read_json, read_special_tokens
+from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 from wsekern.atomic_write import atomic_write
 
-# Files that `copy_tokenizer` copies.
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+# Files that hold a vocabulary in a format that is not read.
+_UNREAD = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "qwen.tiktoken")
+# Files that `copy_tokenizer` copies, besides the folder of further chat templates.
 _FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "encoder.json",
-    "vocab.bpe",
+    *(name for pair in _PAIRS for name in pair),
+    *_UNREAD,
     "chat_template.jinja",
+    "chat_template.json",
 )
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_MORE_TEMPLATES = "additional_chat_templates"
+# Classes of `transformers` whose vocab.json and merges.txt mean what they do here, and how each
+# splits text into words, by GGUF's name.
+_SPLIT_OF_CLASS = {
+    "": "gpt-2",
+    "GPT2Tokenizer": "gpt-2",
+    "CodeGenTokenizer": "gpt-2",
+    "Qwen2Tokenizer": "qwen2",
+}
+_SPLIT_OF_MODEL_TYPE = {
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2",
+    "qwen3": "qwen2",
+    "qwen3_moe": "qwen2",
+}
+_CLASSES_OF_PIECES = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # these say nothing of the format
+_GPT2_END = "<|endoftext|>"
+# Special tokens that the class of a vocab.json has unless told otherwise.
+_NAMES_OF_SPLIT = {
+    "gpt-2": ("bos_token", "eos_token", "unk_token"),
+    "qwen2": ("eos_token", "unk_token", "pad_token"),
+}
+
+
+# Of Llama 3's special tokens, those that have names.
+_LLAMA3_SPECIAL = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    4: "finetune_right_pad_id",
+    6: "start_header_id",
+    7: "end_header_id",
+    8: "eom_id",
+    9: "eot_id",
+    10: "python_tag",
+}
 
 
 def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint; one token a byte if the checkpoint has none.
 
     These files are tried in order: tokenizer.json; vocab.json and merges.txt (or encoder.json and
-    vocab.bpe); tokenizer.model, of SentencePiece or of tiktoken.
+    vocab.bpe); tokenizer.model, of SentencePiece or of tiktoken. Tokens are those of
+    `transformers`: special and added tokens are as tokenizer_config.json, special_tokens_map.json
+    and added_tokens.json say. What tokenizer.json keeps of training, truncation, padding and
+    dropout, is off.
 
     Args:
       checkpoint: a folder, a GGUF file, or the id of a model on the Hugging Face hub.
 
     Raises:
-      ValueError: a package is missing (the extra `hf` has it), or a file is not what its name says.
+      ValueError: a package is missing (the extra `hf` has it), a file is not what its name says or
+        contradicts another, or the format is one that is not read.
       FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
     path = find(checkpoint)
@@ -47,16 +91,33 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
         from models.text.gguf_tokenizer import of_file
 
         return of_file(path)
-    settings = _json(path / "tokenizer_config.json")
-    names = {name: _content(settings.get(name)) for name in _TOKENS if settings.get(name)}
-    codec, source = _codec(path, settings, names)
-    if codec is None:
+    source = _vocabulary(path)
+    if source is None:
         return bytes_tokenizer()
+    _require_tokenizers(source)
+    special, model = read_special_tokens(path), read_json(path / "config.json")
+    build = {"tokenizer.json": _tokenizer_json, "tokenizer.model": _tokenizer_model}
+    inner, special, begin = build.get(source.name, _vocab_and_merges)(source, special, model)
+    room = model.get("vocab_size")
+    unnumbered = special.add_to(inner, room if type(room) is int else None, source)
+    settings = special.settings
+    if begin is not None:
+        _begin_and_end(inner, special, source, begin)
+    size = max(inner.get_vocab().values(), default=-1) + 1
+    if outside := [token for token in _read(source, lambda: inner.encode("").ids) if token >= size]:
+        raise ValueError(f"{source} adds token {outside[0]} to every text, and has {size} tokens")
+    inner.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    # As in transformers, which cleans up after no byte-pair encoding.
+    clean_up = type(inner.model).__name__ != "BPE" and settings.get("clean_up_tokenization_spaces")
+    end = special.names.get("eos_token")
+    templates = _templates(path, settings)
     return Tokenizer(
-        codec=codec,
-        ends=_ends(path, codec, names),
-        template=_template(path, settings),
-        names=names,
+        codec=FastCodec(inner),
+        ends=_ends(path, None if end in unnumbered else inner.token_to_id(end or "")),
+        template=templates.pop("default", None),
+        templates=templates,
+        names=special.names,
+        clean_up=bool(clean_up),
         source=str(source),
     )
 
@@ -66,147 +127,237 @@ def copy_tokenizer(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     if checkpoint.is_file():
         load_tokenizer(checkpoint).save(folder)
         return
-    for name in _FILES:
-        if (checkpoint / name).exists():
-            with atomic_write(folder / name) as file:
-                file.write((checkpoint / name).read_bytes())
+    templates = sorted(checkpoint.glob(f"{_MORE_TEMPLATES}/*.jinja"))
+    for file in [*(checkpoint / name for name in _FILES), *templates]:
+        if file.exists():
+            target = folder / file.relative_to(checkpoint)
+            target.parent.mkdir(exist_ok=True)
+            with atomic_write(target) as out:
+                out.write(file.read_bytes())
 
 
-def _codec(
-    folder: pathlib.Path, settings: dict[str, Any], names: dict[str, Any]
-) -> tuple[Codec | None, pathlib.Path]:
-    """The codec of a checkpoint's folder and the file it is from; None if there is no file."""
-    file = folder / "tokenizer.json"
-    if file.exists():
-        tokenizers = _tokenizers(file)
-        return FastCodec(_read(file, lambda: tokenizers.Tokenizer.from_file(str(file)))), file
-    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (folder / vocab).exists() and (folder / merges).exists():
-            _tokenizers(folder / vocab)
-            return _read(folder / vocab, functools.partial(_gpt2, folder, vocab, merges)), (
-                folder / vocab
+def _vocabulary(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file that holds the vocabulary of a checkpoint's folder; None if it has no tokenizer."""
+    names = ["tokenizer.json"]
+    names += [vocab for vocab, merges in _PAIRS if (folder / merges).exists()]
+    for name in [*names, "tokenizer.model"]:
+        if (folder / name).exists():
+            return folder / name
+    halves = (name for pair in _PAIRS for name in pair)
+    for name in [*_UNREAD, *halves, "tokenizer_config.json"]:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name}: no vocabulary that is read stands beside it; save the tokenizer "
+                "with transformers as tokenizer.json"
             )
-    model = folder / "tokenizer.model"
-    if model.exists():
-        _tokenizers(model)
-        return _read(model, lambda: _model(model, settings, names)), model
-    return None, folder
+    return None
 
 
-def _gpt2(folder: pathlib.Path, vocab: str, merges: str) -> Codec:
-    tokens = json.loads((folder / vocab).read_text(encoding="utf-8"))
-    lines = (folder / merges).read_text(encoding="utf-8").split("\n")
+# Each of the three formats gives a `tokenizers.Tokenizer`, the special tokens with the names that
+# the format adds, and whether a text begins with `bos_token` if no file says so (None: the
+# tokenizer has that in itself).
+def _tokenizer_json(
+    file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
+) -> tuple[Any, SpecialTokens, bool | None]:
+    del model
+    from tokenizers import Tokenizer
+
+    inner = _read(file, lambda: Tokenizer.from_file(str(file)))
+    if inner.padding is not None:
+        special = _with_names(special, {"pad_token": inner.padding["pad_token"]})
+    inner.no_truncation()
+    inner.no_padding()
+    if getattr(inner.model, "dropout", None) is not None:
+        inner.model.dropout = None
+    return inner, special, None
+
+
+def _vocab_and_merges(
+    file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
+) -> tuple[Any, SpecialTokens, bool | None]:
+    """GPT-2's two files, or Qwen2's."""
+    from tokenizers import normalizers
+
+    kind = _tokenizer_class(special)
+    default = _SPLIT_OF_MODEL_TYPE.get(str(model.get("model_type")), "gpt-2")
+    split = _SPLIT_OF_CLASS.get(kind) if kind else default
+    if split is None:
+        raise _unknown_class(file, special, _SPLIT_OF_CLASS)
+    vocab = read_json(file)
+    halves = file.with_name(dict(_PAIRS)[file.name])
+    merges = _read(halves, lambda: _merges(halves))
+    prefix = bool(special.settings.get("add_prefix_space"))
+    inner = _read(file, lambda: bpe.byte_level(vocab, merges, cut=split, prefix=prefix))
+    if split == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    if _GPT2_END in vocab:
+        special = _with_names(special, dict.fromkeys(_NAMES_OF_SPLIT[split], _GPT2_END))
+    return inner, special, False
+
+
+def _merges(file: pathlib.Path) -> list[tuple[str, str]]:
+    lines = [line.rstrip("\r") for line in file.read_text(encoding="utf-8").split("\n")]
     halves = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    pairs = [(left, right) for left, right in halves]
-    special = [(name, tokens[name]) for name in ("<|endoftext|>",) if name in tokens]
-    return FastCodec(bpe.byte_level(tokens, pairs, special=special))
+    return [(left, right) for left, right in halves]
 
 
-def _model(file: pathlib.Path, settings: dict[str, Any], names: dict[str, Any]) -> Codec:
-    """The codec of a tokenizer.model; fills in the names of its special tokens."""
+def _tokenizer_model(
+    file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
+) -> tuple[Any, SpecialTokens, bool | None]:
+    """Of SentencePiece, or of tiktoken."""
+    del model
+    file_size(file)
     with file.open("rb") as stream:
-        first = stream.readline().split()
+        first = stream.readline(1000).split()
     if len(first) == 2 and first[1].isdigit():  # lines of "token rank": tiktoken
-        return _tiktoken(file)
-    try:
-        import sentencepiece
-    except ImportError:
-        raise ValueError(
-            f"{file} needs the sentencepiece library; in the checkout, run "
-            "`pip install -e '.[hf]' -c constraints.txt`"
-        ) from None
-    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    every = range(model.get_piece_size())
-    special = [model.id_to_piece(i) for i in every if model.is_control(i)]
-    add = settings.get("add_bos_token", True) and model.bos_id() >= 0
-    names.setdefault("bos_token", model.id_to_piece(model.bos_id()) if add else "")
-    if model.eos_id() >= 0:
-        names.setdefault("eos_token", model.id_to_piece(model.eos_id()))
-    return FastCodec(
-        bpe.pieces(
-            [model.id_to_piece(i) for i in every],
-            [model.get_score(i) for i in every],
-            special=special,
-            unknown=model.id_to_piece(model.unk_id()),
-            before=[model.bos_id()] if add else [],
-        )
+        return _read(file, lambda: _tiktoken(file, special))
+    if _tokenizer_class(special) not in _CLASSES_OF_PIECES:
+        raise _unknown_class(file, special, _CLASSES_OF_PIECES)
+    pieces = sentencepiece_model.read_model(file)
+    kept = {name for i, name in enumerate(pieces.pieces) if i not in special.numbers}
+    renamed = {i: name for i, name in special.numbers.items() if name not in kept}
+    pieces = dataclasses.replace(
+        pieces, pieces=tuple(renamed.get(i, name) for i, name in enumerate(pieces.pieces))
     )
+    legacy = special.settings.get("legacy") is not False
+    inner = _read(file, lambda: sentencepiece_model.build(pieces, legacy=legacy))
+    numbers = {"bos_token": pieces.begin, "eos_token": pieces.end, "unk_token": pieces.unknown}
+    special = _with_names(special, {n: pieces.pieces[i] for n, i in numbers.items() if i >= 0})
+    if pieces.dummy_prefix:
+        special = special.matched_before_normalization()
+    return inner, special, pieces.begin >= 0
 
 
-def _tiktoken(file: pathlib.Path) -> Codec:
-    """Llama 3's: the ranks of tokens, and 256 special tokens after them."""
+def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> tuple[Any, SpecialTokens, bool | None]:
+    """Llama 3's: the ranks of tokens, and after them 256 special tokens, or those of the files."""
     lines = (line.split() for line in file.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     vocab, merges = bpe.merges_of_ranks(ranks)
-    special_names = {
-        0: "begin_of_text",
-        1: "end_of_text",
-        4: "finetune_right_pad_id",
-        6: "start_header_id",
-        7: "end_header_id",
-        8: "eom_id",
-        9: "eot_id",
-        10: "python_tag",
-    }
-    count = iter(range(256))
-    special = [
-        f"<|{special_names[i]}|>"
-        if i in special_names
-        else f"<|reserved_special_token_{next(count)}|>"
-        for i in range(256)
-    ]
-    tokens = [(name, len(ranks) + i) for i, name in enumerate(special)]
-    return FastCodec(
-        bpe.byte_level(vocab, merges, cut="llama3", special=tokens, before=[len(ranks)])
+    first = len(ranks)
+    if max(special.numbers, default=0) >= first:
+        count = max(special.numbers) + 1 - first
+        names = {i: f"<|reserved_token_{i}|>" for i in range(first, first + count)}
+    else:
+        reserved = iter(range(256))
+        names = {
+            first + i: f"<|{_LLAMA3_SPECIAL[i]}|>"
+            if i in _LLAMA3_SPECIAL
+            else f"<|reserved_special_token_{next(reserved)}|>"
+            for i in range(256)
+        }
+        special = _with_names(special, {"bos_token": names[first], "eos_token": names[first + 1]})
+    tokens = [(special.numbers.get(i, name), i) for i, name in names.items()]
+    inner = bpe.byte_level(vocab, merges, cut="llama3", special=tokens)
+    return inner, special, "bos_token" in special.names
+
+
+def _tokenizer_class(special: SpecialTokens) -> str:
+    """The class of `transformers` that the files name; empty if it says nothing of the format."""
+    name = str(special.settings.get("tokenizer_class") or "").removesuffix("Fast")
+    return "" if name in _GENERIC_CLASSES else name
+
+
+def _unknown_class(file: pathlib.Path, special: SpecialTokens, known: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{file.with_name('tokenizer_config.json')}: tokenizer_class is "
+        f"{special.settings['tokenizer_class']!r}; of {file.name}, only "
+        f"{', '.join(filter(None, known))} are read: save the tokenizer with transformers as "
+        "tokenizer.json"
     )
 
 
-def _ends(folder: pathlib.Path, codec: Codec, names: dict[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text, from generation_config.json or else config.json."""
+def _with_names(special: SpecialTokens, defaults: dict[str, str]) -> SpecialTokens:
+    """`special` with the names that its files do not mention; a name that is null stays out."""
+    unsaid = {name: token for name, token in defaults.items() if name not in special.settings}
+    return dataclasses.replace(special, names=unsaid | special.names)
+
+
+def _begin_and_end(inner: Any, special: SpecialTokens, file: pathlib.Path, begin: bool) -> None:
+    """Has the tokenizer add the tokens that begin and end a text.
+
+    Args:
+      inner: a `tokenizers.Tokenizer`.
+      special: says whether to, and which tokens they are.
+      file: the vocabulary's, for error messages.
+      begin: whether a text has a token that begins it if the files do not say so.
+    """
+    from tokenizers import processors
+
+    sides: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
+    for side, default in (("bos", begin), ("eos", False)):
+        if special.settings.get(f"add_{side}_token", default):
+            name = special.names.get(f"{side}_token")
+            if name is None:
+                continue
+            number = inner.token_to_id(name)
+            if number is None:
+                raise ValueError(
+                    f"{file.parent}: add_{side}_token is true, but {side}_token is {name!r}, which "
+                    "the vocabulary lacks"
+                )
+            sides[side] = [(name, number)]
+    around = [*sides["bos"], *sides["eos"]]
+    if around:
+        inner.post_processor = processors.TemplateProcessing(
+            single=[*(name for name, _ in sides["bos"]), "$A", *(name for name, _ in sides["eos"])],
+            special_tokens=list(dict.fromkeys(around)),
+        )
+
+
+def _ends(folder: pathlib.Path, end: int | None) -> tuple[int, ...]:
+    """The tokens that end a text, from generation_config.json or config.json, or else `end`."""
     for file in ("generation_config.json", "config.json"):
-        ends = _json(folder / file).get("eos_token_id")
-        if ends is not None:
-            return tuple(ends) if isinstance(ends, list) else (int(ends),)
-    end = names.get("eos_token")
-    return tuple(codec.encode(end, False)[:1]) if end else ()
+        ends = read_json(folder / file).get("eos_token_id")
+        if ends is None:
+            continue
+        several = ends if isinstance(ends, list) else [ends]
+        if not all(type(one) is int for one in several):
+            raise ValueError(
+                f"{folder / file}: eos_token_id is {shown(ends)}; it must be a number, or a list "
+                "of them"
+            )
+        return tuple(dict.fromkeys(one for one in several if one >= 0))
+    return () if end is None else (end,)
 
 
-def _template(folder: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """The chat template of a checkpoint."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        by_name = {one.get("name"): one.get("template") for one in template}
-        return by_name.get("default")
-    return template
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    fields = _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
-    return fields if isinstance(fields, dict) else {}
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
+    """The chat templates of a checkpoint by name; the usual one is "default"."""
+    files = {file.stem: file for file in sorted(folder.glob(f"{_MORE_TEMPLATES}/*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        texts = {name: _read(file, file.read_bytes) for name, file in files.items()}
+        return {name: text.decode(errors="replace") for name, text in texts.items()}
+    templates = settings.get("chat_template") or {}
+    if isinstance(templates, str):
+        return {"default": templates}
+    if isinstance(templates, list) and all(isinstance(one, dict) for one in templates):
+        templates = {one.get("name"): one.get("template") for one in templates}
+    if not isinstance(templates, dict) or not all(
+        isinstance(part, str) for pair in templates.items() for part in pair
+    ):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {shown(templates)}; it must "
+            "be a text, or a list of objects with `name` and `template`"
+        )
+    return dict(templates)
 
 
 def _read(file: pathlib.Path, read: Callable[[], Any]) -> Any:
+    file_size(file)  # refuses a FIFO, which would never end
     try:
         return read()
-    except Exception as error:  # `tokenizers` raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # `tokenizers` raises bare Exceptions, and Rust's panics
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _tokenizers(file: pathlib.Path) -> Any:
+def _require_tokenizers(file: pathlib.Path) -> None:
     try:
-        import tokenizers
+        importlib.import_module("tokenizers")
     except ImportError:
         raise ValueError(
             f"{file} needs the tokenizers library; in the checkout, run "
             "`pip install -e '.[hf]' -c constraints.txt`"
         ) from None
-    return tokenizers

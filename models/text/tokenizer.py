@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from models.text.template import render
 from wsekern.atomic_write import atomic_write
 
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -38,7 +39,9 @@ class Tokenizer:
     codec: Codec
     ends: tuple[int, ...] = ()  # tokens that end a text
     template: str | None = None  # chat template, in Jinja
+    templates: dict[str, str] = dataclasses.field(default_factory=dict)  # others, by name
     names: dict[str, Any] = dataclasses.field(default_factory=dict)  # its bos_token, eos_token, ...
+    clean_up: bool = False  # whether decoded text loses the spaces before its punctuation
     source: str = ""  # the file it was read from, for error messages
 
     @property
@@ -67,7 +70,8 @@ class Tokenizer:
           tokens: numbers of tokens.
           special: whether special tokens are written by name.
         """
-        return self.codec.decode([int(token) for token in tokens], special)
+        text = self.codec.decode([int(token) for token in tokens], special)
+        return _clean(text) if self.clean_up else text
 
     def chat(
         self,
@@ -117,7 +121,11 @@ class Tokenizer:
         if not isinstance(self.codec, FastCodec):
             return
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names}
-        if self.template is not None:
+        settings["clean_up_tokenization_spaces"] = self.clean_up
+        named = ({} if self.template is None else {"default": self.template}) | self.templates
+        if self.templates:
+            settings["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
+        elif named:
             settings["chat_template"] = self.template
         texts = {
             "tokenizer.json": self.codec.inner.to_str(pretty=True),
@@ -137,17 +145,43 @@ class Tokenizer:
         """
         seen: list[int] = []
         begin = done = 0  # decode from token `begin`; the text up to token `done` is written
+        held = ""  # text that is not cleaned up yet, since what follows may change it
+
+        def decode(first: int, last: int) -> str:
+            return self.codec.decode(seen[first:last], False)
+
         for token in tokens:
             seen.append(int(token))
-            before, now = self.decode(seen[begin:done]), self.decode(seen[begin:])
+            before, now = decode(begin, done), decode(begin, len(seen))
             if now.endswith(_BROKEN) or len(now) <= len(before):
                 yield ""
                 continue
-            yield now[len(before) :]
+            held += now[len(before) :]
+            clean = _clean_length(held) if self.clean_up else len(held)
+            yield _clean(held[:clean]) if self.clean_up else held
+            held = held[clean:]
             # The last piece is decoded again with the next: some tokenizers put a space before a
             # word only if another word precedes it.
             begin, done = done, len(seen)
-        yield self.decode(seen[begin:])[len(self.decode(seen[begin:done])) :]
+        held += decode(begin, len(seen))[len(decode(begin, done)) :]
+        yield _clean(held) if self.clean_up else held
+
+
+def _clean(text: str) -> str:
+    """The text without the spaces that stand before its punctuation, as in `transformers`."""
+    for spaced in _SPACED:
+        text = text.replace(spaced, spaced.strip())
+    return text
+
+
+def _clean_length(text: str) -> int:
+    """How much of the text is cleaned up alike, whatever follows: up to the last word's spaces."""
+    end = len(text)
+    while end > 0:
+        end = text.rfind(" ", 0, end)
+        if end > 0 and text[end - 1] not in " '":
+            return end
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +198,7 @@ class FastCodec:
     @property
     def definition(self) -> str:
         """A text that is equal for two codecs only if they make the same tokens."""
-        return self.inner.to_str()
+        return self.inner.to_str() + ("split" if self.inner.encode_special_tokens else "")
 
     def encode(self, text: str, special: bool) -> list[int]:
         """The tokens of a text; ValueError: the vocabulary lacks a character of it."""

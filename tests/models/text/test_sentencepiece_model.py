@@ -1,0 +1,129 @@
+"""SentencePiece models without a tokenizer.json, held against the library itself."""
+
+import json
+import struct
+
+import pytest
+
+pytest.importorskip("tokenizers")
+spm = pytest.importorskip("sentencepiece")
+
+from models.text.reading import load_tokenizer  # noqa: E402
+from models.text.sentencepiece_model import read_model  # noqa: E402
+
+CORPUS = ["the wafer and the fabric", "naïve café 日本語", "it's 2026, tokens and words"] * 20
+TEXTS = [
+    "the wafer and the fabric",
+    "  naïve   café \N{LATIN SMALL LIGATURE FI} \N{FULLWIDTH LATIN CAPITAL LETTER A} ",
+    "a  b\n\n c\t▁ the",
+    "日本 \N{SNOWMAN} wafers<x>the <x>",
+    "",
+    " ",
+]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Trains a model once for each set of options; returns its bytes."""
+    models = {}
+
+    def model(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in models:
+            folder = tmp_path_factory.mktemp("spm")
+            (folder / "corpus.txt").write_text("\n".join(CORPUS))
+            spm.SentencePieceTrainer.train(
+                input=str(folder / "corpus.txt"),
+                model_prefix=str(folder / "m"),
+                vocab_size=330 if options.get("byte_fallback") else 70,
+                hard_vocab_limit=False,
+                minloglevel=9,
+                **options,
+            )
+            models[key] = (folder / "m.model").read_bytes()
+        return models[key]
+
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_dummy_prefix": False, "byte_fallback": True},
+        {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        {"normalization_rule_name": "nmt_nfkc_cf", "byte_fallback": True, "bos_id": -1},
+        {"user_defined_symbols": ["<x>", "wafer"], "control_symbols": ["<|end|>"], "eos_id": -1},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_the_library(train, tmp_path, model_type, options):
+    content = train(model_type=model_type, **options)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    theirs = spm.SentencePieceProcessor(model_proto=content)
+    ours = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        tokens = ours.encode(text, special=False)
+        assert tokens == theirs.encode(text), text
+        if theirs.unk_id() not in tokens:
+            assert ours.decode(tokens) == theirs.decode(tokens), text
+        assert "".join(ours.stream(tokens)) == ours.decode(tokens)
+    begin = [theirs.bos_id()] if theirs.bos_id() >= 0 else []
+    assert ours.encode("the") == begin + theirs.encode("the")
+    assert ours.ends == ((theirs.eos_id(),) if theirs.eos_id() >= 0 else ())
+
+
+@pytest.mark.parametrize(("legacy", "after"), [(None, "▁the"), (True, "▁the"), (False, "the")])
+def test_legacy_says_whether_a_space_follows_a_special_token(train, tmp_path, legacy, after):
+    content = train(model_type="bpe", byte_fallback=True, user_defined_symbols=["the"])
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    settings = {} if legacy is None else {"legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = tokenizer.encode("</s>the", special=False)
+    pieces = [tokenizer.codec.inner.id_to_token(token) for token in tokens]
+    assert pieces[-1] == "the" and "".join(pieces) == "</s>" + after
+
+
+def test_added_tokens_and_what_begins_and_ends_a_text(train, tmp_path):
+    content = train(model_type="bpe", byte_fallback=True)
+    size = spm.SentencePieceProcessor(model_proto=content).get_piece_size()
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<think>": size, "[PAD]": size + 1}))
+    settings = {"add_bos_token": False, "add_eos_token": True, "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<think>[PAD]") == [size, size + 1, 2]
+    assert tokenizer.decode([size, size + 1]) == "<think>"
+    # A number of the model's own is another name for its piece.
+    decoder = {"3": {"content": "<|user|>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    assert load_tokenizer(tmp_path).encode("<|user|>") == [1, 3]
+
+
+def test_what_is_no_model_is_refused(train, tmp_path):
+    file = tmp_path / "tokenizer.model"
+    content = train(model_type="bpe")
+    for damaged in (b"", b"\xff" * 40, content[:-3], b"\x0a\x02\x0a\xff", content + b"\x0a\x80"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model"):
+            load_tokenizer(tmp_path)
+    words = b"\x12\x02\x18\x03"  # trainer_spec { model_type: WORD }
+    file.write_bytes(content + words)
+    with pytest.raises(ValueError, match="model_type 3 is neither unigram"):
+        load_tokenizer(tmp_path)
+    file.write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    with pytest.raises(
+        ValueError, match="tokenizer_class is 'XLMRobertaTokenizer'; of tokenizer.m"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_the_fields_of_a_model(train, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type="unigram"))
+    model = read_model(tmp_path / "tokenizer.model")
+    assert model.pieces[:3] == ("<unk>", "<s>", "</s>") and model.unigram
+    assert struct.pack("<f", model.scores[3]) and model.scores[3] < 0
+    assert (model.unknown, model.begin, model.end) == (0, 1, 2)

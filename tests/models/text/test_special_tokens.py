@@ -1,0 +1,256 @@
+"""Special and added tokens of every file that names them; values are those of `transformers`."""
+
+import json
+
+import pytest
+
+pytest.importorskip("tokenizers")
+
+import tokenizers  # noqa: E402
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors  # noqa: E402
+
+from models.text.reading import copy_tokenizer, load_tokenizer  # noqa: E402
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_level(*, merges=(), before=()):
+    """A tokenizer of bytes; the tokens of `before` come first."""
+    vocab = {letter: i for i, letter in enumerate([*LETTERS, *("".join(m) for m in merges)])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges)))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(list(before))
+    return inner
+
+
+def write(folder, inner=None, **files):
+    """Writes tokenizer.json and the JSON files named by keyword, such as `tokenizer_config={}`."""
+    if inner is not None:
+        inner.save(str(folder / "tokenizer.json"))
+    for name, fields in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(fields))
+    return folder
+
+
+def letters(text):
+    return [LETTERS.index(letter) for letter in text]
+
+
+def test_what_training_left_in_a_tokenizer_is_off(tmp_path):
+    inner = byte_level(merges=[("a", "b")])
+    inner.enable_truncation(4)
+    inner.enable_padding(length=20)
+    inner.model.dropout = 0.99
+    tokenizer = load_tokenizer(write(tmp_path, inner))
+    assert [tokenizer.encode("ab" * 9) for _ in range(3)] == [[256] * 9] * 3
+    assert tokenizer.names == {"pad_token": "[PAD]"}
+
+
+@pytest.mark.parametrize("room", [None, 256, 300])
+def test_an_end_that_the_vocabulary_lacks_ends_nothing(tmp_path, room):
+    config = {} if room is None else {"vocab_size": room}
+    write(tmp_path, byte_level(), tokenizer_config={"eos_token": "</s>"}, config=config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.ends == () and tokenizer.names == {"eos_token": "</s>"}
+    # As in transformers, it gets the next number, but none that the model has no row for.
+    assert tokenizer.encode("</s>") == (letters("</s>") if room == 256 else [256])
+
+
+@pytest.mark.parametrize("end", ["<e>", {"content": "<e>", "lstrip": False, "special": True}])
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+def test_special_tokens_are_seen_in_either_file(tmp_path, file, end):
+    named = {"eos_token": end, "bos_token": None, "additional_special_tokens": ["<x>"]}
+    write(tmp_path, byte_level(before=["<e>"]), added_tokens={"<x>": 257}, **{file: named})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.ends == (256,) and tokenizer.names == {"eos_token": "<e>"}
+    assert tokenizer.encode("a<x><e>") == [*letters("a"), 257, 256]
+    assert tokenizer.decode([*letters("a"), 257, 256]) == "a"
+    assert tokenizer.decode([257, 256], special=True) == "<x><e>"
+
+
+def test_special_tokens_map_overrides_a_configuration_without_numbers(tmp_path):
+    inner = byte_level(before=["<a>", "<b>"])
+    write(tmp_path, inner, special_tokens_map={"eos_token": "<b>"})
+    write(tmp_path, tokenizer_config={"eos_token": "<a>"})
+    assert load_tokenizer(tmp_path).ends == (257,)
+    numbered = {"eos_token": "<a>", "added_tokens_decoder": {"256": {"content": "<a>"}}}
+    write(tmp_path, tokenizer_config=numbered)
+    assert load_tokenizer(tmp_path).ends == (256,)
+
+
+FLAGS = {"lstrip": True, "rstrip": True, "single_word": False, "normalized": False, "special": True}
+
+
+def test_added_tokens_are_found_in_text_as_their_flags_say(tmp_path):
+    decoder = {
+        "256": {**FLAGS, "content": "<x>"},
+        "257": {**FLAGS, "content": "ly", "single_word": True, "lstrip": False, "special": False},
+    }
+    write(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": decoder})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a <x> b") == [*letters("a"), 256, *letters("b")]
+    assert tokenizer.encode("oily ly") == [*letters("oilyĠ"), 257]
+    assert tokenizer.decode([256, 257]) == "ly"
+
+
+def test_tokens_of_a_name_of_their_own_are_special(tmp_path):
+    named = {
+        "image_token": "<i>",
+        "extra_special_tokens": {"audio_token": "<o>"},
+        "use_token": True,
+    }
+    write(tmp_path, byte_level(), tokenizer_config=named)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.names == {"image_token": "<i>", "audio_token": "<o>"}
+    assert tokenizer.encode("<o><i>") == [257, 256] and tokenizer.decode([256, 257]) == ""
+
+
+def test_text_of_special_tokens_can_stay_text(tmp_path):
+    write(tmp_path, byte_level(before=["<e>"]), tokenizer_config={"split_special_tokens": True})
+    assert load_tokenizer(tmp_path).encode("<e>") == letters("<e>")
+
+
+def pair(folder, **files):
+    """vocab.json and merges.txt, and the JSON files named by keyword."""
+    vocab = {letter: i for i, letter in enumerate([*LETTERS, "Ġa", "e\u0301"])}
+    (folder / "merges.txt").write_text("#version: 0.2\nĠ a\r\n")
+    return write(folder, vocab=vocab, **files)
+
+
+def test_vocab_and_merges_with_added_tokens(tmp_path):
+    pair(
+        tmp_path,
+        added_tokens={"<|endoftext|>": 258, "<think>": 259},
+        special_tokens_map={"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"},
+        tokenizer_config={"add_bos_token": True, "add_prefix_space": True},
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.ends == (258,)
+    assert tokenizer.encode("a<think>") == [258, 256, 259]
+    assert tokenizer.decode([258, 256, 259]) == " a<think>"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"tokenizer_class": "Qwen2TokenizerFast"}},
+        {"config": {"model_type": "qwen3"}},
+    ],
+)
+def test_qwen2_normalizes_and_takes_digits_apart(tmp_path, files):
+    tokenizer = load_tokenizer(pair(tmp_path, **files))
+    assert tokenizer.encode("e\u0301 a") == [*letters("Ã©"), 256]
+    words = tokenizer.codec.inner.pre_tokenizer.pre_tokenize_str("it 12")
+    assert [word for word, _ in words] == ["it", "Ġ", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens": {"<x>": 300}}, "'<x>' is to be number 300, but tokenizer.json makes it"),
+        ({"added_tokens": {"<x>": "1"}}, "added_tokens.json: <x> is '1'; it must be a number"),
+        ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token is 3; it must"),
+        (
+            {"tokenizer_config": {"eos_token": {"content": 3}}},
+            "eos_token is .*; it must be a token",
+        ),
+        (
+            {"tokenizer_config": {"eos_token": {"content": "a", "lstrip": 1}}},
+            "eos_token.lstrip is 1",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, r"added_tokens_decoder\['x'\]"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": [1]}},
+            "added_tokens_decoder is .*an object",
+        ),
+        ({"tokenizer_config": {"additional_special_tokens": 1}}, "additional_special_tokens is 1"),
+        ({"generation_config": {"eos_token_id": ["</s>"]}}, "generation_config.json: eos_token_id"),
+        ({"config": {"eos_token_id": True}}, "config.json: eos_token_id is True"),
+        ({"tokenizer_config": {"chat_template": [1]}}, "tokenizer_config.json: chat_template is"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_named(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(write(tmp_path, byte_level(), **files))
+
+
+def test_a_token_that_the_vocabulary_lacks_is_added_to_no_text(tmp_path):
+    inner = byte_level()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 999)]
+    )
+    with pytest.raises(ValueError, match="adds token 999 to every text, and has 256 tokens"):
+        load_tokenizer(write(tmp_path, inner))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["vocab.json"], "vocab.json: no vocabulary that is read"),
+        (["vocab.txt"], "vocab.txt: no vocabulary that is read"),
+        (["tekken.json"], "tekken.json: no vocabulary"),
+        (["tokenizer_config.json"], "tokenizer_config.json: no vocabulary"),
+    ],
+)
+def test_a_tokenizer_that_is_not_read_does_not_become_bytes(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_class_with_other_rules_is_refused(tmp_path):
+    pair(tmp_path, tokenizer_config={"tokenizer_class": "RobertaTokenizer"})
+    with pytest.raises(ValueError, match="tokenizer_class is 'RobertaTokenizer'; of vocab.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_several_ends(tmp_path):
+    write(tmp_path, byte_level(before=["<e>"]), config={"eos_token_id": [1, 2, 1]})
+    assert load_tokenizer(tmp_path).ends == (1, 2)
+    write(tmp_path, generation_config={"eos_token_id": None})
+    assert load_tokenizer(tmp_path).ends == (1, 2)
+    write(tmp_path, generation_config={"eos_token_id": -1})
+    assert load_tokenizer(tmp_path).ends == ()
+
+
+def test_a_copy_has_every_file_of_a_tokenizer(tmp_path):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    copy.mkdir()
+    inner = byte_level(before=["<e>"])
+    inner.add_tokens([AddedToken("<think>")])
+    write(source, inner, special_tokens_map={"eos_token": "<e>"}, added_tokens={"<x>": 258})
+    pair(source, generation_config={"eos_token_id": [256]})
+    (source / "tokenizer.model").write_bytes(b"")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    copy_tokenizer(source, copy)
+    files = {file.relative_to(source) for file in source.rglob("*") if file.is_file()}
+    assert {file.relative_to(copy) for file in copy.rglob("*") if file.is_file()} == files
+    assert load_tokenizer(copy).fingerprint == load_tokenizer(source).fingerprint
+    assert load_tokenizer(copy).templates == {"tool_use": "{{ tools }}"}
+
+
+def word_pieces():
+    vocab = ["[UNK]", "it", "'", "s", ".", "a", "##b", "n't", "is", ",", "!"]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({piece: i for i, piece in enumerate(vocab)}, unk_token="[UNK]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.WordPiece(cleanup=False)
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [("it ' s a . ab", "it's a. ab"), ("is n't a , !", "isn't a,!"), ("a ' ' ' s", "a'''s")],
+)
+def test_spaces_before_punctuation_go_in_streams_too(tmp_path, text, clean):
+    write(tmp_path, word_pieces(), tokenizer_config={"clean_up_tokenization_spaces": True})
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == clean
+    assert "".join(tokenizer.stream(tokens)) == clean
+    assert len(list(tokenizer.stream(tokens))) == len(tokens) + 1

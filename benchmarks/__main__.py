@@ -12,6 +12,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from wsekern.closed_pipe import end_on_closed_pipe
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark `argv[0]` with the flags `argv[1:]`; returns an exit status.
@@ -21,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     known = _summaries()
     if not argv or argv[0] in ("-h", "--help"):
-        _list(known)
+        with end_on_closed_pipe():
+            _list(known)
         return 0
     name, *flags = argv
     if name not in known:
@@ -29,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"benchmarks: {name!r} is not one of {', '.join(known)}{hint}", file=sys.stderr)
         return 2
-    importlib.import_module(f"benchmarks.{name}").main(flags)
+    with end_on_closed_pipe():
+        importlib.import_module(f"benchmarks.{name}").main(flags)
     return 0
 
 

@@ -1,8 +1,8 @@
 """Heat in a plate of copper, from two lines of user code, with a picture.
 
-    python examples/heat.py --wafer 2x4       on 8 devices, emulated if need be
-    python examples/heat.py --virtual 8x8     on virtual PEs, on one device
-    python examples/heat.py --estimate 64x64  only print what a wafer would take
+    python examples/heat.py --wafer 2x4    on 8 devices, emulated if need be
+    python examples/heat.py --virtual 8x8  on virtual PEs, on one device
+    python examples/heat.py --estimate     only print what a wafer would take
 
 Needs the extra `viz`.
 """
@@ -11,32 +11,34 @@ import functools
 
 import numpy as np
 from pictures import Panel, picture
-from where import flags, number, wafer_of
+from where import check_out, flags, number, print_estimate, run, wafer_of
 
 import wsekern as wk
+from wsekern.progress import show_progress
 
 WIDTH = 0.1  # side of the plate, m
+CELLS, TILE = 256, 32  # cells along the plate; along each PE's tile in an estimate
 DIFFUSIVITY = 1.1e-4  # of copper, m^2/s
 SHARE = 0.2  # of the difference to a neighbor that a cell takes over in a step; stable up to 1/4
 
 
 def main() -> None:
     parser = flags(__doc__, "heat.png")
-    number(parser, "--cells", 256, "cells along a side")
+    number(parser, "--cells", CELLS, "cells along a side", per_pe=TILE)
     number(parser, "--steps", 1500, "time steps")
     arguments = parser.parse_args()
     wafer = wafer_of(arguments)
-    start = plate(arguments.cells)
-    with wafer:
-        if arguments.estimate:
-            print(wk.estimate(functools.partial(diffuse, steps=arguments.steps), start))
-            return
-        _, snapshots = diffuse(
-            start, steps=arguments.steps, save_every=max(1, arguments.steps // 3)
-        )
+    if arguments.estimate:
+        estimate(arguments.cells or TILE * max(wafer.height, wafer.width), arguments.steps, wafer)
+        return
+    check_out(arguments.out)
+    every = max(1, arguments.steps // 3)
+    with wafer, show_progress(f"heat: {arguments.steps:,} steps"):
+        start = plate(arguments.cells or CELLS)
+        snapshots = np.asarray(diffuse(start, steps=arguments.steps, save_every=every)[1])
     change = float(snapshots[-1].mean() / start.mean()) - 1
     print(f"after {arguments.steps} steps the plate holds {change:+.1e} more heat than at first")
-    draw(start, snapshots, arguments.steps, arguments.out)
+    draw(np.asarray(start), snapshots, every, arguments.out)
     print(f"drawn to {arguments.out}")
 
 
@@ -51,6 +53,17 @@ def diffuse(u, steps: int, save_every: int | None = None):
     return wk.stencil(u, step, radius=1, boundary="edge", steps=steps, save_every=save_every)
 
 
+def estimate(cells: int, steps: int, wafer: wk.Wafer) -> None:
+    """Prints what the steps cost on `wafer`, and on GPUs that launch one kernel a step."""
+    import jax
+
+    start = jax.eval_shape(lambda: plate(cells))
+    run = functools.partial(diffuse, steps=steps)
+    print(f"{cells:,} x {cells:,} cells, {steps:,} steps\n")
+    with wafer:
+        print_estimate(run, start, wafer=wafer, launches=steps)
+
+
 def plate(cells: int):
     """A plate at 20 degrees with a hot ring and a cold bar in it, `[cells, cells]`."""
     import jax.numpy as jnp
@@ -62,14 +75,15 @@ def plate(cells: int):
     return jnp.where(ring, 100.0, jnp.where(bar, -20.0, 20.0)).astype(jnp.float32)
 
 
-def draw(start, snapshots, steps: int, path: str) -> None:
-    seconds = SHARE * (WIDTH / start.shape[0]) ** 2 / DIFFUSIVITY * max(1, steps // 3)
+def draw(start, snapshots, every: int, path: str) -> None:
+    """Draws the plate at the start and after each `every` steps."""
+    milliseconds = 1000 * SHARE * (WIDTH / start.shape[0]) ** 2 / DIFFUSIVITY
     side = 1000 * WIDTH
     panels = [
         Panel(
-            values=np.asarray(frame),
+            values=frame,
             extent=(0, side, 0, side),
-            title=f"{i * seconds:.1f} s",
+            title=f"step {i * every:,}: {i * every * milliseconds:.3g} ms",
             x="x (mm)",
             y="y (mm)",
             colors="inferno",
@@ -82,4 +96,4 @@ def draw(start, snapshots, steps: int, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

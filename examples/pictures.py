@@ -34,9 +34,9 @@ def picture(path: str, panels: Sequence[Panel], *, columns: int, size: tuple[flo
         if place % columns and alike:
             axis.set_ylabel("")
         if not alike:
-            figure.colorbar(image, ax=axis, label=panel.unit)
+            _color_bar(figure, image, panel, axis)
     if alike:
-        figure.colorbar(image, ax=axes, label=panels[0].unit, pad=0.01)
+        _color_bar(figure, image, panels[0], axes, pad=0.01)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -49,7 +49,7 @@ def film(path: str, panel: Panel, frames: Any, titles: Sequence[str]) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     image = _draw(axis, panel)
     if panel.unit:
-        figure.colorbar(image, label=panel.unit, shrink=0.8)
+        _color_bar(figure, image, dataclasses.replace(panel, values=frames), axis, shrink=0.8)
 
     def show(i):
         image.set_data(frames[i])
@@ -61,8 +61,11 @@ def film(path: str, panel: Panel, frames: Any, titles: Sequence[str]) -> None:
 
 
 def both_ways(values: Any, share: float = 1.0) -> tuple[float, float]:
-    """Limits symmetric about zero, at `share` of the largest absolute value."""
-    most = share * float(np.abs(values).max()) or 1.0
+    """Limits symmetric about zero that `share` of the values lie within.
+
+    With less than all of them, a few cells next to a source do not leave the others without color.
+    """
+    most = float(np.quantile(np.abs(values), share)) or 1.0
     return -most, most
 
 
@@ -73,6 +76,15 @@ def _pyplot():
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def _color_bar(figure, image, panel, axes, **options):
+    """A color bar, with a tip at each end beyond which there are values."""
+    low, high = panel.limits or (-np.inf, np.inf)
+    below, above = np.min(panel.values) < low, np.max(panel.values) > high
+    tips = {(True, True): "both", (True, False): "min", (False, True): "max"}
+    extend = tips.get((bool(below), bool(above)), "neither")
+    figure.colorbar(image, ax=axes, label=panel.unit, extend=extend, **options)
 
 
 def _draw(axis, panel):

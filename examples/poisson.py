@@ -1,29 +1,35 @@
 """Poisson's equation on a square with cold walls, by BiCGStab and by multigrid, with a picture.
 
-    python examples/poisson.py --wafer 2x4       on 8 devices, emulated if need be
-    python examples/poisson.py --virtual 8x8     on virtual PEs, on one device
-    python examples/poisson.py --estimate 64x64  only print what a wafer would take
+    python examples/poisson.py --wafer 2x4    on 8 devices, emulated if need be
+    python examples/poisson.py --virtual 8x8  on virtual PEs, on one device
+    python examples/poisson.py --estimate     only print what a wafer would take
 
-The estimate is for as many iterations as one device takes. Needs the extra `viz`.
+The estimate is for as many iterations as one device takes; from 256 cells on, BiCGStab's grow with
+the cells along a side, and multigrid's do not. Needs the extra `viz`.
 """
 
 import functools
 
-from where import flags, number, wafer_of
+from where import check_out, flags, number, print_estimate, run, wafer_of
 
 import wsekern as wk
+from wsekern.progress import show_progress
+
+CELLS, TILE = 256, 16  # cells along the square; along each PE's tile in an estimate
+SOLVED = 256  # cells along a side whose iterations are counted for an estimate
 
 
 def main() -> None:
     parser = flags(__doc__, "poisson.png")
-    number(parser, "--cells", 256, "cells along a side")
+    number(parser, "--cells", CELLS, "cells along a side", per_pe=TILE)
     arguments = parser.parse_args()
     wafer = wafer_of(arguments)
     if arguments.estimate:
-        estimate(arguments.cells, wafer)
+        estimate(arguments.cells or TILE * max(wafer.height, wafer.width), wafer)
         return
-    with wafer:
-        solutions, error = solve(arguments.cells)
+    check_out(arguments.out)
+    with wafer, show_progress("poisson: solving twice"):
+        solutions, error = solve(arguments.cells or CELLS)
     for name, s in solutions.items():
         print(f"{name:9} {int(s.iterations):4d} iterations, {s.why}, residual {s.residual:.2e}")
     print(f"largest error against the exact solution: {error:.2e}")
@@ -44,10 +50,27 @@ def solve(cells: int):
 
 def estimate(cells: int, wafer: wk.Wafer) -> None:
     """Prints what each solver costs; it takes the same number of iterations on every wafer."""
-    b, _ = problem(cells)
-    for name, s in solve(cells)[0].items():
-        print(f"{name}, {int(s.iterations)} iterations\n")
-        print(wk.estimate(solvers(cells)[name], b, wafer=wafer, trips=int(s.iterations)), "\n")
+    import jax
+
+    b, _ = jax.eval_shape(lambda: problem(cells))
+    with show_progress("poisson: counting iterations"):
+        solutions, _ = solve(min(cells, SOLVED))
+    growth = {"BiCGStab": max(1, cells / SOLVED), "multigrid": 1}
+    for name, solution in solutions.items():
+        trips = round(int(solution.iterations) * growth[name])
+        print(f"{name}, {cells:,} x {cells:,} cells, {trips:,} iterations\n")
+        launches = trips * launches_of_iteration(cells)[name]
+        print_estimate(solvers(cells)[name], b, wafer=wafer, launches=launches, trips=trips)
+        print()
+
+
+def launches_of_iteration(cells: int) -> dict[str, int]:
+    """The kernels that a GPU launches at least in an iteration of each solver.
+
+    BiCGStab: two applications, each with its scalar products, and the new solution. Multigrid: on
+    each grid four sweeps, the residual taken to the next grid, and the correction brought back.
+    """
+    return {"BiCGStab": 3, "multigrid": 6 * max(1, cells.bit_length() - 1)}
 
 
 def problem(cells: int):
@@ -82,7 +105,7 @@ def laplacian(level: int):
 def solvers(cells: int):
     """Name of a solver -> function from the right side to its solution."""
     # Float32 cannot resolve a residual much smaller than this beside the right side.
-    tolerance = max(1e-4, 3e-8 * cells**2)
+    tolerance = max(1e-4, 6e-8 * cells**2)
     return {
         "BiCGStab": functools.partial(
             wk.bicgstab, laplacian(1), tolerance=tolerance, max_iterations=2000
@@ -119,4 +142,4 @@ def draw(solutions, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,8 @@
 """An unstable jet in a rotating, shallow sea, with an animation: a small climate.
 
-    python examples/shallow_water.py --wafer 2x4       on 8 devices, emulated if need be
-    python examples/shallow_water.py --virtual 4x8     on virtual PEs, on one device
-    python examples/shallow_water.py --estimate 36x72  only print what a wafer would take
+    python examples/shallow_water.py --wafer 2x4    on 8 devices, emulated if need be
+    python examples/shallow_water.py --virtual 4x8  on virtual PEs, on one device
+    python examples/shallow_water.py --estimate     only print what a wafer would take
 
 The terms are those of the demonstration of mpi4jax (D. Hafner and F. Vicentini, 2021). Its friction
 of v is included as it is there, with differences to u. Needs the extra `viz`.
@@ -12,10 +12,12 @@ import functools
 
 import numpy as np
 from pictures import Panel, both_ways, film
-from where import flags, number, wafer_of
+from where import check_out, flags, number, print_estimate, run, wafer_of
 
 import wsekern as wk
+from wsekern.progress import show_progress
 
+HEIGHT, LENGTH, TILE = 180, 360, 8  # cells of the sea; along each PE's tile in an estimate
 SPACING = 5e3  # m
 GRAVITY, DEPTH = 9.81, 100.0  # m/s^2, m
 CORIOLIS, BETA = 2e-4, 2e-11  # at the southern wall, 1/s; its growth to the north, 1/(m s)
@@ -30,26 +32,39 @@ BOUNDARY = {  # walls in the south and the north; periodic in x
 
 def main() -> None:
     parser = flags(__doc__, "shallow_water.gif")
-    number(parser, "--height", 180, "cells of the sea from south to north")
-    number(parser, "--length", 360, "cells of the sea from west to east")
+    number(parser, "--height", HEIGHT, "cells of the sea from south to north", per_pe=TILE)
+    number(parser, "--length", LENGTH, "cells of the sea from west to east", per_pe=TILE)
     number(parser, "--days", 10, "days to compute")
     number(parser, "--frames", 60, "frames of the animation")
     arguments = parser.parse_args()
     wafer = wafer_of(arguments)
-    shape = arguments.height, arguments.length
     every = max(1, round(arguments.days * 86_400 / STEP / arguments.frames))
-    with wafer:
-        sea = jet(*shape)
-        run = functools.partial(sail, land=walls(*shape), steps=every * arguments.frames)
-        if arguments.estimate:
-            print(wk.estimate(run, sea))
-            return
-        _, frames = run(sea, save_every=every)
-    eta = np.asarray(frames["eta"])
+    steps = every * arguments.frames
+    if arguments.estimate:
+        height = arguments.height or TILE * wafer.height
+        estimate(height, arguments.length or TILE * wafer.width, steps, wafer)
+        return
+    check_out(film=arguments.out)
+    shape = arguments.height or HEIGHT, arguments.length or LENGTH
+    with wafer, show_progress(f"shallow_water: {steps:,} steps"):
+        _, frames = sail(jet(*shape), walls(*shape), steps, save_every=every)
+        eta = np.asarray(frames["eta"])
     mass = DEPTH * eta[0].size + eta.sum((1, 2), np.float64)
     print(f"mass changed by {abs(mass[-1] / mass[0] - 1):.1e} of itself")
-    animate(eta, every * STEP / 86_400, arguments.out)
+    with show_progress("shallow_water: drawing"):
+        animate(eta, every * STEP / 86_400, arguments.out)
     print(f"drawn to {arguments.out}")
+
+
+def estimate(height: int, length: int, steps: int, wafer: wk.Wafer) -> None:
+    """Prints what the steps cost on `wafer`, and on GPUs that launch one kernel a step."""
+    import jax
+
+    sea, land = jax.eval_shape(lambda: (jet(height, length), walls(height, length)))
+    print(f"{height:,} x {length:,} cells, {steps:,} steps\n")
+    with wafer:
+        run = functools.partial(sail, steps=steps)
+        print_estimate(run, sea, land, wafer=wafer, launches=steps)
 
 
 def sail(sea, land, steps: int, save_every: int | None = None):
@@ -149,4 +164,4 @@ def animate(eta, days: float, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,7 @@ import os
 import sys
 
 from models.arguments import Command, GenerateCommand, InfoCommand, PlanCommand, parse
+from wsekern.closed_pipe import end_on_closed_pipe
 from wsekern.wafer.launch import parse_grid, prepare_devices
 
 
@@ -12,7 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command in `argv`; returns 0, 2 if it is refused, or 130 if it is interrupted."""
     try:
         command = parse(argv)
-        return _run(command)
+        with end_on_closed_pipe():
+            return _run(command)
     except (ValueError, OSError) as error:
         print(f"python -m models: error: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ ROOMS = {
     "atomic_write": 0,
     "public_names": 0,
     "progress": 0,
+    "closed_pipe": 0,
     "wafer": 1,
     "fabric": 2,
 }

@@ -12,6 +12,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from wsekern.closed_pipe import end_on_closed_pipe
 from wsekern.estimator import command
 from wsekern.hardware import (
     ACCELERATORS,
@@ -43,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] == ["bench"] and words[1:2] not in (["-h"], ["--help"]):
         return bench(words[1:])  # the benchmarks parse their own flags
     arguments = parser.parse_args(words)
-    if name == "estimate":
-        return command.run(arguments)
-    return info() if name else parser.print_help()
+    with end_on_closed_pipe():
+        if name == "estimate":
+            return command.run(arguments)
+        return info() if name else parser.print_help()
 
 
 def info() -> None:

@@ -26,6 +26,7 @@ from wsekern.estimator.command import machine_called
 from wsekern.estimator.pictures import figure, output, page, scaling
 from wsekern.estimator.report import with_unit
 from wsekern.hardware import ACCELERATORS, CLUSTERS, GB, Accelerator, Machine
+from wsekern.progress import show_progress
 
 Rows = list[tuple[str, ...]]
 
@@ -40,18 +41,19 @@ def run(command: PlanCommand) -> int:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Decoder.shapes(config))))
     if isinstance(machine, Accelerator):
         return _report_chips(command, config, parameters, machine)
-    chosen = plan(
-        config,
-        name=command.model,
-        parameters=parameters,
-        mode=command.mode,
-        machine=machine,
-        wafers=wafers if command.wafers is None else command.wafers,
-        context=command.context,
-        batch=command.batch,
-        side=command.side,
-        clock_hz=command.clock and command.clock * 1e9,
-    )
+    with show_progress(f"python -m models plan: pricing layouts of {command.model}"):
+        chosen = plan(
+            config,
+            name=command.model,
+            parameters=parameters,
+            mode=command.mode,
+            machine=machine,
+            wafers=wafers if command.wafers is None else command.wafers,
+            context=command.context,
+            batch=command.batch,
+            side=command.side,
+            clock_hz=command.clock and command.clock * 1e9,
+        )
     if command.json:
         print(json.dumps(as_json(chosen), indent=2))
     else:

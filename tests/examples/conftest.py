@@ -19,6 +19,6 @@ def run(monkeypatch):
 
     def main(module, *arguments):
         monkeypatch.setattr(sys, "argv", ["example", *map(str, arguments)])
-        module.main()
+        module.run(module.main)
 
     return main

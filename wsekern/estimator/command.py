@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from wsekern.hardware import MACHINES, Machine
+from wsekern.progress import show_progress
 from wsekern.wafer.launch import parse_height_width
 
 _DESCRIPTION = (
@@ -124,7 +125,8 @@ def _estimate(arguments: argparse.Namespace) -> None:
     wafer = Wafer.abstract(machine, height, width, arguments.wafers, defects=defects)
     clock = arguments.clock and arguments.clock * 1e9
     options = {name: getattr(arguments, name) for name in ("trips", "density", "launches")}
-    e = estimate(function, *shapes, wafer=wafer, clock_hz=clock, **options)
+    with show_progress("wsekern estimate: tracing and walking the program"):
+        e = estimate(function, *shapes, wafer=wafer, clock_hz=clock, **options)
     _draw(e, arguments)
     if not arguments.json:
         return print(e)
@@ -185,7 +187,8 @@ def _validate(table: str, as_json: bool, plot: str | None) -> None:
     from wsekern.estimator.pictures.published import plot_published
     from wsekern.estimator.validation import points
 
-    validation = points.validate(table or points.POINTS)
+    with show_progress("wsekern estimate: predicting the points"):
+        validation = points.validate(table or points.POINTS)
     if plot is not None:
         plot_published(validation, plot)
     if as_json:
@@ -194,11 +197,10 @@ def _validate(table: str, as_json: bool, plot: str | None) -> None:
         return print(validation.as_json())
     print(validation)
     if not table:
-        # This takes seconds, so that the line says first what is being computed.
-        print("fitted anew without one kind of program, mean absolute error of that kind:", end="")
-        sys.stdout.flush()
-        errors = points.cross_validate()
-        print(" " + ", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
+        with show_progress("wsekern estimate: fitting anew without each kind of program"):
+            errors = points.cross_validate()
+        print("fitted anew without one kind of program, mean absolute error of that kind: ", end="")
+        print(", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
 
 
 def _load_program(program: str) -> tuple[Callable, Sequence[Any]]:

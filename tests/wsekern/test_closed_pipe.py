@@ -1,0 +1,23 @@
+"""A command whose reader has gone ends without a word."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = {
+    "wsekern": "from wsekern.cli import main; main(['info'])",
+    "benchmarks": "from benchmarks.__main__ import main; main([])",
+    "models": "from models.__main__ import main; main(['info', '--model', 'llama3-8b'])",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_ends_quietly(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-c", COMMANDS[command]]
+    done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -20,7 +20,7 @@ import wsekern as wk
 from models.decoder import Decoder, make_sequence, unstack_layers
 from models.layers import Attention, Sequence
 from models.sampling import Sampling, choose, sequence_keys
-from wsekern.wafer import context, layout
+from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
 _AHEAD = 8  # steps in flight before the host reads a token
@@ -52,6 +52,23 @@ class GenerationState:
     ended: Bool[Array, " B"]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("tokens", "lengths", "ended"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What one pass over the texts hands to the next, where they are longer than the context."""
+
+    tokens: Int[Array, "B L"]  # zeros where there are none yet
+    lengths: Int[Array, " B"]
+    ended: Bool[Array, " B"]
+
+
+_Loop = tuple[Int[Array, ""], Texts]  # the tokens taken so far
+
+
 def generate(
     model: Decoder,
     tokens: Int[Array | np.ndarray, "B T"],
@@ -66,9 +83,10 @@ def generate(
 ) -> Int[Array, "B _"]:
     """`tokens` continued by `max_new_tokens` more, `[B, T + max_new_tokens]`.
 
-    The continuation of a prompt shorter than T follows the prompt directly, with zeros after it. A
-    text longer than the model's context loses its beginning; each token then costs a pass over the
-    whole context instead of one step with the cache.
+    The continuation of a prompt shorter than T follows the prompt directly, with zeros after it.
+    Once a text of the batch is as long as the model's context, the model sees the last tokens of
+    each text that the context holds; a token then costs a pass over them instead of one step with
+    the cache.
 
     Args:
       model: a decoder; one loaded with `stacked=False` saves a copy of its layers at each call.
@@ -88,25 +106,22 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     lengths = _check("generate", model, tokens, lengths, max_new_tokens, sampling, key)
-    if int(lengths.max()) + max_new_tokens > model.config.context:
-        if lengths.min() < tokens.shape[1]:
-            raise ValueError(
-                f"generate: {max_new_tokens} more tokens are beyond the context of "
-                f"{model.config.context}: prompts of different lengths cannot slide; ask for fewer"
-            )
-        graph, params = nnx.split(model)
-        key = jax.random.key(0) if key is None else key
-        return _sliding(graph, params, jnp.asarray(tokens), key, max_new_tokens, sampling)
+    key = jax.random.key(0) if key is None else key
     text = np.zeros((tokens.shape[0], tokens.shape[1] + max_new_tokens), np.int32)
     for row, length in enumerate(lengths):
         text[row, :length] = tokens[row, :length]
     rows, ends = np.arange(len(lengths)), lengths.copy()
     ended = np.zeros(len(lengths), bool)
-    steps = stream(model, tokens, sampling, max_new_tokens, key=key, lengths=lengths, stop=stop)
-    for step in steps:
+    cached = min(max_new_tokens, model.config.context - int(lengths.max()))
+    for step in _steps(model, tokens, sampling, cached, key, lengths, stop):
         text[rows, ends] = np.where(ended, 0, step.tokens)
         ended, ends = step.ended, ends + 1
-    return jnp.asarray(text)
+    if cached == max_new_tokens or ended.all():
+        return jnp.asarray(text)
+    graph, params = nnx.split(model)
+    texts = Texts(tokens=jnp.asarray(text), lengths=jnp.asarray(ends), ended=jnp.asarray(ended))
+    stops = jnp.asarray(stop, jnp.int32)
+    return _slide(graph, params, texts, key, stops, max_new_tokens - cached, sampling)
 
 
 def stream(
@@ -168,7 +183,7 @@ def _steps(
     for _ in range(max_new_tokens - 1):
         state, outputs = decode(graph, params, state, key, ends, sampling, wafer)
         in_flight.append(outputs)
-        if len(in_flight) > _AHEAD or stop:
+        if len(in_flight) > _AHEAD or len(stop):
             step = _to_host(in_flight.pop(0))
             yield step
             if step.ended.all():
@@ -276,41 +291,61 @@ def _next_token(
     ends: Int[Array, " E"],
     sampling: Sampling,
 ) -> tuple[GenerationState, _Outputs]:
-    logits = model.logits(model.norm(x))[:, 0].astype(jnp.float32)
-    tokens = choose(logits, sequence_keys(key, state.lengths), sampling)
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
-    ended = state.ended | (tokens[:, None] == ends[None]).any(1)
+    x = model.norm(x)
+    tokens, logprobs, ended = _choose(model, x, state.lengths, state.ended, key, ends, sampling)
     state = dataclasses.replace(state, tokens=tokens, ended=ended)
     # Copies: the state is donated to the next step before the host has read these.
     return state, (tokens + 0, logprobs, ended | False)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _sliding(
+def _choose(
+    model: Decoder,
+    hidden: Float[Array, "B 1 D"],
+    lengths: Int[Array, " B"],
+    ended: Bool[Array, " B"],
+    key: Key[Array, ""],
+    ends: Int[Array, " E"],
+    sampling: Sampling,
+) -> _Outputs:
+    """The token after `hidden`, the features of the last one, in texts of these `lengths`."""
+    logits = model.logits(hidden)[:, 0].astype(jnp.float32)
+    tokens = choose(logits, sequence_keys(key, lengths), sampling)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
+    return tokens, logprobs, ended | (tokens[:, None] == ends[None]).any(1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _slide(
     graph: nnx.GraphDef[Decoder],
     params: nnx.State,
-    tokens: Int[Array, "B T"],
+    texts: Texts,
     key: Key[Array, ""],
-    max_new_tokens: int,
+    ends: Int[Array, " E"],
+    new_tokens: int,
     sampling: Sampling,
-) -> Int[Array, "B _"]:
-    """The whole text; each token takes a pass over as much of its end as the context holds."""
-    T = tokens.shape[1]
-    text = layout.resize(tokens, 1, T + max_new_tokens)
+) -> Int[Array, "B L"]:
+    """`texts` with `new_tokens` more; each takes a pass over as much as the context holds."""
     window = nnx.merge(graph, params).config.context
+    rows = jnp.arange(texts.tokens.shape[0])
 
-    def extend(length: Int[Array, ""], text: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    def extend(state: _Loop) -> _Loop:
+        taken, texts = state
         model = nnx.merge(graph, params)
-        start = jnp.maximum(0, length - window)
-        # The window may reach beyond the text; attention is causal, so position `length - 1` does
-        # not see it.
-        x, _ = model.hidden(jax.lax.dynamic_slice_in_dim(text, start, window, axis=1))
-        last = jax.lax.dynamic_slice_in_dim(x, length - 1 - start, 1, axis=1)
-        logits = model.logits(last)[:, 0].astype(jnp.float32)
-        token = choose(logits, sequence_keys(key, jnp.full(text.shape[0], length)), sampling)
-        return jax.lax.dynamic_update_slice_in_dim(text, token[:, None], length, axis=1)
+        starts = jnp.maximum(0, texts.lengths - window)
+        # The window of a short text reaches beyond its end; attention is causal, so its last token
+        # does not see that.
+        cut = jax.vmap(lambda text, start: jax.lax.dynamic_slice_in_dim(text, start, window))
+        x, _ = model.hidden(cut(texts.tokens, starts))
+        last = jnp.take_along_axis(x, (texts.lengths - 1 - starts)[:, None, None], axis=1)
+        new, _, ended = _choose(model, last, texts.lengths, texts.ended, key, ends, sampling)
+        tokens = texts.tokens.at[rows, texts.lengths].set(jnp.where(texts.ended, 0, new))
+        return taken + 1, Texts(tokens=tokens, lengths=texts.lengths + 1, ended=ended)
 
-    return jax.lax.fori_loop(T, T + max_new_tokens, extend, text)
+    def goes_on(state: _Loop) -> Bool[Array, ""]:
+        taken, texts = state
+        return (taken < new_tokens) & ~texts.ended.all()
+
+    return jax.lax.while_loop(goes_on, extend, (jnp.int32(0), texts))[1].tokens
 
 
 def _bucket(size: int) -> int:

@@ -15,7 +15,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.generation import generate, stream
 from models.presets import find_preset
-from models.sampling import Sampling, choose
+from models.sampling import Sampling, choose, sequence_keys
 from sharding.explain import explain_state
 
 SMALL = DecoderConfig(
@@ -99,6 +99,53 @@ def test_a_step_gives_the_models_own_log_probability_and_stop_ends_the_text():
     assert text.shape == (2, 14) and not text[0, 5 + first[0] + 1 :].any()
 
 
+@pytest.fixture(scope="module")
+def beyond():
+    """A model, and how each of three prompts goes on by 12 tokens, to twice the context and more.
+
+    Written token by token, without a cache: the model sees the last 8 tokens of a text.
+    """
+    model = Decoder(SMALL, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda t: model(t))
+    prompts, lengths = np.asarray(tokens(3, 8)), np.array([8, 1, 5], np.int32)
+    how = Sampling(temperature=0.9, top_k=5)
+    texts = []
+    for row, length in enumerate(lengths):
+        text = prompts[row, :length].tolist()
+        for _ in range(12):
+            seen = np.zeros((1, 8), np.int32)
+            seen[0, : len(text[-8:])] = text[-8:]
+            logits = run(seen)[:, len(text[-8:]) - 1]
+            keys = sequence_keys(jax.random.key(5), jnp.full(row + 1, len(text)))[row:]
+            text.append(int(choose(logits, keys, how)[0]))
+        texts.append(text)
+    return model, prompts, lengths, texts
+
+
+@pytest.mark.parametrize("new", [0, 3, 12])
+def test_prompts_of_different_lengths_go_on_beyond_the_context(beyond, new):
+    model, prompts, lengths, texts = beyond
+    options = {"temperature": 0.9, "top_k": 5, "key": jax.random.key(5)}
+    got = generate(model, prompts, max_new_tokens=new, lengths=lengths, **options)
+    assert got.shape == (3, 8 + new)
+    for row, text, length in zip(np.asarray(got), texts, lengths, strict=True):
+        np.testing.assert_array_equal(row[: length + new], text[: length + new])
+        assert not row[length + new :].any()
+
+
+def test_stop_ends_each_text_beyond_the_context_too(full_wafer, beyond):
+    model, prompts, lengths, texts = beyond
+    options = {"temperature": 0.9, "top_k": 5, "key": jax.random.key(5)}
+    stop = (texts[0][8 + 4], texts[1][1 + 9])  # one ends after the context, one long after it
+    with full_wafer:
+        got = generate(model, prompts, max_new_tokens=12, lengths=lengths, stop=stop, **options)
+    for row, text, length in zip(np.asarray(got), texts, lengths, strict=True):
+        ends = [i for i in range(length, len(text)) if text[i] in stop]
+        end = ends[0] + 1 if ends else len(text)
+        np.testing.assert_array_equal(row[:end], text[:end])
+        assert not row[end:].any()
+
+
 def test_a_text_grows_without_compiling_again():
     model = Decoder(dataclasses.replace(LONG, d_ff=20), rngs=nnx.Rngs(3))
     programs: list[Any] = [generation.prefill, generation.decode]
@@ -147,7 +194,6 @@ def test_top_p_draws_from_the_smallest_set_that_has_the_share():
         ({"lengths": [2, 2]}, r"lengths=\[2, 2\] must be from 1 to 2, one for each of 1"),
         ({"lengths": [0]}, r"lengths=\[0\] must be from 1 to 2"),
         ({"tokens": (1, 9)}, "a prompt of 9 tokens is beyond the model's context of 8"),
-        ({"tokens": (2, 5), "lengths": [5, 4]}, "of different lengths cannot slide"),
     ],
 )
 def test_refuses(options, message):

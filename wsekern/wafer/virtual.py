@@ -34,7 +34,7 @@ def map_on_virtual_pes(wafer: "Wafer", kernel: Callable, specs: Specs, check: bo
     del check  # there is none to turn off: of a replicated result, index 0 is taken
     sizes = {axis: wafer.axis_size(axis) // wafer.devices_along(axis) for axis in wafer.axes}
 
-    def run_block(specs: Specs, *operands: Any) -> Any:
+    def run_block(kernel: Callable, specs: Specs, *operands: Any) -> Any:
         leaves, tree = jax.tree.flatten(operands)
         in_specs = broadcast_specs(specs.in_specs, operands, "in_specs")
         split = [_split(sizes, a, s) for a, s in zip(leaves, in_specs, strict=True)]
@@ -54,8 +54,8 @@ def map_on_virtual_pes(wafer: "Wafer", kernel: Callable, specs: Specs, check: bo
         return jax.tree.unflatten(tree, joined)
 
     if wafer.mesh is None:
-        return functools.partial(run_block, specs)
-    return functools.partial(_run_spread, wafer, run_block, specs)
+        return functools.partial(run_block, kernel, specs)
+    return functools.partial(_run_spread, wafer, run_block, kernel, specs)
 
 
 def device_grid(devices: Any) -> tuple[int, int, int]:
@@ -101,8 +101,20 @@ def mesh_over(over: "Wafer", wafer: "Wafer") -> Mesh:
     return Mesh(placed, spread, axis_types=(AxisType.Auto,) * len(spread))
 
 
-def _run_spread(wafer: "Wafer", run_block: Callable, specs: Specs, *operands: Any) -> Any:
+def _run_spread(
+    wafer: "Wafer", run_block: Callable, kernel: Callable, specs: Specs, *operands: Any
+) -> Any:
     """`run_block` on every device, for the PEs of its block."""
+
+    def per_pe(*tiles: Any) -> Any:
+        leaves, tree = jax.tree.flatten(tiles)
+        in_specs = broadcast_specs(specs.in_specs, tiles, "in_specs")
+        tiles = jax.tree.unflatten(tree, map(_merge_axes, leaves, in_specs))
+        results = kernel(*tiles)
+        out_specs = broadcast_specs(specs.out_specs, results, "out_specs")
+        leaves, tree = jax.tree.flatten(results)
+        return jax.tree.unflatten(tree, map(_add_axes, leaves, out_specs))
+
     # If a dimension lies along several axes, a device's block is not one stretch of it: with
     # P(("y", "x")) the PEs of one column are far apart. So split it into one dimension an axis.
     one_axis = Specs.of(
@@ -113,7 +125,7 @@ def _run_spread(wafer: "Wafer", run_block: Callable, specs: Specs, *operands: An
     split = [_split_axes(wafer, a, s) for a, s in zip(leaves, in_specs, strict=True)]
     # No check of replication: it knows nothing of vmap's axes.
     run = on_devices.run_on_devices(
-        wafer, functools.partial(run_block, one_axis), one_axis, check=False
+        wafer, functools.partial(run_block, per_pe, one_axis), one_axis, check=False
     )
     results = run(*jax.tree.unflatten(tree, split))
     out_specs = broadcast_specs(specs.out_specs, results, "out_specs")
@@ -145,6 +157,15 @@ def _merge_axes(array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
         shape.append(math.prod(lengths[:axes]))
         lengths = lengths[axes:]
     return array.reshape(*shape, *lengths)
+
+
+def _add_axes(tile: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
+    """The inverse of `_merge_axes` for one PE's tile: [2] with P(("y", "x")) becomes [1, 2]."""
+    shape: list[int] = []
+    for d, length in enumerate(tile.shape):
+        axes = axes_of(spec[d]) if d < len(spec) else ()
+        shape += [*[1] * (len(axes) - 1), length]
+    return tile.reshape(shape)
 
 
 def _split(along: dict[str, int], array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:

@@ -58,11 +58,24 @@ def test_a_product_on_several_wafers_is_the_same():
     agrees(pair(2, 4, (2, 1, 2), 2), product, normal(4, 6, 12), normal(12, 7))
 
 
-def test_attention_is_the_same():
-    def attend(wafer, q, k, v):
-        return wk.attention(q, k, v, causal=True, wafer=wafer)
+def test_a_dimension_along_several_axes_is_one_dimension_of_a_tile():
+    def running_sums(wafer, x):
+        def per_pe(tile):
+            assert tile.shape == (2, 3)
+            return {"rows": jnp.cumsum(tile, 0), "sums": tile.sum(0)}
 
-    agrees(pair(4, 2, (2, 2)), attend, *(normal(2, 16, 4, 8) for _ in range(3)))
+        spec = P(("y", "x"))
+        return wafer.map(per_pe, in_specs=spec, out_specs=spec)(x)
+
+    agrees(pair(4, 6, (2, 3)), running_sums, normal(48, 3))
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "ulysses"])
+def test_attention_is_the_same(algorithm):
+    def attend(wafer, q, k, v):
+        return wk.attention(q, k, v, causal=True, algorithm=algorithm, wafer=wafer)
+
+    agrees(pair(4, 2, (2, 2)), attend, *(normal(2, 16, 8, 4) for _ in range(3)))
 
 
 def test_embedding_norm_and_loss_are_the_same():

@@ -11,12 +11,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
 from models.rope import frequencies
 from models.sparse import SparseFeedForward, gated_activation
+from wsekern.wafer.axes import COLS, ROWS, WAFERS
+
+_FEATURES = P(WAFERS, ROWS, COLS)  # [B, T, D]
+_HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 
 
 @functools.partial(
@@ -141,7 +146,7 @@ class Attention(nnx.Module):
             o = self.attend(q, k, v, sequence)
         else:
             o = recall(self, q, k, v)
-        return self.out(o.reshape(*x.shape[:2], self.config.d_attention))
+        return self.out(wk.layout.reshape(o, (*x.shape[:2], self.config.d_attention), _HEADS))
 
     def project(
         self, x: Float[Array, "B T D"], positions: Int[Array, "*B T"]
@@ -149,7 +154,8 @@ class Attention(nnx.Module):
         """Queries, keys and values; queries and keys normed, and rotated by their positions."""
         config = self.config
         heads = apply_linears(x, self.query, self.key, self.value)
-        q, k, v = (y.reshape(*x.shape[:2], -1, config.d_head) for y in heads)
+        shape = (*x.shape[:2], -1, config.d_head)
+        q, k, v = (wk.layout.reshape(y, shape, _FEATURES) for y in heads)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if config.positions == "rotary":

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import wsekern as wk
 from sharding.state import logical
+from wsekern.wafer.axes import ROWS, WAFERS
 
 # {"step": int32, "params": nnx.State, "optimizer": optax's state}. The keys are saved to disk: if
 # one is renamed, `training.manifest` must know its old name, or old checkpoints do not restore.
@@ -19,6 +21,8 @@ Metrics = dict[str, jax.Array]
 
 Tokens = Int[Array, "B T"]
 Scalar = Float[Array, ""]
+
+_BATCH = P(WAFERS, ROWS)
 
 
 def initial_state(
@@ -141,6 +145,6 @@ def _split(
     # Micro-batch j takes every parts-th sequence, so that each wafer keeps its own sequences:
     #   batch 0 1 2 3 | 4 5 6 7 on two wafers, two parts  ->  0 2 | 4 6, then 1 3 | 5 7
     def split(a: Tokens) -> Int[Array, "P b T"]:
-        return a.reshape(-1, parts, a.shape[1]).swapaxes(0, 1)
+        return wk.layout.reshape(a, (-1, parts, a.shape[1]), _BATCH).swapaxes(0, 1)
 
     return split(inputs), split(targets)

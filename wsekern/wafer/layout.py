@@ -6,6 +6,7 @@
 - `padded_shape`, `pad`: round every dimension up to a multiple of the PEs along it;
 - `crop`: the inverse of `pad`;
 - `resize`: pad or cut one dimension, inside a kernel too;
+- `reshape`, `repeat`: split, join or repeat dimensions that lie along an axis of the grid;
 - `parts`: into how many parts a spec divides an array;
 - `as_array`: `jnp.asarray`, at no cost for what is an array already.
 
@@ -13,6 +14,7 @@ An operand is `[..., rows, cols]`. Its rows lie along y, its columns along x. It
 dimension, if it has one, lies over the wafers; the other leading dimensions are not split.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from wsekern.wafer import on_devices
+from wsekern.wafer import context, on_devices
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer
 
@@ -147,6 +149,131 @@ def resize(array: Shaped[Array, "..."], axis: int, length: int) -> Shaped[Array,
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - size)
     return jnp.pad(array, widths)
+
+
+def reshape(
+    array: Shaped[Array, "..."],
+    shape: tuple[int, ...],
+    spec: P | None = None,
+    wafer: Wafer | None = None,
+) -> Shaped[Array, "..."]:
+    """`array.reshape(shape)`, tile by tile.
+
+    A dimension that the reshape leaves as it is stays split. If one becomes several, or several
+    become one, the first of them carries the axes; it must divide by the PEs along it before and
+    after. Then nothing moves. Else every PE first gathers the dimension, and the result is whole
+    along it.
+
+        [B, T, 4 * 32] laid out P("wafer", "y", "x") to [B, T, 4, 32]
+        2 columns: stays, P("wafer", "y", "x", None)
+        3 columns: 4 does not divide, so the features are gathered along x; P("wafer", "y")
+
+    Use it for every reshape of a whole array that splits or joins a dimension that lies along an
+    axis of the grid. XLA's partitioner, which jax's own reshape asks, gathers the array along all
+    axes where sizes do not divide, and on some grids (2x3 for the example with T = 1) it recurses
+    until the process dies.
+
+    Args:
+      array: a whole array.
+      shape: the new shape; one size may be -1.
+      spec: how `array` lies on the wafer; by default `tiled(array.ndim)`.
+      wafer: the wafer; by default the current one.
+
+    Raises:
+      ValueError: `spec` has more dimensions than `array`.
+      TypeError: `shape` has another number of elements.
+    """
+    wafer = context.resolve(wafer)
+    if wafer is None or wafer.mesh is None or not array.size:
+        return array.reshape(shape)
+    shape = jax.eval_shape(functools.partial(jnp.reshape, shape=shape), array).shape
+    before, after, gathers = _reshaped_specs(array.shape, shape, _entries(spec, array.ndim), wafer)
+    if gathers and wafer.backend == "abstract":
+        return array.reshape(shape)  # nothing partitions it; an estimate prices a relayout
+    padded = pad(array, before, wafer)
+    whole = padded_shape(shape, after, wafer)
+    tile = tuple(n // _pes_along(entry, wafer) for n, entry in zip(whole, after, strict=True))
+    kernel = functools.partial(jnp.reshape, shape=tile)
+    return crop(wafer.map(kernel, in_specs=before, out_specs=after)(padded), shape, after, wafer)
+
+
+def repeat(
+    array: Shaped[Array, "..."], repeats: int, axis: int, spec: P, wafer: Wafer
+) -> Shaped[Array, "..."]:
+    """`jnp.repeat(array, repeats, axis)`; with `axis` gathered first and whole after.
+
+    Like `reshape`, it asks nothing of XLA's partitioner.
+
+    Args:
+      array: a whole array.
+      repeats: how often each entry stands in the result.
+      axis: the dimension, from 0.
+      spec: how `array` lies on the wafer.
+      wafer: the wafer.
+    """
+    run = functools.partial(jnp.repeat, repeats=repeats, axis=axis)
+    if wafer.mesh is None or wafer.backend == "abstract":
+        return run(array)
+    whole = P(*(None if d == axis else entry for d, entry in enumerate(spec)))
+    padded = pad(array, whole, wafer)
+    shape = tuple(n * repeats if d == axis else n for d, n in enumerate(array.shape))
+    return crop(wafer.map(run, in_specs=whole, out_specs=whole)(padded), shape, whole, wafer)
+
+
+def _entries(spec: P | None, ndim: int) -> list[Any]:
+    """An entry of `spec` for each dimension."""
+    spec = tiled(ndim) if spec is None else spec
+    if len(spec) > ndim:
+        raise ValueError(
+            f"layout.reshape: spec {spec} has {len(spec)} dimensions, the array {ndim}"
+        )
+    return [*spec, *[None] * (ndim - len(spec))]
+
+
+def _reshaped_specs(
+    old: tuple[int, ...], new: tuple[int, ...], entries: list[Any], wafer: Wafer
+) -> tuple[P, P, bool]:
+    """The layouts before and after a reshape by tiles, and whether a dimension is gathered for it.
+
+    Args:
+      old: the shape before.
+      new: the shape after.
+      entries: how the array lies, for each dimension of `old`.
+      wafer: the wafer.
+    """
+    before: list[Any] = [None] * len(old)
+    after: list[Any] = [None] * len(new)
+    gathers = False
+    for sources, results in _groups(old, new):
+        split = [d for d in sources if _pes_along(entries[d], wafer) > 1]
+        if not split:
+            continue
+        # The first dimension of a group carries the axes.
+        source, result, pes = sources[0], results[0], _pes_along(entries[sources[0]], wafer)
+        unchanged = len(sources) == len(results) == 1  # it may be padded
+        if split == [source] and (unchanged or old[source] % pes == new[result] % pes == 0):
+            before[source] = after[result] = entries[source]
+        else:
+            gathers = True
+    return P(*before), P(*after), gathers
+
+
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """The dimensions of two shapes that hold the same elements; those of size 1 are left out.
+
+    [2, 1, 12, 5] and [2, 3, 4, 5] have the groups (0 | 0), (2 | 1, 2) and (3 | 3).
+    """
+    groups = []
+    sources, results = ([d for d, n in enumerate(shape) if n > 1] for shape in (old, new))
+    while sources:
+        i = j = 1
+        while (here := math.prod(old[d] for d in sources[:i])) != (
+            there := math.prod(new[d] for d in results[:j])
+        ):
+            i, j = (i + 1, j) if here < there else (i, j + 1)
+        groups.append((sources[:i], results[:j]))
+        sources, results = sources[i:], results[j:]
+    return groups
 
 
 def _check_resize(array: Shaped[Array, "..."], axis: int, length: int) -> None:

@@ -129,6 +129,112 @@ def test_resize_cuts_or_adds_zeros_at_the_far_end(axis, length):
     assert not got.take(range(kept, length), axis).any()
 
 
+# shape, its spec, the new shape, and the spec that the result then has on 2x3 devices; None: whole.
+RESHAPES = [
+    ((2, 4, 24), P(None, "y", "x"), (2, 4, 6, 4), P(None, "y", "x")),
+    ((2, 4, 24), P(None, "y", "x"), (2, 4, 4, -1), P(None, "y")),  # 4 heads on 3 columns
+    ((2, 1, 24), P(None, "y", "x"), (2, 1, 4, 6), None),  # XLA's partitioner dies of this one
+    ((2, 5, 21), P(None, "y", "x"), (2, 5, 3, 7), P(None, None, "x")),
+    ((2, 3, 4, 6), P(None, "y", "x"), (2, 3, 24), None),
+    ((2, 2, 3, 8), P(None, "y", "x"), (2, 2, 24), P(None, "y", "x")),
+    ((12, 2), P("y", "x"), (3, 4, 2), None),
+    ((12, 2), P("y", "x"), (2, 6, 2), P("y")),
+    ((4, 6), P("y", "x"), (24,), None),
+    ((4, 6), P(None, "x"), (2, 2, 6), P(None, None, "x")),
+    ((6, 4), P(("y", "x")), (6, 2, 2), P(("y", "x"))),
+    ((1, 6, 1), P(None, "x"), (6,), P("x")),
+    ((5,), P("x"), (1, 5, 1), None),
+    ((0, 6), P(None, "x"), (0, 2, 3), None),
+]
+
+
+def wafer_of(kind, height=2, width=3):
+    if kind == "spread":
+        return wk.Wafer.virtual(wk.WSE2, 2 * height, 2 * width, devices=(height, width))
+    if kind == "virtual":
+        return wk.Wafer.virtual(wk.WSE2, height, width)
+    names = ("a", "b")
+    devices = np.array(jax.devices()[: height * width]).reshape(height, width)
+    mesh = jax.sharding.Mesh(devices, names, axis_types=(getattr(AxisType, kind),) * 2)
+    return wk.Wafer.of(mesh, y="a", x="b")
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "spread", "virtual"])
+@pytest.mark.parametrize(("shape", "spec", "new", "after"), RESHAPES)
+def test_a_reshape_equals_that_of_jax(shape, spec, new, after, kind):
+    """And its gradient too, whether or not the sizes divide by the grid."""
+    wafer = wafer_of(kind)
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+    def both(array):
+        return jax.vjp(lambda a: layout.reshape(a, new, spec, wafer), array)
+
+    def run(array):
+        out, back = both(array)
+        return out, back(2 * out)[0]
+
+    with wafer:
+        if kind == "Explicit":
+            with jax.set_mesh(wafer.device_mesh):
+                out, gradient = jax.jit(run)(array)
+        else:
+            out, gradient = jax.jit(run)(array)
+    np.testing.assert_array_equal(out, array.reshape(new))
+    # On virtual PEs spread over devices, the gradient of a gather is divided by their number.
+    np.testing.assert_allclose(gradient, 2 * array, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "spec", "new", "after"), RESHAPES)
+def test_nothing_moves_where_the_first_part_divides(shape, spec, new, after):
+    """Else the dimensions that change are gathered, along their own axes alone."""
+    wafer = wafer_of("Auto")
+    laid_out = jax.ShapeDtypeStruct(shape, np.float32, sharding=wafer.sharding(P()))
+    if layout.padded_shape(shape, spec, wafer) == shape:
+        laid_out = jax.ShapeDtypeStruct(shape, np.float32, sharding=wafer.sharding(spec))
+    program = jax.jit(lambda a: layout.reshape(a, new, spec, wafer)).lower(laid_out).compile()
+    assert program.output_shardings.spec == wafer.sharding(after or P()).spec
+    kept = after is not None and layout.parts(after, wafer) == layout.parts(spec, wafer)
+    if kept:
+        assert "all-gather" not in program.as_text()
+    assert not any(move in program.as_text() for move in ("all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "spread", "virtual"])
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_repeat_equals_that_of_jax(heads, kind):
+    wafer, spec = wafer_of(kind), P(None, "y", "x", None)
+    array = np.arange(2 * 5 * heads * 2, dtype=np.float32).reshape(2, 5, heads, 2)
+
+    def run(array):
+        out, back = jax.vjp(lambda a: layout.repeat(a, 3, 2, spec, wafer), array)
+        return out, back(jnp.ones(out.shape))[0]
+
+    with jax.set_mesh(wafer.device_mesh) if kind == "Explicit" else wafer:
+        out, gradient = jax.jit(run)(array)
+    np.testing.assert_array_equal(out, np.repeat(array, 3, 2))
+    np.testing.assert_array_equal(gradient, np.full_like(array, 3))
+
+
+def test_an_estimate_charges_a_reshape_only_where_something_moves():
+    def split(x):
+        return layout.reshape(x, (4, 6, 4), P("y", "x"))
+
+    x = jax.ShapeDtypeStruct((4, 24), np.float32)
+
+    def moved(width):
+        wafer = wk.Wafer.abstract(wk.WSE2, 2, width)
+        double = wafer.map(lambda t: 2 * t, in_specs=P("y", "x"), out_specs=P("y", "x"))
+        return wk.estimate(lambda x: split(double(x)), x, wafer=wafer).received
+
+    assert moved(3) == 0 < moved(4)
+
+
+@pytest.mark.refuses
+def test_reshape_refuses_a_spec_of_more_dimensions():
+    with pytest.raises(ValueError, match="has 3 dimensions, the array 2"):
+        layout.reshape(jnp.zeros((4, 6)), (24,), P(None, "y", "x"), wafer_of("Auto"))
+
+
 @pytest.mark.refuses
 @pytest.mark.parametrize(
     ("axis", "length", "message"),

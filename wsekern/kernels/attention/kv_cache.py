@@ -300,9 +300,8 @@ def _lay_out_tokens(x: Float[Array, "B _ K H"], spec: P, cache: KVCache) -> Floa
     """Keys or values, repeated and padded to the heads that the cache holds, and to the grid."""
     wafer = cache.wafer
     assert wafer is not None
-    if cache.repeats > 1:  # Explicit axes would not repeat a dimension that is split
-        x = layout.pad(x, P(*(None if axis == COLS else axis for axis in spec)), wafer)
-        x = jnp.repeat(x, cache.repeats, axis=2)
+    if cache.repeats > 1:
+        x = layout.repeat(x, cache.repeats, 2, spec, wafer)
     return layout.pad(x, spec, wafer)
 
 

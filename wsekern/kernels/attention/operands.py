@@ -73,7 +73,7 @@ def pack(
             if isinstance(bias, jax.ShapeDtypeStruct):
                 bias = jax.ShapeDtypeStruct(shape, bias.dtype)
             else:
-                bias = bias.reshape(shape)
+                bias = jnp.expand_dims(bias, tuple(range(4 - bias.ndim)))
     if sinks is not None and sinks.shape != (N,):
         raise ValueError(
             f"attention: sinks is {sinks.shape}, it must be ({N},): one for each head of q"
@@ -112,9 +112,9 @@ def pad(
     q, k, v, bias, sinks = floats
     q = layout.resize(q, 1, sizes.queries)
     k, v = (layout.resize(x, 1, sizes.keys) for x in (k, v))
-    if sizes.repeats > 1:  # Explicit axes would not repeat a dimension that is split
-        q, k, v = (layout.pad(x, _WHOLE_HEADS, wafer) for x in (q, k, v))
-        k, v = (jnp.repeat(x, sizes.repeats, axis=2) for x in (k, v))
+    if sizes.repeats > 1:
+        q = layout.pad(q, _WHOLE_HEADS, wafer)
+        k, v = (layout.repeat(x, sizes.repeats, 2, HEADS, wafer) for x in (k, v))
     q = layout.resize(q, 2, sizes.q_heads)
     k, v = (layout.resize(x, 2, sizes.kv_heads) for x in (k, v))
     if bias is not None:

@@ -53,9 +53,9 @@ def _turn(
     positions: Integer[Array, "*B T"],
     frequencies: Float[Array, " H/2"],
 ) -> Float[Array, "B T N H"]:
-    T, half = x.shape[1], x.shape[3] // 2
-    positions = positions.astype(jnp.float32).reshape(-1, T, 1, 1)
-    angles = positions * frequencies.astype(jnp.float32).reshape(1, 1, 1, half)
+    positions = positions if positions.ndim == 2 else positions[None]
+    positions = positions.astype(jnp.float32)[..., None, None]
+    angles = positions * frequencies.astype(jnp.float32)[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

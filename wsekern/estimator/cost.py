@@ -3,8 +3,9 @@
 A PE issues vector instructions, whose operands are described, not copied: a slice, a transpose or a
 reshape of a tile is another description of it, and free. An instruction takes cycles to start, then
 a number for each element. A tile product of Mt x Kt and Kt x Nt is Mt Kt multiply-accumulates of a
-vector of Nt elements (or Nt Kt of Mt elements, if those are longer). What depends only on where a
-PE stands is known when the program is put on the wafer, and costs nothing.
+vector of Nt elements (or Nt Kt of Mt elements, if those are longer), in min(Mt, Nt, Kt) loops: a
+loop describes its vectors anew. What depends only on where a PE stands is known when the program is
+put on the wafer, and costs nothing.
 
 Only `Constants` are fitted, on the published points that `validation.points.FITTED` names.
 """
@@ -26,15 +27,16 @@ from wsekern.hardware import Machine
 class Constants:
     """The fitted constants, in cycles; the same for every machine and every program."""
 
-    vector_start: float = 14.8  # to start a vector instruction, also one that sends or receives
-    product_start: float = 9.44  # to start a multiply-accumulate within a tile product's loops
-    phase_start: float = (
-        178.1  # to start a loop's trip that moves anything, or a collective's phase
-    )
+    # To start a vector instruction, also one that sends or receives, or a loop of a tile product.
+    vector_start: float = 14.95
+    product_start: float = 2.81  # to start a multiply-accumulate within a tile product's loops
+    # To start a loop's trip that moves anything, or a collective's phase.
+    phase_start: float = 169.2
     # Float32 takes more than a cycle for each element where several vectors meet in the memory's
-    # banks; a multiply-accumulate also writes one of them back.
-    paired_float32: float = 1.566  # an element of a float32 instruction that reads two vectors
-    accumulate_float32: float = 2.142  # an element of a float32 multiply-accumulate
+    # banks; a multiply-accumulate also writes one of them back. At 16 bits the elements that one
+    # cycle could take meet there in the same way.
+    paired_float32: float = 1.491  # an element of a float32 instruction that reads two vectors
+    accumulate_float32: float = 2.243  # an element of a float32 multiply-accumulate
 
 
 DEFAULT = Constants()
@@ -88,7 +90,11 @@ class Work(NamedTuple):
 
 
 def equation_work(
-    equation: JaxprEqn, machine: Machine, constants: Constants, accumulates: bool = False
+    equation: JaxprEqn,
+    machine: Machine,
+    constants: Constants,
+    accumulates: bool = False,
+    vectors_along_rows: bool = False,
 ) -> Work:
     """The work of a PE for `equation`, whose operands are the PE's tiles.
 
@@ -97,12 +103,14 @@ def equation_work(
       machine: says how many elements a cycle takes.
       constants: the fitted constants.
       accumulates: whether the equation adds a product, so that both are one multiply-accumulate.
+      vectors_along_rows: whether the vectors of a tile product are columns of its left factor, even
+        where rows of the right one are longer.
     """
     name = equation.primitive.name
     if name in VIEWS:
         return Work()
     if name == "dot_general":
-        return _product(equation, machine, constants)
+        return _product(equation, machine, constants, vectors_along_rows)
     out = max((v.aval for v in equation.outvars), key=_size)
     n, reads = _size(out), [v.aval for v in equation.invars if size_of(v) > 1]
     instructions = 1
@@ -169,7 +177,9 @@ def find_fusions(jaxpr: Jaxpr) -> Fusions:
     return Fusions(frozenset(products), sums, frozenset(copies))
 
 
-def _product(equation: JaxprEqn, machine: Machine, constants: Constants) -> Work:
+def _product(
+    equation: JaxprEqn, machine: Machine, constants: Constants, vectors_along_rows: bool
+) -> Work:
     avals: list[Any] = [v.aval for v in equation.invars]
     a, b = avals
     (over_a, _), (batch_a, _) = equation.params["dimension_numbers"]
@@ -178,12 +188,15 @@ def _product(equation: JaxprEqn, machine: Machine, constants: Constants) -> Work
     M, N = _size(a) // (K * batch), _size(b) // (K * batch)
     if not M * N * K * batch:
         return Work()
-    # A vector lies along the longer side; the instructions loop over the shorter one.
-    few, many = sorted((M, N))
+    # A vector lies along the longer side. The instructions loop over the shorter one and over K, the
+    # longer of both inside.
+    few, many = (N, M) if vectors_along_rows else sorted((M, N))
+    loops = batch * (K if vectors_along_rows else min(K, few))
     each = _cycles_of_element(a, machine, constants.accumulate_float32)
     instructions = batch * K * few
     elements = instructions * many
-    cycles = instructions * constants.product_start + elements * each
+    cycles = loops * constants.vector_start + instructions * constants.product_start
+    cycles += elements * each
     # Each element reads a factor and the sum, and writes the sum back.
     return Work(cycles, 2.0 * elements, 3.0 * elements * width_of(a), width_of(a) == 2)
 
@@ -200,7 +213,7 @@ def size_of(atom: Any) -> int:
 
 def _cycles_of_element(aval: Any, machine: Machine, float32: float) -> float:
     width = width_of(aval)
-    return 1 / machine.fmacs_float16 if width == 2 else float32 if width == 4 else 1.0
+    return float32 / machine.fmacs_float16 if width == 2 else float32 if width == 4 else 1.0
 
 
 def _size(aval: Any) -> int:

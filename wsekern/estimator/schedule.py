@@ -49,12 +49,14 @@ class Schedule:
         clock_hz: float,
         trips: int | None = None,
         density: float = 1.0,
+        vectors_along_rows: bool = False,
     ) -> None:
         assert wafer.machine is not None
         self.machine: Machine = wafer.machine
         self.wafer, self.constants, self.clock_hz = wafer, constants, clock_hz
         self.trips = trips  # of loops whose length the trace does not say
         self.density = density  # the share of a product's factors that are not zero
+        self.vectors_along_rows = vectors_along_rows  # of tile products, as a program may be written
         self.clocks = Clocks(wafer, constants, clock_hz)
         self.unknown: dict[str, str] = {}  # operations without a cost, and their source lines
         self._flood_roots = 1  # PEs from which the floods of the loop around start, in turn
@@ -167,7 +169,9 @@ class Schedule:
         return [VariableState(end, spec=spec)] * len(equation.outvars)
 
     def _work(self, equation: JaxprEqn, accumulates: bool = False) -> cost.Work:
-        work = cost.equation_work(equation, self.machine, self.constants, accumulates)
+        work = cost.equation_work(
+            equation, self.machine, self.constants, accumulates, self.vectors_along_rows
+        )
         # Only a tile product skips factors that are zero.
         return work.scale(self.density) if equation.primitive.name == "dot_general" else work
 

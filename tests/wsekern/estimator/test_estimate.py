@@ -81,8 +81,9 @@ def test_a_halo_equals_a_hand_count(p, depth):
 
 
 def test_a_tile_product_takes_one_instruction_for_each_element_of_its_smaller_factor():
-    """3 x 5 times 5 x 40 takes 15 instructions of 40 elements; so does 40 x 5 times 5 x 3."""
-    rows = 15 * (DEFAULT.product_start + 40 / 4)
+    """3 x 5 times 5 x 40 takes 15 instructions of 40 elements, in 3 loops; so does 40 x 5 x 3."""
+    each = DEFAULT.accumulate_float32 / 4  # 4 elements of 16 bits a cycle meet in the banks
+    rows = 15 * (DEFAULT.product_start + 40 * each) + 3 * DEFAULT.vector_start
     for shapes in ([(3, 5), (5, 40)], [(40, 5), (5, 3)]):
         a, b = (array(2 * s[0], 2 * s[1], dtype=jnp.float16) for s in shapes)
         kernel = lambda a, b: (a @ b).astype(a.dtype)  # noqa: E731

@@ -24,7 +24,7 @@ COUNTED = ("decode", "prefill", "product", "stencil")
 # out what they cost beyond.
 _PRIOR = Constants(
     vector_start=27.0,
-    product_start=16.0,
+    product_start=4.0,
     phase_start=100.0,
     paired_float32=1.0,
     accumulate_float32=2.0,

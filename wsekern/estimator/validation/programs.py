@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from wsekern.estimator.cost import DEFAULT, Constants
 from wsekern.estimator.schedule import Schedule
 from wsekern.estimator.trace import trace_program
-from wsekern.estimator.validation import gemm, waferllm, wave25
+from wsekern.estimator.validation import gemm, prefill, waferllm, wave25
 from wsekern.fabric.flood import cost as flood_cost
 from wsekern.hardware import MACHINES, Machine
 from wsekern.wafer.launch import parse_height_width
@@ -66,16 +66,34 @@ class PublishedPoint:
         return next((name for text, name in _FAMILIES.items() if text in self.workload), "")
 
 
+class ProgramPart(NamedTuple):
+    """A trace, and what it does not say of the program."""
+
+    jaxpr: Any
+    wafer: Wafer
+    vectors_along_rows: bool = False  # of its tile products; see `cost.equation_work`
+
+    def cycles(self, constants: Constants) -> float:
+        """The model's cycles of the part."""
+        assert self.wafer.machine is not None
+        clock_hz = self.wafer.machine.clock_hz
+        walk = Schedule(
+            self.wafer, constants, clock_hz, vectors_along_rows=self.vectors_along_rows
+        )
+        walk.run(self.jaxpr)
+        return walk.cycles
+
+
 @dataclasses.dataclass(frozen=True)
 class PublishedProgram:
     """The traces behind a point, and how the point's figure follows from their cycles."""
 
-    parts: tuple[tuple[Any, Wafer], ...]  # jaxprs, each with its wafer
+    parts: tuple[ProgramPart, ...]
     quantity: Callable[..., float]  # of the cycles of each part
 
     def predict(self, constants: Constants = DEFAULT) -> float:
         """The model's prediction of the point, in the point's unit."""
-        return self.quantity(*(_cycles(jaxpr, wafer, constants) for jaxpr, wafer in self.parts))
+        return self.quantity(*(part.cycles(constants) for part in self.parts))
 
 
 _LLM = re.compile(r"(?P<model>\S+) (?P<phase>decode|prefill|end to end)\b", re.IGNORECASE)
@@ -124,7 +142,7 @@ def _model_program(
 
 
 @functools.cache
-def _decode(machine: Machine, side: int, sizes: ModelSizes, context: int) -> Any:
+def _decode(machine: Machine, side: int, sizes: ModelSizes, context: int) -> ProgramPart:
     wafer, dtype = Wafer.abstract(machine, side, side), jnp.float16
     D, F, S = (_round_up(n, side) for n in (sizes.d_model, sizes.d_ff, context))
     operands = (
@@ -133,16 +151,20 @@ def _decode(machine: Machine, side: int, sizes: ModelSizes, context: int) -> Any
         *[jax.ShapeDtypeStruct((1, S, D), dtype)] * 2,
     )
     run = functools.partial(waferllm.decode_layer, wafer=wafer)
-    return trace_program("estimate", run, operands, wafer)
+    return _traced(run, operands, wafer)
 
 
 @functools.cache
-def _prefill(machine: Machine, side: int, sizes: ModelSizes, tokens: int) -> Any:
+def _prefill(machine: Machine, side: int, sizes: ModelSizes, tokens: int) -> ProgramPart:
     wafer, dtype = Wafer.abstract(machine, side, side), jnp.float16
     D, F, S = (_round_up(n, side) for n in (sizes.d_model, sizes.d_ff, tokens))
     operands = jax.ShapeDtypeStruct((S, D), dtype), waferllm.shapes(D, F, dtype)
-    run = functools.partial(waferllm.prefill_layer, wafer=wafer)
-    return trace_program("estimate", run, operands, wafer)
+    run = functools.partial(prefill.layer, wafer=wafer)
+    return _traced(run, operands, wafer)._replace(vectors_along_rows=True)
+
+
+def _traced(run: Callable, operands: tuple[Any, ...], wafer: Wafer) -> ProgramPart:
+    return ProgramPart(*trace_program("estimate", run, operands, wafer))
 
 
 def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
@@ -154,7 +176,7 @@ def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     steps = int(_text_in(point, r"(\d+) steps"))
     u = jax.ShapeDtypeStruct((height, width, _number(point, "nz")), jnp.float32)
     run = functools.partial(wave25.wave, steps=steps, wafer=wafer)
-    part = trace_program("estimate", run, (u, u, u), wafer)
+    part = _traced(run, (u, u, u), wafer)
     return PublishedProgram((part,), functools.partial(_time, point))
 
 
@@ -163,7 +185,7 @@ def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     wafer = Wafer.abstract(machine, height, width)
     N, K, M = (_number(point, name) for name in ("N", "K", "M"))
     a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, K), (K, M)))
-    part = trace_program("estimate", functools.partial(gemm.dense, wafer=wafer), (a, b), wafer)
+    part = _traced(functools.partial(gemm.dense, wafer=wafer), (a, b), wafer)
     return PublishedProgram((part,), functools.partial(_time, point))
 
 
@@ -179,13 +201,6 @@ def _time(point: PublishedPoint, cycles: float) -> float:
     if point.unit not in _SECONDS:
         raise ValueError(f"unit {point.unit!r} is not one of {['cycles', *_SECONDS]}")
     return cycles / (point.clock_ghz * 1e9) / _SECONDS[point.unit]
-
-
-def _cycles(jaxpr: Any, wafer: Wafer, constants: Constants) -> float:
-    assert wafer.machine is not None
-    walk = Schedule(wafer, constants, wafer.machine.clock_hz)
-    walk.run(jaxpr)
-    return walk.cycles
 
 
 def _machine(name: str) -> Machine:

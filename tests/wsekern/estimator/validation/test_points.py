@@ -11,7 +11,7 @@ import pytest
 
 import wsekern as wk
 from wsekern.estimator.cost import Constants
-from wsekern.estimator.validation import gemm, points, programs, waferllm, wave25
+from wsekern.estimator.validation import gemm, points, prefill, programs, waferllm, wave25
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,18 @@ def test_orderings_are_the_published_ones(validation):
         for name in ("mesh_gemm", "cannon", "summa")
     )
     assert mesh < cannon < summa
+
+
+def test_a_wider_model_costs_what_its_instructions_cost():
+    """Vectors lie along a tile's tokens, so that twice the width is four times the instructions."""
+    machine, cycles = wk.WSE2, {}
+    for width in (4096, 8192):
+        part = programs._prefill(machine, 512, programs.ModelSizes(1, width, 2 * width), 4096)
+        assert part.vectors_along_rows
+        longer = part._replace(vectors_along_rows=False)
+        cycles[width] = part.cycles(Constants()), longer.cycles(Constants())
+    assert cycles[4096][0] < 1.1 * cycles[4096][1] and cycles[8192][0] > 1.2 * cycles[8192][1]
+    assert 2.5 < cycles[8192][0] / cycles[4096][0] < 4
 
 
 def test_a_table_of_ones_own_is_predicted(tmp_path, validation):
@@ -115,6 +127,8 @@ def test_the_published_layers_equal_plain_ones():
     np.testing.assert_allclose(out, want, atol=2e-5)
     tokens = jnp.asarray(rng.normal(size=(S, D)), jnp.float32)
     got = jax.jit(lambda h, w: waferllm.prefill_layer(h, w, wafer))(tokens, w)
+    step_by_step = jax.jit(lambda h, w: prefill.layer(h, prefill.align_weights(w, wafer), wafer))
+    np.testing.assert_allclose(step_by_step(tokens, w), got, atol=2e-5)
     n = norm(tokens, 1e-6)
     mid = tokens + jax.nn.softmax(n @ w["query"] @ (n @ w["key"]).T) @ (n @ w["value"]) @ w["out"]
     n = norm(mid, 1e-6)

@@ -56,7 +56,7 @@ class Schedule:
         self.wafer, self.constants, self.clock_hz = wafer, constants, clock_hz
         self.trips = trips  # of loops whose length the trace does not say
         self.density = density  # the share of a product's factors that are not zero
-        self.vectors_along_rows = vectors_along_rows  # of tile products, as a program may be written
+        self.vectors_along_rows = vectors_along_rows  # of tile products; see `cost.equation_work`
         self.clocks = Clocks(wafer, constants, clock_hz)
         self.unknown: dict[str, str] = {}  # operations without a cost, and their source lines
         self._flood_roots = 1  # PEs from which the floods of the loop around start, in turn

@@ -42,9 +42,7 @@ def align_weights(weights: dict[str, Array], wafer: Wafer) -> dict[str, Array]:
     return {name: run(weight) for name, weight in weights.items()}
 
 
-def layer(
-    h: Float[Array, "S D"], weights: dict[str, Array], wafer: Wafer
-) -> Float[Array, "S D"]:
+def layer(h: Float[Array, "S D"], weights: dict[str, Array], wafer: Wafer) -> Float[Array, "S D"]:
     """One layer with one head for the tokens of a prompt, each of which attends to all.
 
     Args:

@@ -77,9 +77,7 @@ class ProgramPart(NamedTuple):
         """The model's cycles of the part."""
         assert self.wafer.machine is not None
         clock_hz = self.wafer.machine.clock_hz
-        walk = Schedule(
-            self.wafer, constants, clock_hz, vectors_along_rows=self.vectors_along_rows
-        )
+        walk = Schedule(self.wafer, constants, clock_hz, vectors_along_rows=self.vectors_along_rows)
         walk.run(self.jaxpr)
         return walk.cycles
 

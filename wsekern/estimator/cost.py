@@ -188,8 +188,8 @@ def _product(
     M, N = _size(a) // (K * batch), _size(b) // (K * batch)
     if not M * N * K * batch:
         return Work()
-    # A vector lies along the longer side. The instructions loop over the shorter one and over K, the
-    # longer of both inside.
+    # A vector lies along the longer side. The instructions loop over the shorter one and over K,
+    # the longer of both inside.
     few, many = (N, M) if vectors_along_rows else sorted((M, N))
     loops = batch * (K if vectors_along_rows else min(K, few))
     each = _cycles_of_element(a, machine, constants.accumulate_float32)

@@ -31,12 +31,13 @@ def estimate(
     The function is traced once and its trace is walked as one PE runs it. A PE has a clock for its
     compute engine and one for its links in each direction, so that communication overlaps
     computation where the data allow it. A tile product of Mt x Kt and Kt x Nt is Mt Kt vector
-    instructions of Nt elements, in loops. A move is charged its hops and its words on the busiest link; a
-    reduction and a flood are priced as a whole. A loop is walked until its trips take equally long.
-    Memory is the most that live tiles take at a time. On a wafer with defects, or a folded one,
-    moves take the hops of its placement. An operation whose cost is not known counts as elementwise
-    and evenly spread, and the result names it. Nine published measurements that no constant was
-    fitted on are predicted with an error of 3.0 % on average and 7.1 % at most (docs/estimate.md).
+    instructions of Nt elements, in loops. A move is charged its hops and its words on the busiest
+    link; a reduction and a flood are priced as a whole. A loop is walked until its trips take
+    equally long. Memory is the most that live tiles take at a time. On a wafer with defects, or a
+    folded one, moves take the hops of its placement. An operation whose cost is not known counts as
+    elementwise and evenly spread, and the result names it. Nine published measurements that no
+    constant was fitted on are predicted with an error of 3.0 % on average and 7.1 % at most
+    (docs/estimate.md).
 
     Args:
       function: any function that JAX can trace and whose kernels go through `Wafer.map`; a gradient

@@ -20,8 +20,6 @@ from models.layers import Block, Norm, Sequence
 from models.stack import scan, stack, unstack
 from sharding.state import named_leaves
 
-_MASKED = -2e30  # attention ignores scores below -1e30; a row of infinities would be NaN
-
 
 class Decoder(nnx.Module):
     """A decoder-only transformer: tokens to logits, `model(tokens)`.
@@ -106,7 +104,7 @@ class Decoder(nnx.Module):
         Attention is causal: a token sees itself and tokens before it.
 
         Args:
-          tokens: from 0 to V - 1; any other gives NaN.
+          tokens: from 0 to V - 1; any other gives NaN, but padding may hold anything.
           positions: the position of each token, `[T]` or `[B, T]`; by default 0 to T - 1.
           segment_ids: a token sees only tokens of its own segment.
           mask: `[B, T]`, true for tokens and false for padding; or `[B, T, T]`, where
@@ -117,6 +115,9 @@ class Decoder(nnx.Module):
         """
         tokens = jnp.asarray(tokens)
         sequence = make_sequence(self.config, tokens, positions, segment_ids, mask)
+        if mask is not None and jnp.ndim(mask) == 2:
+            # NaN at a hidden key would reach those that do not see it: 0 times NaN is NaN.
+            tokens = jnp.where(jnp.asarray(mask).astype(bool), tokens, 0)
         return self.logits(self.hidden(tokens, sequence)[0]).astype(jnp.float32)
 
     def hidden(
@@ -227,11 +228,11 @@ def make_sequence(
             )
     bias = None
     if mask is not None and jnp.ndim(mask) == 2:
-        # Padding becomes a segment of its own: it then sees itself, and its softmax is not NaN.
+        # Padding becomes a segment of its own, which no token sees.
         ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
         segment_ids = jnp.where(jnp.asarray(mask).astype(bool), ids, -1)
     elif mask is not None:
-        bias = jnp.where(jnp.asarray(mask).astype(bool), 0.0, _MASKED)[:, None]
+        bias = jnp.where(jnp.asarray(mask).astype(bool), 0.0, -jnp.inf)[:, None]
     return Sequence(
         positions=jnp.arange(T) if positions is None else jnp.asarray(positions),
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),

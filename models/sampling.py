@@ -58,7 +58,7 @@ def choose(
     """The next token of each sequence."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    logits = _divide(logits, sampling.temperature)
     if sampling.top_k is not None:
         smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
@@ -66,6 +66,18 @@ def choose(
         smallest = _smallest_of_top_p(logits, sampling.top_p)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _divide(logits: Float[Array, "B V"], temperature: float) -> Float[Array, "B V"]:
+    """`logits / temperature` less the largest of each sequence: no temperature makes it NaN.
+
+    The nearer to 0, the surer is the likeliest token; the difference to it alone may overflow.
+    """
+    largest = jnp.max(logits, -1, keepdims=True)
+    below = jnp.where(logits == largest, 0, logits - largest)  # infinities too differ by 0
+    # In this dtype neither the temperature nor its reciprocal may be 0 or infinite.
+    tiny = float(jnp.finfo(logits.dtype).tiny)
+    return below / min(max(temperature, tiny), 1 / tiny)
 
 
 def _smallest_of_top_p(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:

@@ -122,6 +122,18 @@ def test_compute_dtype_leaves_parameters_alone():
     np.testing.assert_allclose(low, jax.jit(lambda t: model(t))(tokens()), atol=0.03)
 
 
+def test_padding_may_hold_any_number():
+    """Its embedding is NaN, and would reach tokens that do not see it: 0 times NaN is NaN."""
+    model, real = Decoder(SMALL, rngs=nnx.Rngs(0)), jnp.arange(8)[None] < 5
+    run = nnx.jit(lambda model, tokens, mask: model(tokens, mask=mask))
+    padded = jnp.where(real, tokens(1), -1)
+    got, want = run(model, padded, real), run(model, tokens(1), real)
+    np.testing.assert_array_equal(got[:, :5], want[:, :5])
+    assert np.isfinite(got).all()
+    of_pairs = jnp.tril(jnp.ones((8, 8), bool))[None] & real[:, None, :]
+    np.testing.assert_allclose(run(model, tokens(1), of_pairs)[:, :5], want[:, :5], atol=1e-5)
+
+
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="9 tokens, the model's context is 8"):
         Decoder(SMALL, rngs=nnx.Rngs(0))(tokens(1, 9))

@@ -78,11 +78,6 @@ CASES = {
         lambda *qkv: attention(*qkv, is_causal=True, local_window_size=(2, 0)),
         (Q, KV, KV),
     ),
-    "attention with a bias": Case(
-        lambda q, k, v, bias, wafer: wk.attention(q, k, v, bias=bias, wafer=wafer),
-        attention,
-        (Q, KV, KV, spec(1, 4, 8, 8)),
-    ),
     "attention in segments": Case(
         lambda q, k, v, ids, wafer: wk.attention(q, k, v, segment_ids=ids, wafer=wafer),
         lambda q, k, v, ids: attention(q, k, v, mask=(ids[:, :, None] == ids[:, None, :])[:, None]),

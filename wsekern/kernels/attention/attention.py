@@ -94,13 +94,15 @@ def attention(
       segment_ids: a query sees only keys of its own segment. One array for queries and keys, or a
         tuple of one for each.
       bias: added to the scores; broadcastable to `[B, N, T, S]`. A PE holds the rows and heads of
-        it that are its own, and all columns. A score below -1e30 with its bias is not seen.
+        it that are its own, and all columns. A score below -1e30 with its bias is not seen: -inf
+        hides a key, for a whole row too.
       algorithm: "auto", "ring", "allgather" or "ulysses".
       precision: of every product, forward and backward, as in `jax.lax.dot_general`. cuDNN's
         kernel, which takes GPU tiles in 16 bits, cannot be told and ignores it.
       wafer: where to run; by default the current wafer. Without one it is
-        `jax.nn.dot_product_attention`, which gives NaN for a row whose biases are all -inf. With
-        sinks, a soft cap, a precision or two arrays of segment ids it is one PE's blocked kernel.
+        `jax.nn.dot_product_attention`, where that means the same. It is one PE's blocked kernel
+        with a bias, sinks, a soft cap, a precision or two arrays of segment ids, and where so many
+        more queries than keys are given that the window leaves some of them no key.
       is_causal: JAX's name for `causal`; give one of the two.
 
     Raises:
@@ -121,29 +123,35 @@ def attention(
     if wafer is None and _plain_serves(floats, segments, options):
         return _plain(floats, segments.q, options)
     plan, _ = plan_attention(floats, options, wafer)
-    if wafer is None:
-        return _attention(floats, segments, plan, None)
     padded = operands.pad(floats, segments, plan.sizes, plan.order, wafer)
     out = _attention(*padded, plan, wafer)
+    if wafer is None:
+        return out[:, : q.shape[1]]
     return layout.crop(out, q.shape, operands.HEADS, wafer)
 
 
 def _plain_serves(floats: Floats, segments: Segments, options: AttentionOptions) -> bool:
-    """Whether `jax.nn.dot_product_attention` can do what is asked."""
-    without = options.soft_cap is None and floats.sinks is None and options.precision is None
-    return without and segments.q is segments.k
+    """Whether `jax.nn.dot_product_attention` can do what is asked.
+
+    It gives a row that sees no key the mean of all values, or NaN. So it serves where every row
+    sees a key whatever the numbers are: without a bias, and if the last row's window has a key.
+    """
+    without = options.soft_cap is None and options.precision is None
+    without = without and floats.sinks is None and floats.bias is None
+    T, S, window = floats.q.shape[1], floats.k.shape[1], options.window
+    last_sees_a_key = window is None or T < S + window
+    return without and segments.q is segments.k and last_sees_a_key
 
 
 def _plain(
     floats: Floats, segments: Int[Array, "B T"] | None, options: AttentionOptions
 ) -> Float[Array, "B T N H"]:
-    q, k, v, bias, _ = floats
+    q, k, v = floats.q, floats.k, floats.v
     # jax.nn takes cuDNN's kernel only when told to, and refuses where that does not serve.
     cudnn = (
         jax.default_backend() == "gpu"
         and cudnn_serves(q.dtype, q.shape[-1])
         and (q.shape[1] == k.shape[1] or not options.causal)
-        and bias is None
         and segments is None
     )
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
@@ -151,8 +159,7 @@ def _plain(
         q,
         k,
         v,
-        bias,
-        mask,
+        mask=mask,
         is_causal=options.causal,
         scale=options.scale,
         local_window_size=None if options.window is None else (options.window - 1, 0),
@@ -347,7 +354,7 @@ def _sink_gradient(floats: Floats, rows: Rows, plan: AttentionPlan) -> Float[Arr
     assert rows.lse is not None and rows.delta is not None
     K, G = rows.q.shape[2:4]
     sinks = floats.sinks.astype(jnp.float32).reshape(1, 1, K, G, 1)
-    shares = jnp.exp(jnp.broadcast_to(sinks, rows.lse.shape) - rows.lse)
+    shares = tile.softmax_weights(jnp.broadcast_to(sinks, rows.lse.shape), rows.lse)
     dsinks = -jnp.sum(shares * rows.delta, (0, 1, 4)).reshape(K * G)
     along = {"local": (), "ulysses": (WAFERS,)}.get(plan.order, (WAFERS, ROWS))
     return _sum_along(dsinks, along).astype(floats.sinks.dtype)

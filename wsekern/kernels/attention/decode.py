@@ -176,7 +176,8 @@ def _attend(
     peak = jnp.maximum(reduce_rows(row_peak, "max"), sinks)
     out = reduce_rows(out * jnp.exp(row_peak - peak), "sum")
     total = out[..., H:] + jnp.exp(sinks - peak)
-    out = jnp.where(total > 0, out[..., :H] / total, 0)
+    # Not `total > 0`: a total that is NaN must give NaN.
+    out = jnp.where(total == 0, 0, out[..., :H] / jnp.where(total == 0, 1, total))
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q.dtype)
 
 

@@ -45,6 +45,9 @@ class KVCache:
     the wafers, their tokens along y, heads along x. Every row of PEs holds equally many tokens of a
     sequence, plus or minus one, however long it is.
 
+    A token whose values hold NaN or an infinity is kept with a key of NaN and values of 0. A query
+    that sees it gets NaN; no other does, nor any sequence that takes its slot later.
+
     A cache is an immutable pytree. `append` and `fill` return the next one; they update in place
     inside a jit that the cache is donated to. It has no gradient.
 

@@ -43,6 +43,8 @@ def append(
       balance: which row holds which tokens.
     """
 
+    new_k, new_v = _mark_not_finite(new_k, new_v)
+
     def step(carry: tuple[KV, Lengths], entry: _Entry) -> tuple[tuple[KV, Lengths], None]:
         kv, lengths = carry
         after = balance.lengths_after(lengths, active, 1)
@@ -74,6 +76,7 @@ def fill(
       active: which sequences are replaced.
       balance: which row holds which tokens.
     """
+    new_k, new_v = _mark_not_finite(new_k, new_v)
     row, p = _row(balance), balance.rows
     first = balance.first(lengths, row)
     position = first[:, None] + balance.offsets(lengths, row)
@@ -97,6 +100,19 @@ def fill(
         (kv, tile), _ = lax.scan(step, (kv, tile), jnp.arange(p - 1))
     # The last tile is met outside the loop: it need not travel on.
     return take(kv, tile, (row + 1) % p)
+
+
+def _mark_not_finite(
+    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Tokens whose values are not finite, with a key of NaN and values of 0 instead.
+
+    Attention hides a token by its score, and so hides what its key holds. Its values it hides by a
+    weight of 0, and 0 times NaN is NaN. So the mark stands in the key: who sees the token gets NaN,
+    and it harms nobody else, also when its slot is left over from an earlier sequence.
+    """
+    finite = jnp.isfinite(v).all(-1, keepdims=True)
+    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
 
 
 def _append_one(kv: KV, new: _Entry, before: Lengths, after: Lengths, balance: Balance) -> KV:

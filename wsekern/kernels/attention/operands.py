@@ -106,13 +106,13 @@ def bias_shared_along(bias: Float[Described, "_ _ _ _"] | None, order: Order) ->
 
 
 def pad(
-    floats: Floats, segments: Segments, sizes: PaddedSizes, order: Order, wafer: Wafer
+    floats: Floats, segments: Segments, sizes: PaddedSizes, order: Order, wafer: Wafer | None
 ) -> tuple[Floats, Segments]:
-    """The operands in their padded sizes, laid out on the wafer."""
+    """The operands in their padded sizes, laid out on the wafer if there is one."""
     q, k, v, bias, sinks = floats
     q = layout.resize(q, 1, sizes.queries)
     k, v = (layout.resize(x, 1, sizes.keys) for x in (k, v))
-    if sizes.repeats > 1:
+    if wafer is not None and sizes.repeats > 1:
         q = layout.pad(q, _WHOLE_HEADS, wafer)
         k, v = (layout.repeat(x, sizes.repeats, 2, HEADS, wafer) for x in (k, v))
     q = layout.resize(q, 2, sizes.q_heads)
@@ -130,6 +130,8 @@ def pad(
             for x, length in zip(segments, lengths, strict=True)
         )
     )
+    if wafer is None:
+        return floats, segments
     return jax.tree.map(
         lambda x, spec: layout.pad(x, spec, wafer),
         (floats, segments),

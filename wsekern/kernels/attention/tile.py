@@ -148,7 +148,7 @@ def finish(
     Args:
       running: the softmax over all keys.
       sinks: a score for each head that counts as one more key, without a value.
-      dtype: of the result. A row that sees no key is zeros.
+      dtype: of the result. A row that sees no key is zeros, and its log-sum-exp is -inf.
     """
     out, total, peak = running
     # A sink may be higher than every score: rescale to the new peak, as for any other key.
@@ -158,8 +158,16 @@ def finish(
         fade = jnp.exp(peak - new_peak)
         out, total = out * fade[..., None], total * fade + jnp.exp(sink - new_peak)
         peak = new_peak
-    total = jnp.where(total > 0, total, 1)  # where no key was seen, `out` is 0 and stays 0
-    return (out / total[..., None]).astype(dtype), peak + jnp.log(total)
+    # Where no key was seen, `out` is 0 and stays 0.
+    nonzero = jnp.where(total == 0, 1, total)
+    lse = jnp.where(total == 0, -jnp.inf, peak + jnp.log(nonzero))
+    return (out / nonzero[..., None]).astype(dtype), lse
+
+
+def softmax_weights(scores: Float[Array, "..."], lse: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`exp(scores - lse)`, the weights of a finished softmax; 0 in a row that saw no key."""
+    # There `lse` is -inf, and so are the scores: their difference would be NaN.
+    return jnp.exp(scores - jnp.where(lse == -jnp.inf, jnp.inf, lse))
 
 
 def scan_blocks(

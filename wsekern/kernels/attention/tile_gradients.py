@@ -23,7 +23,7 @@ from wsekern.kernels.attention.mask import (
     run_where_seen,
     to_scores,
 )
-from wsekern.kernels.attention.tile import dot, scan_blocks
+from wsekern.kernels.attention.tile import dot, scan_blocks, softmax_weights
 from wsekern.wafer.limits import widen_for_backend
 
 
@@ -109,7 +109,7 @@ def block_gradients(
     product = functools.partial(dot, precision=rule.precision)
     products = jnp.moveaxis(product("bksh,bkgth->bksgt", k, rows.q), 2, -1)
     scores, slope = to_scores(products, rows, keys, rule, masked)
-    weights = jnp.exp(jnp.moveaxis(scores, -1, 2) - rows.lse[:, :, None])
+    weights = softmax_weights(jnp.moveaxis(scores, -1, 2), rows.lse[:, :, None])
     dv = product("bksgt,bkgth->bksh", weights.astype(rows.dout.dtype), rows.dout)
     dweights = product("bksh,bkgth->bksgt", v, rows.dout)
     # The softmax's gradient: weights * (dweights - sum(weights * dweights)), and that sum is the

@@ -97,6 +97,8 @@ def _per_pe(
     words = _words(logits)
     logits = jnp.where(words < vocab, logits.astype(jnp.float32), -jnp.inf)
     largest = fabric.all_reduce(lax.stop_gradient(jnp.max(logits, -1)), COLS, "max")
+    # As `logsumexp`: a row of -inf alone has -inf, and not the NaN of -inf less -inf.
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), -1)
     # The label's logit where this PE has its word, else 0: the sum along x is the logit.
     label_logits = jnp.sum(jnp.where(words == labels[..., None], logits, 0), -1)

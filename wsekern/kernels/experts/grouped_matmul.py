@@ -177,10 +177,11 @@ def weight_gradients(
             (lax.dynamic_slice_in_dim(a, begin, size), lax.dynamic_slice_in_dim(b, begin, size))
             for a, b in zip(lefts, rights, strict=True)
         )
+        # Both sides: a row of the next group that is not finite would give 0 times NaN.
         return tuple(
             lax.dot_general(
                 jnp.where(in_group, a, 0),
-                b,
+                jnp.where(in_group, b, 0),
                 (((0,), (0,)), ((), ())),
                 precision=precision,
                 preferred_element_type=jnp.float32,

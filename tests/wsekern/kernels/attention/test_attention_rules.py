@@ -47,19 +47,20 @@ def plain(
     (B, T, N, H), S = q.shape, k.shape[1]
     k, v = (jnp.repeat(x, N // x.shape[2], 2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+    t, s = np.arange(T)[:, None], np.arange(S)[None]
+    seen = np.ones((B, 1, T, S), bool)
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     if bias is not None:
-        scores = scores + bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    t, s = np.arange(T)[:, None], np.arange(S)[None]
-    seen = np.ones((B, 1, T, S), bool)
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        seen, scores = seen & (bias > -1e30), scores + jnp.where(bias > -1e30, bias, 0)
     if causal:
-        seen &= s <= t
+        seen = seen & (s <= t)
     if window:
-        seen &= t - s < window
+        seen = seen & (t - s < window)
     if segment_ids is not None:
         pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        seen &= (pair[0][:, :, None] == pair[1][:, None])[:, None]
+        seen = seen & (pair[0][:, :, None] == pair[1][:, None])[:, None]
     top = jax.lax.stop_gradient(jnp.abs(scores).max())
     weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
     total = weights.sum(-1, keepdims=True)
@@ -172,12 +173,50 @@ def test_any_sizes_and_windows(data):
     assert_right(operands(B, T, S, K * group, K, 2, sinks=True), wafer, algorithm, **options)
 
 
-def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient():
-    arrays = operands(1, 8, 8, 4, 4, 4)
-    ids = jnp.zeros((1, 8), jnp.int32)
-    for wafer in (None, wk.Wafer.devices(2, 2)):
-        run = functools.partial(wk.attention, segment_ids=(ids, ids + 1), wafer=wafer)
-        assert not any(np.any(x) for x in results(run, arrays))
+HIDDEN = np.zeros((4, 8, 3), np.float32)  # a bias that hides all keys of row 5, and of head 1
+HIDDEN[1], HIDDEN[:, 5], HIDDEN[0, 0, 1] = -np.inf, -np.inf, -np.inf
+NONE_SEEN: dict[str, tuple[dict, dict, np.ndarray]] = {  # and which rows of which heads see none
+    "segments without a partner": (
+        {},
+        {"segment_ids": (jnp.array([[0] * 5 + [7] * 3]), jnp.zeros((1, 3), jnp.int32))},
+        np.tile(np.arange(8) > 4, (4, 1)),
+    ),
+    "a window beyond the last key": (
+        {},
+        {"causal": True, "window": 2},
+        np.tile(np.arange(8) > 3, (4, 1)),
+    ),
+    "a window, and sinks": (
+        {"sinks": np.array([1.0, -np.inf, 0.0, 3.0], np.float32)},
+        {"causal": True, "window": 2},
+        np.tile(np.arange(8) > 3, (4, 1)),
+    ),
+    "a bias of -inf": ({"bias": HIDDEN}, {}, (HIDDEN == -np.inf).all(-1)),
+    "a bias of -inf, causal": ({"bias": HIDDEN}, {"causal": True}, (HIDDEN == -np.inf).all(-1)),
+}
+
+
+@pytest.mark.parametrize("name", NONE_SEEN)
+def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient(name, wafer_called):
+    """On every kind of wafer, on one PE, and without a wafer."""
+    more, options, empty = NONE_SEEN[name]
+    arrays = operands(1, 8, 3, 4, 2, 4) | more
+    want = results(functools.partial(plain, **options), arrays)
+    places = [(None, "auto"), ("1x1", "auto"), ("2x2", "ring"), ("virtual-2x4", "allgather")]
+    for grid, algorithm in places:
+        wafer = None if grid is None else wafer_called(grid)
+        run = functools.partial(wk.attention, algorithm=algorithm, wafer=wafer, **options)
+        got = results(run, arrays)
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-5)
+        assert not np.asarray(got[0])[0].swapaxes(0, 1)[empty].any()
+
+
+def test_lengths_that_blocks_do_not_divide_need_no_wafer(monkeypatch):
+    """Rows that only fill up the last block are cut off again."""
+    monkeypatch.setattr(plan, "_BLOCK", 8)
+    options = {"causal": True, "soft_cap": 2.0}
+    assert_right(operands(1, 17, 17, 2, 1, 4, sinks=True), None, "auto", **options)
 
 
 @pytest.mark.slow

@@ -234,6 +234,37 @@ def test_before_the_first_token_the_result_is_0():
     np.testing.assert_allclose(out[:2, 2], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("grid", [None, "2x2", "virtual-4x4"])
+def test_what_is_not_finite_reaches_only_those_who_see_it(wafer_called, grid, bad):
+    """A slot that is left over, another sequence's, and a token that left the window do no harm."""
+    wafer = None if grid is None else wafer_called(grid)
+    q, k, v = map(jnp.asarray, tokens(2))
+    k, v, q = k[:, :7], v[:, :7], q[:, :1]
+    attend = jax.jit(wk.decode_attention)
+    fill = jax.jit(lambda cache, k, v, n: cache.fill(k, v, n))
+    for spoiled_k, spoiled_v in ((k * bad, v), (k, v * bad)):
+        cache = fill(cache_of(wafer), spoiled_k, spoiled_v, jnp.array([7, 7, 7]))
+        assert not np.isfinite(attend(q, cache)).any()
+        cache = fill(cache, k, v, jnp.array([3, 0, 5]))
+        fresh = fill(cache_of(wafer), k, v, jnp.array([3, 0, 5]))
+        np.testing.assert_array_equal(attend(q, cache), attend(q, fresh))
+    one = v.at[1].set(bad)
+    out = np.asarray(attend(q, fill(cache_of(wafer), k, one, jnp.array([7, 7, 7]))))
+    assert np.isfinite(out[[0, 2]]).all() and np.isnan(out[1]).all()
+    # The oldest token is not finite, and outside the window of three.
+    first = v.at[:, 0].set(bad)
+    cache = fill(cache_of(wafer, window=3, chunk=2), k[:, :2], first[:, :2], jnp.array([2, 2, 2]))
+    append = jax.jit(lambda cache, k, v: cache.append(k, v))
+    for t in range(2, 7):
+        cache = append(cache, k[:, t : t + 1], first[:, t : t + 1])
+        assert np.isfinite(attend(q, cache)).all() == (t >= 3)
+    # Two at once: the older one does not see the newer one.
+    cache = append(cache, k[:, :2], v[:, :2].at[:, 1].set(bad))
+    out = np.asarray(attend(jnp.concatenate([q, q], 1), cache))
+    assert np.isfinite(out[:, 0]).all() and np.isnan(out[:, 1]).all()
+
+
 def test_has_no_gradient():
     cache = cache_of(None)
     q, k, v = tokens(2)

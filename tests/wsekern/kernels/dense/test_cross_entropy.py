@@ -119,6 +119,15 @@ def test_large_logits_do_not_overflow(wafer):
     np.testing.assert_allclose(dlogits[0], [0.5, -1, 0, 0.5], rtol=1e-3)
 
 
+def test_infinite_logits_are_as_in_logsumexp(wafer):
+    """A word ruled out by -inf, a row of them alone, and +inf."""
+    logits = jnp.zeros((1, 4, 8)).at[0, 1, 2:].set(-jnp.inf).at[0, 2].set(-jnp.inf)
+    logits = logits.at[0, 3, 5].set(jnp.inf)
+    labels = jnp.array([[0, 7, 0, 0]])
+    got = jax.jit(functools.partial(wk.cross_entropy, wafer=wafer))(logits, labels)
+    np.testing.assert_allclose(got[0], [np.log(8), np.inf, np.nan, np.inf], rtol=1e-6)
+
+
 def test_no_pe_holds_all_logits_of_a_token(as_shipped):
     wafer, V = wk.Wafer.devices(2, 4), 97 * 4
     tiled, rows = wafer.sharding(P("wafer", "y", "x")), wafer.sharding(P("wafer", "y"))

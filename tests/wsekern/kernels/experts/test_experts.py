@@ -98,6 +98,21 @@ def test_a_choice_out_of_range_adds_nothing():
     np.testing.assert_allclose(got, dense(x, some, shares, weights, biases), atol=1e-5)
 
 
+def test_what_is_not_finite_stays_with_its_expert():
+    """A block of rows may run on into the next expert's, which must not count for this one."""
+    x, _, shares, weights, _ = operands(biased=False)
+    chosen = jnp.zeros((B, T, k), jnp.int32) + jnp.arange(k).reshape(1, 1, k)
+    chosen = chosen.at[:, -1].set(jnp.arange(3, 6))
+    x = x.at[:, -1].set(jnp.nan)
+
+    def total(weights):
+        return experts(x, chosen, shares, weights, None).sum()
+
+    gradients = jax.jit(jax.grad(total))(weights)
+    for dw in gradients:
+        assert np.isfinite(dw[:3]).all() and np.isnan(dw[3:]).any()
+
+
 def test_all_tokens_to_one_expert_and_short_dtypes():
     x, chosen, shares, weights, biases = operands(dtype=jnp.bfloat16)
     one = jnp.full((B, T, 1), 2)

@@ -27,7 +27,7 @@ from wsekern.kernels.attention.plan import (
     fewest_blocks,
     plan_attention,
 )
-from wsekern.wafer import context, layout
+from wsekern.wafer import context
 from wsekern.wafer.axes import ROWS, WAFERS
 from wsekern.wafer.explanation import explained_by
 from wsekern.wafer.keywords import accept_jax_names
@@ -100,9 +100,8 @@ def attention(
       precision: of every product, forward and backward, as in `jax.lax.dot_general`. cuDNN's
         kernel, which takes GPU tiles in 16 bits, cannot be told and ignores it.
       wafer: where to run; by default the current wafer. Without one it is
-        `jax.nn.dot_product_attention`, where that means the same. It is one PE's blocked kernel
-        with a bias, sinks, a soft cap, a precision or two arrays of segment ids, and where so many
-        more queries than keys are given that the window leaves some of them no key.
+        `jax.nn.dot_product_attention`, or one PE's blocked kernel where that means another thing or
+        lacks an option: with a bias, sinks, a soft cap, a precision or two arrays of segment ids.
       is_causal: JAX's name for `causal`; give one of the two.
 
     Raises:
@@ -124,10 +123,7 @@ def attention(
         return _plain(floats, segments.q, options)
     plan, _ = plan_attention(floats, options, wafer)
     padded = operands.pad(floats, segments, plan.sizes, plan.order, wafer)
-    out = _attention(*padded, plan, wafer)
-    if wafer is None:
-        return out[:, : q.shape[1]]
-    return layout.crop(out, q.shape, operands.HEADS, wafer)
+    return operands.crop(_attention(*padded, plan, wafer), q.shape, wafer)
 
 
 def _plain_serves(floats: Floats, segments: Segments, options: AttentionOptions) -> bool:

@@ -139,6 +139,13 @@ def pad(
     )
 
 
+def crop(
+    out: Float[Array, "_ _ _ H"], shape: tuple[int, ...], wafer: Wafer | None
+) -> Float[Array, "B T N H"]:
+    """The result without the rows and heads that `pad` added."""
+    return out[:, : shape[1]] if wafer is None else layout.crop(out, shape, HEADS, wafer)
+
+
 def block_segments(x: Int[Array, "B Tt"] | None, blocks: int) -> Int[Array, "n B c"] | None:
     """Segments in blocks of rows."""
     if x is None:

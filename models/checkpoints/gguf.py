@@ -1,28 +1,18 @@
 """Read a GGUF file as a Hugging Face checkpoint: the fields of config.json, and tensors by name.
 
-The `gguf` package (extra `hf`) reads the file and dequantizes it, a few rows at a time.
+The `gguf` package (extra `hf`) dequantizes, a few rows at a time.
 """
 
-import functools
 import pathlib
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.config import RopeScaling
-from models.rope import stretch
+from models.checkpoints.gguf_fields import check_is_model, fields_of
+from models.checkpoints.gguf_header import Header, Tensor
+from models.checkpoints.json_file import shown
 
-# GGUF's architecture -> DecoderConfig.family
-_ARCHITECTURES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-    "gpt-oss": "gpt_oss",
-    "gpt2": "gpt2",
-}
 # GGUF's name of a module -> Hugging Face's
 LLAMA = {
     "token_embd": "model.embed_tokens",
@@ -57,59 +47,62 @@ _GPT2 = {
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 # GPT-2's Conv1D stores [in, out], GGUF always [out, in].
 _TRANSPOSED = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+# A part of a file that was split: its name, its number from 1 on, how many there are
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
-@functools.lru_cache(maxsize=1)  # tokenizer and tensors are read one after the other
-def _reader(file: pathlib.Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(
-            f"{file} needs the gguf library; in the checkout, run "
-            "`pip install -e '.[hf]' -c constraints.txt`"
-        ) from None
-    try:
-        return gguf.GGUFReader(file)
-    except Exception as error:  # numpy's errors for missing bytes are of many kinds
-        raise ValueError(f"{file} is not GGUF, or is truncated: {error}") from error
+class _Source(NamedTuple):
+    """Where a tensor of the checkpoint is in the file."""
+
+    tensor: Tensor
+    expert: int | None  # its index in the tensor, if that has the weights of all experts
+    role: str  # GGUF's name of the module
 
 
-@functools.lru_cache(maxsize=1)
-def metadata(file: pathlib.Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, by name.
+def read_header(file: pathlib.Path) -> Header:
+    """The header of a GGUF file that holds a model, or of the first part of a split one.
 
     Raises:
-      ValueError: the file is not GGUF, or the `gguf` package is missing.
+      ValueError: it is not GGUF, or is truncated or damaged; it holds no model, or is a later part.
     """
-    return {name: field.contents() for name, field in _reader(file).fields.items()}
-
-
-# (the reader's tensor, the number of an expert in it, GGUF's name of the module)
-_Source = tuple[Any, int | None, str]
+    header = Header(file)
+    check_is_model(header)
+    count = header.integer("split.count", 1)
+    number = header.integer("split.no", 0)
+    if count > 1 and number:
+        match = _PART.fullmatch(file.name)
+        first = f"{match[1]}-00001-of-{match[3]}.gguf" if match else "the first part"
+        raise ValueError(
+            f"{file} is part {number + 1} of {count}; give {first}, which has the rest"
+        )
+    return header
 
 
 class GGUF:
     """The tensors of a GGUF file, with the names and layouts of a Hugging Face checkpoint."""
 
     def __init__(self, file: pathlib.Path) -> None:
-        """The tensors of `file`; none is read yet.
+        """The tensors of `file`, and of the files beside it if it is split; none is read yet.
 
         Raises:
-          ValueError: the file is not GGUF, or its architecture is unknown.
+          ValueError: the file is not GGUF, its architecture is unknown, a value in it is out of
+            range, or the tensors are not exactly those that its metadata ask for.
         """
-        self._file = file
-        self.fields = fields_of(file)
+        header = read_header(file)
+        tensors = _all_tensors(header)
+        self.fields = fields_of(header, tensors)
         self._family = self.fields["model_type"]
+        _check_tensors(header, tensors, self.fields)
         self._heads: dict[str, Any] = {
             "attn_q": self.fields.get("num_attention_heads"),
             "attn_k": self.fields.get("num_key_value_heads"),
         }
         self._sources: dict[str, _Source] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
         for name, tensor in tensors.items():
             if name != "rope_freqs.weight":
                 self._enter(name, tensor)
+        self._file = file
         self._fuse_gate_up()
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 
@@ -122,42 +115,36 @@ class GGUF:
             half = name.replace("gate_up_proj", ("gate_proj", "up_proj")[first % 2])
             return self.read(half, (*index[:-1], slice(first // 2, (last + 1) // 2)))
         tensor, expert, role = self._sources[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
+        data, dimensions = tensor.map(), len(tensor.shape)
         if expert is not None:
-            return self._rows(tensor, tensor.data[expert], index[0])[:, index[1]]
-        if role in _EXPERTS and len(shape) == 3:  # gpt-oss: stored [E, out, in], read [E, in, out]
+            return tensor.dequantize(data[expert][index[0]])[:, index[1]]
+        if role in _EXPERTS and dimensions == 3:  # gpt-oss: stored [E, out, in], read [E, in, out]
             experts, columns, outputs = index
             parts = [
-                self._rows(tensor, tensor.data[e], outputs)
-                for e in range(*experts.indices(shape[0]))
+                tensor.dequantize(data[e][outputs])
+                for e in range(*experts.indices(tensor.shape[0]))
             ]
             return np.stack(parts)[:, :, columns].swapaxes(1, 2)
-        if self._family == "gpt2" and role in _TRANSPOSED and len(shape) == 2:
-            return self._rows(tensor, tensor.data, index[1])[:, index[0]].T
+        if self._family == "gpt2" and role in _TRANSPOSED and dimensions == 2:
+            return tensor.dequantize(data[index[1]])[:, index[0]].T
         rows: Any = index[0]
         if self._family == "llama" and role in self._heads:
-            rows = _rotary_rows(shape[0], int(self._heads[role]))[rows]
-        out = self._rows(tensor, tensor.data, rows)
-        return out[:, index[1]] if len(shape) == 2 else out
+            rows = _rotary_rows(tensor.shape[0], int(self._heads[role]))[rows]
+        if dimensions == 1:
+            return tensor.dequantize(data)[rows]
+        return tensor.dequantize(data[rows])[:, index[1]]
 
     def where(self, name: str) -> str:
-        """The file, for messages."""
-        del name
-        return str(self._file)
+        """The file that stores a tensor, for messages."""
+        source = self._sources.get(name)
+        return str(source.tensor.file if source else self._file)
 
-    def _rows(self, tensor: Any, data: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
-        import gguf
-
-        if len(tensor.shape) == 1:
-            return gguf.dequantize(data, tensor.tensor_type)[rows]
-        return gguf.dequantize(np.ascontiguousarray(data[rows]), tensor.tensor_type)
-
-    def _enter(self, name: str, tensor: Any) -> None:
+    def _enter(self, name: str, tensor: Tensor) -> None:
         """Enters a tensor under its name in a Hugging Face checkpoint."""
         # "blk.3.attn_q.weight" is layer 3, role "attn_q", end "weight".
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z_]+?)\.?(weight|bias)?", name)
         layer, role, end = match.groups() if match else (None, name, None)
-        shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF lists the inner one first
+        shape = tensor.shape
         table, layers = LLAMA, "model.layers"
         if self._family == "gpt2":
             table, layers = _GPT2, "transformer.h"
@@ -167,26 +154,26 @@ class GGUF:
                 self._add(
                     f"{root}mlp.experts.{expert}.{_EXPERTS[role]}.{end}",
                     shape[1:],
-                    (tensor, expert, role),
+                    _Source(tensor, expert, role),
                 )
             return
         if role in _EXPERTS:
             suffix = "_bias" if end == "bias" else ""
             if end == "weight":
                 shape = (shape[0], shape[2], shape[1])
-            self._add(f"{root}mlp.experts.{_EXPERTS[role]}{suffix}", shape, (tensor, None, role))
+            self._add(
+                f"{root}mlp.experts.{_EXPERTS[role]}{suffix}", shape, _Source(tensor, None, role)
+            )
             return
         if role == "attn_sinks":
-            self._add(f"{root}self_attn.sinks", shape, (tensor, None, role))
+            self._add(f"{root}self_attn.sinks", shape, _Source(tensor, None, role))
             return
-        module = table.get(role)
+        module = table[role]
         if self._family == "gpt_oss" and role == "ffn_gate_inp":
             module = "mlp.router"
-        if module is None:
-            raise ValueError(f"{self._file}: the tensor {name!r} is not one of {self._family}'s")
         if self._family == "gpt2" and role in _TRANSPOSED and len(shape) == 2:
             shape = shape[::-1]
-        self._add(f"{root}{module}.{end}", shape, (tensor, None, role))
+        self._add(f"{root}{module}.{end}", shape, _Source(tensor, None, role))
 
     def _add(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
         self.shapes[name], self._sources[name] = shape, source
@@ -201,95 +188,133 @@ class GGUF:
             self.shapes[name.replace("gate_proj", "gate_up_proj")] = (*shape[:-1], 2 * shape[-1])
 
 
-def fields_of(file: pathlib.Path) -> dict[str, Any]:
-    """The fields of config.json, from the metadata of a GGUF file.
+def _all_tensors(header: Header) -> dict[str, Tensor]:
+    """The tensors of a file, or of all the parts of a split one.
 
     Raises:
-      ValueError: the architecture is unknown, or so is the scaling of its rotary positions.
+      ValueError: a part is missing or of another file, or two parts store the same tensor.
     """
-    values = metadata(file)
-    kind = values.get("general.architecture")
-    if kind not in _ARCHITECTURES:
-        raise ValueError(f"{file}: architecture {kind!r} is not one of {', '.join(_ARCHITECTURES)}")
+    count = header.integer("split.count", 1, most=99_999)
+    if count < 2:
+        return header.tensors
+    match = _PART.fullmatch(header.file.name)
+    if match is None or (int(match[2]), int(match[3])) != (1, count):
+        raise header.error(
+            "split.count", f"but the file is not named NAME-00001-of-{count:05}.gguf; rename it"
+        )
+    tensors = dict(header.tensors)
+    for number in range(1, count):
+        file = header.file.with_name(f"{match[1]}-{number + 1:05}-of-{count:05}.gguf")
+        if not file.exists():
+            raise ValueError(f"{file} is missing, part {number + 1} of {count} of {header.file}")
+        part = Header(file)
+        for name, value in (("split.no", number), ("split.count", count)):
+            if part.integer(name) != value:
+                raise part.error(name, f"is not {value}, as the name of the file says")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ValueError(f"{file}: {sorted(twice)[0]!r} is in another part too")
+        tensors |= part.tensors
+    if header.integer("split.tensors.count", len(tensors)) != len(tensors):
+        raise header.error("split.tensors.count", f"but all parts have {len(tensors)}")
+    return tensors
 
-    def get(name: str, default: Any = None) -> Any:
-        return values.get(f"{kind}.{name}", default)
 
-    tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
-    common = {
-        "model_type": _ARCHITECTURES[kind],
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
+def _check_tensors(header: Header, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+    """Raises ValueError unless the tensors are exactly those that the metadata ask for."""
+    optional = {"rope_freqs.weight"} if fields["model_type"] == "llama" else set()
+    wanted = _shapes(fields, tensors)
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(
+            f"{header.file}: the tensor {missing[0]!r} is missing"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    for name, tensor in tensors.items():
+        if not tensor.is_known:
+            raise ValueError(
+                f"{tensor.file}: the tensor {shown(name)} is of a type that is not decoded here "
+                f"(number {tensor.kind}); quantize the model anew, as Q8_0 or Q4_K"
+            )
+        if name in wanted and tensor.shape != wanted[name]:
+            raise ValueError(
+                f"{tensor.file}: the tensor {name!r} has shape {tensor.shape}, the metadata ask "
+                f"for {wanted[name]}"
+            )
+        if name not in wanted and name not in optional:
+            raise ValueError(
+                f"{tensor.file}: the tensor {shown(name)} is not one of a {fields['model_type']} "
+                f"with {len(wanted)} tensors"
+            )
+
+
+def _shapes(fields: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model, by GGUF's name."""
+    top, block = _gpt2_shapes(fields) if fields["model_type"] == "gpt2" else _llama_shapes(fields)
+    if fields["model_type"] == "gpt_oss" and "blk.0.ffn_norm.weight" in tensors:
+        block["ffn_norm.weight"] = block.pop("post_attention_norm.weight")  # older converters
+    if not fields["tie_word_embeddings"]:
+        top["output.weight"] = top["token_embd.weight"]
+    layers = fields.get("num_hidden_layers") or fields["n_layer"]
+    return top | {
+        f"blk.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()
     }
-    if kind == "gpt2":
-        return common | {
-            "n_embd": get("embedding_length"),
-            "n_inner": get("feed_forward_length"),
-            "n_layer": get("block_count"),
-            "n_head": get("attention.head_count"),
-            "n_positions": get("context_length"),
-            "layer_norm_epsilon": get("attention.layer_norm_epsilon", 1e-5),
-        }
-    biased = "blk.0.attn_q.bias" in tensors
-    fields = common | {
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length") or get("expert_feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": get("attention.head_count"),
-        "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
-        "head_dim": get("attention.key_length") or get("rope.dimension_count"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": get("context_length"),
-        "rope_theta": get("rope.freq_base", 10_000.0),
-        "rope_scaling": _scaling(file, get, tensors),
-        "attention_bias": biased,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "sliding_window": get("attention.sliding_window"),
-    }
-    if get("expert_count"):
-        fields |= {
-            "num_experts": get("expert_count"),
-            "num_local_experts": get("expert_count"),
-            "num_experts_per_tok": get("expert_used_count"),
-            "moe_intermediate_size": get("expert_feed_forward_length"),
-            "norm_topk_prob": True,
-        }
-        if kind == "gpt-oss":
-            fields["intermediate_size"] = get("expert_feed_forward_length")
-    return fields
 
 
-def _scaling(
-    file: pathlib.Path, get: Callable[..., Any], tensors: dict[str, Any]
-) -> dict[str, Any] | None:
-    kind, sinks = get("rope.scaling.type"), "blk.0.attn_sinks.weight" in tensors
-    if kind in ("linear", "yarn"):
-        return {
-            "rope_type": kind,
-            "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-            "truncate": not sinks,
-        }
-    if "rope_freqs.weight" not in tensors:
-        return None
-    # Llama 3: the file has only each frequency's divisor. The largest is the rule's factor; the
-    # others must follow from it.
-    divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
-    factor = float(divisors.max())
-    rule = RopeScaling(kind="llama3", factor=factor, original_context=8192)
-    theta, half = get("rope.freq_base", 10_000.0), len(divisors)
-    plain = theta ** (-np.arange(half, dtype=np.float32) / half)
-    if not np.allclose(plain / stretch(plain, rule), divisors, rtol=1e-3):
-        raise ValueError(f"{file}: rope_freqs.weight follows no rule that is known here")
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _gpt2_shapes(fields: dict[str, Any]) -> tuple[_Shapes, _Shapes]:
+    """The shapes outside the layers, and of a layer."""
+    width, inner = fields["n_embd"], fields["n_inner"]
+    block: _Shapes = {}
+    for name in ("attn_norm", "ffn_norm"):
+        block |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    products = {"attn_qkv": (3 * width, width), "attn_output": (width, width)}
+    products |= {"ffn_up": (inner, width), "ffn_down": (width, inner)}
+    for name, shape in products.items():
+        block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": rule.low_frequency_factor,
-        "high_freq_factor": rule.high_frequency_factor,
-        "original_max_position_embeddings": rule.original_context,
-    }
+        "token_embd.weight": (fields["vocab_size"], width),
+        "position_embd.weight": (fields["n_positions"], width),
+        "output_norm.weight": (width,),
+        "output_norm.bias": (width,),
+    }, block
+
+
+def _llama_shapes(fields: dict[str, Any]) -> tuple[_Shapes, _Shapes]:
+    """The shapes outside the layers, and of a layer."""
+    family, width, inner = (fields[n] for n in ("model_type", "hidden_size", "intermediate_size"))
+    heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+    rows, kv_rows = heads * fields["head_dim"], kv_heads * fields["head_dim"]
+    attention = {"attn_q": (rows, width), "attn_k": (kv_rows, width), "attn_v": (kv_rows, width)}
+    out: _Shapes = {"attn_output": (width, rows)}
+    block: _Shapes = {"attn_norm.weight": (width,)}
+    experts = family in ("qwen3_moe", "gpt_oss")
+    block["post_attention_norm.weight" if family == "gpt_oss" else "ffn_norm.weight"] = (width,)
+    products = {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
+    if experts:
+        count, inner = fields["num_experts"], fields["moe_intermediate_size"]
+        products = {
+            "ffn_gate_inp": (count, width),
+            "ffn_gate_exps": (count, inner, width),
+            "ffn_up_exps": (count, inner, width),
+            "ffn_down_exps": (count, width, inner),
+        }
+    weights = attention | out | products
+    biased: _Shapes = {}
+    if fields["attention_bias"]:
+        biased |= attention if family == "qwen2" else attention | out
+    if family == "gpt_oss" or (family == "llama" and fields["mlp_bias"]):
+        biased |= products
+    block |= {f"{name}.weight": shape for name, shape in weights.items()}
+    block |= {f"{name}.bias": shape[:-1] for name, shape in biased.items()}
+    if family in ("qwen3", "qwen3_moe"):
+        block |= {f"attn_{part}_norm.weight": (fields["head_dim"],) for part in "qk"}
+    if family == "gpt_oss":
+        block["attn_sinks.weight"] = (heads,)
+    return {
+        "token_embd.weight": (fields["vocab_size"], width),
+        "output_norm.weight": (width,),
+    }, block
 
 
 def _rotary_rows(rows: int, heads: int) -> np.ndarray:

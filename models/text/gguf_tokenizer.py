@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from models.checkpoints.gguf import metadata
+from models.checkpoints.gguf import read_header
 from models.text import bpe
 from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 
@@ -17,10 +17,10 @@ def of_file(file: pathlib.Path) -> Tokenizer:
     Raises:
       ValueError: the kind of tokenizer is unknown.
     """
-    fields = metadata(file)
+    header = read_header(file)
 
     def get(name: str, default: Any = None) -> Any:
-        return fields.get(f"tokenizer.ggml.{name}", default)
+        return header.value(f"tokenizer.ggml.{name}", default)
 
     tokens, kind = get("tokens"), get("model")
     if tokens is None:
@@ -53,7 +53,7 @@ def of_file(file: pathlib.Path) -> Tokenizer:
     return Tokenizer(
         codec=FastCodec(inner),
         ends=tuple(dict.fromkeys(get(name) for name in _ENDS if get(name) is not None)),
-        template=fields.get("tokenizer.chat_template"),
+        template=header.value("tokenizer.chat_template"),
         names=names,
         source=str(file),
     )

@@ -285,12 +285,20 @@ def _llama_shapes(fields: dict[str, Any]) -> tuple[_Shapes, _Shapes]:
     family, width, inner = (fields[n] for n in ("model_type", "hidden_size", "intermediate_size"))
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     rows, kv_rows = heads * fields["head_dim"], kv_heads * fields["head_dim"]
-    attention = {"attn_q": (rows, width), "attn_k": (kv_rows, width), "attn_v": (kv_rows, width)}
+    attention: _Shapes = {
+        "attn_q": (rows, width),
+        "attn_k": (kv_rows, width),
+        "attn_v": (kv_rows, width),
+    }
     out: _Shapes = {"attn_output": (width, rows)}
     block: _Shapes = {"attn_norm.weight": (width,)}
     experts = family in ("qwen3_moe", "gpt_oss")
     block["post_attention_norm.weight" if family == "gpt_oss" else "ffn_norm.weight"] = (width,)
-    products = {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
+    products: _Shapes = {
+        "ffn_gate": (inner, width),
+        "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    }
     if experts:
         count, inner = fields["num_experts"], fields["moe_intermediate_size"]
         products = {

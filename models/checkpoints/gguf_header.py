@@ -83,7 +83,7 @@ class _Value(NamedTuple):
     """Where a value is."""
 
     kind: int  # the format's number of its type; of its items if it is a list
-    count: int | None  # items; None if it is not a list
+    items: int | None  # None if it is not a list
     offset: int
     end: int
 
@@ -131,7 +131,7 @@ class Header:
             return default
         kind, count, offset, end = self._values[name]
         if kind == _STRING:
-            texts = list(self._texts(name, offset, 1 if count is None else count))
+            texts = self._texts(name, bytes(self._data[offset:end]))
             return texts[0] if count is None else texts
         items = np.frombuffer(self._data[offset:end], _SCALARS[kind])
         if count is not None:
@@ -365,18 +365,20 @@ class Header:
             offset += 8 + read(data, offset)[0]
         return self._end(name, offset, 0) if offset <= self._size else self._end(name, 0, offset)
 
-    def _texts(self, name: str, offset: int, count: int) -> Iterator[str]:
-        data, read = self._data, _LENGTH.unpack_from
-        for i in range(count):
+    def _texts(self, name: str, data: bytes) -> list[str]:
+        """The texts in `data`, each after its length."""
+        texts, offset, read = [], 0, _LENGTH.unpack_from
+        while offset < len(data):
             begin = offset + 8
             offset = begin + read(data, offset)[0]
             try:
-                yield str(data[begin:offset], "utf-8")
+                texts.append(data[begin:offset].decode())
             except UnicodeDecodeError:
-                where = f"{name}[{i}]" if self._values[name].count is not None else name
+                where = name if self._values[name].items is None else f"{name}[{len(texts)}]"
                 raise ValueError(
-                    f"{self.file}: {where}={shown(bytes(data[begin:offset]))} is not UTF-8"
+                    f"{self.file}: {where}={shown(data[begin:offset])} is not UTF-8"
                 ) from None
+        return texts
 
     def _damage(self, problem: str) -> ValueError:
         return ValueError(f"{self.file} is not GGUF, or is truncated or damaged: {problem}")

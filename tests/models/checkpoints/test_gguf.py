@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ import models  # noqa: E402
 from models.__main__ import main  # noqa: E402
 from models.checkpoints import tensors  # noqa: E402
 from models.checkpoints.gguf import GGUF  # noqa: E402
+from models.config import RopeScaling  # noqa: E402
+from models.rope import yarn_attention_factor  # noqa: E402
 from models.text.reading import load_tokenizer  # noqa: E402
 
 LLAMA = tiny.CONFIGS["llama3"] | {"rope_scaling": None}
@@ -45,7 +48,7 @@ def write_gguf(file, kind, fields, values, quantized=None):
     """Writes a GGUF file as the llama.cpp scripts do."""
     writer = gguf.GGUFWriter(file, kind)
     for key, value in fields.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {int: writer.add_int32, float: writer.add_float32, str: writer.add_string}
         if isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, bool):
@@ -263,6 +266,162 @@ def test_a_broken_file_is_refused(tmp_path):
     write_gguf(tmp_path / "c.gguf", "mamba", {}, {"token_embd.weight": np.ones((3, 4))})
     with pytest.raises(ValueError, match="architecture 'mamba' is not one of llama"):
         models.load(tmp_path / "c.gguf")
+
+
+def with_fields(tmp_path, more, name="b.gguf", drop=()):
+    """A small Llama whose metadata have `more`, and not `drop`."""
+    folder = tmp_path / "a"
+    folder = folder if folder.exists() else tiny.make(folder, LLAMA)
+    fields = size_fields("llama", LLAMA) | {f"llama.{key}": value for key, value in more.items()}
+    fields = {key: value for key, value in fields.items() if key not in drop}
+    values = gguf_names(read_all(folder))
+    return write_gguf(tmp_path / name, "llama", fields, values)
+
+
+@pytest.mark.parametrize(
+    ("more", "scaling"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"kind": "linear", "factor": 4.0, "original_context": 64}),
+        ({"rope.scale_linear": 4.0}, {"kind": "linear", "factor": 4.0, "original_context": 64}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 1.0, "rope.scale_linear": 4.0}, None),
+    ],
+)
+def test_positions_are_stretched_as_llama_cpp_stretches_them(more, scaling, tmp_path):
+    found = models.read_config(with_fields(tmp_path, more)).rope_scaling
+    assert found == (scaling and RopeScaling(**scaling))
+
+
+def test_every_key_of_yarn_counts(tmp_path):
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    yarn |= {"rope.scaling.original_context_length": 32}
+    plain = RopeScaling(
+        kind="yarn", factor=4.0, original_context=32, attention_factor=yarn_attention_factor(4.0)
+    )
+
+    def found(**more):
+        more = {f"rope.scaling.{key}": value for key, value in more.items()}
+        return models.read_config(with_fields(tmp_path, yarn | more)).rope_scaling
+
+    assert found() == found(yarn_ext_factor=1.0, finetuned=True) == plain
+    betas = found(yarn_beta_fast=16.0, yarn_beta_slow=2.0)
+    assert (betas.beta_fast, betas.beta_slow) == (16, 2)
+    assert found(yarn_attn_factor=1.5).attention_factor == 1.5
+    np.testing.assert_allclose(
+        found(attn_factor=0.5).attention_factor, plain.attention_factor * 0.5
+    )
+    assert found(yarn_log_multiplier=1.0).attention_factor == 1
+    for key in ("yarn_ext_factor", "alpha"):
+        with pytest.raises(ValueError, match=rf"b.gguf: llama.rope.scaling.{key}=0.5 is not"):
+            found(**{key: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"expert_count": 8}, "expert_count=8 but experts of llama are not supported"),
+        ({"attention.scale": 0.5}, r"attention.scale=0.5 is not 1 / sqrt\(size of a head\)"),
+        ({"attention.clamp_kqv": 8.0}, "attention.clamp_kqv=8.0 is not supported, only 0"),
+        ({"attention.causal": False}, "attention.causal=False is not supported, only True"),
+        ({"attention.sliding_window": 16}, "sliding_window=16 but windows of llama"),
+        ({"attention.value_length": 8}, "attention.value_length=8 but a head has 16"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count=8 but a head has 16"),
+        ({"rope.scaling.type": "longrope"}, "type='longrope' is not one of"),
+        ({"rope.scaling.attn_factor": 2.0}, "attn_factor=2.0 is not supported for type 'linear'"),
+        ({"rope.scaling.factor": float("nan")}, "factor=nan is not a finite number"),
+        ({"rope.freq_base": 0.0}, "freq_base=0.0 is not a finite number above 0"),
+        ({"logit_scale": 2.0}, "logit_scale=2.0 is not supported, only 0 or 1"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"pooling_type": 3}, "pooling_type=3 is not supported"),
+        ({"a_new_key": 1}, "llama.a_new_key=1 is not known here"),
+        ({"block_count": 10**7}, "block_count=10000000 but there are tensors of 3 layers"),
+        ({"block_count": "3"}, "block_count='3' is not a whole number"),
+        ({"vocab_size": 96}, "vocab_size=96 but 'token_embd.weight' has 97 rows"),
+        ({"attention.head_count": [4, 2, 4]}, "head_count=.* differs from layer to layer"),
+        ({"attention.head_count": 0}, "head_count=0 is not a whole number from 1"),
+        ({"embedding_length": 65}, "'token_embd.weight' has shape .97, 64., the metadata ask"),
+        (
+            {"attention.layer_norm_rms_epsilon": float("nan")},
+            "layer_norm_rms_epsilon=nan is not a finite number above 0",
+        ),
+    ],
+)
+def test_refuses_what_it_does_not_compute(more, message, tmp_path):
+    file = with_fields(tmp_path, more)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=rf"b\.gguf.*{message}"):
+        models.load(file)
+    assert time.process_time() - began < 2
+
+
+def test_harmless_keys_change_nothing(tmp_path):
+    plain = models.read_config(with_fields(tmp_path, {}, "plain.gguf"))
+    more = {"attention.causal": True, "logit_scale": 1.0, "expert_count": 0, "vocab_size": 97}
+    more |= {"attention.scale": 0.25, "rope.dimension_count": 16, "attention.sliding_window": 4096}
+    more |= {"attention.head_count_kv": [2, 2, 2], "tensor_data_layout": "Meta AI original pth"}
+    assert models.read_config(with_fields(tmp_path, more)) == plain
+    assert plain.norm_eps == 1e-6  # not float32's 9.99999997e-07
+    with pytest.raises(ValueError, match="have no llama.attention.layer_norm_rms_epsilon"):
+        drop = ("llama.attention.layer_norm_rms_epsilon",)
+        models.read_config(with_fields(tmp_path, {}, drop=drop))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
+def test_a_file_that_holds_no_model_is_refused(kind, tmp_path):
+    file = write_gguf(tmp_path / "b.gguf", "llama", {"general.type": kind}, {})
+    for read in (models.load, load_tokenizer):
+        with pytest.raises(ValueError, match=f"b.gguf: general.type='{kind}' is no language model"):
+            read(file)
+
+
+def split(file, count):
+    """Writes a GGUF file as `count` files, as llama.cpp's gguf-split does."""
+    reader, parts = gguf.GGUFReader(file), []
+    for part in range(count):
+        name = file.with_name(f"{file.stem}-{part + 1:05}-of-{count:05}.gguf")
+        writer = gguf.GGUFWriter(name, "llama")
+        if part == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "general.architecture")):
+                    writer.add_key_value(key, field.contents(), field.types[0])
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[part::count]:
+            writer.add_tensor(tensor.name, tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(name)
+    return parts
+
+
+def test_the_parts_of_a_split_file_are_one_model(tmp_path):
+    folder = tiny.make(tmp_path / "a", LLAMA)
+    first, second, third = split(llama_file(folder, tmp_path / "a.gguf"), 3)
+    same(models.load(first), models.load(folder))
+    for read in (models.load, load_tokenizer):
+        with pytest.raises(ValueError, match=f"is part 2 of 3; give {first.name}, which has"):
+            read(second)
+    third.rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(ValueError, match=f"{third.name} is missing, part 3 of 3"):
+        models.load(first)
+    first.rename(tmp_path / "whole.gguf")
+    with pytest.raises(ValueError, match=r"split.count=3 but .* not named NAME-00001-of-00003"):
+        models.load(tmp_path / "whole.gguf")
+
+
+def test_a_file_written_anew_is_read_anew(tmp_path):
+    """Of the same size, and within one tick of the file system's clock."""
+    file = with_fields(tmp_path, {"context_length": 128})
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    assert models.read_config(file).context == 128
+    other = with_fields(tmp_path, {"context_length": 256}, "other.gguf")
+    os.utime(other, ns=times)
+    os.replace(other, file)
+    assert models.read_config(file).context == 256
 
 
 SMOLLM2 = pathlib.Path(os.environ.get("SMOLLM2_GGUF", "/nowhere"))

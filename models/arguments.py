@@ -1,9 +1,10 @@
 """The arguments of `python -m models`; imports no jax, so that `--help` is quick."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,6 +23,8 @@ class GenerateCommand:
     """Send each prompt as a user's message, in the checkpoint's chat template."""
     system: str | None = None
     """With --chat: the system message that comes first."""
+    chat_options: str = "{}"
+    """With --chat: variables of the template, in JSON, such as '{"enable_thinking": false}'."""
     max_new_tokens: int | None = None
     """The most tokens to add. None: 128, or fewer if the model's context ends before."""
     temperature: float = 0.0
@@ -46,10 +49,23 @@ class GenerateCommand:
             raise ValueError("prompt: there is none; give one, as --prompt 'Once upon a time'")
         if self.system is not None and not self.chat:
             raise ValueError("system is only said in a chat; add --chat")
+        if self.template_options and not self.chat:
+            raise ValueError("chat_options are for a chat; add --chat")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
         if self.wafer is not None:
             parse_grid(self.wafer)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The template's variables that `chat_options` spells."""
+        try:
+            options = json.loads(self.chat_options)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"chat_options={self.chat_options!r} is not JSON: {error}") from None
+        if not isinstance(options, dict):
+            raise ValueError(f"chat_options={self.chat_options!r} must be an object, as {{}}")
+        return options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def _prompt(tokenizer: Tokenizer, command: GenerateCommand, text: str) -> list[i
         messages = [{"role": "user", "content": text}]
         if command.system is not None:
             messages = [{"role": "system", "content": command.system}, *messages]
-        tokens = tokenizer.chat(messages)
+        tokens = tokenizer.chat(messages, **command.template_options)
     if not tokens:
         raise ValueError(f"prompt={text!r} has no tokens; say something")
     return tokens

@@ -7,10 +7,26 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from models.text.template import render
+from models.text.template import plain_data, render
 from wsekern.atomic_write import atomic_write
 
 _SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+# What a message may call the reasoning before its answer.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# Arguments of transformers' `apply_chat_template` that are no variables of a template.
+_NOT_OPTIONS = {
+    "conversation",
+    "continue_final_message",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -75,34 +91,66 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Any],
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **options: Any,
     ) -> list[int]:
         """The tokens of a chat, rendered with the checkpoint's template.
 
+            tokenizer.chat([{"role": "user", "content": "Hi"}], enable_thinking=False)
+
+        A template may come from strangers: what rendering costs is bounded, as
+        `models.text.template.render` says.
+
         Args:
-          messages: a dict `{"role": .., "content": ..}` each.
+          messages: a dict `{"role": .., "content": ..}` each; fields that are None are left out.
           tools: functions that the model may call, as JSON schemas.
+          documents: texts to answer from, a dict each, for templates that know them.
           add_generation_prompt: whether to begin the assistant's answer.
+          chat_template: the name of one of `templates`, or a template of your own. By default it is
+            "tool_use" if there is one and `tools` are given, or else `self.template`.
+          options: further variables of the template.
 
         Raises:
-          ValueError: there is no template, or it fails.
+          ValueError: there is no template, it fails, or there are no messages.
         """
-        if self.template is None:
-            raise ValueError(f"{self.source or 'the tokenizer'} has no chat template; use a prompt")
-        text = render(
-            self.template,
-            {
-                **self.names,
-                "messages": list(messages),
-                "tools": tools,
-                "add_generation_prompt": add_generation_prompt,
-            },
-            self.source,
-        )
-        return self.encode(text, special=False)
+        if foreign := sorted(_NOT_OPTIONS & options.keys()):
+            raise ValueError(
+                f"chat has no option {foreign[0]!r}: it returns the tokens of one chat"
+            )
+        text = self._template(chat_template, tools is not None)
+        where = f"the chat template of {self.source}" if self.source else "the chat template"
+        chat = [_message(plain_data(message, where)) for message in messages]
+        if not chat:
+            raise ValueError("messages has none; a chat needs one")
+        variables = {
+            "messages": chat,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        rendered = render(text, self.names | options | variables, self.source)
+        return self.encode(rendered, special=False)
+
+    def _template(self, template: str | None, tools: bool) -> str:
+        named = ({} if self.template is None else {"default": self.template}) | self.templates
+        if template is not None:
+            return named.get(template, template)
+        if tools and "tool_use" in named:
+            return named["tool_use"]
+        if "default" in named:
+            return named["default"]
+        where = self.source or "the tokenizer"
+        if named:
+            raise ValueError(
+                f"{where} has no chat template for every use; give chat_template=, one of "
+                f"{', '.join(map(repr, named))}"
+            )
+        raise ValueError(f"{where} has no chat template; use a prompt")
 
     def check(self, vocab: int) -> None:
         """Raises ValueError if the tokenizer has more tokens than the model's `vocab`."""
@@ -165,6 +213,17 @@ class Tokenizer:
             begin, done = done, len(seen)
         held += decode(begin, len(seen))[len(decode(begin, done)) :]
         yield _clean(held) if self.clean_up else held
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A message as transformers hands it to templates."""
+    if not isinstance(message, dict):
+        raise ValueError(f"messages holds {message!r:.80}; a message is a dict")
+    fields = {name: value for name, value in message.items() if value is not None}
+    for name in _REASONING:
+        if name in fields:  # templates read one of the first two names
+            return {"thinking": fields[name]} | fields | {"reasoning_content": fields[name]}
+    return fields
 
 
 def _clean(text: str) -> str:

@@ -96,6 +96,9 @@ def test_an_error_is_one_line(folder, arguments, message, capsys):
     [
         (["generate", "--model", "a", "--prompt", "a", "--wafer", "0x4"], "has a side of 0"),
         (["generate", "--model", "a", "--prompt", "a", "--system", "b"], "add --chat"),
+        (["generate", "--model", "a", "--prompt", "a", "--chat-options", '{"a": 1}'], "add --chat"),
+        (["generate", "--model", "a", "--prompt", "a", "--chat-options", "{"], "is not JSON"),
+        (["generate", "--model", "a", "--prompt", "a", "--chat-options", "[]"], "be an object"),
         (["generate", "--prompt", "a"], "--model"),
         (["speak"], "speak"),
     ],

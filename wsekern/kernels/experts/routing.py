@@ -46,9 +46,9 @@ def load_balance_loss(
       chosen: the k experts of each token.
     """
     E = probabilities.shape[-1]
-    used = jnp.zeros(E, jnp.float32).at[chosen.reshape(-1)].add(1.0)
+    used = jnp.zeros(E, jnp.float32).at[chosen].add(1.0)
     used = used / (chosen.size // chosen.shape[-1])
-    mean = probabilities.astype(jnp.float32).reshape(-1, E).mean(0)
+    mean = probabilities.astype(jnp.float32).mean(range(probabilities.ndim - 1))
     return E * (lax.stop_gradient(used) * mean).sum()
 
 

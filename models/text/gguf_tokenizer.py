@@ -18,6 +18,7 @@ from models.text.sentencepiece_model import Kind, SentencePieceModel, build
 from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 
 _ROOT = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"  # the usual one; others follow a dot and their name
 # Metadata that are read, or change nothing here.
 _KNOWN = (
     *("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"),
@@ -93,7 +94,12 @@ def of_file(file: pathlib.Path) -> Tokenizer:
     return Tokenizer(
         codec=FastCodec(inner),
         ends=ends,
-        template=header.text("tokenizer.chat_template"),
+        template=header.text(_TEMPLATE),
+        templates={
+            key.removeprefix(f"{_TEMPLATE}."): header.text(key) or ""
+            for key in header
+            if key.startswith(f"{_TEMPLATE}.")
+        },
         names=names,
         source=str(file),
     )

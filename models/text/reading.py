@@ -49,13 +49,17 @@ _SPLIT_OF_MODEL_TYPE = {
 _CLASSES_OF_PIECES = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # these say nothing of the format
 _GPT2_END = "<|endoftext|>"
-# Special tokens that the class of a vocab.json has unless told otherwise.
-_NAMES_OF_SPLIT = {
-    "gpt-2": ("bos_token", "eos_token", "unk_token"),
-    "qwen2": ("eos_token", "unk_token", "pad_token"),
+_GPT2_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_END)
+_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# Special tokens that a class of `transformers` has unless the files say otherwise.
+_NAMES_OF_CLASS = {
+    "GPT2Tokenizer": _GPT2_NAMES,
+    "CodeGenTokenizer": _GPT2_NAMES,
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _GPT2_END),
+    "LlamaTokenizer": _LLAMA_NAMES,
+    "CodeLlamaTokenizer": _LLAMA_NAMES,
 }
-
-
+_MOST = 100_000_000  # bytes of a file; the largest vocabularies have a third of them
 # Of Llama 3's special tokens, those that have names.
 _LLAMA3_SPECIAL = {
     0: "begin_of_text",
@@ -163,8 +167,18 @@ def _tokenizer_json(
     from tokenizers import Tokenizer
 
     inner = _read(file, lambda: Tokenizer.from_file(str(file)))
+    kind = _tokenizer_class(special)
+    known = {
+        n: t for n, t in _NAMES_OF_CLASS.get(kind, {}).items() if inner.token_to_id(t) is not None
+    }
     if inner.padding is not None:
-        special = _with_names(special, {"pad_token": inner.padding["pad_token"]})
+        known = {"pad_token": inner.padding["pad_token"]} | known
+    special = _with_names(special, known)
+    words = inner.pre_tokenizer
+    if kind in _SPLIT_OF_CLASS and kind and type(words).__name__ == "ByteLevel":
+        # As in transformers: the class decides, and not its file.
+        words.add_prefix_space = bool(special.settings.get("add_prefix_space", False))
+        inner.pre_tokenizer = words
     inner.no_truncation()
     inner.no_padding()
     if getattr(inner.model, "dropout", None) is not None:
@@ -191,7 +205,8 @@ def _vocab_and_merges(
     if split == "qwen2":
         inner.normalizer = normalizers.NFC()
     if _GPT2_END in vocab:
-        special = _with_names(special, dict.fromkeys(_NAMES_OF_SPLIT[split], _GPT2_END))
+        named = _NAMES_OF_CLASS[kind or ("Qwen2Tokenizer" if split == "qwen2" else "GPT2Tokenizer")]
+        special = _with_names(special, named)
     return inner, special, False
 
 
@@ -206,7 +221,7 @@ def _tokenizer_model(
 ) -> tuple[Any, SpecialTokens, bool | None]:
     """Of SentencePiece, or of tiktoken."""
     del model
-    file_size(file)
+    _check_size(file)
     with file.open("rb") as stream:
         first = stream.readline(1000).split()
     if len(first) == 2 and first[1].isdigit():  # lines of "token rank": tiktoken
@@ -214,6 +229,8 @@ def _tokenizer_model(
     if _tokenizer_class(special) not in _CLASSES_OF_PIECES:
         raise _unknown_class(file, special, _CLASSES_OF_PIECES)
     pieces = sentencepiece_model.read_model(file)
+    if special.settings.get("add_prefix_space") is False:
+        pieces = dataclasses.replace(pieces, dummy_prefix=False)
     kept = {name for i, name in enumerate(pieces.pieces) if i not in special.numbers}
     renamed = {i: name for i, name in special.numbers.items() if name not in kept}
     pieces = dataclasses.replace(
@@ -234,6 +251,8 @@ def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> tuple[Any, SpecialT
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     vocab, merges = bpe.merges_of_ranks(ranks)
     first = len(ranks)
+    if sorted(ranks.values()) != list(range(first)):
+        raise ValueError(f"its {first} tokens are not numbered from 0 to {first - 1}")
     if max(special.numbers, default=0) >= first:
         count = max(special.numbers) + 1 - first
         names = {i: f"<|reserved_token_{i}|>" for i in range(first, first + count)}
@@ -344,13 +363,19 @@ def _templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]
 
 
 def _read(file: pathlib.Path, read: Callable[[], Any]) -> Any:
-    file_size(file)  # refuses a FIFO, which would never end
+    _check_size(file)
     try:
         return read()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # `tokenizers` raises bare Exceptions, and Rust's panics
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _check_size(file: pathlib.Path) -> None:
+    size = file_size(file)  # refuses a FIFO, which would never end
+    if size > _MOST:
+        raise ValueError(f"{file} has {size:,} bytes, more than the {_MOST:,} that it may have")
 
 
 def _require_tokenizers(file: pathlib.Path) -> None:

@@ -5,8 +5,10 @@ detokenizer for Neural Text Processing", 2018. The file is a protocol buffer; it
 of `sentencepiece_model.proto`.
 """
 
+import collections
 import dataclasses
 import enum
+import math
 import pathlib
 import re
 import struct
@@ -78,6 +80,11 @@ def read_model(file: pathlib.Path) -> SentencePieceModel:
         raise ValueError(f"{file} is not a SentencePiece model: {error!r}") from None
     if not model.pieces:
         raise ValueError(f"{file} is not a SentencePiece model: it has no pieces")
+    if not all(map(math.isfinite, model.scores)):
+        raise ValueError(f"{file}: a piece has a score that is not finite")
+    [(piece, count)] = collections.Counter(model.pieces).most_common(1)
+    if count > 1 or "" in model.pieces:
+        raise ValueError(f"{file}: piece {piece if count > 1 else ''!r} is empty or there twice")
     if trainer.get(3, 1) not in (1, 2):
         raise ValueError(f"{file}: model_type {trainer[3]} is neither unigram (1) nor bpe (2)")
     if trainer.get(24, 0):

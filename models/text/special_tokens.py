@@ -153,7 +153,7 @@ def _numbered_in(file: pathlib.Path, special: set[str], flags: dict[str, Any]) -
 
     numbers: dict[int, str] = {}
     for name, number in read_json(file).items():
-        if type(number) is not int or number < 0 or number in numbers:
+        if type(number) is not int or number < 0 or number in numbers or not _is_unicode(name):
             raise _refusal(file, name, number, "a number of its own")
         numbers[number] = name
         flags[name] = AddedToken(name, normalized=name not in special, special=name in special)
@@ -164,17 +164,21 @@ def _token(value: Any, file: pathlib.Path, field: str, flags: dict[str, Any]) ->
     """How a token is written; `flags` learns how it is found in text, if `value` says so."""
     from tokenizers import AddedToken
 
-    if isinstance(value, str):
-        return value
-    content = value.get("content") if isinstance(value, dict) else None
-    if not isinstance(content, str):
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str) or not _is_unicode(content):
         raise _refusal(file, field, value, "a token: a text, or an object with its `content`")
+    if isinstance(value, str):
+        return content
     options = {name: value[name] for name in _FLAGS if name in value}
     for name, option in options.items():
         if not isinstance(option, bool):
             raise _refusal(file, f"{field}.{name}", option, "true or false")
     flags.setdefault(content, AddedToken(content, **options))
     return content
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _refusal(file: pathlib.Path, field: str, value: Any, wanted: str) -> ValueError:

@@ -3,9 +3,10 @@
 import pytest
 
 pytest.importorskip("jinja2")
+pytest.importorskip("tokenizers")
 
 from benchmarks import reliability  # noqa: E402
-from benchmarks.damage import templates  # noqa: E402
+from benchmarks.damage import templates, tokenizers  # noqa: E402
 from benchmarks.damage.case import Case  # noqa: E402
 
 # Bombs that end when their two seconds of processor time are over, not before.
@@ -20,6 +21,7 @@ QUICK = [
     for case in templates.cases(0)
     if case.name not in LONG and not case.name.startswith("grown")
 ]
+QUICK += tokenizers.cases(0)[::4]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.kind}: {case.name}")

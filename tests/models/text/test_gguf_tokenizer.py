@@ -199,3 +199,17 @@ def test_a_large_vocabulary_is_read_quickly(tmp_path):
         time.process_time() - began < 3
     )  # 0.3 of a quiet processor; the reader of `gguf` takes 10
     assert tokenizer.vocab == len(tokens)
+
+
+def test_chat_templates_by_name(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*_letters(), "ab"])
+    writer.add_token_merges(["a b"])
+    templates = [{"name": "default", "template": "usual"}, {"name": "tool_use", "template": "t"}]
+    writer.add_chat_template(templates)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(tmp_path / "a.gguf")
+    assert (tokenizer.template, tokenizer.templates) == ("usual", {"tool_use": "t"})

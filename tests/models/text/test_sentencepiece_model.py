@@ -1,6 +1,7 @@
 """SentencePiece models without a tokenizer.json, held against the library itself."""
 
 import json
+import math
 import struct
 
 import pytest
@@ -100,6 +101,44 @@ def test_added_tokens_and_what_begins_and_ends_a_text(train, tmp_path):
     decoder = {"3": {"content": "<|user|>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     assert load_tokenizer(tmp_path).encode("<|user|>") == [1, 3]
+
+
+def test_the_configuration_can_take_the_prefix_away(train, tmp_path):
+    content = train(model_type="bpe", byte_fallback=True)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = tokenizer.encode("the the", special=False)
+    pieces = [tokenizer.codec.inner.id_to_token(token) for token in tokens]
+    assert "".join(pieces) == "the▁the" and tokenizer.decode(tokens) == "the the"
+
+
+def message(*fields):
+    """A protocol buffer's bytes of (number, bytes or integer) below 128."""
+    parts = [
+        bytes([number << 3 | 2, len(value)]) + value
+        if isinstance(value, bytes)
+        else bytes([number << 3, value])
+        for number, value in fields
+    ]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason"),
+    [
+        ([message((1, b"a")), message((1, b"a"))], "piece 'a' is empty or there twice"),
+        ([message((1, b""))], "piece '' is empty or there twice"),
+        ([message((1, b"a"), (3, 9))], "is not a SentencePiece model"),
+        ([message((1, b"\xff"))], "is not a SentencePiece model"),
+        ([message((1, b"a")) + b"\x15" + struct.pack("<f", math.nan)], "score that is not finite"),
+        ([message((1, b"a")), b"\x0e"], "is not a SentencePiece model"),
+    ],
+)
+def test_pieces_that_make_no_sense_are_refused(tmp_path, pieces, reason):
+    (tmp_path / "tokenizer.model").write_bytes(message(*((1, piece) for piece in pieces)))
+    with pytest.raises(ValueError, match=reason):
+        load_tokenizer(tmp_path)
 
 
 def test_what_is_no_model_is_refused(train, tmp_path):

@@ -1,6 +1,7 @@
 """Special and added tokens of every file that names them; values are those of `transformers`."""
 
 import json
+import os
 
 import pytest
 
@@ -146,8 +147,32 @@ def test_qwen2_normalizes_and_takes_digits_apart(tmp_path, files):
 
 
 @pytest.mark.parametrize(
+    ("settings", "tokens", "names"),
+    [
+        ({}, ["Ġ", "a"], {}),  # tokenizer.json says so
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, ["Ġ", "a"], {}),
+        ({"tokenizer_class": "GPT2TokenizerFast"}, ["a"], {"bos_token", "eos_token", "unk_token"}),
+        (
+            {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "unk_token": None},
+            ["Ġ", "a"],
+            {"bos_token", "eos_token"},
+        ),
+    ],
+)
+def test_a_class_brings_its_prefix_and_its_names(tmp_path, settings, tokens, names):
+    inner = byte_level(before=["<|endoftext|>"])
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer = load_tokenizer(write(tmp_path, inner, tokenizer_config=settings))
+    assert tokenizer.encode("a") == [LETTERS.index(token) for token in tokens]
+    assert tokenizer.names == dict.fromkeys(names, "<|endoftext|>")
+    assert tokenizer.ends == ((256,) if names else ())
+
+
+@pytest.mark.parametrize(
     ("files", "message"),
     [
+        ({"added_tokens": {"\ud800": 256}}, "added_tokens.json: .* must be a number of its own"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, "eos_token is .*; it must be a token"),
         ({"added_tokens": {"<x>": 300}}, "'<x>' is to be number 300, but tokenizer.json makes it"),
         ({"added_tokens": {"<x>": "1"}}, "added_tokens.json: <x> is '1'; it must be a number"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token is 3; it must"),
@@ -197,6 +222,18 @@ def test_a_tokenizer_that_is_not_read_does_not_become_bytes(tmp_path, files, mes
     for name in files:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_files_that_would_not_end_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json is a FIFO, not a regular file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    write(tmp_path, byte_level())
+    with (tmp_path / "chat_template.jinja").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="chat_template.jinja has 1,099,511,627,776 bytes, more"):
         load_tokenizer(tmp_path)
 
 

@@ -125,6 +125,19 @@ def test_tiktoken_ranks(tmp_path):
     assert tokenizer.encode("<|eot_id|>", special=False) == [len(ranks) + 9]
 
 
+def test_tiktoken_ranks_with_tokens_of_the_files(tmp_path):
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+    (tmp_path / "tokenizer.model").write_text("\n".join(lines))
+    decoder = {"256": {"content": "<a>"}, "258": {"content": "<c>", "special": True}}
+    config = {"added_tokens_decoder": decoder, "bos_token": "<c>", "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<a><c><|reserved_token_257|>a") == [256, 258, 257, 97]
+    (tmp_path / "tokenizer.model").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match="its 255 tokens are not numbered from 0 to 254"):
+        load_tokenizer(tmp_path)
+
+
 def test_sentencepiece(tmp_path):
     spm = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"

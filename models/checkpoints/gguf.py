@@ -237,13 +237,22 @@ def _check_tensors(header: Header, tensors: dict[str, Tensor], fields: dict[str,
         if name in wanted and tensor.shape != wanted[name]:
             raise ValueError(
                 f"{tensor.file}: the tensor {name!r} has shape {tensor.shape}, the metadata ask "
-                f"for {wanted[name]}"
+                f"for {wanted[name]}{_who_asks(header, tensor.shape, wanted[name])}"
             )
         if name not in wanted and name not in optional:
             raise ValueError(
                 f"{tensor.file}: the tensor {shown(name)} is not one of a {fields['model_type']} "
                 f"with {len(wanted)} tensors"
             )
+
+
+def _who_asks(header: Header, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The metadata that a wanted shape is from, where they differ from the one that was found."""
+    sizes = [n for i, n in enumerate(wanted) if found[i : i + 1] != (n,)]
+    prefix = f"{header.text('general.architecture')}."
+    values = {key: header.value(key) for key in header if key.startswith(prefix)}
+    keys = [f"{key}={n}" for key, n in values.items() if isinstance(n, int) and n in sizes]
+    return f" ({', '.join(keys)})" if keys else ""
 
 
 def _shapes(fields: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

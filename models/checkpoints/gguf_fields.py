@@ -123,7 +123,11 @@ def fields_of(header: Header, tensors: dict[str, Tensor]) -> dict[str, Any]:
         raise ValueError(
             f"{header.file} has no tensor 'token_embd.weight'; it holds no whole model"
         )
-    vocab = tensors["token_embd.weight"].shape[0]
+    vocab, width = (*tensors["token_embd.weight"].shape, 0)[:2]
+    if header.integer(f"{kind}.embedding_length", least=1) != width:
+        raise header.error(
+            f"{kind}.embedding_length", f"but 'token_embd.weight' has {width:,} columns"
+        )
     if header.integer(f"{kind}.vocab_size", vocab) != vocab:
         raise header.error(f"{kind}.vocab_size", f"but 'token_embd.weight' has {vocab:,} rows")
     common: dict[str, Any] = {
@@ -147,8 +151,11 @@ def _gpt2(header: Header, layers: int) -> dict[str, Any]:
     heads = header.integer("gpt2.attention.head_count", least=1)
     if header.integer("gpt2.attention.head_count_kv", heads) != heads:
         raise header.error("gpt2.attention.head_count_kv", f"but there are {heads} heads")
+    width = header.integer("gpt2.embedding_length", least=1)
+    if width % heads:
+        raise header.error("gpt2.attention.head_count", f"does not divide embedding_length={width}")
     return {
-        "n_embd": header.integer("gpt2.embedding_length", least=1),
+        "n_embd": width,
         "n_inner": header.integer("gpt2.feed_forward_length", least=1),
         "n_layer": layers,
         "n_head": heads,
@@ -162,11 +169,16 @@ def _rotary(header: Header, tensors: dict[str, Tensor], kind: str, layers: int) 
     width = header.integer(f"{kind}.embedding_length", least=1)
     heads = header.integer(f"{kind}.attention.head_count", least=1)
     kv_heads = header.integer(f"{kind}.attention.head_count_kv", heads, least=1)
-    head_size = header.integer(f"{kind}.attention.key_length", max(width // heads, 1), least=1)
+    if heads > width:
+        raise header.error(f"{kind}.attention.head_count", f"is above embedding_length={width:,}")
+    head_size = header.integer(f"{kind}.attention.key_length", width // heads, least=1)
     if heads % kv_heads:
         raise header.error(f"{kind}.attention.head_count", f"is no multiple of {kv_heads} kv heads")
     if head_size % 2:
-        raise header.error(f"{kind}.attention.key_length", "is odd; rotary positions need pairs")
+        raise ValueError(
+            f"{header.file}: a head has {head_size} features ({kind}.attention.key_length), but "
+            "rotary positions need an even number"
+        )
     if kind == "qwen2" and heads * head_size != width:
         raise header.error(f"{kind}.attention.head_count", f"times {head_size} is not {width}")
     for name in ("attention.value_length", "rope.dimension_count"):

@@ -363,7 +363,10 @@ class Header:
             if offset > last:
                 break
             offset += 8 + read(data, offset)[0]
-        return self._end(name, offset, 0) if offset <= self._size else self._end(name, 0, offset)
+        else:
+            if offset <= self._size:
+                return offset
+        raise self._damage(f"the texts of {shown(name)} go on beyond its end, {self._size:,}")
 
     def _texts(self, name: str, data: bytes) -> list[str]:
         """The texts in `data`, each after its length."""

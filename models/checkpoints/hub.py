@@ -4,6 +4,8 @@ import os
 import pathlib
 import re
 
+from models.checkpoints.json_file import file_size
+
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.*"]
 
@@ -15,11 +17,12 @@ def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
       checkpoint: a folder, a GGUF file, or the id of a model; the local cache is tried first.
 
     Raises:
+      ValueError: it is a FIFO, a device or the like.
       FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
     path = pathlib.Path(checkpoint)
     if path.exists():
-        return path
+        return path if path.is_dir() else _regular(path)
     name = str(checkpoint)
     if not _ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(f"{path}: no such folder or file")
@@ -42,3 +45,8 @@ def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
     raise FileNotFoundError(
         f"{name}: no such folder, and not to be had from the Hugging Face hub: {last}"
     ) from last
+
+
+def _regular(path: pathlib.Path) -> pathlib.Path:
+    file_size(path)  # refuses what is no regular file
+    return path

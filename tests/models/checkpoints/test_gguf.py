@@ -340,7 +340,11 @@ def test_every_key_of_yarn_counts(tmp_path):
         ({"vocab_size": 96}, "vocab_size=96 but 'token_embd.weight' has 97 rows"),
         ({"attention.head_count": [4, 2, 4]}, "head_count=.* differs from layer to layer"),
         ({"attention.head_count": 0}, "head_count=0 is not a whole number from 1"),
-        ({"embedding_length": 65}, "'token_embd.weight' has shape .97, 64., the metadata ask"),
+        ({"embedding_length": 65}, "embedding_length=65 but 'token_embd.weight' has 64 columns"),
+        (
+            {"feed_forward_length": 97},
+            r"the metadata ask for .* \(llama.feed_forward_length=97\)",
+        ),
         (
             {"attention.layer_norm_rms_epsilon": float("nan")},
             "layer_norm_rms_epsilon=nan is not a finite number above 0",

@@ -57,6 +57,7 @@ class Clocks:
         self._cycles_per_word = dict.fromkeys("NESW", 4 / self.machine.link_bytes_per_cycle)
         # All PEs of a wafer share its channels to the other wafers.
         pes = wafer.height * wafer.width
+        self.pes = wafer.size  # of all wafers
         self._cycles_per_word["wafer"] = pes * 4 * clock_hz / self.machine.io_bytes_per_second
 
     @property

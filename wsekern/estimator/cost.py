@@ -122,6 +122,8 @@ def equation_work(
         instructions = len(equation.invars)
     elif name in _REDUCTIONS:
         n = max(map(_size, reads), default=1)
+    elif name == "gather":
+        reads = [out, equation.invars[1].aval]  # of what it gathers from, only what it gathers
     if name.startswith("scatter"):
         n, reads = size_of(equation.invars[2]), [equation.invars[2].aval]
     passes = _PASSES.get(name, 1) * instructions
@@ -134,7 +136,9 @@ def equation_work(
     elements = n * _PASSES.get(name, 1)
     flops = 0 if name in _COPIES else elements * (2 if accumulates else 1)
     moved = elements * width_of(out) + sum(_size(a) * width_of(a) for a in reads)
-    cycles = passes * constants.vector_start + elements * each
+    # No instruction is faster than the memory's ports.
+    ports = machine.read_bytes_per_cycle + machine.write_bytes_per_cycle
+    cycles = passes * constants.vector_start + max(elements * each, moved / ports)
     return Work(cycles, flops, moved, width_of(out) == 2)
 
 

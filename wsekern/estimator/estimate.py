@@ -34,8 +34,11 @@ def estimate(
     instructions of Nt elements, in loops. A move is charged its hops and its words on the busiest
     link; a reduction and a flood are priced as a whole. A loop is walked until its trips take
     equally long. Memory is the most that live tiles take at a time. On a wafer with defects, or a
-    folded one, moves take the hops of its placement. An operation whose cost is not known counts as
-    elementwise and evenly spread, and the result names it. Nine published measurements that no
+    folded one, moves take the hops of its placement. Whole arrays outside `Wafer.map` are tiled
+    where that matters: a slice, a sum or a sort moves what it reads of other tiles, and a product
+    is priced as the cheapest program here would run it (`matmul`, `gemv`, a flood), which the
+    result names under `assumed`. An operation whose cost is not known counts as elementwise and
+    evenly spread, and the result names it. Nine published measurements that no
     constant was fitted on are predicted with an error of 3.0 % on average and 7.1 % at most
     (docs/estimate.md).
 
@@ -90,7 +93,7 @@ def _result(walk: Schedule, jaxpr: Jaxpr, launches: int) -> Estimate:
         fraction_of_peak=peak / walk.cycles if walk.cycles else 0.0,
         busy={"compute": 0.0} | dict(totals.busy),
         port_bytes=totals.port_bytes,
-        sram_per_pe=memory.high_water(jaxpr, wafer),
+        sram_per_pe=memory.high_water(jaxpr, wafer, walk.stand_ins),
         words=dict(totals.words),
         received=totals.received,
         hops=totals.hops,
@@ -98,6 +101,7 @@ def _result(walk: Schedule, jaxpr: Jaxpr, launches: int) -> Estimate:
         host_bytes=host_bytes,
         by_operation=tuple(sorted(lines, key=lambda line: -line[-1])),
         unknown=walk.unknown,
+        assumed=walk.assumed,
         events=tuple(walk.clocks.events),
         accelerators=_roofline_seconds(flops, host_bytes, launches),
         launches=launches,

@@ -10,26 +10,47 @@ end.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from wsekern.estimator import cost, relayout, trace
+from wsekern.estimator import cost, layouts, trace
+from wsekern.estimator.contractions import StandIn
 from wsekern.estimator.cost import size_of, width_of
+from wsekern.estimator.relayout import Spec
 from wsekern.wafer.wafer import Wafer
 
 _IN_PLACE = cost.ELEMENTWISE | {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
-_Specs = dict[Any, relayout.Spec | None]  # how whole arrays lie, by variable
+_Specs = dict[Any, Spec | None]  # how whole arrays lie, by variable
 
 
-def high_water(jaxpr: Jaxpr, wafer: Wafer) -> float:
-    """The most bytes of a PE's memory that a program takes at a time."""
-    return _peak(jaxpr, [False] * len(jaxpr.invars), (), wafer, in_kernel=False)
+def high_water(jaxpr: Jaxpr, wafer: Wafer, stand_ins: Mapping[int, StandIn] | None = None) -> float:
+    """The most bytes of a PE's memory that a program takes at a time.
+
+    Args:
+      jaxpr: about whole arrays.
+      wafer: over which these are spread.
+      stand_ins: the programs of its contractions, by their equations' ids.
+    """
+    beside = {key: _bytes_beside(s) for key, s in (stand_ins or {}).items()}
+    return _peak(jaxpr, [False] * len(jaxpr.invars), (), wafer, in_kernel=False, beside=beside)
+
+
+def _bytes_beside(stand_in: StandIn) -> float:
+    """Bytes of a PE that a contraction's program takes beside its factors and its result."""
+    jaxpr, wafer = stand_in.jaxpr, stand_in.region
+    own = sum(_bytes(v, None, wafer, in_kernel=False) for v in (*jaxpr.invars, *jaxpr.outvars))
+    return max(0.0, high_water(jaxpr, wafer) - own)
 
 
 def _peak(
-    jaxpr: Jaxpr, static_ins: Sequence[bool], owned: Collection[Any], wafer: Wafer, in_kernel: bool
+    jaxpr: Jaxpr,
+    static_ins: Sequence[bool],
+    owned: Collection[Any],
+    wafer: Wafer,
+    in_kernel: bool,
+    beside: Mapping[int, float],
 ) -> float:
     """The most bytes at a time, operands among them.
 
@@ -39,6 +60,7 @@ def _peak(
       owned: operands whose memory the jaxpr may reuse; the others stay to the end.
       wafer: over which whole arrays are spread.
       in_kernel: whether the jaxpr is a kernel's.
+      beside: bytes that equations take beside operands and results, by their ids.
     """
     # Constants of a kernel are part of its program; those of a whole program are arrays.
     static: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, in_kernel)
@@ -75,7 +97,7 @@ def _peak(
         fresh = sum(new.values())
         if equation.primitive.name in _IN_PLACE or place in fusions.sums:
             fresh = max(0.0, fresh - sum(size.get(v, 0.0) for v in dying))
-        inner = _inner_peak(equation, ins, wafer, in_kernel)
+        inner = _inner_peak(equation, ins, wafer, in_kernel, beside)
         most = max(most, live + fresh + inner)
         live += sum(new.values()) - sum(size.pop(v, 0.0) for v in dying)
         size |= new
@@ -85,35 +107,44 @@ def _peak(
     return most
 
 
-def _inner_peak(equation: JaxprEqn, ins: list[bool], wafer: Wafer, in_kernel: bool) -> float:
+def _inner_peak(
+    equation: JaxprEqn, ins: list[bool], wafer: Wafer, in_kernel: bool, beside: Mapping[int, float]
+) -> float:
     """Bytes that the jaxprs called by an equation take beside its operands and results."""
     name, params = equation.primitive.name, equation.params
     if name == "cond":
         branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
-        return max(_peak_beside(branch, ins[1:], (), wafer, in_kernel) for branch in branches)
+        return max(
+            _peak_beside(branch, ins[1:], (), wafer, in_kernel, beside) for branch in branches
+        )
     if name == "while":
         body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
         skip = params["cond_nconsts"]
         carried = body.invars[params["body_nconsts"] :]
-        return _peak_beside(body, ins[skip:], carried, wafer, in_kernel)
+        return _peak_beside(body, ins[skip:], carried, wafer, in_kernel, beside)
     inner = trace.inner_jaxpr(params)
     if inner is None:
-        return 0.0
+        return beside.get(id(equation), 0.0)
     ins = trace.inner_operands(equation, ins)
     if name == "scan":
         parts = trace.scan_parts(equation)
         carried = inner.invars[parts.consts : parts.consts + parts.carry]
-        return _peak_beside(inner, ins, carried, wafer, in_kernel)
-    return _peak_beside(inner, ins, (), wafer, in_kernel or name == "shard_map")
+        return _peak_beside(inner, ins, carried, wafer, in_kernel, beside)
+    return _peak_beside(inner, ins, (), wafer, in_kernel or name == "shard_map", beside)
 
 
 def _peak_beside(
-    jaxpr: Jaxpr, static_ins: Sequence[bool], owned: Collection[Any], wafer: Wafer, in_kernel: bool
+    jaxpr: Jaxpr,
+    static_ins: Sequence[bool],
+    owned: Collection[Any],
+    wafer: Wafer,
+    in_kernel: bool,
+    beside: Mapping[int, float],
 ) -> float:
     """`_peak`, less the operands and results, which the caller counts."""
     outs = [v for v in jaxpr.outvars if not trace.is_literal(v)]
     static = dict(zip(jaxpr.invars, static_ins, strict=True))
-    whole = _peak(jaxpr, static_ins, owned, wafer, in_kernel)
+    whole = _peak(jaxpr, static_ins, owned, wafer, in_kernel, beside)
     operands = sum(_bytes(v, None, wafer, in_kernel) for v in jaxpr.invars if not static[v])
     # What a loop carries out lies where it was carried in, and is counted there.
     new = set(outs) - set(static)
@@ -180,14 +211,14 @@ def _note(
     fixed = in_kernel and all(ins) and name not in trace.MOVES and name not in ("scan", "while")
     static |= dict.fromkeys(equation.outvars, fixed)
     if not in_kernel and name == "shard_map":
-        out_specs = relayout.kernel_specs(equation, "out_specs")
+        out_specs = layouts.kernel_specs(equation, "out_specs")
         specs |= dict(zip(equation.outvars, out_specs, strict=True))
-        operands = zip(equation.invars, relayout.kernel_specs(equation, "in_specs"), strict=True)
+        operands = zip(equation.invars, layouts.kernel_specs(equation, "in_specs"), strict=True)
         specs |= {v: s for v, s in operands if not trace.is_literal(v) and v not in specs}
 
 
-def _bytes(v: Any, spec: relayout.Spec | None, wafer: Wafer, in_kernel: bool) -> float:
+def _bytes(v: Any, spec: Spec | None, wafer: Wafer, in_kernel: bool) -> float:
     if not hasattr(v.aval, "shape"):
         return 0.0
     size = size_of(v) * width_of(v.aval)
-    return float(size) if in_kernel else math.ceil(size / relayout.part_count(spec, wafer))
+    return float(size) if in_kernel else math.ceil(size / layouts.part_count(spec, wafer))

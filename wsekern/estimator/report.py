@@ -64,9 +64,7 @@ def figures(e: Estimate) -> list[tuple[str, str]]:
     if not e.fits:
         sram += f": {e.sram_per_pe - e.sram_free:,.0f} too many; use more PEs or smaller tiles"
     energy = "not known" if e.energy is None else with_unit(e.energy, "J")
-    busy = ", ".join(
-        f"{lane} {cycles / e.cycles:.0%}" for lane, cycles in e.busy.items() if e.cycles
-    )
+    busy = ", ".join(f"{lane} {share:.0%}" for lane, share in busy_shares(e).items())
     words = ", ".join(f"{lane} {n:,.0f}" for lane, n in e.words.items()) or "none"
     rows = [
         ("machine", f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz"),
@@ -87,10 +85,19 @@ def figures(e: Estimate) -> list[tuple[str, str]]:
     ]
     if e.wafer.placement is not None:
         rows.insert(2, ("placement", _placement(e)))
-    if e.unknown:
-        names = ", ".join(f"{name} ({line or 'no line'})" for name, line in e.unknown.items())
-        rows.append(("spread evenly", names))
+    for title, lines in (("assumed", e.assumed), ("spread evenly", e.unknown)):
+        if lines:
+            names = ", ".join(f"{name} ({line or 'no line'})" for name, line in lines.items())
+            rows.append((title, names))
     return rows
+
+
+def busy_shares(e: Estimate) -> dict[str, float]:
+    """The share of all cycles in which the engine, its memory's ports and each link are busy."""
+    if not e.cycles:
+        return {}
+    shares = {lane: cycles / e.cycles for lane, cycles in e.busy.items()}
+    return {"compute": shares.pop("compute"), "memory": e.memory_share} | shares
 
 
 def with_unit(value: float, unit: str) -> str:

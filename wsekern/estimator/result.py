@@ -47,6 +47,8 @@ class Estimate:
     host_bytes: float  # of the program's arguments and results
     by_operation: tuple[tuple[str, str, float], ...]  # operation, line, cycles; longest first
     unknown: dict[str, str]  # operations whose cost is not known, with their source lines
+    # Contractions outside kernels: "dot_general as wk.matmul", with their first source lines.
+    assumed: dict[str, str] = dataclasses.field(default_factory=dict)
     events: tuple[Event, ...]  # the timeline, of those trips of a loop that were walked
     accelerators: dict[str, float]  # seconds at the roofline of one chip, by its name
     launches: int = 1  # kernels of a GPU that `accelerators` charges
@@ -99,19 +101,26 @@ class Estimate:
         return self.sram_per_pe <= self.sram_free
 
     @property
+    def memory_share(self) -> float:
+        """The share of all cycles that the ports of a PE's memory take; part of the engine's."""
+        ports = self.machine.read_bytes_per_cycle + self.machine.write_bytes_per_cycle
+        return self.port_bytes / ports / self.cycles if self.cycles else 0.0
+
+    @property
     def bound(self) -> str:
-        """What takes the time: "compute", "memory", "fabric", or "latency" if none is half busy."""
+        """What takes the time: "compute", "memory", "fabric", or "latency" if none is half busy.
+
+        It is "memory" where the engine is busiest and does nothing but wait for its memory's ports.
+        """
         if not self.cycles:
             return "latency"
-        ports = self.machine.read_bytes_per_cycle + self.machine.write_bytes_per_cycle
-        shares = {
-            "memory": self.port_bytes / ports / self.cycles,
-            "compute": self.busy["compute"] / self.cycles,
-            "fabric": max((v for k, v in self.busy.items() if k != "compute"), default=0.0)
-            / self.cycles,
-        }
-        most = max(shares, key=lambda name: shares[name])
-        return most if shares[most] >= 0.5 else "latency"
+        engine = self.busy["compute"] / self.cycles
+        links = max((v for k, v in self.busy.items() if k != "compute"), default=0.0) / self.cycles
+        if max(engine, links) < 0.5:
+            return "latency"
+        if links > engine:
+            return "fabric"
+        return "memory" if self.memory_share > 0.95 * engine else "compute"
 
     def link_words(self) -> dict[str, np.ndarray]:
         """The words that leave each PE by its link to the N, E, S and W, each `[height, width]`.

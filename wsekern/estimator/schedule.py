@@ -7,16 +7,18 @@ uses do not run. A loop is walked until its trips take equally long; the others 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from wsekern.estimator import cost, relayout, trace
+from wsekern.estimator import contractions, cost, layouts, relayout, trace
 from wsekern.estimator.clocks import Clocks
 from wsekern.estimator.cost import Constants
 from wsekern.estimator.links import around_defects, roots
 from wsekern.estimator.links.price import PricedMove
+from wsekern.estimator.relayout import Spec
 from wsekern.hardware import Machine
 from wsekern.wafer.wafer import Wafer
 
@@ -31,7 +33,8 @@ class VariableState(NamedTuple):
     # is put on the wafer, and costs nothing when it runs.
     static: bool = False
     from_counter: bool = False  # whether a loop counter has a part in it
-    spec: relayout.Spec | None = None  # of a whole array: how it lies, if that is known
+    spec: Spec | None = None  # of a whole array: how it lies, if that is known
+    assumed: bool = False  # whether that follows from a layout that was assumed
 
 
 STATIC = VariableState(static=True)
@@ -59,6 +62,11 @@ class Schedule:
         self.vectors_along_rows = vectors_along_rows  # of tile products; see `cost.equation_work`
         self.clocks = Clocks(wafer, constants, clock_hz)
         self.unknown: dict[str, str] = {}  # operations without a cost, and their source lines
+        self.assumed: dict[str, str] = {}  # programs that contractions stand for, likewise
+        self.stand_ins: dict[int, contractions.StandIn] = {}  # of contractions, by equations' ids
+        # The source line of the call whose jaxpr is being walked, and whether the library made it;
+        # of the whole program, its caller's.
+        self._call, self._by_library = trace.line_of_caller(), False
         self._flood_roots = 1  # PEs from which the floods of the loop around start, in turn
         self._sizes = {axis: wafer.axis_size(axis) for axis in wafer.axes}
         self._fixed_roots: dict[int, dict[str, int]] = {}  # of floods, by their equations' ids
@@ -114,17 +122,15 @@ class Schedule:
             move = self._memoize(around_defects.price_move, equation, *grid)
             if move is not None:
                 return self._move(equation, move, operands)
-        if name == "scan":
-            return self._scan(equation, operands, in_kernel)
-        if name == "while":
-            return self._while(equation, operands, in_kernel)
-        if name == "cond":
-            return self._cond(equation, operands, in_kernel)
-        if name == "shard_map":
-            return self._kernel(equation, operands)
+        loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
         inner = trace.inner_jaxpr(equation.params)
-        if inner is not None:
-            return self._walk(inner, trace.inner_operands(equation, operands), in_kernel)
+        if name in loops or inner is not None:
+            with self._called_by(equation):
+                if name in loops:
+                    return loops[name](equation, operands, in_kernel)
+                if name == "shard_map":
+                    return self._kernel(equation, operands)
+                return self._walk(inner, trace.inner_operands(equation, operands), in_kernel)
         if not in_kernel:
             return self._on_arrays(equation, operands)
         return self._on_tiles(equation, operands, fusions, place)
@@ -156,17 +162,64 @@ class Schedule:
     def _on_arrays(self, equation: JaxprEqn, operands: list[VariableState]) -> list[VariableState]:
         """An operation on whole arrays: evenly spread, after the moves that its layout asks for."""
         ready = max((v.ready for v in operands), default=0.0)
-        static = bool(operands) and all(v.static for v in operands)
-        spec, moves = relayout.result_layout(equation, [v.spec for v in operands], self.wafer)
-        for move in moves:
+        if bool(operands) and all(v.static for v in operands):
+            return [VariableState(ready, static=True)] * len(equation.outvars)
+        name = equation.primitive.name
+        if name in contractions.PRIMITIVES and self.wafer.size > 1:
+            return self._contraction(equation, operands)
+        specs, assumed = [v.spec for v in operands], [v.assumed for v in operands]
+        layout = layouts.result_layout(equation, specs, assumed, self.wafer)
+        for move in layout.moves:
             ready = self._send(equation, move, ready)
-        if static or equation.primitive.name in cost.VIEWS:
-            return [VariableState(ready, static, spec=spec)] * len(equation.outvars)
-        # A product outside kernels is counted, but nothing says how XLA would split it.
-        self._note_unknown(equation, spread={"dot_general"})
-        work = relayout.spread_evenly(self._work(equation), self.wafer, self.constants)
-        end = self._compute(equation, work, ready)
-        return [VariableState(end, spec=spec)] * len(equation.outvars)
+        if name not in cost.VIEWS:
+            self._note_unknown(equation)
+            work = relayout.spread_evenly(self._work(equation), self.wafer, self.constants)
+            ready = self._compute(equation, work, ready)
+        state = VariableState(ready, spec=layout.spec, assumed=layout.assumed)
+        return [state] * len(equation.outvars)
+
+    def _contraction(
+        self, equation: JaxprEqn, operands: list[VariableState]
+    ) -> list[VariableState]:
+        """A product of whole arrays, walked as the program that it is assumed to run as."""
+        sizes = contractions.sizes_of(equation)
+        ready = max(v.ready for v in operands)
+        if not sizes.flops:
+            return [VariableState(ready)]
+        if sizes not in self._memo:
+            self._memo[sizes] = self._cheapest(sizes)
+        stand_in = self._memo[sizes]
+        self.stand_ins[id(equation)] = stand_in
+        self.assumed.setdefault(
+            f"{equation.primitive.name} as {stand_in.name}", self._line(equation)
+        )
+        for move in layouts.rim_moves(equation, [v.spec for v in operands], self.wafer):
+            ready = self._send(equation, move, ready)
+        ins = [VariableState(ready)] * len(stand_in.jaxpr.invars)
+        if stand_in.as_given:
+            # A layout that was assumed is no reason to lay a factor out anew.
+            ins = [v._replace(ready=ready, spec=None if v.assumed else v.spec) for v in operands]
+        whole, flops = (self.wafer, self._sizes), self.clocks.totals.flops.copy()
+        self.wafer, self._sizes = stand_in.region, relayout.sizes_of(stand_in.region)
+        with self._called_by(equation):
+            self._by_library = True  # the stand-in is the library's own
+            outs = self._walk(stand_in.jaxpr, ins, in_kernel=False)
+        self.wafer, self._sizes = whole
+        # Padding and PEs without a part are no operations of the program.
+        kind = "float16" if sizes.bytes == 2 else "float32"
+        flops[kind] += self.density * sizes.flops / self.wafer.size
+        self.clocks.totals.flops = flops
+        out: Any = equation.outvars[0].aval
+        spec = outs[0].spec if stand_in.as_given and len(out.shape) == 2 else None
+        return [VariableState(outs[0].ready, spec=spec)]
+
+    def _cheapest(self, sizes: contractions.Sizes) -> contractions.StandIn:
+        def price(jaxpr: Jaxpr, region: Wafer) -> float:
+            walk = Schedule(region, self.constants, self.clock_hz, density=self.density)
+            walk.run(jaxpr)
+            return walk.cycles
+
+        return contractions.cheapest(sizes, self.wafer, price)
 
     def _work(self, equation: JaxprEqn, accumulates: bool = False) -> cost.Work:
         work = cost.equation_work(
@@ -179,14 +232,14 @@ class Schedule:
         """A kernel under `Wafer.map`, after a relayout of each operand that lies otherwise."""
         ins = []
         for atom, operand, spec in zip(
-            equation.invars, operands, relayout.kernel_specs(equation, "in_specs"), strict=True
+            equation.invars, operands, layouts.kernel_specs(equation, "in_specs"), strict=True
         ):
             ready = operand.ready
             if operand.spec is not None and operand.spec != spec:
                 ready = self._send(equation, relayout.relayout_move(atom.aval, self.wafer), ready)
             ins.append(VariableState(ready))
         outs = self._walk(trace.inner_jaxpr(equation.params), ins, in_kernel=True)
-        specs = relayout.kernel_specs(equation, "out_specs")
+        specs = layouts.kernel_specs(equation, "out_specs")
         return [VariableState(v.ready, spec=s) for v, s in zip(outs, specs, strict=True)]
 
     def _move(
@@ -213,7 +266,8 @@ class Schedule:
         clocks, roots_before = self.clocks, self._flood_roots
         earliest, began = clocks.earliest_move, clocks.busy_until["compute"]
         self._flood_roots = length
-        scanned = [v._replace(from_counter=v.static) for v in scanned]
+        # A trip sees one entry of what is scanned.
+        scanned = [v._replace(from_counter=v.static, spec=v.spec and v.spec[1:]) for v in scanned]
 
         def run_trip(carried: Sequence[VariableState]) -> list[VariableState]:
             nonlocal began
@@ -233,7 +287,7 @@ class Schedule:
         clocks.earliest_move, self._flood_roots = earliest, roots_before
         # Stacked results are whole only after the last trip.
         last = max([v.ready for v in carried] + [v.ready for v in outs[carry:]], default=0.0)
-        return [*carried, *(v._replace(ready=last, static=False) for v in outs[carry:])]
+        return [*carried, *(VariableState(last) for _ in outs[carry:])]
 
     def _repeat(
         self,
@@ -301,7 +355,7 @@ class Schedule:
         params = equation.params
         if self.trips is None:
             raise ValueError(
-                f"estimate: a while loop at {trace.line_of(equation) or 'an unknown line'} runs as "
+                f"estimate: a while loop at {self._line(equation) or 'an unknown line'} runs as "
                 "often as its data say; give trips=, how often to count it"
             )
         cond, body = (getattr(params[k], "jaxpr", params[k]) for k in ("cond_jaxpr", "body_jaxpr"))
@@ -338,15 +392,27 @@ class Schedule:
         return self.clocks.compute(equation.primitive.name, self._line(equation), work, ready)
 
     def _send(self, equation: JaxprEqn, move: PricedMove, ready: float, roots: int = 1) -> float:
+        if self.wafer.size < self.clocks.pes:
+            # A map of the links is of the whole wafer, and this move is within a region.
+            move = move._replace(pattern=None)
         return self.clocks.send(move, self._line(equation), ready, roots)
 
-    def _note_unknown(self, equation: JaxprEqn, spread: frozenset | set = frozenset()) -> None:
+    def _note_unknown(self, equation: JaxprEqn) -> None:
         name = equation.primitive.name
-        if name not in cost.KNOWN or name in spread:
+        if name not in cost.KNOWN:
             self.unknown.setdefault(name, self._line(equation))
 
     def _line(self, equation: JaxprEqn) -> str:
-        return self._memoize(trace.line_of, equation)
+        return self._memoize(trace.line_of, equation).within(self._call, self._by_library)
+
+    @contextlib.contextmanager
+    def _called_by(self, equation: JaxprEqn) -> Iterator[None]:
+        """While this is open, what is walked is inside of the call `equation`."""
+        outer = self._call, self._by_library
+        direct = self._memoize(trace.line_of, equation).direct
+        self._call, self._by_library = self._line(equation), not direct
+        yield
+        self._call, self._by_library = outer
 
     def _memoize(self, function: Callable, of: Any, *arguments: Any) -> Any:
         """`function(of, *arguments)`, computed once for each `of`; `arguments` never change."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from wsekern.wafer.wafer import Wafer
 
 # Frames below this folder, wsekern/, are the library's; those of models/ and training/ are not.
 _LIBRARY = str(pathlib.Path(__file__).parents[1]) + os.sep
+_COMMAND = _LIBRARY + "cli.py"
 # Frames of neither the library nor the user: installed packages, and what starts a program.
 _OTHERS = ("site-packages", "<frozen", "importlib", "/runpy.py")
 MOVES = frozenset(
@@ -121,22 +125,62 @@ def is_literal(atom: Any) -> bool:
     return hasattr(atom, "val")
 
 
-def line_of(equation: JaxprEqn) -> str:
-    """The source line of an equation, as "file.py:12": the user's, or else the library's.
+class SourceLine(NamedTuple):
+    """Where in the source an equation was asked for, as "file.py:12"; "" where nobody is known."""
 
-    The user's line is that of the innermost frame that belongs neither to wsekern nor to an
-    installed package. "" if there is no frame at all.
-    """
-    traceback = equation.source_info.traceback
-    frames: list[Any] = [] if traceback is None else traceback.frames
-    library_line = ""
+    user: str  # the innermost line that belongs neither to wsekern nor to an installed package
+    library: str  # the innermost line of wsekern
+    direct: bool  # whether the user's code asked for the operation itself, not the library for it
+
+    def within(self, call: str, by_library: bool) -> str:
+        """The line to name for an equation inside of a call.
+
+        Args:
+          call: the line that was named for the call; "" if there is none.
+          by_library: whether the library made the call. JAX may have kept its trace from an earlier
+            call, on another line of the user's.
+        """
+        if self.direct:
+            return self.user
+        return (call if by_library else "") or self.user or call or self.library
+
+
+def line_of(equation: JaxprEqn) -> SourceLine:
+    """Where in the source an equation was asked for."""
+    stack = equation.source_info.traceback
+    frames: list[Any] = [] if stack is None else stack.frames
+    library = ""
     for frame in frames:
-        if not frame.file_name.startswith(_LIBRARY):
-            if not any(part in frame.file_name for part in _OTHERS):
-                return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
-        elif not library_line:
-            library_line = f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
-    return library_line
+        name = frame.file_name
+        if name.startswith(_LIBRARY):
+            library = library or _line(name, frame.line_num)
+        elif _is_of_user(name):
+            return SourceLine(_line(name, frame.line_num), library, direct=not library)
+    return SourceLine("", library, direct=False)
+
+
+def line_of_caller() -> str:
+    """The source line from which the library was called; "" if its own command did.
+
+    What is traced names no frame outside of the traced function: `estimate(wk.matmul, a, b)` has
+    only frames of the library.
+    """
+    for frame, number in traceback.walk_stack(sys._getframe()):
+        name = frame.f_code.co_filename
+        if name.startswith(_COMMAND):
+            break
+        if not name.startswith(_LIBRARY) and _is_of_user(name):
+            return _line(name, number)
+    return ""
+
+
+def _line(file_name: str, number: int) -> str:
+    return f"{os.path.basename(file_name)}:{number}"
+
+
+@functools.cache
+def _is_of_user(file_name: str) -> bool:
+    return not any(part in file_name for part in _OTHERS)
 
 
 def _rank(atom: Any) -> int:

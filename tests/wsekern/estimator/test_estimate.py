@@ -283,3 +283,45 @@ def test_a_notebook_shows_an_estimate_as_the_table_that_is_printed():
         assert f">{html.escape(name)}</th>" in shown and f">{html.escape(value)}</td>" in shown
     name, line, cycles = e.by_operation[0]
     assert f">{cycles:,.0f} cycles</th>" in shown and f">{name}  {line}</td>" in shown
+
+
+def _doubled(x):
+    return wk.matmul(x, x) + jnp.pad(x @ x, 1)[1:-1, 1:-1]
+
+
+def test_time_is_charged_to_the_users_lines():
+    """To the innermost one, also where JAX has the trace of a library's function from before."""
+    wafer, a = abstract(4), array(64, 64)
+    first = _doubled.__code__.co_firstlineno + 1
+
+    def again(x):
+        return wk.matmul(x, x) @ x
+
+    for function, line in ((_doubled, first), (again, again.__code__.co_firstlineno + 1)):
+        e = wk.estimate(function, a, wafer=wafer)
+        assert {where for _, where, _ in e.by_operation} == {f"test_estimate.py:{line}"}
+        lanes = {event.line for event in e.events}
+        assert lanes == {f"test_estimate.py:{line}"}
+    e = wk.estimate(wk.matmul, a, a, wafer=wafer)
+    assert all(where.startswith("test_estimate.py:") for _, where, _ in e.by_operation)
+
+
+def test_a_stencils_update_is_charged_to_its_own_lines():
+    def update(u):
+        return u[1:-1] + u[2:]
+
+    step = functools.partial(wk.stencil, update=update, radius=(1, 0), steps=3)
+    e = wk.estimate(lambda u: step(u), array(64, 64), wafer=abstract(4))
+    added = [where for name, where, _ in e.by_operation if name == "add"]
+    assert added == [f"test_estimate.py:{update.__code__.co_firstlineno + 1}"]
+
+
+def test_what_bounds_a_program_is_said_once():
+    """Where the engine does nothing but wait for its memory's ports, both are shown as busy."""
+    wafer, a = abstract(8), array(800, 800)
+    picks = wk.estimate(lambda c, a, b: jnp.where(c > 0, a, b), a, a, a, wafer=wafer)
+    assert picks.memory_share <= picks.busy["compute"] / picks.cycles
+    for e in (picks, wk.estimate(lambda a, b: a @ b, a, a, wafer=wafer)):
+        shown = next(line for line in str(e).splitlines() if line.startswith("bound by"))
+        assert f"bound by         {e.bound} (busy: compute " in shown and ", memory " in shown
+        assert e.bound != "memory" or e.memory_share > 0.9 * e.busy["compute"] / e.cycles

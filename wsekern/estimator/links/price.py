@@ -148,6 +148,24 @@ def _permutation(
     return PricedMove("shift", words, busy, latency, hops=traveled, tile=words, pattern=pattern)
 
 
+def price_shift(
+    axis: str, by: int, words: float, sizes: dict[str, int], machine: Machine
+) -> PricedMove:
+    """A shift of tiles by `by` PEs along an axis; what leaves at an edge does not come back.
+
+    Args:
+      axis: one axis.
+      by: how far, toward higher indices if positive; not zero.
+      words: words of a tile.
+      sizes: PEs along each axis, in the mesh's order.
+      machine: says what a hop and a ramp cost.
+    """
+    pairs = [(i, i + by) for i in range(sizes[axis]) if 0 <= i + by < sizes[axis]]
+    move = _permutation((axis,), pairs, words, sizes, machine)
+    assert move is not None
+    return move
+
+
 def _price_by_name(
     equation: JaxprEqn, sizes: dict[str, int], machine: Machine
 ) -> PricedMove | None:

@@ -123,6 +123,8 @@ def assumptions(e: Estimate) -> list[tuple[str, str]]:
          "their lines in turn, on the map."),
         ("changes of layout", "Even traffic between all pairs of PEs, half of it across the middle "
          "of the wafer."),
+        ("whole arrays", "Outside kernels they are tiled, where that matters: what an operation "
+         "reads of other tiles moves."),
         ("timeline", "A loop is shown until its trips take equally long; one slice stands for the "
          "others."),
         ("energy", "WSE-2: between the power measured at rest and in a stencil run, by how busy "
@@ -132,6 +134,8 @@ def assumptions(e: Estimate) -> list[tuple[str, str]]:
         ("chips", "At their roofline: arguments read once, results written once."),
         ("not modeled", "Contention of different moves on one link, beyond that they take turns."),
     ]  # fmt: skip
+    best = "outside kernels: the cheapest program that this library has for it"
+    rows += [(f"{name} ({line or 'no line'})", best) for name, line in e.assumed.items()]
     spread = "without a figure, counted as elementwise and evenly spread"
     return rows + [(f"{name} ({line or 'no line'})", spread) for name, line in e.unknown.items()]
 

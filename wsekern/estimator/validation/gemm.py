@@ -11,17 +11,17 @@ from wsekern import fabric
 from wsekern.wafer.wafer import Wafer
 
 
-def dense(a: Float[Array, "M K"], b: Float[Array, "K N"], wafer: Wafer) -> Float[Array, "M N"]:
-    """`a @ b`, summed along x by chains toward the west.
+def dense(a: Float[Array, "M K"], b: Float[Array, "K N"], wafer: Wafer) -> Float[Array, "W M N"]:
+    """`a @ b`, summed along x by chains toward the west, where it stays: in the first of W parts.
 
     Args:
       a: laid out over the grid.
       b: its rows are laid out along x.
-      wafer: the grid.
+      wafer: the grid, with W columns of PEs.
     """
 
     def per_pe(a: Float[Array, "Mt Kt"], b: Float[Array, "Kt N"]) -> Float[Array, "1 Mt N"]:
         return fabric.reduce(a @ b, "x", algorithm="chain")[None]
 
     run = wafer.map(per_pe, in_specs=(P("y", "x"), P("x", None)), out_specs=P("x", "y", None))
-    return run(a, b)[0]
+    return run(a, b)

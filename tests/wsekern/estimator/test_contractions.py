@@ -1,0 +1,121 @@
+"""Contractions of whole arrays outside kernels: each is priced as a program that could run it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import wsekern as wk
+
+
+def array(*shape, dtype=jnp.float16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def estimate(function, *operands, grid=(90, 90), **options):
+    return wk.estimate(function, *operands, wafer=wk.Wafer.abstract(wk.WSE3, *grid), **options)
+
+
+SIDE = 720
+A = array(SIDE, SIDE)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return estimate(wk.matmul, A, A)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: a @ b,
+        lambda a, b: a @ b.T,
+        lambda a, b: a.T @ b,
+        lambda a, b: jnp.einsum("ij,jk->ki", a, b),
+        lambda a, b: lax.dot(a, b, preferred_element_type=jnp.float32),
+        jax.jit(lambda a, b: a @ b),
+        jax.checkpoint(lambda a, b: a @ b),
+        lambda a, b: lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: b),
+    ],
+    ids=["plain", "nt", "tn", "einsum", "dot", "jit", "remat", "cond"],
+)
+def test_a_product_costs_what_ours_costs(product, ours):
+    e = estimate(product, A, A)
+    assert 0.9 * ours.cycles < e.cycles < 1.5 * ours.cycles
+    assert e.flops == pytest.approx(2 * SIDE**3, rel=0.01)
+    assert max(e.words.values()) > 0.5 * max(ours.words.values())
+    assert e.sram_per_pe > 0.5 * ours.sram_per_pe
+    assert list(e.assumed) == ["dot_general as wk.matmul"]
+    assert "assumed          dot_general as wk.matmul (test_contractions.py:" in str(e)
+
+
+def test_a_loop_and_a_gradient_cost_their_products(ours):
+    step = lambda c, b: (c @ b).astype(c.dtype)  # noqa: E731
+    scan = estimate(lambda a, b: lax.scan(lambda c, _: (step(c, b), None), a, length=10)[0], A, A)
+    assert scan.cycles == pytest.approx(10 * ours.cycles, rel=0.1)
+    loop = estimate(
+        lambda a, b: lax.while_loop(lambda c: c[0, 0] < 1, lambda c: step(c, b), a), A, A, trips=10
+    )
+    assert loop.cycles > 9 * ours.cycles
+    grad = estimate(jax.grad(lambda a, b: (a @ b).astype(jnp.float32).sum(), (0, 1)), A, A)
+    assert grad.flops == pytest.approx(2 * 2 * SIDE**3, rel=0.05)
+    assert 1.5 * ours.cycles < grad.cycles < 4 * ours.cycles
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes"),
+    [
+        (lambda a, v: a @ v, [(SIDE, SIDE), (SIDE,)]),
+        (lambda v, a: v @ a, [(SIDE,), (SIDE, SIDE)]),
+        (lambda v, a: jnp.vecdot(v, a), [(9000,), (9000,)]),
+    ],
+    ids=["matrix x vector", "vector x matrix", "two vectors"],
+)
+def test_a_vector_is_summed_over_the_wafer(product, shapes):
+    e = estimate(product, *(array(*shape) for shape in shapes))
+    assert any(name.startswith("reduce by") for name, _, _ in e.by_operation)
+    ours = estimate(wk.gemv, array(SIDE), A)
+    assert 0.5 * ours.cycles < e.cycles < 2 * ours.cycles
+
+
+def test_the_elements_of_a_batch_have_regions_of_their_own():
+    """81 products on 81 regions of 11 x 11 PEs take as long as one product on one region."""
+    one = estimate(wk.matmul, array(44, 44), array(44, 44), grid=(11, 11))
+    stack = array(64, 44, 44)
+    for product in (jax.vmap(jnp.matmul), functools.partial(jnp.einsum, "bij,bjk->bik")):
+        e = estimate(product, stack, stack)
+        assert e.cycles == pytest.approx(one.cycles, rel=0.2)
+        assert e.flops == pytest.approx(64 * 2 * 44**3, rel=0.01)
+    many = array(90 * 90 * 4, 3, 3)
+    local = estimate(jax.vmap(jnp.matmul), many, many)
+    assert local.moves == 0 and local.flops == pytest.approx(90 * 90 * 4 * 54)
+
+
+def test_a_small_factor_is_flooded():
+    e = estimate(lambda w, x: w @ x, array(3, 3), array(3, 81_000))
+    assert e.assumed == {
+        "dot_general as a flood of its smaller factor": next(iter(e.assumed.values()))
+    }
+    assert e.received == 3 * 3 / 2 and e.moves == 1
+
+
+@pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
+def test_a_convolution_is_a_product_and_a_rim(groups):
+    image, filters = array(1, 16, 180, 180), array(16, 16 // groups, 3, 3)
+    run = functools.partial(
+        lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", feature_group_count=groups
+    )
+    e = estimate(run, image, filters)
+    assert e.flops == pytest.approx(2 * 16 * 180 * 180 * 9 * 16 / groups, rel=0.01)
+    # Two rows and two columns of 16 channels cross from tile to tile, and the filters are flooded.
+    shifts = [line for name, line, _ in e.by_operation if name == "shift"]
+    assert shifts and e.moves >= 3 and not e.unknown
+    rims = 2 * 2 * 2 * 16 / 2
+    assert e.received >= rims
+
+
+def test_one_pe_multiplies_by_itself():
+    e = estimate(lambda a, b: a @ b, array(8, 8), array(8, 8), grid=(1, 1))
+    assert e.moves == 0 and not e.assumed and e.flops == 2 * 8**3

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from models.arguments import ConvertCommand, GenerateCommand, InfoCommand
 from models.checkpoints.hub import find
-from models.checkpoints.reading import load, open_checkpoint, read, read_config
+from models.checkpoints.reading import load, open_checkpoint, read, read_config, stored_dtype
 from models.checkpoints.saving import save
 from models.checkpoints.slots import bytes_of
 from models.decoder import Decoder
@@ -99,7 +99,7 @@ def convert(command: ConvertCommand) -> int:
         raise ValueError(f"out={command.out} holds something already; name another folder")
     path = find(command.model)
     config, tensors = open_checkpoint(path)
-    dtype = command.dtype or np.result_type(*set(tensors.dtypes.values()))
+    dtype = command.dtype or stored_dtype(config, tensors)
     model = read(config, tensors, dtype, None, progress=sys.stderr.isatty())
     save(model, command.out)
     copy_tokenizer(path, command.out)

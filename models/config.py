@@ -2,12 +2,17 @@
 
 import dataclasses
 import itertools
+import math
 import typing
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 Family = Literal["gpt2", "llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
 Biased = Literal["qkv", "out", "mlp", "norm"]
+_SCALING_NUMBERS = (
+    *("factor", "attention_factor", "beta_fast", "beta_slow"),
+    *("low_frequency_factor", "high_frequency_factor"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,20 @@ class RopeScaling:
     attention_factor: float = 1.0  # yarn: factor on cosines and sines
 
     def __post_init__(self) -> None:
-        for name in ("factor", "attention_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"rope scaling: {name}={getattr(self, name)} must be above 0")
+        for name in _SCALING_NUMBERS:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"rope scaling: {name}={getattr(self, name)} must be a number above 0"
+                )
+        if not self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(
+                f"rope scaling: low_frequency_factor={self.low_frequency_factor} must be below "
+                f"high_frequency_factor={self.high_frequency_factor}"
+            )
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"rope scaling: beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}"
+            )
         if self.kind != "linear" and self.original_context < 1:
             raise ValueError(
                 f"rope scaling: {self.kind!r} needs the original context, in tokens; it is "
@@ -107,6 +123,14 @@ class DecoderConfig:
         for name in ("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("norm_eps", "rope_theta", "swiglu_alpha", "swiglu_limit"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std={self.init_std} must be a number from 0")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
+            if self.rope_theta <= 1:
+                raise ValueError(f"rope_theta={self.rope_theta} must be above 1 for yarn")
         for name, hint in typing.get_type_hints(type(self)).items():
             known = typing.get_args(hint)
             if typing.get_origin(hint) is Literal and getattr(self, name) not in known:

@@ -4,6 +4,7 @@ import difflib
 from types import ModuleType
 from typing import Any
 
+from models.checkpoints.json_file import shown
 from models.config import DecoderConfig
 from models.families import gpt2, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 
@@ -46,14 +47,29 @@ def find_family(fields: dict[str, Any]) -> ModuleType:
     Raises:
       ValueError: it is none of `FAMILIES`.
     """
-    architectures = fields.get("architectures") or [None]
-    for family in FAMILIES.values():
-        if architectures[0] == family.ARCHITECTURE:
+    architectures, kind = fields.get("architectures"), fields.get("model_type")
+    if architectures is None:
+        architectures = []
+    if not isinstance(architectures, list):
+        raise ValueError(f"architectures={shown(architectures)} is not a list of names")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"model_type={shown(kind)} is not a name")
+    for name, family in FAMILIES.items():
+        if architectures[:1] in ([family.ARCHITECTURE], [_without_head(family.ARCHITECTURE)]):
+            # transformers goes by the model_type.
+            if kind != name and kind in FAMILIES:
+                raise ValueError(
+                    f"model_type={kind!r}, but architectures={shown(architectures)}: one is wrong"
+                )
             return family
-    kind = fields.get("model_type")
-    if architectures[0] is None and kind in FAMILIES:
+    if not architectures and kind in FAMILIES:
         return FAMILIES[kind]
     known = ", ".join(family.ARCHITECTURE for family in FAMILIES.values())
     raise ValueError(
-        f"config.json: architecture {architectures[0] or kind!r} is not one of {known}"
+        f"architecture {shown(architectures[0] if architectures else kind)} is not one of {known}"
     )
+
+
+def _without_head(architecture: str) -> str:
+    """The name of the model without its head, whose checkpoints have the same weights."""
+    return architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + "Model"

@@ -7,6 +7,7 @@ transformers 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`; 5 writes `r
 import json
 from typing import Any
 
+from models.checkpoints.json_file import shown
 from models.config import DecoderConfig, ExpertsConfig, RopeScaling
 from models.rope import yarn_attention_factor
 
@@ -22,16 +23,88 @@ _ACTIVATIONS = {
 }
 
 
-def need(fields: dict[str, Any], *names: str) -> Any:
-    """The value of the first of `names` that config.json has.
+_LARGEST = 2**31 - 1  # the largest index of JAX's default integers
+_MOST_LAYERS = 10_000
+_LARGEST_FLOAT = 3.4e38  # of float32
+_NEEDED: Any = object()  # the default of a field that must be given
+
+
+def whole(
+    fields: dict[str, Any],
+    *names: str,
+    default: Any = _NEEDED,
+    least: int = 1,
+    most: int = _LARGEST,
+) -> Any:
+    """The whole number in the first of `names` that config.json has; null counts as missing.
+
+    Args:
+      fields: config.json.
+      names: the field, and other names for it.
+      default: returned if it is missing.
+      least: the smallest number allowed.
+      most: the largest.
 
     Raises:
-      ValueError: config.json has none of them.
+      ValueError: it is no whole number from `least` to `most`, or missing without a default.
     """
     for name in names:
-        if fields.get(name) is not None:
-            return fields[name]
-    raise ValueError(f"config.json has no {' nor '.join(map(repr, names))}, which the model needs")
+        value = fields.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"{name}={shown(value)} is not a whole number from {least:,} to {most:,}"
+            )
+        return value
+    if default is _NEEDED:
+        raise ValueError(f"has no {' nor '.join(map(repr, names))}, which the model needs")
+    return default
+
+
+def number(
+    fields: dict[str, Any], name: str, default: Any = _NEEDED, *, zero: bool = False
+) -> float:
+    """The number in a field of config.json.
+
+    Args:
+      fields: config.json, or an object in it.
+      name: the field.
+      default: returned if it is missing.
+      zero: whether 0 is allowed.
+
+    Raises:
+      ValueError: it is not above 0, too large for float32, NaN, no number, or missing without a
+        default.
+    """
+    value = fields.get(name, default)
+    if value is _NEEDED:
+        raise ValueError(f"has no {name!r}, which the model needs")
+    fits = type(value) in (int, float) and 0 <= value <= _LARGEST_FLOAT  # NaN does not
+    if not fits or not (value or zero):
+        raise ValueError(f"{name}={shown(value)} is not a number {'from' if zero else 'above'} 0")
+    return float(value)
+
+
+def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
+    """The truth value in a field of config.json.
+
+    Raises:
+      ValueError: it is neither true nor false.
+    """
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)} is neither true nor false")
+    return value
+
+
+def layer_count(fields: dict[str, Any], name: str = "num_hidden_layers", *more: str) -> int:
+    """How many layers there are.
+
+    Raises:
+      ValueError: it is missing, or more than any model has.
+    """
+    return whole(fields, name, *more, most=_MOST_LAYERS)
 
 
 def activation(fields: dict[str, Any], name: str, known: tuple[str, ...], default: str) -> Any:
@@ -47,10 +120,10 @@ def activation(fields: dict[str, Any], name: str, known: tuple[str, ...], defaul
       ValueError: the activation is not one of `known`.
     """
     value = fields.get(name, default)
-    result = _ACTIVATIONS.get(value)
+    result = _ACTIVATIONS.get(value) if isinstance(value, str) else None
     if result not in known:
         values = sorted(v for v, activation in _ACTIVATIONS.items() if activation in known)
-        raise ValueError(f"config.json: {name}={value!r} is not one of {values}")
+        raise ValueError(f"{name}={shown(value)} is not one of {values}")
     return result
 
 
@@ -62,44 +135,68 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
       theta: the base, if config.json has none.
 
     Raises:
-      ValueError: the kind of scaling is unknown, or only part of a head is rotated.
+      ValueError: the kind of scaling is unknown, a number of it is missing or out of range, or only
+        part of a head is rotated.
     """
-    values = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    theta = float(values.get("rope_theta") or fields.get("rope_theta") or theta)
-    partial = values.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor={partial} is not supported, only 1")
-    kind: Any = values.get("rope_type") or values.get("type") or "default"
-    if kind == "default":
+    style = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    values = fields.get(style)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{style}={shown(values)} is not an object")
+    try:
+        return _rope(values, fields, theta)
+    except ValueError as error:
+        raise ValueError(f"{style}: {error}" if values else str(error)) from None
+
+
+def _rope(values: dict[str, Any], fields: dict[str, Any], theta: float) -> dict[str, Any]:
+    both = fields | {name: value for name, value in values.items() if value is not None}
+    theta = number(both, "rope_theta", theta)
+    partial = both.get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={shown(partial)} is not supported, only 1")
+    kind: Any = values.get("rope_type") or values.get("type")
+    alone = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind is None and (unknown := sorted(set(values) - alone)):
+        raise ValueError(f"has {shown(unknown)}, but no 'rope_type', which says what they do")
+    if kind in (None, "default"):
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in ("linear", "llama3", "yarn"):
         raise ValueError(
-            f"config.json: rope type {kind!r} is not one of 'default', 'linear', 'llama3', 'yarn'"
+            f"rope type {shown(kind)} is not one of 'default', 'linear', 'llama3', 'yarn'"
         )
-    original = (
-        fields.get("original_max_position_embeddings")
-        or values.get("original_max_position_embeddings")
-        or need(fields, "max_position_embeddings")
-    )
+    length = "original_max_position_embeddings"
+    original = whole(fields, length, default=None) or whole(values, length, default=None)
+    context = whole(fields, "max_position_embeddings", default=None)
+    if original is None and (original := context) is None:
+        raise ValueError(f"has no {length!r}, which {kind!r} needs")
     factor = values.get("factor")
-    if factor is None and kind == "yarn":
-        factor = need(fields, "max_position_embeddings") / original
-    factor = float(need({"rope factor": factor}, "rope factor"))
+    if factor is None and kind == "yarn" and context is not None:
+        factor = context / original
+    factor = number({} if factor is None else {"factor": factor}, "factor")
     options: dict[str, Any] = {}
     if kind == "llama3":
-        options["low_frequency_factor"] = float(need(values, "low_freq_factor"))
-        options["high_frequency_factor"] = float(need(values, "high_freq_factor"))
+        options["low_frequency_factor"] = number(values, "low_freq_factor")
+        options["high_frequency_factor"] = number(values, "high_freq_factor")
     if kind == "yarn":
+        # As in transformers, 0 and null mean the default.
+        given = {name: value for name, value in values.items() if value}
         options = {
-            "beta_fast": float(values.get("beta_fast") or 32),
-            "beta_slow": float(values.get("beta_slow") or 1),
-            "truncate": bool(values.get("truncate", True)),
-            "attention_factor": float(
-                values.get("attention_factor")
-                or yarn_attention_factor(factor, values.get("mscale"), values.get("mscale_all_dim"))
+            "beta_fast": number(given, "beta_fast", 32),
+            "beta_slow": number(given, "beta_slow", 1),
+            "truncate": flag(values, "truncate", True),
+            "attention_factor": number(
+                given,
+                "attention_factor",
+                yarn_attention_factor(
+                    factor,
+                    number(given, "mscale") if "mscale" in given else None,
+                    number(given, "mscale_all_dim") if "mscale_all_dim" in given else None,
+                ),
             ),
         }
-    scaling = RopeScaling(kind=kind, factor=factor, original_context=int(original), **options)
+    scaling = RopeScaling(kind=kind, factor=factor, original_context=original, **options)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -129,48 +226,55 @@ def windows(fields: dict[str, Any], default: tuple[bool, ...]) -> tuple[int | No
 
     Args:
       fields: config.json; its `layer_types` says which layers have the window.
-      default: which layers have it, if config.json has no `layer_types`.
+      default: for each layer whether it has it, if config.json has no `layer_types`.
 
     Raises:
-      ValueError: a layer is of an unknown type, or the size of the window is missing.
+      ValueError: a layer is of an unknown type, there are more or fewer types than layers, or the
+        size of the window is missing.
     """
-    types, window = fields.get("layer_types"), fields.get("sliding_window")
+    types, slides = fields.get("layer_types"), default
     if types is not None:
         known = {"full_attention": False, "sliding_attention": True}
+        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+            raise ValueError(f"layer_types={shown(types)} is not a list of names")
         if unknown := set(types) - set(known):
-            raise ValueError(
-                f"config.json: layer_types has {sorted(unknown)}, not in {list(known)}"
-            )
-        default = tuple(known[kind] for kind in types)
-    if not any(default):
+            raise ValueError(f"layer_types has {shown(sorted(unknown))}, not in {list(known)}")
+        if len(types) != len(default):
+            raise ValueError(f"layer_types has {len(types)} layers, there are {len(default)}")
+        slides = tuple(known[kind] for kind in types)
+    if not any(slides):
         return ()
+    window = whole(fields, "sliding_window", default=None)
     if window is None:
-        raise ValueError("config.json: layers slide, but sliding_window is not given")
-    return tuple(int(window) if slides else None for slides in default)
+        raise ValueError(
+            "layer_types has layers that slide, but sliding_window is not given, or "
+            "use_sliding_window is off"
+        )
+    return tuple(window if slide else None for slide in slides)
 
 
 def decoder(fields: dict[str, Any], **family: Any) -> DecoderConfig:
-    """The config of a Llama-like decoder; `family` overrides or adds fields of the config."""
-    heads = int(need(fields, "num_attention_heads"))
-    d_model = int(need(fields, "hidden_size"))
-    kv_heads = fields.get("num_key_value_heads")
+    """The config of a Llama-like decoder; `family` overrides or adds fields of the config.
+
+    Raises:
+      ValueError: a field is missing, of a wrong type or out of range; names it and its value.
+    """
+    heads = whole(fields, "num_attention_heads")
     sizes: dict[str, Any] = {
-        "vocab": int(need(fields, "vocab_size")),
-        "d_model": d_model,
-        "layers": int(need(fields, "num_hidden_layers")),
+        "vocab": whole(fields, "vocab_size"),
+        "d_model": whole(fields, "hidden_size"),
+        "d_ff": whole(fields, "intermediate_size"),
+        "layers": layer_count(fields),
         "heads": heads,
-        "kv_heads": heads if kv_heads is None else int(kv_heads),
-        "head_size": fields.get("head_dim"),
-        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
-        "tied": bool(fields.get("tie_word_embeddings", False)),
+        "kv_heads": whole(fields, "num_key_value_heads", default=heads),
+        "context": whole(fields, "max_position_embeddings"),
+        "head_size": whole(fields, "head_dim", default=None),
+        "norm_eps": number(fields, "rms_norm_eps", 1e-6),
+        "tied": flag(fields, "tie_word_embeddings", False),
         "weights": "out_in",
-        "init_std": float(fields.get("initializer_range", 0.02)),
+        "init_std": number(fields, "initializer_range", 0.02, zero=True),
         "source": json.dumps(fields),
     }
-    if "d_ff" not in family:
-        sizes["d_ff"] = int(need(fields, "intermediate_size"))
-    if "context" not in family:
-        sizes["context"] = int(need(fields, "max_position_embeddings"))
     return DecoderConfig(**(sizes | rope(fields) | family))
 
 

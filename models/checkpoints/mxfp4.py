@@ -25,7 +25,7 @@ class Mxfp4:
         """The arrays of `tensors`.
 
         Raises:
-          ValueError: blocks have no scales of their shape.
+          ValueError: blocks are not bytes, or have no scales of their shape.
         """
         self._inner = tensors
         self.shapes, self.dtypes = dict(tensors.shapes), dict(tensors.dtypes)
@@ -35,10 +35,12 @@ class Mxfp4:
             whole = name.removesuffix("_blocks")
             scales = f"{whole}_scales"
             shape = self.shapes.pop(name)
-            if self.shapes.pop(scales, None) != shape[:-1] or len(shape) != 4 or shape[3] != 16:
+            bytes_ = all(tensors.dtypes.get(part) == np.uint8 for part in (name, scales))
+            of_scales = self.shapes.pop(scales, None)
+            if not bytes_ or of_scales != shape[:-1] or len(shape) != 4 or shape[3] != 16:
                 raise ValueError(
-                    f"{tensors.where(name)}: {name!r} is {shape}; it must be [E, out, in/32, 16] "
-                    f"and have {scales!r} of [E, out, in/32]"
+                    f"{tensors.where(name)}: {name!r} is {tensors.dtypes[name]}{shape}; it must be "
+                    f"uint8 [E, out, in/32, 16] and have {scales!r} of [E, out, in/32]"
                 )
             experts, out, groups, _ = shape
             self.shapes[whole] = (experts, groups * 32, out)

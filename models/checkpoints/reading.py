@@ -6,6 +6,7 @@ stays: no part is in memory twice, and no parameter is whole where a device need
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -17,8 +18,15 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoints import slots
+from models.checkpoints.comparison import (
+    check_head,
+    check_tensors,
+    compare_counts,
+    not_parameters,
+    prefix_of,
+)
 from models.checkpoints.hub import find
-from models.checkpoints.json_file import read_json
+from models.checkpoints.json_file import read_json, shown
 from models.checkpoints.mxfp4 import Mxfp4
 from models.checkpoints.names import Names
 from models.checkpoints.slots import Piece
@@ -30,6 +38,7 @@ from sharding.state import layout_of, named_leaves
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
+_CONFIG = "config.json"
 _MOST_CONFIG = 10_000_000  # bytes of a config.json; most have 1,000
 _ALIGNED = 64  # bytes: XLA's CPU backend takes over a NumPy array so aligned without a copy
 
@@ -95,8 +104,16 @@ def open_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple[DecoderConfig, 
       FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
     path = find(checkpoint)
-    fields, tensors = _open_gguf(path) if path.is_file() else _open_folder(path)
-    return find_family(fields).from_fields(fields), tensors
+    if path.is_file():
+        file, (fields, tensors) = path, _open_gguf(path)
+    else:
+        file, (fields, tensors) = path / _CONFIG, _open_folder(path)
+    try:
+        config = find_family(fields).from_fields(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    compare_counts(file, fields, config, tensors)
+    return config, tensors
 
 
 def _open_gguf(file: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
@@ -108,12 +125,14 @@ def _open_gguf(file: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
 
 def _open_folder(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
     fields = read_fields(path)
-    method = (fields.get("quantization_config") or {}).get("quant_method")
-    if fields.get("quantization_config") and method != "mxfp4":
-        raise ValueError(
-            f"{path}: the weights are quantized by {method!r}, only 'mxfp4' is decoded; load the "
-            "original, or save it dequantized"
-        )
+    quantization = fields.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method != "mxfp4":
+            raise ValueError(
+                f"{path / _CONFIG}: the weights are quantized by {shown(method)}, only 'mxfp4' is "
+                "decoded; load the original, or save it dequantized"
+            )
     return fields, Mxfp4(open_folder(path))
 
 
@@ -123,7 +142,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: it is missing, or not a JSON object.
     """
-    file = folder / "config.json"
+    file = folder / _CONFIG
     if not file.exists():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
     return read_json(file, _MOST_CONFIG)
@@ -152,8 +171,9 @@ def read(
       ValueError: the tensors are not exactly those of the config.
     """
     graph, state = nnx.split(Decoder.shapes(config, dtype=dtype, remat=remat))
-    pieces = slots.pieces(config, state, _prefix(FAMILIES[config.family].NAMES, tensors))
-    _check(config, pieces, tensors)
+    pieces = slots.pieces(config, state, prefix_of(FAMILIES[config.family].NAMES, tensors))
+    check_tensors(config, pieces, tensors)
+    check_head(config, tensors)
     leaves = named_leaves(state)
     with _progress_bar(progress, sum(map(len, pieces.values()))) as advance:
         values = {
@@ -169,17 +189,29 @@ def read(
     return nnx.merge(graph, full)
 
 
+def stored_dtype(config: DecoderConfig, tensors: Tensors) -> np.dtype:
+    """The dtype that holds every parameter of a checkpoint exactly; buffers do not count.
+
+    float64 counts as float32, the widest that a model computes in.
+
+    Args:
+      config: from `open_checkpoint`.
+      tensors: from `open_checkpoint`.
+    """
+    dtypes = [
+        np.dtype(np.float32) if dtype == np.float64 else dtype
+        for name, dtype in tensors.dtypes.items()
+        if not name.endswith(not_parameters(config)) and jnp.issubdtype(dtype, jnp.floating)
+    ]
+    return np.dtype(functools.reduce(jnp.promote_types, dtypes) if dtypes else np.float32)
+
+
 def _default_dtype(config: DecoderConfig, tensors: Tensors) -> jax.typing.DTypeLike:
     if jax.default_backend() == "cpu":
         return jnp.float32
     names: Names = FAMILIES[config.family].NAMES
-    name = _prefix(names, tensors) + names.top["embedding"].name
+    name = prefix_of(names, tensors) + names.top["embedding"].name
     return tensors.dtypes.get(name, np.dtype(np.float32))
-
-
-def _prefix(names: Names, tensors: Tensors) -> str:
-    # Checkpoints of a bare model, without its head, have no prefix; nor has GPT-2's first release.
-    return names.prefix if any(name.startswith(names.prefix) for name in tensors.shapes) else ""
 
 
 def _read_parameter(
@@ -244,56 +276,6 @@ def _sharding(leaf: nnx.Variable, wafer: Wafer | None) -> jax.sharding.Sharding:
         for size, entry in zip(leaf.shape, tuple(spec) + (None,) * leaf.ndim, strict=False)
     ]
     return wafer.sharding(jax.sharding.PartitionSpec(*entries))
-
-
-def _check(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors: Tensors) -> None:
-    """Raises ValueError unless the tensors are exactly those of the config; reads none."""
-    wanted = {
-        name: piece.tensor_shape()
-        for of_leaf in pieces.values()
-        for piece in of_leaf
-        for name in piece.names()
-    }
-    missing = [name for name in wanted if name not in tensors.shapes]
-    if missing:
-        file = tensors.where(next(iter(tensors.shapes))) if tensors.shapes else "the checkpoint"
-        raise ValueError(
-            f"{file}: {_some(missing)} missing, which config.json asks for ({config.layers} layers)"
-        )
-    for name, shape in wanted.items():
-        if tensors.shapes[name] != shape:
-            raise ValueError(
-                f"{tensors.where(name)}: {name!r} is {tensors.shapes[name]}, config.json asks for "
-                f"{shape}"
-            )
-        if not jnp.issubdtype(tensors.dtypes[name], jnp.floating):
-            raise ValueError(
-                f"{tensors.where(name)}: {name!r} is {tensors.dtypes[name]}, not floating; "
-                "quantized weights are read in MXFP4 and from GGUF only"
-            )
-    names: Names = FAMILIES[config.family].NAMES
-    tied = (names.head.name,) if config.tied else ()
-    extra = [
-        name
-        for name in tensors.shapes
-        if name not in wanted and not name.endswith(names.ignored)
-        if name not in tied
-    ]
-    if extra:
-        raise ValueError(
-            f"{tensors.where(extra[0])}: {_some(extra)} not used by the model of config.json"
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = (
-        f" and {len(names) - 3} more are"
-        if len(names) > 3
-        else " is"
-        if len(names) == 1
-        else " are"
-    )
-    return ", ".join(map(repr, names[:3])) + more
 
 
 def _ignore() -> None:

@@ -82,9 +82,9 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -
     out.mkdir(parents=True, exist_ok=True)
     old = {*out.glob("*.safetensors"), out / tensors.INDEX}
     written = _write(out, arrays, make, most)
-    _write_json(out / "config.json", fields)
-    for file in old - written:
+    for file in old - written:  # an older model.safetensors would be read instead of an index
         file.unlink(missing_ok=True)
+    _write_json(out / "config.json", fields)
 
 
 def check_savable(config: DecoderConfig) -> DecoderConfig:
@@ -137,8 +137,8 @@ def _write(
         files[-1][name] = array
         total += sizes[name]
     if len(files) == 1:
-        tensors.write(out / "model.safetensors", arrays, make)
-        return {out / "model.safetensors"}
+        tensors.write(out / tensors.WHOLE, arrays, make)
+        return {out / tensors.WHOLE}
     file_of: dict[str, str] = {}
     written: set[pathlib.Path] = set()
     for i, part in enumerate(files, 1):
@@ -157,8 +157,8 @@ def _fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     loaded = json.loads(config.source) if config.source else {}
     kept = {name: value for name, value in loaded.items() if name not in _REPLACED}
     return (
-        {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
-        | kept
+        kept
+        | {"architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE}
         | family.to_fields(config)
         | {"dtype": dtype, "torch_dtype": dtype}
     )

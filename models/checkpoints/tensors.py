@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from models.checkpoints.json_file import file_size, parse_json, read_json, shown
 from wsekern.atomic_write import atomic_write
 
 _DTYPES = {
@@ -33,7 +34,9 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
+_MOST_HEADER = 25_000_000  # bytes: of some 200,000 arrays
+_MOST_DIMENSIONS = 32  # NumPy had no more before version 2
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -71,11 +74,12 @@ class SafeTensors:
         for file in files:
             for name, entry in _header(file):
                 if name in self._entries:
-                    raise ValueError(f"{name!r} is in {self.where(name)} and in {file}")
+                    raise ValueError(f"{shown(name)} is in {self.where(name)} and in {file}")
                 self._entries[name] = entry
             self._maps[file] = np.memmap(file, np.uint8, "r")
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
+        self.files = {name: entry.file for name, entry in self._entries.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of an array, in the dtype of the file: a view of the file."""
@@ -90,32 +94,41 @@ class SafeTensors:
 
 
 def open_folder(folder: pathlib.Path) -> SafeTensors:
-    """The arrays of a checkpoint's folder: of the files that its index names, or of its only file.
+    """The arrays of a checkpoint's folder: of model.safetensors, or of the files of its index.
+
+    A model.safetensors goes before an index beside it, as in transformers. Without either, the
+    folder's safetensors are all read.
 
     Raises:
       ValueError: there are no safetensors, or a file or an array that the index names is missing.
     """
-    index = folder / INDEX
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} {_what_instead(folder)}")
-        if len(files) > 1 and (folder / "model.safetensors") in files:
-            files = [folder / "model.safetensors"]
-        return SafeTensors(files)
-    file_of = _json(index).get("weight_map")
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.exists():
+        return SafeTensors([whole])
+    if index.exists():
+        return _open_index(index)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} {_what_instead(folder)}")
+    return SafeTensors(files)
+
+
+def _open_index(index: pathlib.Path) -> SafeTensors:
+    folder, file_of = index.parent, read_json(index, _MOST_HEADER).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
         raise ValueError(f"{index} has no weight_map from names to files")
     names = sorted(set(file_of.values()))
     for name in names:
         if pathlib.PurePath(name).name != name:  # a path could lead out of the folder
-            raise ValueError(f"{index}: {name!r} is not a file beside it")
+            raise ValueError(f"{index}: {shown(name)} is not a file beside it")
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing; {index.name} names it")
     tensors = SafeTensors(folder / name for name in names)
     for name, file in file_of.items():
-        if name not in tensors.shapes:
-            raise ValueError(f"{folder / file} has no {name!r}, which {index.name} says it has")
+        if tensors.files.get(name) != folder / file:
+            raise ValueError(
+                f"{folder / file} has no {shown(name)}, which {index.name} says it has"
+            )
     return tensors
 
 
@@ -163,78 +176,74 @@ def _what_instead(folder: pathlib.Path) -> str:
     return "is not a checkpoint: it has no *.safetensors"
 
 
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return fields
-
-
 def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
     """The arrays in a file's header, each checked against the size of the file."""
-    size = file.stat().st_size
+    size = file_size(file)
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER):
+        if size < 8 or length > size - 8:
             raise ValueError(
                 f"{file} is not safetensors, or is truncated: it has {size} bytes and its header "
                 f"claims {length}"
             )
+        if length > _MOST_HEADER:
+            raise ValueError(f"{file}: its header has {length:,} bytes, above {_MOST_HEADER:,}")
         text = stream.read(length)
-    try:
-        fields = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: its header is not valid: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: its header is not a JSON object")
+    if not text.startswith(b"{"):
+        raise ValueError(f"{file} is not safetensors: its header is not a JSON object")
+    fields = parse_json(text, f"{file}: its header")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{file}: __metadata__={shown(metadata)} is not an object of strings")
     start, spans = 8 + length, []
     for name, field in fields.items():
-        if name == "__metadata__":
-            continue
         entry, begin, end = _entry(file, name, field, start, size)
         spans.append((begin, end, name))
         yield name, entry
-    spans.sort()
-    for (_, end, name), (begin, _, after) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise ValueError(f"{file}: {name!r} and {after!r} overlap")
+    # As the format's own reader asks: arrays follow one another and fill the file.
+    reached, before = 0, "the header"
+    for begin, end, name in sorted(spans):
+        if begin < reached:
+            raise ValueError(f"{file}: {before} and {shown(name)} overlap")
+        if begin > reached:
+            raise ValueError(f"{file}: the {begin - reached} bytes after {before} are of no array")
+        reached, before = end, shown(name)
+    if reached != size - start:
+        raise ValueError(f"{file}: its last {size - start - reached} bytes are of no array")
 
 
 def _entry(
     file: pathlib.Path, name: str, field: Any, start: int, size: int
 ) -> tuple[_Entry, int, int]:
-    def are_sizes(values: Any) -> TypeGuard[list[int]]:
-        return isinstance(values, list) and all(
-            isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
-        )
-
     if not isinstance(field, dict):
-        raise ValueError(f"{file}: {name!r} is not described by an object")
+        raise ValueError(f"{file}: {shown(name)} is not described by an object")
     kind, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in _DTYPES:
-        raise ValueError(f"{file}: {name!r} is of dtype {kind!r}, not one of {list(_DTYPES)}")
-    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{file}: {name!r} has shape {shape!r} and data_offsets {offsets!r}")
-    dtype, (begin, end) = np.dtype(_DTYPES[kind]), offsets
-    if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(
-            f"{file}: {name!r} is {kind}{shape}, {math.prod(shape) * dtype.itemsize} bytes, but "
-            f"has {end - begin}"
+            f"{file}: {shown(name)} is of dtype {shown(kind)}, not one of {list(_DTYPES)}"
+        )
+    if not _are_sizes(shape, _MOST_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+        raise ValueError(
+            f"{file}: {shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}; "
+            f"they must be up to {_MOST_DIMENSIONS} sizes, and two places in the file"
+        )
+    dtype, (begin, end) = np.dtype(_DTYPES[kind]), offsets
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != end - begin:
+        raise ValueError(
+            f"{file}: {shown(name)} is {kind}{shown(shape)}, {shown(needed)} bytes, but has "
+            f"{end - begin}"
         )
     if start + end > size:
         raise ValueError(
-            f"{file}: {name!r} ends at byte {start + end}, the file at {size}: it is truncated"
+            f"{file}: {shown(name)} ends at byte {start + end}, the file at {size}: it is truncated"
         )
     return _Entry(file, start + begin, dtype, tuple(shape)), begin, end
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands in it twice")
-    return fields
+def _are_sizes(values: Any, most: int) -> TypeGuard[list[int]]:
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )

@@ -77,29 +77,28 @@ NAMES = names.GPT2
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a model, from config.json."""
-    d_model, heads = (
-        int(config_json.need(fields, "n_embd")),
-        int(config_json.need(fields, "n_head")),
-    )
+    # transformers takes GPT-2's sizes under both names, and the later ones if both are given.
+    d_model = config_json.whole(fields, "hidden_size", "n_embd")
+    heads = config_json.whole(fields, "num_attention_heads", "n_head")
     return DecoderConfig(
-        vocab=int(config_json.need(fields, "vocab_size")),
+        vocab=config_json.whole(fields, "vocab_size"),
         d_model=d_model,
-        d_ff=int(fields.get("n_inner") or 4 * d_model),
-        layers=int(config_json.need(fields, "n_layer")),
+        d_ff=config_json.whole(fields, "n_inner", default=4 * d_model),
+        layers=config_json.layer_count(fields, "num_hidden_layers", "n_layer"),
         heads=heads,
         kv_heads=heads,
-        context=int(config_json.need(fields, "n_positions", "n_ctx")),
+        context=config_json.whole(fields, "max_position_embeddings", "n_positions", "n_ctx"),
         norm="layer",
-        norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=config_json.number(fields, "layer_norm_epsilon", 1e-5),
         positions="learned",
         activation=config_json.activation(
             fields, "activation_function", ("gelu", "gelu_tanh", "relu"), "gelu_new"
         ),
         biases=("qkv", "out", "mlp", "norm"),
-        scaled_attention=bool(fields.get("scale_attn_weights", True)),
-        scaled_by_layer=bool(fields.get("scale_attn_by_inverse_layer_idx", False)),
-        tied=bool(fields.get("tie_word_embeddings", True)),
-        init_std=float(fields.get("initializer_range", 0.02)),
+        scaled_attention=config_json.flag(fields, "scale_attn_weights", True),
+        scaled_by_layer=config_json.flag(fields, "scale_attn_by_inverse_layer_idx", False),
+        tied=config_json.flag(fields, "tie_word_embeddings", True),
+        init_std=config_json.number(fields, "initializer_range", 0.02, zero=True),
         weights="in_out",
         family="gpt2",
         source=json.dumps(fields),

@@ -51,28 +51,26 @@ NAMES = names.GPT_OSS
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a model, from config.json."""
-    layers = int(config_json.need(fields, "num_hidden_layers"))
     rope = config_json.rope(fields, 150_000.0)
     if not fields.get("rope_scaling") and not fields.get("rope_parameters"):
         rope["rope_scaling"] = _YARN
+    slides = tuple(i % 2 == 0 for i in range(config_json.layer_count(fields)))
     return config_json.decoder(
-        {"head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128} | fields,
+        {"head_dim": 64, "rms_norm_eps": 1e-5} | fields,
         family="gpt_oss",
         activation="clamped_swiglu",
-        swiglu_alpha=float(fields.get("swiglu_alpha", 1.702)),
-        swiglu_limit=float(fields.get("swiglu_limit", 7.0)),
-        biases=("qkv", "out") if fields.get("attention_bias", True) else (),
+        swiglu_alpha=config_json.number(fields, "swiglu_alpha", 1.702),
+        swiglu_limit=config_json.number(fields, "swiglu_limit", 7.0),
+        biases=("qkv", "out") if config_json.flag(fields, "attention_bias", True) else (),
         sinks=True,
-        windows=config_json.windows(
-            {"sliding_window": 128} | fields, tuple(i % 2 == 0 for i in range(layers))
-        ),
+        windows=config_json.windows({"sliding_window": 128} | fields, slides),
         experts=ExpertsConfig(
-            count=int(config_json.need(fields, "num_local_experts", "num_experts")),
-            chosen=int(fields.get("num_experts_per_tok") or fields.get("experts_per_token") or 4),
-            d_ff=int(config_json.need(fields, "intermediate_size")),
+            count=config_json.whole(fields, "num_local_experts", "num_experts"),
+            chosen=config_json.whole(fields, "num_experts_per_tok", "experts_per_token", default=4),
+            d_ff=config_json.whole(fields, "intermediate_size"),
             router="top_softmax",
             biases=True,
-            balance=float(fields.get("router_aux_loss_coef", 0.001)),
+            balance=config_json.number(fields, "router_aux_loss_coef", 0.001, zero=True),
         ),
         **rope,
     )

@@ -120,7 +120,12 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
         fields,
         family="llama",
         activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
-        biases=tuple(b for flag, some in biased.items() if fields.get(flag) for b in some),
+        biases=tuple(
+            b
+            for name, some in biased.items()
+            if config_json.flag(fields, name, False)
+            for b in some
+        ),
     )
 
 

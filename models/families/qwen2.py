@@ -46,21 +46,29 @@ NAMES = names.LLAMA
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a model, from config.json."""
     return config_json.decoder(
-        # Qwen2 ignores a head_dim.
-        {name: value for name, value in fields.items() if name != "head_dim"},
+        fields,
         family="qwen2",
         activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
         biases=("qkv",),
-        windows=config_json.windows(fields, later_layers(fields)),
+        windows=later_windows(fields),
     )
 
 
-def later_layers(fields: dict[str, Any]) -> tuple[bool, ...]:
-    """Which layers have a window if config.json has no `layer_types`: max_window_layers and on."""
-    slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
-    first = fields.get("max_window_layers", 28)
-    return tuple(
-        slides and i >= first for i in range(config_json.need(fields, "num_hidden_layers"))
+def later_windows(fields: dict[str, Any]) -> tuple[int | None, ...]:
+    """The window of each layer, as Qwen's dense models say it; empty if none has one.
+
+    Without `layer_types`, layers have it from number `max_window_layers` on.
+
+    Raises:
+      ValueError: a field is of a wrong type, or layers slide in a model that does not.
+    """
+    layers = config_json.layer_count(fields)
+    if not config_json.flag(fields, "use_sliding_window", False):
+        return config_json.windows(fields | {"sliding_window": None}, (False,) * layers)
+    slides = fields.get("sliding_window", 4096) is not None
+    first = config_json.whole(fields, "max_window_layers", default=28, least=0)
+    return config_json.windows(
+        {"sliding_window": 4096} | fields, tuple(slides and i >= first for i in range(layers))
     )
 
 

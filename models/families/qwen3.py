@@ -8,7 +8,7 @@ from typing import Any
 
 from models.checkpoints import config_json, names
 from models.config import DecoderConfig
-from models.families.qwen2 import later_layers, sliding_fields
+from models.families.qwen2 import later_windows, sliding_fields
 
 QWEN3_8B = DecoderConfig(
     vocab=151_936,
@@ -45,9 +45,9 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
         {"head_dim": 128} | fields,
         family="qwen3",
         activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
-        biases=("qkv", "out") if fields.get("attention_bias") else (),
+        biases=("qkv", "out") if config_json.flag(fields, "attention_bias", False) else (),
         qk_norm=True,
-        windows=config_json.windows(fields, later_layers(fields)),
+        windows=later_windows(fields),
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from models.checkpoints import config_json, names
+from models.checkpoints.json_file import shown
 from models.config import DecoderConfig, ExpertsConfig
 
 QWEN3_235B = DecoderConfig(
@@ -42,27 +43,47 @@ NAMES = names.QWEN3_MOE
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a model, from config.json."""
-    layers = int(config_json.need(fields, "num_hidden_layers"))
-    dense, every = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
-    slides = bool(fields.get("use_sliding_window")) and fields.get("sliding_window") is not None
-    experts = ExpertsConfig(
-        count=int(config_json.need(fields, "num_experts", "num_local_experts")),
-        chosen=int(fields.get("num_experts_per_tok", 8)),
-        d_ff=int(config_json.need(fields, "moe_intermediate_size")),
-        normalized=bool(fields.get("norm_topk_prob", False)),
-        balance=float(fields.get("router_aux_loss_coef", 0.001)),
+    layers = config_json.layer_count(fields)
+    slides = config_json.flag(fields, "use_sliding_window", False)
+    windows = config_json.windows(
+        {"sliding_window": 4096} | fields | {"layer_types": None},
+        (slides and fields.get("sliding_window", 4096) is not None,) * layers,
     )
-    sparse = tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
+    sparse = _sparse_layers(fields, layers)
+    experts = None
+    if any(sparse):
+        experts = ExpertsConfig(
+            count=config_json.whole(fields, "num_experts", "num_local_experts"),
+            chosen=config_json.whole(fields, "num_experts_per_tok", default=8),
+            d_ff=config_json.whole(fields, "moe_intermediate_size"),
+            normalized=config_json.flag(fields, "norm_topk_prob", False),
+            balance=config_json.number(fields, "router_aux_loss_coef", 0.001, zero=True),
+        )
     return config_json.decoder(
         fields,
         family="qwen3_moe",
         activation=config_json.activation(fields, "hidden_act", ("swiglu",), "silu"),
-        biases=("qkv", "out") if fields.get("attention_bias") else (),
+        biases=("qkv", "out") if config_json.flag(fields, "attention_bias", False) else (),
         qk_norm=True,
-        windows=config_json.windows({**fields, "layer_types": None}, (slides,) * layers),
-        experts=experts if any(sparse) else None,
-        sparse_layers=() if all(sparse) else sparse,
+        windows=windows,
+        experts=experts,
+        sparse_layers=() if all(sparse) or not any(sparse) else sparse,
     )
+
+
+def _sparse_layers(fields: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """For each layer whether it has experts: every n-th has, but not those listed."""
+    every = config_json.whole(fields, "decoder_sparse_step", default=1, least=0)
+    dense = fields.get("mlp_only_layers")
+    if dense is None:
+        dense = []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"mlp_only_layers={shown(dense)} is not a list of layers' numbers")
+    count = config_json.whole(fields, "num_experts", "num_local_experts", default=None, least=0)
+    dense_layers = set(dense)
+    if not every or count == 0:
+        return (False,) * layers
+    return tuple(i not in dense_layers and (i + 1) % every == 0 for i in range(layers))
 
 
 def to_fields(config: DecoderConfig) -> dict[str, Any]:
@@ -76,7 +97,7 @@ def to_fields(config: DecoderConfig) -> dict[str, Any]:
         "mlp_only_layers": [i for i, kind in enumerate(config.kinds) if not kind.sparse],
     }
     if config.experts is None:
-        return result
+        return result | {"num_experts": 0}
     return (
         result
         | config_json.expert_fields(config.experts)

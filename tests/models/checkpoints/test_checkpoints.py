@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import tiny_checkpoints as tiny
 from flax import nnx
 
 import models
+from models.__main__ import main
 from models.checkpoints import mxfp4, tensors
 from models.checkpoints.saving import check_savable
 from models.presets import PRESETS
@@ -177,9 +179,9 @@ def test_every_mxfp4_scale_is_exact():
         np.testing.assert_array_equal(got.astype(np.float64), table[nibbles] * 2.0 ** (scale - 127))
 
 
-def checkpoint_with(folder, **changes):
+def checkpoint_with(folder, fields=LLAMA, **changes):
     """A checkpoint with some tensors replaced, or left out if the change is None."""
-    source = tensors.open_folder(tiny.make(folder, LLAMA))
+    source = tensors.open_folder(tiny.make(folder, fields))
     values = {
         name: source.read(name, tuple(slice(None) for _ in shape)).copy()
         for name, shape in source.shapes.items()
@@ -188,6 +190,65 @@ def checkpoint_with(folder, **changes):
     arrays = {name: (v.shape, v.dtype) for name, v in values.items()}
     tensors.write(folder / "model.safetensors", arrays, values.__getitem__)
     return folder
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path):
+    """transformers 4 drops the file's head, 5 takes it: neither is safe to assume."""
+    fields = tiny.CONFIGS["llama-biased-tied"]
+    folder = tiny.make(tmp_path, fields)
+    want = models.load(folder)
+    embedding = tensors.open_folder(folder).read("model.embed_tokens.weight", (slice(None),)).copy()
+    checkpoint_with(folder, fields, **{"lm_head.weight": embedding.astype(np.float64)})
+    assert same(models.load(folder), want)
+    embedding[-1, -1] += 1e-3
+    for head in (embedding, embedding[:-1], embedding[:, :-1]):
+        checkpoint_with(folder, fields, **{"lm_head.weight": head})
+        with pytest.raises(ValueError, match="'lm_head.weight' is not 'model.embed_tokens.weight'"):
+            models.load(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-biased-tied"])
+def test_a_model_without_its_head_is_read(name, tmp_path):
+    """LlamaModel, GPT2Model and their like: no prefix, no head; the head must be the embedding."""
+    fields = tiny.CONFIGS[name] | {"tie_word_embeddings": True}
+    want = models.load(tiny.make(tmp_path / "a", fields))
+    source = tensors.open_folder(tmp_path / "a")
+    old = {name.split(".", 1)[1]: name for name in source.shapes}
+    whole = tmp_path / "b" / "model.safetensors"
+    (tmp_path / "b").mkdir()
+    arrays = {name: (source.shapes[old[name]], np.dtype(np.float32)) for name in old}
+    tensors.write(whole, arrays, lambda name: source.read(old[name], (slice(None),)))
+    bare = fields["architectures"][0].replace("ForCausalLM", "Model").replace("LMHead", "")
+    (tmp_path / "b" / "config.json").write_text(json.dumps(fields | {"architectures": [bare]}))
+    model = models.load(tmp_path / "b")
+    assert same(model, want)
+    models.save(model, tmp_path / "c")
+    saved = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert saved["architectures"] == fields["architectures"]
+    untied = fields | {"architectures": [bare], "tie_word_embeddings": False}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(untied))
+    with pytest.raises(ValueError, match="lm_head.weight' is missing: .* without its head"):
+        models.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_buffers_do_not_widen_what_is_converted(name, tmp_path):
+    fields = tiny.CONFIGS[name]
+    low = models.load(tiny.make(tmp_path / "a", fields), dtype=jnp.bfloat16)
+    models.save(low, tmp_path / "b")
+    source = tensors.open_folder(tmp_path / "b")
+    buffers = {
+        "llama3": "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "gpt2": "transformer.h.0.attn.masked_bias",
+    }
+    values = {key: source.read(key, (slice(None),)).copy() for key in source.shapes}
+    values[buffers[name]] = np.ones(8, np.float32)
+    arrays = {key: (v.shape, v.dtype) for key, v in values.items()}
+    tensors.write(tmp_path / "b" / "model.safetensors", arrays, values.__getitem__)
+    assert main(["convert", "--model", str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+    written = tensors.open_folder(tmp_path / "c")
+    assert {dtype.name for dtype in written.dtypes.values()} == {"bfloat16"}
+    assert same(models.load(tmp_path / "c", jnp.bfloat16), low)
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -199,7 +260,8 @@ NORM = "model.layers.1.input_layernorm.weight"
         ({NORM: None}, rf"model.safetensors: '{NORM}' is missing.*\(3 layers\)"),
         ({NORM: np.ones(63, np.float32)}, rf"'{NORM}' is \(63,\), config.json asks for \(64,\)"),
         ({"extra.weight": np.ones(3, np.float32)}, "'extra.weight' is not used by the model"),
-        ({NORM: np.ones(64, np.int8)}, "is int8, not floating"),
+        ({NORM: np.ones(64, np.int8)}, "is int8, not one of float64"),
+        ({NORM: np.ones(64, ml_dtypes.float8_e4m3fn)}, "is float8_e4m3fn, not one of float64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
@@ -213,7 +275,7 @@ def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
     [
         ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not one of GPT2LMHead"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq', only 'mxfp4'"),
-        ({"num_hidden_layers": 4}, r"model.layers.3.*missing"),
+        ({"num_hidden_layers": 4}, r"num_hidden_layers=4, but .* are of 3 layers"),
         ({"hidden_act": "relu6"}, "hidden_act='relu6' is not one of"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not one of"),
         ({"vocab_size": None}, "has no 'vocab_size'"),
@@ -265,6 +327,17 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
         (header({"a": entry(dtype="Q9")}, b"12345678"), "of dtype 'Q9'"),
         (header({"a": entry(), "b": entry(offsets=(4, 12))}, b"1" * 12), "'a' and 'b' overlap"),
         (header(b'{"a": {}, "a": {}}'), "'a' stands in it twice"),
+        (header({"a": entry(offsets=(8, 16))}, b"1" * 16), "8 bytes after the header are of no a"),
+        (header({"a": entry()}, b"1" * 9), "its last 1 bytes are of no array"),
+        (header({"a": entry(shape=(True, 2))}, b"1" * 8), r"has shape \[True, 2\]"),
+        (header({"a": entry(shape=(2.0,))}, b"1" * 8), r"has shape \[2.0\]"),
+        (header({"a": entry(shape=(2**64,))}, b"1" * 8), "has shape"),
+        (header({"a": entry(offsets=(0, 4, 8))}, b"1" * 8), "data_offsets"),
+        (header({"a": entry(offsets=(8, 0))}, b"1" * 8), "has -8"),
+        (header({"a": entry(dtype=["F32"])}, b"1" * 8), "of dtype"),
+        (header({"__metadata__": {"a": 1}}), "is not an object of strings"),
+        (header({"__metadata__": []}), "is not an object of strings"),
+        (header(b'\xef\xbb\xbf{"a": 1}'), "is not safetensors"),
     ],
 )
 def test_hostile_files_are_refused(content, message, tmp_path):
@@ -274,13 +347,88 @@ def test_hostile_files_are_refused(content, message, tmp_path):
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize("case", ["names", "twice", "long shape", "huge shape", "deep", "brackets"])
+def test_large_hostile_headers_are_refused_at_once(case, tmp_path):
+    empty = entry((0,), offsets=(0, 0))
+    names = {f"model.layers.{i % 3}.{i}": empty for i in range(100_000)}
+    twice = json.dumps(names)[:-1] + f', "model.layers.0.99999": {json.dumps(empty)}' + "}"
+    content = {
+        "names": lambda: header(names),
+        "twice": lambda: header(twice.replace("model.layers.0.99998", "x").encode()),
+        "long shape": lambda: header({"a": entry((1,) * 2_000_000)}, b"1" * 8),
+        "huge shape": lambda: header({"a": entry((10**4000,) * 1000)}, b"1" * 8),
+        "deep": lambda: header(b'{"a":' + b"[" * 100_000),
+        "brackets": lambda: header(b'{"a":[' + b"{}," * 5_000_000),
+    }[case]()
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    began = time.process_time()
+    with pytest.raises(ValueError) as caught:
+        models.load(tmp_path)
+    assert time.process_time() - began < 2
+    assert "model.safetensors" in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_only_regular_files_are_read(tmp_path):
+    folder = tiny.make(tmp_path, LLAMA)
+    for name in ("model.safetensors", "config.json"):
+        file = folder / name
+        file.rename(folder / "kept")
+        os.mkfifo(file)
+        with pytest.raises(ValueError, match=f"{name} is a FIFO, not a regular file"):
+            models.load(folder)
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(ValueError, match=f"{name} is a folder, not a regular file"):
+            models.load(folder)
+        file.rmdir()
+        file.symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match=f"{name} is a device, not a regular file"):
+            models.load(folder)
+        file.unlink()
+        (folder / "kept").rename(folder / f"the {name}")
+        file.symlink_to(f"the {name}")
+        models.read_config(folder)
+
+
+def test_a_whole_file_goes_before_an_index_beside_it(tmp_path):
+    """As in transformers: an index that an older, larger save left behind names other files."""
+    folder = tiny.make(tmp_path / "a", LLAMA)
+    want = models.load(folder)
+    models.save(want, tmp_path / "b", most=60_000)
+    for file in (tmp_path / "b").glob("model*"):
+        file.rename(folder / file.name)
+    later = tiny.make(folder, LLAMA, seed=1)
+    assert not same(models.load(later), want)
+    (folder / "model.safetensors").unlink()
+    assert same(models.load(folder), want)
+
+
+def test_an_index_and_shards_that_disagree_are_refused(tmp_path):
+    model = models.load(tiny.make(tmp_path / "a", LLAMA))
+    models.save(model, tmp_path / "b", most=60_000)
+    folder = tmp_path / "b"
+    index = json.loads((folder / tensors.INDEX).read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    lying = index | {"weight_map": index["weight_map"] | {name: last}}
+    (folder / tensors.INDEX).write_text(json.dumps(lying))
+    with pytest.raises(ValueError, match=f"{last} has no '{name}', which"):
+        models.load(folder)
+    (folder / last).write_bytes((folder / first).read_bytes())
+    (folder / tensors.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"is in .*{first} and in .*{last}"):
+        models.load(folder)
+
+
 def test_an_index_that_lies_is_refused(tmp_path):
     folder = tiny.make(tmp_path, LLAMA)
+    (folder / "model.safetensors").rename(folder / "some.safetensors")
     index = folder / tensors.INDEX
     for file_of, message in [
         ({"a": "../other.safetensors"}, "is not a file beside it"),
         ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
-        ({"a": "model.safetensors"}, "has no 'a', which"),
+        ({"a": "some.safetensors"}, "has no 'a', which"),
     ]:
         index.write_text(json.dumps({"weight_map": file_of}))
         with pytest.raises(ValueError, match=message):

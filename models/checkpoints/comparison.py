@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from models.checkpoints.json_file import shown
 from models.checkpoints.names import Names
 from models.checkpoints.slots import Piece
 from models.checkpoints.tensors import Tensors
@@ -152,5 +153,5 @@ def any_file(tensors: Tensors) -> str:
 
 def _some(names: list[str]) -> str:
     if len(names) > 3:
-        return f"{', '.join(map(repr, names[:3]))} and more are"
-    return f"{', '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
+        return f"{', '.join(map(shown, names[:3]))} and more are"
+    return f"{', '.join(map(shown, names))} {'is' if len(names) == 1 else 'are'}"

@@ -36,7 +36,7 @@ def whole(
     least: int = 1,
     most: int = _LARGEST,
 ) -> Any:
-    """The whole number in the first of `names` that config.json has; null counts as missing.
+    """The whole number that config.json has under one of `names`; null counts as missing.
 
     Args:
       fields: config.json.
@@ -46,17 +46,20 @@ def whole(
       most: the largest.
 
     Raises:
-      ValueError: it is no whole number from `least` to `most`, or missing without a default.
+      ValueError: it is no whole number from `least` to `most`, differs between two of the names, or
+        is missing without a default.
     """
-    for name in names:
-        value = fields.get(name)
-        if value is None:
-            continue
+    given = {name: fields[name] for name in names if fields.get(name) is not None}
+    for name, value in given.items():
         if type(value) is not int or not least <= value <= most:
             raise ValueError(
                 f"{name}={shown(value)} is not a whole number from {least:,} to {most:,}"
             )
-        return value
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{both} are the same field, but differ")
+    if given:
+        return next(iter(given.values()))
     if default is _NEEDED:
         raise ValueError(f"has no {' nor '.join(map(repr, names))}, which the model needs")
     return default
@@ -151,7 +154,7 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
 
 
 def _rope(values: dict[str, Any], fields: dict[str, Any], theta: float) -> dict[str, Any]:
-    both = fields | {name: value for name, value in values.items() if value is not None}
+    both = fields | values
     theta = number(both, "rope_theta", theta)
     partial = both.get("partial_rotary_factor")
     if partial not in (None, 1):

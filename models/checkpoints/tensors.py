@@ -34,7 +34,9 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MOST_HEADER = 25_000_000  # bytes: of some 200,000 arrays
+_MOST_ARRAYS = 65_536  # in a file; a mixture of 128 experts in 94 layers has 37,000 in all
+_MOST_HEADER = 16_000_000  # bytes
+_MOST_AROUND = 1_000_000  # bytes of the header besides 1,000 for each array; an array takes 100
 _MOST_DIMENSIONS = 32  # NumPy had no more before version 2
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -189,6 +191,10 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
         if length > _MOST_HEADER:
             raise ValueError(f"{file}: its header has {length:,} bytes, above {_MOST_HEADER:,}")
         text = stream.read(length)
+    if (arrays := text.count(b'"data_offsets"')) > _MOST_ARRAYS:
+        raise ValueError(f"{file}: its header names {arrays:,} arrays, above {_MOST_ARRAYS:,}")
+    if length > _MOST_AROUND + 1000 * arrays:
+        raise ValueError(f"{file}: its header has {length:,} bytes for {arrays:,} arrays")
     if not text.startswith(b"{"):
         raise ValueError(f"{file} is not safetensors: its header is not a JSON object")
     fields = parse_json(text, f"{file}: its header")

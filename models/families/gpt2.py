@@ -77,7 +77,7 @@ NAMES = names.GPT2
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     """The config of a model, from config.json."""
-    # transformers takes GPT-2's sizes under both names, and the later ones if both are given.
+    # transformers takes GPT-2's sizes under both names.
     d_model = config_json.whole(fields, "hidden_size", "n_embd")
     heads = config_json.whole(fields, "num_attention_heads", "n_head")
     return DecoderConfig(
@@ -87,7 +87,7 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
         layers=config_json.layer_count(fields, "num_hidden_layers", "n_layer"),
         heads=heads,
         kv_heads=heads,
-        context=config_json.whole(fields, "max_position_embeddings", "n_positions", "n_ctx"),
+        context=config_json.whole(fields, "max_position_embeddings", "n_positions"),
         norm="layer",
         norm_eps=config_json.number(fields, "layer_norm_epsilon", 1e-5),
         positions="learned",

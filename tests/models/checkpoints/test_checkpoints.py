@@ -347,16 +347,17 @@ def test_hostile_files_are_refused(content, message, tmp_path):
         models.load(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["names", "twice", "long shape", "huge shape", "deep", "brackets"])
+@pytest.mark.parametrize("case", ["names", "more", "twice", "long", "large", "deep", "brackets"])
 def test_large_hostile_headers_are_refused_at_once(case, tmp_path):
     empty = entry((0,), offsets=(0, 0))
-    names = {f"model.layers.{i % 3}.{i}": empty for i in range(100_000)}
-    twice = json.dumps(names)[:-1] + f', "model.layers.0.99999": {json.dumps(empty)}' + "}"
+    names = {f"model.layers.{i % 3}.{i}": empty for i in range(60_000)}
+    text = json.dumps(names)
     content = {
         "names": lambda: header(names),
-        "twice": lambda: header(twice.replace("model.layers.0.99998", "x").encode()),
-        "long shape": lambda: header({"a": entry((1,) * 2_000_000)}, b"1" * 8),
-        "huge shape": lambda: header({"a": entry((10**4000,) * 1000)}, b"1" * 8),
+        "more": lambda: header(text.encode()[:-1] + b"," + text.replace("model", "m").encode()[1:]),
+        "twice": lambda: header(text.encode()[:-1] + b',"model.layers.1.59998": {}}'),
+        "long": lambda: header({"a": entry((1,) * 2_000_000)}, b"1" * 8),
+        "large": lambda: header({"a": entry((10**4000,) * 1000)}, b"1" * 8),
         "deep": lambda: header(b'{"a":' + b"[" * 100_000),
         "brackets": lambda: header(b'{"a":[' + b"{}," * 5_000_000),
     }[case]()

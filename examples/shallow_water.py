@@ -60,8 +60,8 @@ def estimate(height: int, length: int, steps: int, wafer: wk.Wafer) -> None:
     """Prints what the steps cost on `wafer`, and on GPUs that launch one kernel a step."""
     import jax
 
-    small = jet(8, 8), walls(8, 8)  # the real fields may not fit this machine
-    sea, land = jax.tree.map(lambda a: jax.ShapeDtypeStruct((height, length), a.dtype), small)
+    field = jax.ShapeDtypeStruct((height, length), jax.dtypes.canonicalize_dtype(float))
+    sea, land = dict.fromkeys(BOUNDARY, field), jax.eval_shape(lambda: walls(height, length))
     print(f"{height:,} x {length:,} cells, {steps:,} steps\n")
     with wafer:
         run = functools.partial(sail, steps=steps)

@@ -33,6 +33,13 @@ def test_it_runs_and_draws(example, run, where, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_its_default_converges(example):
+    solutions, error = example.solve(example.CELLS)
+    assert all(bool(solution.converged) for solution in solutions.values())
+    assert error < 2e-4
+
+
 def test_it_says_what_each_solver_would_take_on_a_wafer(example, run, capsys):
     """Multigrid takes a handful of cycles; they and their moves are counted."""
     run(example, "--estimate", "4x4", "--cells", 16)

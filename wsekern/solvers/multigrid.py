@@ -29,6 +29,7 @@ from wsekern.solvers.solution import (
     Solution,
     solve,
 )
+from wsekern.wafer import on_devices
 from wsekern.wafer.keywords import accept_jax_names
 
 Field = Float[Array, "..."]
@@ -145,8 +146,12 @@ def v_cycle(
             return jax.lax.fori_loop(0, _SWEEPS, sweep, step * b)
         # From zero, the first sweep is just `step * b`.
         x = smooth(level, step * b, b, sweeps[0] - 1)
-        correction = cycle(2 * level, restrict(b - operator_at(level)(x)))
-        return smooth(level, x + prolong(correction), b, sweeps[1])
+        residual = b - operator_at(level)(x)
+        half = tuple(n // 2 for n in b.shape)
+        coarse = on_devices.on_auto_axes(restrict, residual, like=b, shape=half)
+        correction = cycle(2 * level, coarse)
+        fine = on_devices.on_auto_axes(prolong, correction, like=b, shape=b.shape)
+        return smooth(level, x + fine, b, sweeps[1])
 
     return lambda b: cycle(1, b)
 

@@ -122,7 +122,12 @@ def solve(
         state = _iterate(matvec, b, begin, step, target, limits.max_iterations)
         return state.x, _judge(state, matvec, b, target)
 
-    x, results = lax.custom_linear_solve(operator, r0, run, run, symmetric=symmetric, has_aux=True)
+    # Jitted: a loop outside jit does not learn from fields on Explicit axes where it has to run.
+    @jax.jit
+    def solve_for(r0: Fields) -> tuple[Fields, tuple[Any, ...]]:
+        return lax.custom_linear_solve(operator, r0, run, run, symmetric=symmetric, has_aux=True)
+
+    x, results = solve_for(r0)
     return Solution(x if x0 is None else fields.plus(x0, 1, x), *results)
 
 

@@ -1,13 +1,16 @@
 """Choose a field's wafer, and the axes it is split over, from the arguments or its sharding.
 
-Stencils need no `with wafer`: an array that is split over a mesh says enough.
+Stencils need no `with wafer`: an array that is split over a mesh says enough. Inside jit, grad and
+vmap it says so only on Explicit axes, which are part of its type. On Auto axes the type says over
+which mesh an array may be split, but XLA decides how, after the program is traced.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
@@ -18,33 +21,65 @@ from wsekern.wafer.wafer import Wafer
 Entry = None | str | tuple[str, ...]  # the axes over which one dimension is split
 
 
+class FieldLayout(NamedTuple):
+    """Where fields lie, and how."""
+
+    wafer: Wafer | None
+    along: tuple[Entry, ...]  # the axes that each dimension is split over
+    # Whether the layout is this module's own choice, as the fields' own is not known; any other
+    # gives the same values.
+    chosen: bool = False
+
+
 def field_layout(
-    field: Shaped[Array | np.ndarray, "..."], spec: P | None, wafer: Wafer | None
-) -> tuple[Wafer | None, tuple[Entry, ...]]:
-    """The field's wafer, or None, and the axes that each dimension is split over.
+    operation: str,
+    fields: Sequence[Shaped[Array | np.ndarray, "..."]],
+    spec: P | None,
+    wafer: Wafer | None,
+    *,
+    shape_depends: bool,
+) -> FieldLayout:
+    """The wafer of some fields, or None, and the axes that each of their dimensions is split over.
 
     Args:
-      field: if no wafer is given or entered, the mesh that it is split over becomes one.
-      spec: the axes of each dimension; by default as the field is split, else the first dimension
+      operation: the public function, for messages.
+      fields: of one shape. If no wafer is given or entered, the mesh that the first of them that is
+        split is split over becomes one.
+      spec: the axes of each dimension; by default as the fields are split, else the first dimension
         along y and over the wafers, the second along x.
       wafer: the wafer that was given.
+      shape_depends: whether the shape of the operation's result depends on how the fields are
+        split. If not, fields whose split is not known are laid out over all of their mesh.
+
+    Raises:
+      ValueError: the result's shape depends on a split that is not known, or the fields are split
+        over Auto and Explicit axes at once.
     """
-    sharding = _named_sharding(field)
     wafer = context.current() if wafer is None else wafer
-    if wafer is None and sharding is not None and sharding.mesh.size > 1:
-        wafer = _wafer_of(sharding)
+    sharding = next((s for s in map(_known_split, fields) if s is not None), None)
+    chosen = False
+    if wafer is None:
+        unknown = next((m for m in map(_mesh_of_unknown_split, fields) if m is not None), None)
+        if unknown is not None and shape_depends:
+            raise _unknown_split(operation, unknown)
+        if sharding is not None and sharding.mesh.size > 1:
+            wafer = _wafer_of(operation, sharding.mesh, _axes_that_split(sharding))
+        elif unknown is not None:
+            wafer = _wafer_of(operation, unknown, _auto_axes(unknown))
+            chosen = spec is None and wafer is not None
     entries: P | None = spec
     if spec is None and wafer is not None and sharding is not None and sharding.mesh == wafer.mesh:
         entries = _in_wafer_axes(sharding.spec, wafer)
     wafer = context.resolve(wafer)
+    ndim = np.ndim(fields[0])
     if entries is None or not any(entries):
-        entries = _default_spec(field.ndim, wafer) if spec is None else P()
-    padded = (*entries, *[None] * (field.ndim - len(entries)))
-    return wafer, tuple(_plain_entry(entry) for entry in padded)
+        entries = _default_spec(ndim, wafer) if spec is None else P()
+    padded = (*entries, *[None] * (ndim - len(entries)))
+    return FieldLayout(wafer, tuple(_plain_entry(entry) for entry in padded), chosen)
 
 
-def _named_sharding(array: Any) -> NamedSharding | None:
-    """How an array, or a tracer of one, is split over a mesh; None if it is not."""
+def _known_split(array: Any) -> NamedSharding | None:
+    """How an array, or a tracer of one, is split over a mesh; None if it is not, or not known."""
     if isinstance(array, jax.core.Tracer):
         sharding = getattr(jax.typeof(array), "sharding", None)
     else:
@@ -53,24 +88,64 @@ def _named_sharding(array: Any) -> NamedSharding | None:
     return sharding if split else None
 
 
-def _wafer_of(sharding: NamedSharding) -> Wafer | None:
-    """The mesh of an array as a wafer; None if the array is split over no axis or over too many.
+def _mesh_of_unknown_split(array: Any) -> AbstractMesh | None:
+    """The mesh over whose Auto axes a tracer may be split; None if there are none.
 
-    The mesh axes that split the array become, from the last to the first, x, y and wafer: one that
-    is split as P("data", "model") has y = "data" and x = "model".
+    The axes over which `Wafer.virtual` spreads its PEs are no PEs themselves. Inside a `shard_map`,
+    as everywhere in JAX, an array is what one device holds.
     """
-    used = [name for entry in sharding.spec for name in axes_of(entry)]
-    used = [name for name in used if sharding.mesh.shape[name] > 1]
+    if not isinstance(array, jax.core.Tracer):
+        return None
+    mesh = jax.typeof(array).sharding.mesh
+    manual = AxisType.Manual in mesh.axis_types
+    spread = set(mesh.axis_names) & set(SPREAD.values())
+    return mesh if _auto_axes(mesh) and not manual and not spread else None
+
+
+def _auto_axes(mesh: Mesh | AbstractMesh) -> list[str]:
+    """The Auto axes of `mesh` that have more than one device."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
+
+
+def _axes_that_split(sharding: NamedSharding) -> list[str]:
+    names = [name for entry in sharding.spec for name in axes_of(entry)]
+    return [name for name in names if sharding.mesh.shape[name] > 1]
+
+
+def _unknown_split(operation: str, mesh: AbstractMesh) -> ValueError:
+    axes = ", ".join(repr(name) for name in _auto_axes(mesh))
+    return ValueError(
+        f"{operation}: inside jit, grad and vmap JAX does not say how an array is split over the "
+        f"Auto axes {axes} of its mesh, and the shape of the result depends on it; give "
+        "wafer=wsekern.Wafer.of(mesh, y=..., x=...), or wafer=wsekern.Wafer.devices(1, 1) for an "
+        "array that is not split, or make the mesh with Explicit axes"
+    )
+
+
+def _wafer_of(operation: str, mesh: Mesh | AbstractMesh, used: Sequence[str]) -> Wafer | None:
+    """The mesh of an array as a wafer; None if it is split over no axis or over too many.
+
+    The axes `used` become, from the last to the first, x, y and wafer: an array that is split as
+    P("data", "model") has y = "data" and x = "model".
+    """
     if not used or len(used) > len(AXES) or set(used) & set(SPREAD.values()):
         return None
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if len({kinds[name] for name in used}) > 1:
+        raise ValueError(
+            f"{operation}: the field is split over the axes {list(used)}, which are "
+            f"{[kinds[name].name for name in used]}; make them all Auto or all Explicit "
+            "(axis_types= of the mesh), or give wafer="
+        )
     axes = AXES[len(AXES) - len(used) :]
-    sizes = {axis: sharding.mesh.shape[name] for axis, name in zip(axes, used, strict=True)}
+    sizes = {axis: mesh.shape[name] for axis, name in zip(axes, used, strict=True)}
     return Wafer(
         backend="devices",
         height=sizes.get(ROWS, 1),
         width=sizes[COLS],
         wafers=sizes.get(WAFERS, 1),
-        mesh=sharding.mesh,
+        mesh=mesh,
         names=tuple(zip(axes, used, strict=True)),
     )
 

@@ -20,7 +20,7 @@ def gather_limit(wafer: "Wafer") -> int:
     """The most bytes of other PEs' tiles that one PE may hold."""
     if wafer.machine is not None:
         return wafer.machine.sram_bytes // _SRAM_SHARE
-    chip = accelerator(wafer.device_mesh.devices.flat[0].device_kind)
+    chip = accelerator(wafer.device_kind or "")
     return _EMULATED_BYTES if chip is None else chip.memory_bytes // _MEMORY_SHARE
 
 

@@ -1,16 +1,18 @@
 """Kernels on real or emulated devices: `jax.shard_map` over a mesh, the user's own too."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from wsekern.wafer import context
-from wsekern.wafer.axes import ROWS, SPREAD
+from wsekern.wafer.axes import ROWS, SPREAD, axes_of
 from wsekern.wafer.specs import Specs, broadcast_specs
 
 if TYPE_CHECKING:
@@ -34,9 +36,33 @@ def map_on_devices(wafer: "Wafer", kernel: Callable, specs: Specs, check: bool) 
             wanted = broadcast_specs(specs.in_specs, operands, "in_specs")
             laid_out = [constrain(wafer, a, s) for a, s in zip(leaves, wanted, strict=True)]
             operands = jax.tree.unflatten(tree, laid_out)
+        if wafer.backend == "devices" and isinstance(wafer.mesh, AbstractMesh):
+            operands = jax.tree.map(_kept_by_its_gradient, operands)
         return run_on_devices(wafer, per_pe, specs, check)(*operands)
 
     return whole
+
+
+@jax.custom_jvp
+def _kept_by_its_gradient(operand: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """`operand`; a gradient with respect to it reads it too.
+
+    A mesh taken from an operand's type names no devices. JAX takes them from the arguments of the
+    program, and drops the arguments that are not read: of a linear kernel's gradient, all of them.
+    """
+    return operand
+
+
+@_kept_by_its_gradient.defjvp
+def _kept_by_its_gradient_jvp(
+    primals: tuple[Shaped[Array, "..."]], tangents: tuple[Any]
+) -> tuple[Shaped[Array, "..."], Any]:
+    [operand], [tangent] = primals, tangents
+    if tangent.dtype == jax.dtypes.float0:
+        return operand, tangent
+    # Always true, which XLA knows and JAX does not.
+    read = jnp.any(jnp.isfinite(operand)) | True
+    return operand, jnp.where(read, tangent, jnp.zeros_like(tangent))
 
 
 def run_on_devices(wafer: "Wafer", per_device: Callable, specs: Specs, check: bool) -> Callable:
@@ -66,6 +92,31 @@ def constrain(wafer: "Wafer", array: Shaped[Array, "..."], spec: P) -> Shaped[Ar
     if explicit(wafer):
         return jax.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def on_auto_axes(
+    operation: Callable[[Shaped[Array, "..."]], Shaped[Array, "..."]],
+    array: Shaped[Array, "..."],
+    *,
+    like: Shaped[Array, "..."],
+    shape: tuple[int, ...],
+) -> Shaped[Array, "..."]:
+    """`operation(array)`, with the moves that XLA chooses, on Explicit axes of a mesh too.
+
+    Args:
+      operation: of whole arrays, such as slices of split dimensions, which Explicit axes refuse.
+      array: its operand.
+      like: the result is split as this array is, in the dimensions that divide by the devices.
+      shape: of the result.
+    """
+    sharding = jax.typeof(like).sharding
+    if not any(sharding.spec):
+        return operation(array)
+    devices = [math.prod(sharding.mesh.shape[name] for name in axes_of(e)) for e in sharding.spec]
+    kept = zip(sharding.spec, shape, devices, strict=True)
+    spec = P(*(entry if size % count == 0 else None for entry, size, count in kept))
+    result = NamedSharding(sharding.mesh, spec)
+    return jax.sharding.auto_axes(operation, out_sharding=result)(array)
 
 
 def check_placed(wafer: "Wafer", operand: Any) -> None:
@@ -120,11 +171,6 @@ def _manual_axes(wafer: "Wafer") -> set[str]:
     mesh = wafer.device_mesh
     if wafer.backend == "virtual":
         return set(mesh.axis_names)
-    # An Explicit axis that is no axis of the wafer is manual too, although nothing is split along
-    # it by now: jax 0.12 cannot lower a psum_scatter that leaves one out.
-    explicit_axes = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }
-    return explicit_axes | {name for _, name in wafer.names}
+    # Beside Explicit axes every other one is manual too, although nothing is split along it by now:
+    # jax 0.12 cannot lower a psum_scatter that leaves an Explicit one out.
+    return set(mesh.axis_names) if explicit(wafer) else {name for _, name in wafer.names}

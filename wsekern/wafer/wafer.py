@@ -289,11 +289,19 @@ class Wafer:
     @property
     def platform(self) -> str | None:
         """Where its programs run: "cpu", "gpu" or "tpu"; None for an abstract wafer."""
-        if self.backend == "abstract":
-            return None
-        if self.mesh is None:
-            return jax.default_backend()
-        return self.device_mesh.devices.flat[0].platform
+        return None if self.backend == "abstract" else self._device.platform
+
+    @property
+    def device_kind(self) -> str | None:
+        """What its devices are, as JAX calls them, such as "cpu"; None for an abstract wafer."""
+        return None if self.backend == "abstract" else self._device.device_kind
+
+    @property
+    def _device(self) -> Any:
+        """One of its devices, or what stands for them in the mesh of a traced array's type."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flat[0]
+        return getattr(self.mesh, "abstract_device", None) or jax.devices()[0]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -440,8 +448,8 @@ class Wafer:
         if self.machine:
             rows["machine"] = self.machine.name
         if self.backend != "abstract":
-            devices = [jax.devices()[0]] if self.mesh is None else self.device_mesh.devices.flat
-            rows["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+            count = 1 if self.mesh is None else self.device_mesh.size
+            rows["devices"] = f"{count} x {self.device_kind}"
         cells = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
         return f"<table>{cells}</table>"
 

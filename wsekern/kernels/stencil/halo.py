@@ -7,7 +7,7 @@ across. All fields go in one message to each neighbor, which is written into pad
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,20 +56,20 @@ def halo_exchange(
       spec: over which axes the dimensions lie. By default as `u` is laid out, else the first
         dimension along y and over the wafers, and the second along x.
       wafer: where to run; by default the current wafer, or else the mesh that `u` is split over.
+        Inside jit, grad and vmap, how `u` is split is known on Explicit axes alone.
 
     Returns:
       The tiles with their halos. Where a size does not divide, the last tile's ghost cells follow
       its last cell. What comes after them, and tiles after that one, are no part of the field.
 
     Raises:
-      ValueError: the halo is wider than a tile, a boundary is unknown, or the fields differ in
-        shape.
+      ValueError: the halo is wider than a tile, a boundary is unknown, the fields differ in shape,
+        or inside jit, grad or vmap neither a wafer is given nor the split of `u` known.
     """
-    operation = "halo_exchange"
     fields, tree = jax.tree.flatten(u)
-    wafer, along, lines = whole_field_lines(operation, u, boundary, spec, wafer)
-    widths = geometry.width_pairs(width, along, operation, "width")
-    check_room(operation, lines, widths)
+    wafer, along, lines, widths = lay_out(
+        "halo_exchange", u, boundary, spec, wafer, width, "width", shape_depends=True
+    )
     kernel = functools.partial(_per_pe, lines=lines, widths=widths, corners=corners)
     if wafer is None:
         out = local_program(kernel)(*fields)
@@ -143,10 +143,11 @@ def crop(
       wafer: where to run, as it was given to `halo_exchange`.
 
     Raises:
-      ValueError: the tiles are smaller than their halos.
+      ValueError: the tiles are smaller than their halos, or inside jit, grad or vmap neither a
+        wafer is given nor the split of `tiles` known.
     """
     fields, tree = jax.tree.flatten(tiles)
-    wafer, along = field_layout(fields[0], spec, wafer)
+    wafer, along, _ = field_layout("crop", fields, spec, wafer, shape_depends=True)
     widths = geometry.width_pairs(width, along, "crop", "width")
     kernel = functools.partial(_crop_per_pe, widths=widths)
     if wafer is None:
@@ -159,27 +160,78 @@ def crop(
     return jax.tree.unflatten(tree, out)
 
 
-def whole_field_lines(
-    operation: str, fields: Fields, boundary: Any, spec: P | None, wafer: Wafer | None
-) -> tuple[Wafer | None, tuple[Axes, ...], tuple[Lines, ...]]:
-    """The wafer of whole fields, the axes of each dimension, and for each field its lines.
+class WholeFields(NamedTuple):
+    """Whole fields as a wafer holds them."""
+
+    wafer: Wafer | None
+    along: tuple[Axes, ...]  # the axes of each dimension
+    lines: tuple[Lines, ...]  # for each field
+    widths: Pairs  # of the halo, for each dimension
+
+
+def lay_out(
+    operation: str,
+    fields: Fields,
+    boundary: Any,
+    spec: P | None,
+    wafer: Wafer | None,
+    width: Width | Sequence[Width],
+    name: str,
+    *,
+    shape_depends: bool,
+) -> WholeFields:
+    """How whole fields lie on a wafer, with room for their halos.
+
+    Args:
+      operation: the public function, for messages.
+      fields: a field, or a pytree of them.
+      boundary: as for `halo_exchange`.
+      spec: as for `halo_exchange`.
+      wafer: as for `halo_exchange`.
+      width: of the halo, as for `halo_exchange`.
+      name: what the operation calls `width`.
+      shape_depends: whether the result's shape depends on how the fields are split.
 
     Raises:
-      ValueError: there is no field, fields differ in shape, or a boundary is unknown.
+      ValueError: there is no field, fields differ in shape, a boundary is unknown, a halo does not
+        fit into the tiles that it comes from, or the result's shape depends on a split that is not
+        known.
     """
     leaves = jax.tree.leaves(fields)
     _check_fields(operation, leaves)
-    wafer, along = field_layout(leaves[0], spec, wafer)
-    shape = jnp.shape(leaves[0])
+    layout = field_layout(operation, leaves, spec, wafer, shape_depends=shape_depends)
+
+    def along(axes: tuple[Axes, ...]) -> WholeFields:
+        lines = _whole_lines(operation, fields, boundary, layout.wafer, axes)
+        widths = geometry.width_pairs(width, axes, operation, name)
+        check_room(operation, lines, widths, name)
+        return WholeFields(layout.wafer, axes, lines, widths)
+
+    try:
+        return along(layout.along)
+    except ValueError:
+        if not layout.chosen:
+            raise
+    # Nobody asked for that split: small fields are whole on every device.
+    return along((None,) * len(layout.along))
+
+
+def _whole_lines(
+    operation: str,
+    fields: Fields,
+    boundary: Any,
+    wafer: Wafer | None,
+    along: tuple[Axes, ...],
+) -> tuple[Lines, ...]:
+    shape = jnp.shape(jax.tree.leaves(fields)[0])
     # Without a wafer the axes still say which dimensions have a halo; none is split.
     pes = (1,) * len(shape)
     if wafer is not None:
         pes = tuple(layout.parts(P(entry), wafer) for entry in along)
-    lines = tuple(
+    return tuple(
         geometry.field_lines(shape, along, sides, pes, operation)
         for sides in geometry.option_by_field(boundary, fields)
     )
-    return wafer, along, lines
 
 
 def tile_lines(

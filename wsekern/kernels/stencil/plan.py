@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from wsekern.kernels.stencil import halo
 from wsekern.kernels.stencil.buffers import Fields, Mode, Pairs, Tile
 from wsekern.kernels.stencil.geometry import Line, Lines
 
@@ -137,7 +136,6 @@ def make_plan(
 
     `update` itself is checked later, when it is traced (`traced_update`).
     """
-    halo.check_room(operation, lines, radius, "radius")
     _check_options(operation, options)
     deepest = _deepest_halo(lines[0], radius)
     depth = options.depth

@@ -39,6 +39,7 @@ from wsekern.kernels.stencil.sources import (
     make_readers,
 )
 from wsekern.kernels.stencil.steps import prepare, run_steps
+from wsekern.kernels.stencil.traced_update import RadiusError
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import axes_of
 from wsekern.wafer.program import local_program
@@ -80,8 +81,8 @@ def stencil(
         faces behind it, to the east and the south. The face before the first cell is a ghost cell;
         the one after the last cell stays as it is with the boundary ("zero", "fixed").
       update: one step, as said above.
-      radius: cells that `update` takes off: one number for every dimension that is split, or a
-        number or a pair (low, high) for each dimension.
+      radius: cells that `update` takes off: one number for every dimension that it takes some off,
+        or a number or a pair (low, high) for each dimension.
       boundary: what lies beyond the field in each step: "periodic", "zero", a number, "edge",
         "reflect", "symmetric", "fixed" (the `radius` cells nearest to the end stay as they are), or
         a function from the `radius` nearest cells to the ghost cells. One for all sides, or one for
@@ -105,6 +106,8 @@ def stencil(
       spec: over which axes the dimensions lie; by default as `u` is split, else the first along y
         and over the wafers, the second along x.
       wafer: where to run; by default the current wafer, or else the mesh that `u` is split over.
+        Inside jit, grad and vmap, how `u` is split over Auto axes is not known, and it is laid out
+        over all of them: the first dimension over all axes but the last, the second over that.
 
     Returns:
       `u`; with `save_every` also snapshots `[steps // save_every, ...]`; with `receivers` also,
@@ -117,9 +120,15 @@ def stencil(
     """
     run_options = (save_every, checkpoint, depth, overlap)
     options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *run_options)
-    call = _check_call(u, options, sources, receivers, check_finite, donate, spec, wafer)
-    kernel = functools.partial(_per_pe, plan=call.plan, axes=call.split_axes)
-    results = _run(call, kernel, (P(*call.along), P(None, *call.along), P()), call.donate)
+    results = None
+    while results is None:
+        call = _check_call(u, options, sources, receivers, check_finite, donate, spec, wafer)
+        kernel = functools.partial(_per_pe, plan=call.plan, axes=call.split_axes)
+        out_specs = P(*call.along), P(None, *call.along), P()
+        try:
+            results = _run(call, kernel, out_specs, call.donate)
+        except RadiusError as error:
+            options = options._replace(radius=error.radius_of_update(options.radius))
     return _finish(u, call, results, check_finite)
 
 
@@ -150,8 +159,8 @@ def stencil_tile(
       update: makes tiles from tiles with `radius` more cells around; called as `update(u)`, or
         `update(u, coefficients)`, and with `step=` if it has such a parameter.
       along: for each dimension the axis that it is split over, None, or a tuple of axes.
-      radius: cells that `update` takes off: one number for every dimension that is split, or a
-        number or a pair (low, high) for each dimension.
+      radius: cells that `update` takes off: one number for every dimension that it takes some off,
+        or a number or a pair (low, high) for each dimension.
       boundary: what lies beyond the field in each step: "periodic", "zero", a number, "edge",
         "reflect", "symmetric", "fixed" (the `radius` cells nearest to the end stay as they are), or
         a function from the `radius` nearest cells to the ghost cells. One for all sides, or one for
@@ -173,14 +182,19 @@ def stencil_tile(
     operation = "stencil_tile"
     fields, tree = jax.tree.flatten(tile)
     lines = halo.tile_lines(operation, tile, along, boundary, size)
-    widths = geometry.width_pairs(radius, (*along,), operation, "radius")
     run_options = (None, checkpoint, depth, overlap)
     options = StencilOptions(update, radius, boundary, steps, coefficients, corners, *run_options)
     # The kernel's own wafer; None inside a `shard_map` of the user's.
     platform = _platform(context.inside())
-    plan = make_plan(operation, tile, options, lines, widths, platform)
-    arrays = coefficient_arrays(coefficients)
-    out, _, _ = _per_pe(tuple(fields), arrays, None, None, plan=plan, axes=())
+    arrays, out = coefficient_arrays(coefficients), None
+    while out is None:
+        widths = geometry.width_pairs(options.radius, (*along,), operation, "radius")
+        halo.check_room(operation, lines, widths, "radius")
+        plan = make_plan(operation, tile, options, lines, widths, platform)
+        try:
+            out, _, _ = _per_pe(tuple(fields), arrays, None, None, plan=plan, axes=())
+        except RadiusError as error:
+            options = options._replace(radius=error.radius_of_update(options.radius))
     return jax.tree.unflatten(tree, out)
 
 
@@ -213,8 +227,16 @@ def _check_call(
 ) -> _Call:
     operation = "stencil"
     fields = tuple(jax.tree.leaves(u))
-    wafer, along, lines = halo.whole_field_lines(operation, u, options.boundary, spec, wafer)
-    radius = geometry.width_pairs(options.radius, along, operation, "radius")
+    wafer, along, lines, radius = halo.lay_out(
+        operation,
+        u,
+        options.boundary,
+        spec,
+        wafer,
+        options.radius,
+        "radius",
+        shape_depends=False,
+    )
     plan = make_plan(operation, u, options, lines, radius, _platform(wafer))
     emitters = make_emitters(sources, u, lines[0], options.steps)
     readers = make_readers(receivers, u, lines[0])
@@ -317,7 +339,7 @@ def _platform(wafer: Wafer | None) -> str:
         return jax.default_backend()
     if wafer.backend != "devices":
         return WAFER
-    return wafer.device_mesh.devices.flat[0].platform
+    return wafer.platform
 
 
 def _check_finite(operation: str, check_finite: bool, donate: bool, traced: bool) -> None:

@@ -252,17 +252,21 @@ def prepare(
     # Before tracing: over which axes an array varies is part of its type.
     if plan.checkpoint is not None and not plan.on_wafer:
         run = run.varying()
-    step = jax.eval_shape(lambda: jnp.int32(0))
     # All sizes at once, so that whatever is wrong with the update shows up here, in a short stack;
     # the largest first, because smaller ones can be made of it.
     regions = [plan.region(left) for left in range(plan.depth, 0, -1)]
     boxes = [*regions, *(plan.boxes(plan.depth) if plan.overlap else [])]
     jaxprs = []
-    for box in boxes:
-        types = jax.eval_shape(
-            functools.partial(_coefficient_windows, plan, box=box), run.coefficients
-        )
-        jaxprs.append(update.jaxpr(_window_types(plan, fields, box), types, step))
+
+    def trace(fields: Sequence[Tile], coefficients: Sequence[Tile]) -> None:
+        for box in boxes:
+            windows = _windows_as_large(plan, fields, box)
+            of_coefficients = _coefficient_windows(plan, coefficients, box)
+            jaxprs.append(update.jaxpr(windows, of_coefficients, jnp.int32(0)))
+
+    # Nothing is computed. But a `ShapeDtypeStruct` of a window would not do: where only some axes
+    # of a mesh are mapped over, jax 0.10 cannot read its type.
+    jax.eval_shape(trace, fields, run.coefficients)
     if plan.corners is None:  # depth 1: deeper halos have corners in any case
         corners = update.reads_corners(jaxprs[0])
         run = dataclasses.replace(run, plan=dataclasses.replace(plan, corners=corners))
@@ -331,13 +335,11 @@ def _coefficient_widths(lines: Lines, widths: Pairs) -> Pairs:
     return tuple((0, 0) if l.size == 1 else pair for l, pair in zip(lines, widths, strict=True))
 
 
-def _window_types(plan: StencilPlan, tiles: Sequence[Tile], box: Pairs) -> list[Any]:
-    """The types of the windows from which the update makes the cells `box`; nothing is computed."""
+def _windows_as_large(plan: StencilPlan, tiles: Sequence[Tile], box: Pairs) -> list[Tile]:
+    """Windows as large as those from which the update makes the cells `box`, of any values."""
     # A negative width cuts. This pad is only a short way to write the window's shape.
     grown = [
         (low - begin, end + high - line.tile, 0)
         for (begin, end), (low, high), line in zip(box, plan.radius, plan.lines[0], strict=True)
     ]
-    return jax.eval_shape(
-        lambda *tiles: [lax.pad(t, jnp.zeros((), t.dtype), grown) for t in tiles], *tiles
-    )
+    return [lax.pad(t, jnp.zeros((), t.dtype), grown) for t in tiles]

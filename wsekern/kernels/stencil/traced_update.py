@@ -17,12 +17,34 @@ from jaxtyping import PyTree
 
 from wsekern.kernels.stencil import adjoint
 from wsekern.kernels.stencil.buffers import Step, Tile, pad_tile
+from wsekern.kernels.stencil.geometry import Width
 from wsekern.kernels.stencil.narrow import narrow
 from wsekern.kernels.stencil.plan import StencilPlan
 
 Types = tuple[Any, ...]  # of windows and coefficients, as `jax.typeof` gives them
 TileType = Tile | jax.ShapeDtypeStruct  # an array, or what stands for one
 StepType = Step | jax.ShapeDtypeStruct
+
+
+class RadiusError(ValueError):
+    """An update does not take off the cells that its radius says; it takes off `off`."""
+
+    def __init__(self, message: str, off: Sequence[int]) -> None:
+        super().__init__(message)
+        self.off = tuple(off)
+
+    def radius_of_update(self, radius: Width | Sequence[Width]) -> tuple[int, ...]:
+        """The radius of each dimension, if `update` is right by it; else raises this error.
+
+        One number is meant for the dimensions that `update` takes cells off. Before it is traced,
+        how the fields are split is only a guess at them.
+
+        Args:
+          radius: as the user gave it.
+        """
+        if not isinstance(radius, int) or not any(self.off) or set(self.off) - {0, 2 * radius}:
+            raise self
+        return tuple(radius if cells else 0 for cells in self.off)
 
 
 class TracedUpdate:
@@ -120,9 +142,10 @@ class TracedUpdate:
             inside = tuple(n - sum(pair) for n, pair in zip(window.shape, radius, strict=True))
             if result.shape != inside:
                 off = [a - b for a, b in zip(window.shape, result.shape, strict=False)]
-                raise ValueError(
+                raise RadiusError(
                     f"{operation}: radius is {radius}, so update must make {inside} of "
-                    f"{tuple(window.shape)}, and it makes {result.shape}: it takes {off} cells off"
+                    f"{tuple(window.shape)}, and it makes {result.shape}: it takes {off} cells off",
+                    off if result.ndim == window.ndim else (),
                 )
             if result.dtype != window.dtype:
                 raise ValueError(
@@ -143,5 +166,5 @@ def _differ_in_size_only(smaller: Types, larger: Types) -> bool:
     def grow(*tiles: Tile) -> list[Tile]:
         return [pad_tile(t, tuple((0, n) for n in g)) for t, g in zip(tiles, growths, strict=True)]
 
-    grown = jax.eval_shape(grow, *smaller)
-    return all(jax.typeof(a) == b for a, b in zip(grown, larger, strict=True))
+    grown = jax.make_jaxpr(grow)(*smaller).out_avals
+    return all(a == b for a, b in zip(grown, larger, strict=True))

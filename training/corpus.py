@@ -23,13 +23,17 @@ class Source:
     path: pathlib.Path
     named: bool  # by the user: then it must be text; files found in folders may be skipped
 
-    def stamp(self) -> tuple[str, int, int]:
-        """Path, size in bytes and time of change in ns: they differ if the file has changed."""
+    def stamp(self) -> tuple[str, int, int, int, int]:
+        """Path, size in bytes, times of change in ns, inode: they differ if the file has changed.
+
+        A file that replaces another may have its size and its time of writing.
+        """
         try:
             status = self.path.stat()
         except OSError:  # such as a broken link; reading it will raise
-            return str(self.path), -1, -1
-        return str(self.path.absolute()), status.st_size, status.st_mtime_ns
+            return str(self.path), -1, -1, -1, -1
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return str(self.path.absolute()), status.st_size, *times, status.st_ino
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ def open_corpus(
 ) -> Corpus:
     """The tokens of `sources`: made the first time, afterwards mapped from the cache.
 
-    The cache holds as long as the paths, sizes and times of change of all files are the same.
+    The cache holds as long as all files are the same: paths, sizes, times of change, inodes.
     Several processes may open the same corpus at once.
 
     Args:

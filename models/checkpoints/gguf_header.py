@@ -33,7 +33,7 @@ _SCALARS = {
 _LENGTH = struct.Struct("<Q")
 _NUMBER = struct.Struct("<I")
 # A real file has some 50 values, 2,000 tensors and 400,000 strings.
-_MOST_VALUES, _MOST_TENSORS, _MOST_STRINGS = 20_000, 100_000, 4_000_000
+_MOST_VALUES, _MOST_TENSORS, _MOST_STRINGS = 20_000, 100_000, 2_000_000
 _LONGEST_NAME = 65_535  # bytes; the format's limit of a key
 _MOST_DIMENSIONS = 4
 _F32, _F16 = 0, 1  # the format's numbers of these types of tensors
@@ -47,6 +47,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]  # the inner dimension last
     offset: int  # bytes, from the begin of the file
     row: int  # bytes of a row: of all numbers along the inner dimension
+    data: np.ndarray  # all bytes of the file, mapped once: another may come to have its name
 
     @property
     def size(self) -> int:
@@ -63,9 +64,9 @@ class Tensor(NamedTuple):
         return True
 
     def map(self) -> np.ndarray:
-        """Its bytes, a row along the last axis, mapped from the file."""
-        shape = (*self.shape[:-1], self.row)
-        return np.memmap(self.file, np.uint8, "r", self.offset, shape)
+        """Its bytes, a row along the last axis: a view of the file."""
+        data = self.data[self.offset : self.offset + self.size]
+        return data.reshape(*self.shape[:-1], self.row)
 
     def dequantize(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, float32, of rows of `map()`."""
@@ -100,10 +101,13 @@ class Header:
         """
         self.file = file
         self._size = file_size(file)
-        self._data = np.memmap(file, np.uint8, "r").data if self._size else memoryview(b"")
+        self._map = np.memmap(file, np.uint8, "r") if self._size else np.empty(0, np.uint8)
+        self._data = self._map.data
         self._strings = 0
         if self._size < 24 or self._data[:4] != b"GGUF":
-            raise self._damage("it does not begin as such a file does")
+            raise self._damage(
+                "it does not begin with 'GGUF'; a checkpoint of another format is a folder"
+            )
         self._check_version()
         tensors, values = (self._integer(8, 8), self._integer(16, 8))
         if values > _MOST_VALUES or tensors > _MOST_TENSORS:
@@ -307,7 +311,8 @@ class Header:
                     f"the tensor {shown(name)} begins at byte {begin:,} of the data, {expected:,} "
                     "is expected"
                 )
-            tensor = Tensor(self.file, kind, shape, start + begin, shape[-1] // block * size)
+            row = shape[-1] // block * size
+            tensor = Tensor(self.file, kind, shape, start + begin, row, self._map)
             end = tensor.offset + tensor.size
             if end > self._size:
                 raise self._damage(

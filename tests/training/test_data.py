@@ -133,6 +133,17 @@ def test_the_cache_is_used_until_a_file_changes(texts, cache, monkeypatch):
     assert data.open_corpus(str(texts), context=8).fingerprint != first.fingerprint
 
 
+def test_a_file_replaced_by_one_of_its_size_and_time_is_read_anew(tmp_path, cache):
+    text, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_text("ab" * 400)
+    other.write_text("cd" * 400)
+    times = text.stat().st_atime_ns, text.stat().st_mtime_ns
+    assert data.open_corpus(str(text), tokens="characters", context=8).alphabet == "ab"
+    os.utime(other, ns=times)
+    os.replace(other, text)
+    assert data.open_corpus(str(text), tokens="characters", context=8).alphabet == "cd"
+
+
 def test_a_damaged_cache_is_made_again(texts, cache):
     first = data.open_corpus(str(texts), context=8)
     [folder] = cache.iterdir()

@@ -424,8 +424,13 @@ def test_a_file_written_anew_is_read_anew(tmp_path):
     assert models.read_config(file).context == 128
     other = with_fields(tmp_path, {"context_length": 256}, "other.gguf")
     os.utime(other, ns=times)
+    opened = GGUF(file)
+    first = opened.read("model.norm.weight", (slice(0, 64),))
     os.replace(other, file)
     assert models.read_config(file).context == 256
+    file.write_bytes(bytes(file.stat().st_size))
+    file.unlink()
+    np.testing.assert_array_equal(opened.read("model.norm.weight", (slice(0, 64),)), first)
 
 
 SMOLLM2 = pathlib.Path(os.environ.get("SMOLLM2_GGUF", "/nowhere"))

@@ -99,12 +99,10 @@ def _plain(value: Any) -> Any:
         return float.__float__(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return (
-            type(value)(map(_plain, value))
-            if type(value) in (list, tuple)
-            else [*map(_plain, value)]
-        )
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
@@ -169,6 +167,8 @@ class _Worker:
 
     def forget(self) -> None:
         """Leaves the process to the parent, from which this process was forked."""
+        if self._process is not None:
+            self._process.returncode = 0  # there is nothing for this process to wait for
         self._process = None
 
 

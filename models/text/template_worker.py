@@ -123,7 +123,7 @@ def render(template: jinja2.Template, names: dict[str, Any]) -> str:
     """
     pieces: list[str] = []
     length = 0
-    for piece in template.generate(**names):
+    for piece in template.generate(names):
         length += len(piece)
         if length > OUTPUT:
             raise ValueError(f"its text has more than {OUTPUT:,} characters")

@@ -142,6 +142,10 @@ def test_threads_and_forks_get_texts_of_their_own():
     assert texts == {i: [str(i) * 99] * 20 for i in range(4)}
 
 
+def test_variables_may_have_any_name():
+    assert render("{{ self is defined }} {{ context }}", {"self": 1, "context": 2}) == "True 2"
+
+
 def word_tokenizer(**fields):
     """A tokenizer of letters with chat templates."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

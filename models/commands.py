@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
-from wsekern.wafer.launch import find_devices, make_wafer
+from wsekern.wafer.launch import find_devices, keep_compiled_programs, make_wafer
 from wsekern.wafer.wafer import Wafer
 
 _NEW_TOKENS = 128  # unless the command says how many
@@ -37,7 +35,7 @@ def generate(command: GenerateCommand) -> int:
     path = find(command.model)
     tokenizer = load_tokenizer(path)
     wafer = _wafer(command)
-    _keep_programs()
+    keep_compiled_programs()
     with wafer or contextlib.nullcontext():
         start = time.perf_counter()
         model = load(path, command.dtype, wafer, stacked=False, progress=sys.stderr.isatty())
@@ -112,13 +110,6 @@ def _wafer(command: GenerateCommand) -> Wafer | None:
         find_devices(command.platform)  # refuses a platform that is not there
         return None
     return make_wafer(command.wafer, command.platform)
-
-
-def _keep_programs() -> None:
-    """Keeps compiled programs from run to run: compiling them is most of a short run."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "wsekern", "jax")))
 
 
 def _prompt(tokenizer: Tokenizer, command: GenerateCommand, text: str) -> list[int]:

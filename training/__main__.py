@@ -10,28 +10,33 @@ import os  # noqa: E402
 import sys  # noqa: E402
 
 from training.config import parse  # noqa: E402
-from wsekern.wafer.launch import prepare_devices  # noqa: E402
+from wsekern.wafer.launch import keep_compiled_programs, prepare_devices  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as `argv` says, and returns an exit status.
 
-    0: done. 1: the loss diverged, or the last step could not be saved. 2: the configuration was
-    refused. 75: stopped by a signal and saved. 130: interrupted before there was anything to save.
+    0: done. 1: the loss diverged, the run folder was removed, or the last step or the model could
+    not be saved. 2: the configuration was refused. 75: stopped by a signal, and --resume goes on.
+    130, 143: stopped by Ctrl-C or SIGTERM before anything was saved.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="replace"
         )  # a model may write more characters than the terminal has
     config = parse(argv)
+    if __name__ == "__main__":
+        end_at_once(config.run_dir)
     try:
         prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
         from training.loop import Diverged
+        from training.run_folder import RunFolderGone
         from training.trainer import Trainer
 
+        keep_compiled_programs()
         try:
             result = Trainer(config).fit()
-        except Diverged as error:
+        except (Diverged, RunFolderGone) as error:
             return _report(error, 1)
     except (ValueError, OSError) as error:
         return _report(error, 2)
@@ -42,7 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError:  # lost output is no failure of the run; the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not result.saved:
-        return _report("the last step could not be saved; the lines above say why", 1)
+        return _report(
+            "the last step or the model could not be saved; the lines above say why; --resume "
+            "tries again",
+            1,
+        )
     return STOPPED if result.stopped else 0
 
 
@@ -52,4 +61,7 @@ def _report(error: object, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == STOPPED:  # all is saved; taking jax down may take seconds more
+        os._exit(status)
+    sys.exit(status)

@@ -1,17 +1,17 @@
 """Checkpoints: saved while training goes on, checked on disk, restored on any mesh.
 
-A step is a folder with the arrays, written by Orbax, and a manifest with their checksums, written
-after them:
+A step is a folder with the arrays, and a manifest with their checksums, written after them:
 
     checkpoints/300/arrays/...        one array for each leaf of the state, without padding
     checkpoints/300/manifest.json     names, shapes, dtypes, checksums
-    checkpoints/400.partial/          a step that is being written
+    checkpoints/400.partial/          a step that is being written or removed
 
 A step gets its final name only after it has been read back and found right. Only then are older
-steps removed.
+steps removed, unless the disk is full: then the oldest gives way, but never the last good one.
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -24,24 +24,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from training import manifest
+from training.arrays import read_array, write_arrays
 from training.manifest import Leaf, Manifest, Place
+from training.run_folder import MANIFEST, PARTIAL, finished_steps, step_folders
 
-_MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
-_PARTIAL = ".partial"  # suffix of a step that is not finished
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_READERS = 4  # arrays read, decompressed and summed at once
 
 _log = logging.getLogger(__name__)
-
-
-def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-    # Orbax logs an error with the traceback of each of its threads, and then raises it anyway.
-    return "orbax" not in pathlib.Path(record.pathname).parts
-
-
-logging.getLogger("absl").addFilter(_is_not_from_orbax)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +79,45 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The finished steps, oldest first; only `restore` checks whether they are damaged."""
-        return [step for step in self._step_folders() if (self._folder(step) / _MANIFEST).exists()]
+        return finished_steps(self.directory)
 
     def empty(self) -> bool:
         """Whether nothing was ever saved here."""
-        return not self._step_folders()
+        return not step_folders(self.directory)
 
-    def check_writable(self, state: Any = None) -> None:
+    def clean(self) -> list[str]:
+        """Removes what killed processes left; a line for each thing removed, or found odd.
+
+        Only one process at a time may train here: what another is writing would be removed.
+        """
+        lines = []
+        for partial in sorted(self.directory.glob(f"*{PARTIAL}")):
+            size = _megabytes(_size_of(partial))
+            _remove(partial)
+            lines.append(f"removed {partial.name}, whose saving or removal was cut short ({size})")
+        finished = self.steps()
+        for step in step_folders(self.directory):
+            # `restore` names a newer one.
+            if step not in finished and step < max(finished, default=0):
+                lines.append(
+                    f"step {step} has no {MANIFEST}: it is damaged, or another program's; left as "
+                    f"it is, remove {self._folder(step)} if nobody needs it"
+                )
+        return lines
+
+    def check_writable(self, state: Any = None, more_bytes: int = 0) -> None:
         """Raises if checkpoints cannot be written here; call it before the first step of training.
+
+        A new checkpoint is whole before the oldest one goes, so there must be room for `keep` + 1.
 
         Args:
           state: the state to be saved, or its shapes; None: the free space is not checked.
+          more_bytes: what else is written to this disk.
 
         Raises:
-          OSError: the folder cannot be written, or the disk has no room for two checkpoints.
+          OSError: the folder cannot be written, or the disk has too little room.
         """
-        probe = self.directory / "writable.partial"
+        probe = self.directory / f"writable{PARTIAL}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"\0")
@@ -111,12 +127,16 @@ class Checkpoints:
                 f"checkpoints cannot be written to {self.directory} ({error.strerror}); mend "
                 "that or choose another --out"
             ) from error
-        needed = 2 * sum(place.nbytes for place in manifest.places(state))
+        size = sum(place.nbytes for place in manifest.places(state))
+        wanted = self.keep + 1 - min(len(self.steps()), self.keep)
+        needed = wanted * size + more_bytes if size else 0
         free = shutil.disk_usage(self.directory).free
+        free += sum(map(_size_of, self.directory.glob(f"*{PARTIAL}")))  # which `clean` removes
         if free < needed:
             raise OSError(
-                f"two checkpoints need {_megabytes(needed)}, but {self.directory} has "
-                f"{_megabytes(free)} free; make room or choose another --out"
+                f"keep={self.keep}: {wanted} more checkpoints of {_megabytes(size)}, one more than "
+                f"are kept, and the model need {_megabytes(needed)}, but {self.directory} has "
+                f"{_megabytes(free)} free; make room, lower --keep or choose another --out"
             )
 
     def save(
@@ -185,7 +205,7 @@ class Checkpoints:
         """
         self._finish_save()
         wanted = manifest.places(template, logical_shapes)
-        steps = self._step_folders()
+        steps = step_folders(self.directory)
         if step is not None and step not in steps:
             raise FileNotFoundError(
                 f"{self.directory} has no checkpoint of step {step}, it has {steps}"
@@ -220,12 +240,8 @@ class Checkpoints:
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
-    def _step_folders(self) -> list[int]:
-        names = [path.name for path in self.directory.glob("*") if path.is_dir()]
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
-
     def _save(self, step: int, copies: list[_LeafCopy], extra: dict[str, Any]) -> None:
-        partial = self.directory / f"{step}{_PARTIAL}"
+        partial = self.directory / f"{step}{PARTIAL}"
         try:
             leaves = [
                 dataclasses.replace(copy.leaf, sha256=manifest.checksum(copy.array))
@@ -233,13 +249,11 @@ class Checkpoints:
             ]
             written = Manifest(step=step, leaves=tuple(leaves), extra=extra)
             if not _is_saved(self._folder(step), written):
-                shutil.rmtree(partial, ignore_errors=True)
-                _write(partial, written, copies)
+                self._write(partial, written, copies)
                 if self._folder(step).exists():
-                    shutil.rmtree(self._folder(step))
+                    _remove(self._folder(step))
                 partial.rename(self._folder(step))
         except Exception as error:  # a failed save never ends training
-            shutil.rmtree(partial, ignore_errors=True)
             self._troubles.append(self._trouble(step, copies, error))
             return
         try:
@@ -249,24 +263,57 @@ class Checkpoints:
                 f"an old checkpoint in {self.directory} cannot be removed: {_reason(error)}"
             )
 
+    def _write(self, partial: pathlib.Path, written: Manifest, copies: list[_LeafCopy]) -> None:
+        """Writes a step; while the disk is full, the oldest step gives way."""
+        while True:
+            try:
+                # Not its parents: if the run folder is gone, it must not come back.
+                self.directory.mkdir(exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                _write(partial, written, copies)
+                return
+            except Exception as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                if _error_number(error) not in _FULL or not self._give_way(written.step):
+                    raise
+
+    def _give_way(self, to: int) -> bool:
+        """Removes the oldest step that is not the last good one; returns whether there was one."""
+        steps = self.steps()
+        good = next((step for step in reversed(steps) if self._is_good(step)), None)
+        others = [step for step in steps if step != good]
+        if not others:
+            return False
+        _remove(self._folder(others[0]))
+        self._troubles.append(f"the disk is full: step {others[0]} gave way to step {to}")
+        return True
+
+    def _is_good(self, step: int) -> bool:
+        try:
+            saved = Manifest.from_json((self._folder(step) / MANIFEST).read_text())
+            _load(self._folder(step), saved.leaves)
+        except (OSError, ValueError):
+            return False
+        return True
+
     def _prune(self, newest: int) -> None:
         finished = self.steps()
         # Steps after `newest` are from before this run was resumed; it no longer leads to them.
         to_keep = [step for step in finished if step <= newest][-self.keep :]
         for step in finished:
             if step not in to_keep:
-                shutil.rmtree(self._folder(step))
-        for partial in self.directory.glob(f"*{_PARTIAL}"):  # left by a process that was killed
-            shutil.rmtree(partial)
+                _remove(self._folder(step))
+        for partial in self.directory.glob(f"*{PARTIAL}"):  # left by a process that was killed
+            _remove(partial)
 
     def _trouble(self, step: int, copies: list[_LeafCopy], error: Exception) -> str:
         size = sum(copy.array.nbytes for copy in copies)
         free = shutil.disk_usage(self.directory).free if self.directory.exists() else 0
         room = f"it needs {_megabytes(size)}, {_megabytes(free)} are free"
-        good = [good for good in self.steps() if good != step]
+        good = next((good for good in reversed(self.steps()) if self._is_good(good)), None)
         return (
             f"the checkpoint of step {step} was not written to {self.directory}: {_reason(error)}; "
-            f"{room}; the last good one is {f'step {good[-1]}' if good else 'none'}"
+            f"{room}; the last good one is {'none' if good is None else f'step {good}'}"
         )
 
 
@@ -301,7 +348,7 @@ def _copy(number: int, place: Place) -> _LeafCopy:
 
 def _is_saved(folder: pathlib.Path, written: Manifest) -> bool:
     try:
-        if (folder / _MANIFEST).read_text() != written.to_json():
+        if (folder / MANIFEST).read_text() != written.to_json():
             return False
         _load(folder, written.leaves)
     except (OSError, ValueError):
@@ -311,24 +358,41 @@ def _is_saved(folder: pathlib.Path, written: Manifest) -> bool:
 
 def _write(folder: pathlib.Path, written: Manifest, copies: list[_LeafCopy]) -> None:
     """Writes a whole step to `folder`, and reads it back to check it."""
-    folder.mkdir(parents=True)
-    with _store() as store:
-        arrays = {copy.leaf.stored: copy.array for copy in copies if copy.array.size}
-        store.save(folder / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
-    with (folder / _MANIFEST).open("w") as file:
+    folder.mkdir()
+    write_arrays(
+        folder / _ARRAYS, {copy.leaf.stored: copy.array for copy in copies if copy.array.size}
+    )
+    with (folder / MANIFEST).open("w") as file:
         file.write(written.to_json())
         file.flush()
         os.fsync(file.fileno())
     _load(folder, written.leaves)
 
 
+def _remove(path: pathlib.Path) -> None:
+    """Removes a file or a step; if that is cut short, no half of a step keeps its name."""
+    if path.is_dir() and not path.is_symlink():
+        if path.suffix != PARTIAL:
+            whole, path = path, path.with_name(f"{path.name}.removed{PARTIAL}")
+            shutil.rmtree(path, ignore_errors=True)
+            whole.rename(path)
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _size_of(path: pathlib.Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
 def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict[str, np.ndarray]]:
     """The manifest and the arrays by path of a step's folder; ValueError: it cannot be used."""
     try:
-        text = (folder / _MANIFEST).read_text()
+        text = (folder / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"its {_MANIFEST} cannot be read ({_reason(error)}): saving was cut short, or another "
+            f"its {MANIFEST} cannot be read ({_reason(error)}): saving was cut short, or another "
             "program wrote it"
         ) from None
     saved = Manifest.from_json(text)
@@ -345,37 +409,25 @@ def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict
 
 def _load(folder: pathlib.Path, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
     """The arrays of `leaves` by path; ValueError: one is damaged, and is named."""
-    stored = [leaf for leaf in leaves if 0 not in leaf.shape]  # the store takes no empty arrays
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(pool.map(lambda leaf: (leaf.path, _load_leaf(folder, leaf)), leaves))
+
+
+def _load_leaf(folder: pathlib.Path, leaf: Leaf) -> np.ndarray:
     try:
-        arrays = _fetch(folder, stored)
-    except Exception:  # few kinds of error name the array, so read one at a time
-        arrays = {}
-        for leaf in stored:
-            try:
-                arrays |= _fetch(folder, [leaf])
-            except Exception as error:
-                raise ValueError(f"{leaf.path} cannot be read ({_reason(error)})") from None
-    for leaf in leaves:
-        if 0 in leaf.shape:
-            arrays[leaf.path] = np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
-        if manifest.checksum(arrays[leaf.path]) != leaf.sha256:
-            raise ValueError(f"the checksum of {leaf.path} differs: its bytes have changed")
-    return arrays
-
-
-def _fetch(folder: pathlib.Path, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
-    whole = {leaf.stored: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in leaves}
-    with _store() as store:
-        item = {name: 0 for name in whole}
-        args = ocp.args.PyTreeRestore(item, restore_args=whole, partial_restore=True)
-        arrays = store.restore(folder / _ARRAYS, args=args)
-    return {leaf.path: np.asarray(arrays[leaf.stored]) for leaf in leaves}
-
-
-def _store() -> ocp.Checkpointer:
-    # Without OCDBT, which packs arrays into shared files, each array has files of its own: damage
-    # then stays with one leaf, which `_load` can name.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+        if 0 in leaf.shape:  # the store takes no empty arrays
+            array = np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
+        else:
+            shape, dtype = leaf.shape, leaf.dtype
+            if leaf.key is not None:
+                words = jax.random.key_data(jax.random.key(0, impl=leaf.key))
+                shape, dtype = (*shape, *words.shape), str(words.dtype)
+            array = read_array(folder / _ARRAYS, leaf.stored, shape, dtype)
+    except Exception as error:  # whatever kind damage leads to
+        raise ValueError(f"{leaf.path} cannot be read ({_reason(error)})") from None
+    if manifest.checksum(array) != leaf.sha256:
+        raise ValueError(f"the checksum of {leaf.path} differs: its bytes have changed")
+    return array
 
 
 def _put(place: Place, array: np.ndarray, leaf: Leaf) -> Any:
@@ -393,10 +445,15 @@ def _put(place: Place, array: np.ndarray, leaf: Leaf) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # the array store's form of errno
-    return os.strerror(int(code[1])) if code else str(error).strip().split("\n")[0][:200]
+    number = _error_number(error)
+    return os.strerror(number) if number else str(error).strip().split("\n")[0][:200]
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # the array store's form of it
+    return int(code[1]) if code else None
 
 
 def _megabytes(size: int) -> str:

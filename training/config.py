@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from models.checkpoints.json_file import read_json, shown
+from training.run_folder import CONFIG
 from wsekern.atomic_write import atomic_write
 from wsekern.moved import moved_names
 from wsekern.wafer.launch import Platform, parse_grid
@@ -48,7 +49,6 @@ MAY_CHANGE = frozenset(
 )
 # Fields about how this process was started, not about the run: neither saved nor compared.
 _OF_THE_CALL = frozenset({"resume", "config"})
-FILE_NAME = "config.json"  # the resolved configuration in the run folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,7 @@ def _starting_point(argv: Sequence[str]) -> TrainingConfig:
         return load_config(flags.config)
     chosen = {"out": flags.out, "init": flags.init}
     chosen |= {"preset": flags.preset} if flags.preset else {}
-    saved = TrainingConfig(**chosen).run_dir / FILE_NAME
+    saved = TrainingConfig(**chosen).run_dir / CONFIG
     if flags.resume and saved.is_file():
         return dataclasses.replace(load_config(saved), out=flags.out)
     return TrainingConfig()

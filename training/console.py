@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from training.config import TrainingConfig
+from wsekern.progress import show_progress
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _WIDE = 110  # columns; a narrower terminal gets no bar
@@ -60,13 +61,16 @@ class Console:
     def compiling(self) -> Iterator[None]:
         """Says that programs are being compiled, and after the `with` block how long it took."""
         start = time.monotonic()
-        if self._terminal.is_terminal:
-            with self._terminal.status("compiling the step and the evaluation"):
-                yield
-        else:
-            self.note("compiling the step and the evaluation")
+        with self.busy("compiling the step and the evaluation"):
             yield
         self.note(f"compiled in {time.monotonic() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Prints what the `with` block does, and from the third second on how long it has."""
+        self.note(doing)
+        with show_progress(doing, self._terminal.file):
+            yield
 
     def progress(
         self,

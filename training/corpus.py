@@ -5,6 +5,7 @@ content count once, so that no text is in both.
 """
 
 import dataclasses
+import fnmatch
 import glob
 import hashlib
 import os
@@ -123,6 +124,10 @@ def read_text(path: pathlib.Path) -> str:
     Raises:
       ValueError: the file cannot be read, is empty, or is not UTF-8 text.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"data={str(path)!r} is a folder that cannot be read; mend its permissions"
+        )
     if path.exists() and not path.is_file():
         raise ValueError(f"data={str(path)!r} is a pipe or a device; give a file")
     try:
@@ -151,7 +156,7 @@ def _matches(item: str) -> list[Source]:
         return [Source(inside, False) for inside in _files_below(path)]
     if path.exists():
         return [Source(path, True)]
-    matches = [pathlib.Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    matches = _expand(path)
     if not matches:
         raise FileNotFoundError(
             f"data={item!r} is no file, directory or pattern that matches one; check the path "
@@ -161,9 +166,76 @@ def _matches(item: str) -> list[Source]:
     return [Source(path, False) for paths in inside for path in paths]
 
 
+def _expand(pattern: pathlib.Path) -> list[pathlib.Path]:
+    """What matches a pattern, in order, as by `glob.glob`, but a `**` enters no folder twice.
+
+    With a link to the folder that it stands in, `glob.glob` finds the same files under more names
+    than can be counted.
+    """
+    first, *parts = pattern.parts if pattern.anchor else ("", *pattern.parts)
+    found = [pathlib.Path(first)]
+    named = True  # by the user, part for part
+    for part in parts[:-1]:
+        found = list(_folders_below(found, named) if part == "**" else _folders(found, part))
+        named &= not glob.has_magic(part)
+    last = parts[-1] if parts else "."
+    if last == "**":  # folders too, but `_matches` would find their files a second time
+        found = list(_folders_below(found, named))
+        files = [folder / name for folder in found for name in _names(folder)]
+        return [file for file in files if not file.is_dir()]
+    return [folder / name for folder in found for name in _names_matching(folder, last)]
+
+
+def _folders(within: Iterable[pathlib.Path], part: str) -> Iterator[pathlib.Path]:
+    for folder in within:
+        for name in _names_matching(folder, part):
+            if (folder / name).is_dir():
+                yield folder / name
+
+
+def _folders_below(roots: Iterable[pathlib.Path], named: bool) -> Iterator[pathlib.Path]:
+    """`roots` and all folders in them, links included, each real folder once.
+
+    A link up the tree is entered only if it is a root and the user has `named` it: the folders that
+    it leads to are more than those asked for, perhaps the whole disk.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [(root, named) for root in reversed(list(roots))]
+    while waiting:
+        folder, named = waiting.pop()
+        try:
+            status = folder.stat()
+        except OSError:  # such as a link that leads nowhere
+            continue
+        above = folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+        if (status.st_dev, status.st_ino) in seen or (above and not named):
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield folder
+        inside = [folder / name for name in _names(folder)]
+        waiting += [(path, False) for path in reversed(inside) if path.is_dir()]
+
+
+def _names_matching(folder: pathlib.Path, part: str) -> list[str]:
+    if not glob.has_magic(part):
+        return [part] if os.path.lexists(folder / part) else []
+    return fnmatch.filter(_names(folder, hidden=part[0] == "."), part)
+
+
+def _names(folder: pathlib.Path, hidden: bool = False) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # not a folder, or not readable
+        return []
+    return [name for name in names if hidden or name[0] != "."]
+
+
 def _files_below(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    for folder, folders, files in os.walk(root):
+    unreadable: list[pathlib.Path] = []
+    walk = os.walk(root, onerror=lambda error: unreadable.append(pathlib.Path(error.filename)))
+    for folder, folders, files in walk:
         folders[:] = sorted(f for f in folders if f not in _NOT_STANDARD and f[0] != ".")
         for name in sorted(files):
             if name[0] != ".":
                 yield pathlib.Path(folder, name)
+    yield from unreadable  # `read_text` names them

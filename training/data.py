@@ -13,7 +13,9 @@ import pathlib
 import shutil
 import tempfile
 import typing
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +29,9 @@ from training.corpus import Document, find_sources, read_documents, read_text, s
 Tokens = Literal["bytes", "characters"]
 Pair = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]  # inputs, and the token after each
 
-_FORMAT = 2  # version of the cache; raise it when the same text gives other tokens
+_FORMAT = 3  # version of the cache; raise it when it stores the same text otherwise
 _ABOUT = "corpus.json"
+_BLOCK = 1 << 24  # bytes that share a checksum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,6 +100,7 @@ def open_corpus(
     """The tokens of `sources`: made the first time, afterwards mapped from the cache.
 
     The cache holds as long as all files are the same: paths, sizes, times of change, inodes.
+    Its checksums are compared each time, at 2 GB a second or so; a damaged cache is made anew.
     Several processes may open the same corpus at once.
 
     Args:
@@ -302,15 +306,17 @@ def _write(
         cut = int(len(whole) * (1 - validation_fraction))
         arrays_of = [[whole[:cut]], [whole[cut:]]]
     digest = hashlib.sha256(repr(about["alphabet"]).encode())
+    about["crc32"] = {}
     for name, arrays in zip(("train", "validation"), arrays_of, strict=True):
         with (folder / f"{name}.bin").open("wb") as file:
             for array in arrays:
                 file.write(array.tobytes())
                 digest.update(array.tobytes())
             about[name] = file.tell()
+        about["crc32"][name] = _checksums(folder / f"{name}.bin")
         digest.update(str(about[name]).encode())  # so that the fingerprint covers where a part ends
     about["fingerprint"] = digest.hexdigest()
-    (folder / _ABOUT).write_text(json.dumps(about))
+    (folder / _ABOUT).write_text(json.dumps({**about, "sha256": _digest(about)}))
 
 
 def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
@@ -324,11 +330,15 @@ def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
 def _open_cached(folder: pathlib.Path) -> Corpus | None:
     try:
         about = json.loads((folder / _ABOUT).read_text())
+        if about.pop("sha256") != _digest(about):
+            return None
         parts = {
             name: _map_tokens(folder / f"{name}.bin", about[name], _dtype(about["vocab"]))
             for name in ("train", "validation")
         }
-    except (OSError, ValueError, KeyError):
+        if any(_checksums(folder / f"{name}.bin") != about["crc32"][name] for name in parts):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Corpus(
         train=parts["train"],
@@ -339,6 +349,19 @@ def _open_cached(folder: pathlib.Path) -> Corpus | None:
         fingerprint=about["fingerprint"],
         skipped=tuple(about["skipped"]),
     )
+
+
+def _checksums(path: pathlib.Path) -> list[int]:
+    """The CRC-32 of each block of a file; blocks are read and summed in several threads."""
+    size = path.stat().st_size
+    mapped = np.memmap(path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        blocks = (mapped[start : start + _BLOCK] for start in range(0, size, _BLOCK))
+        return list(pool.map(zlib.crc32, blocks))
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _map_tokens(path: pathlib.Path, size: int, dtype: type[np.unsignedinteger]) -> np.ndarray:

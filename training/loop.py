@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import signal
 import time
 from collections.abc import Iterator
 
@@ -19,22 +20,24 @@ from models.generation import generate
 from sharding.state import logical, logical_shapes
 from training.checkpoint import Checkpoints
 from training.console import Console
-from training.data import Corpus, evaluation_batches, training_batch
+from training.data import Corpus, Pair, evaluation_batches, training_batch
 from training.metrics import MetricsLog, loss_curve, read_metrics
 from training.optimizer import learning_rate_schedule
 from training.programs import Programs
+from training.run_folder import LOSS_CURVE, MODEL, SAMPLE, RunFolderGone, RunFolderLock
 from training.signals import StopSignals
 from training.step import Metrics, TrainState
 from wsekern.atomic_write import atomic_write
 
 # The most steps dispatched and not yet waited for: jax 0.10 hangs on emulated devices at about a
-# hundred, and 16 cost no speed.
+# hundred, and 16 cost no speed. A signal waits for them, so they are no more than a second's work,
+# or two steps.
 _IN_FLIGHT = 16
 _SECONDS_BETWEEN_CHECKS = 1.0
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is no longer finite; the last good checkpoint is untouched."""
+    """The loss, its gradient or the state is not finite; the last good checkpoint is untouched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class RunResult:
     val_loss: float | None  # of the last evaluation, nats a token
     run_dir: pathlib.Path
     stopped: bool  # by a signal, before the last step
-    saved: bool  # the run can be resumed from its last step
+    saved: bool  # the run can be resumed from its last step; a finished one has left its model
     sample: str | None
 
 
@@ -61,6 +64,7 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         console: Console,
         signals: StopSignals,
+        lock: RunFolderLock,
         peak_flops: float,
         tokenizer_from: pathlib.Path | None = None,
     ) -> None:
@@ -73,6 +77,7 @@ class TrainingLoop:
           checkpoints: the run folder's.
           console: where to report; entered.
           signals: what can stop the run; entered.
+          lock: the run folder's; held.
           peak_flops: the peak of all devices together, FLOP/s.
           tokenizer_from: checkpoint whose tokenizer is saved with the trained model.
 
@@ -87,11 +92,13 @@ class TrainingLoop:
         self.checkpoints = checkpoints
         self.console = console
         self.signals = signals
+        self.lock = lock
         self.tokenizer_from = tokenizer_from
         flops = self.plan.sizes.flops_per_token(self.plan.context)
         self.peak_tokens_per_s = peak_flops / flops
         self.rate = jax.jit(learning_rate_schedule(self.config))
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self.most_pending = 2
         self.step, self.state, seconds = self._first_or_saved_state()
         self.log = MetricsLog(self.config.run_dir, resume_from=self.step)
         self.loss = self.tokens_per_s = math.nan
@@ -106,31 +113,39 @@ class TrainingLoop:
         """Takes the steps that are left, or stops at a signal; then saves, evaluates and samples.
 
         Raises:
-          Diverged: the loss or its gradient became infinite or NaN.
+          Diverged: the loss, its gradient or the state became infinite or NaN.
+          RunFolderGone: the run folder was removed or renamed.
         """
         try:
             # A step is only dispatched here. `_check_losses` waits for it later, so that the next
             # batch is drawn while the devices compute.
             while self.step < self.config.steps and not self.signals.received:
                 self._take_step()
-            self._check_losses()
+            self._save()  # before evaluating and sampling, which may take long
         except Diverged:
             self.console.end()
             self._draw_loss_curve()
+            raise
+        except RunFolderGone:
+            self.console.end()
             raise
         except Exception:
             with contextlib.suppress(Exception):  # raise the first error, not this one
                 self._save_last()
             raise
-        self._save()  # before evaluating and sampling, which may take long
-        if self.step == self.config.steps and self.evaluated_step != self.step:
+        done = self.step == self.config.steps
+        if done and self.evaluated_step != self.step:
             self._evaluate()
         self.console.end()
-        sample = self._sample() if self.step == self.config.steps else None
-        saved = self._save_last()
-        if self.step == self.config.steps:
-            self._export()
-        self._draw_loss_curve()
+        saved, sample = self._save_last(), None
+        if done and not self.signals.received:
+            saved &= self._export()
+        # Who sends SIGTERM waits for a few seconds only, which importing matplotlib alone may take.
+        if self.signals.received in (None, signal.SIGINT):
+            self._draw_loss_curve()
+        if done and not self.signals.received:
+            sample = self._sample()  # last: everything else is saved, so a signal may end it
+        self.lock.check()
         self.console.note(f"run folder: {self.config.run_dir}")
         if self.signals.received:
             name = self.signals.received.name
@@ -166,20 +181,14 @@ class TrainingLoop:
 
     def _take_step(self) -> None:
         config = self.config
-        pair = training_batch(
-            self.corpus.train,
-            seed=config.seed,
-            step=self.step,
-            batch=config.batch,
-            context=self.plan.context,
-        )
-        self.state, metrics = self.programs.step(self.state, *map(self.programs.put, pair))
+        inputs, targets = map(self.programs.put, self._batch())
+        self.state, metrics = self.programs.step(self.state, inputs, targets)
         self.step += 1
         self.pending.append((self.step, metrics))
         logged = self.step in (1, config.steps) or self.step % config.log_every == 0
         evaluated = _due(self.step, config.eval_every) and self.step < config.steps
         waited = time.monotonic() - self.checked_at > _SECONDS_BETWEEN_CHECKS
-        if logged or evaluated or waited or len(self.pending) == _IN_FLIGHT:
+        if logged or evaluated or waited or len(self.pending) >= self.most_pending:
             self._check_losses()
         minutes = (time.monotonic() - self.saved_at) / 60
         by_clock = config.checkpoint_minutes and minutes >= config.checkpoint_minutes
@@ -192,16 +201,20 @@ class TrainingLoop:
 
     def _check_losses(self) -> None:
         """Waits for the steps in flight, checks that their losses are finite; shows progress."""
+        self.lock.check()
         while self.pending:
             step, metrics = self.pending.popleft()
             loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._write_metrics(step=step, loss=loss)
-                raise Diverged(self._divergence(step, loss, norm))
+                raise self._divergence(
+                    f"at step {step} the loss is {loss} and its gradient's norm {norm}"
+                )
             self.loss = loss
         steps, seconds = self.step - self.checked_step, time.monotonic() - self.checked_at
         if steps:
             self.tokens_per_s = steps * self.plan.tokens_per_step / seconds
+            self.most_pending = max(2, min(_IN_FLIGHT, int(steps / seconds)))
             left = (self.config.steps - self.step) * self.plan.tokens_per_step
             self.console.progress(
                 step=self.step,
@@ -213,14 +226,36 @@ class TrainingLoop:
             )
         self.checked_step, self.checked_at = self.step, time.monotonic()
 
-    def _divergence(self, step: int, loss: float, norm: float) -> str:
+    def _divergence(self, what: str) -> Diverged:
         self._report(self.checkpoints.wait())
         saved = self.checkpoints.steps()
         good = f"step {saved[-1]} is the last good checkpoint" if saved else "no checkpoint was due"
-        return (
-            f"at step {step} the loss is {loss} and its gradient's norm {norm}; {good}; start a "
-            "new run, in another --out, with a lower --learning-rate (now "
+        return Diverged(
+            f"{what}; {good}; start a new run, in another --out, with a lower --learning-rate (now "
             f"{self.config.learning_rate}) or a longer --warmup"
+        )
+
+    def _check_state(self) -> None:
+        """Raises Diverged unless the state is finite, and so is its loss on the next batch.
+
+        A step's loss is that of the parameters before its update. So it says nothing about what
+        the update has made of them, which is what a checkpoint saves.
+        """
+        inputs, targets = map(self.programs.put, self._batch())
+        loss = float(self.programs.evaluate(self.state["params"], inputs, targets))
+        if not math.isfinite(loss):
+            raise self._divergence(f"after the update of step {self.step} the loss is {loss}")
+        if not self.programs.is_finite(self.state):
+            raise self._divergence(f"after the update of step {self.step} the state is not finite")
+
+    def _batch(self) -> Pair:
+        """The batch of the next step."""
+        return training_batch(
+            self.corpus.train,
+            seed=self.config.seed,
+            step=self.step,
+            batch=self.config.batch,
+            context=self.plan.context,
         )
 
     def _evaluate(self) -> None:
@@ -258,9 +293,10 @@ class TrainingLoop:
             )
 
     def _save(self) -> None:
-        self._check_losses()  # never save a state that has diverged
+        self._check_losses()
         if self.step == self.saved_step:
             return
+        self._check_state()  # never save one that has diverged
         extra = {"corpus": self.corpus.fingerprint, "seconds": time.monotonic() - self.began}
         shapes = logical_shapes(self.state)
         self._report(self.checkpoints.save(self.step, self.state, extra, logical_shapes=shapes))
@@ -278,10 +314,14 @@ class TrainingLoop:
             self.console.note(f"checkpoint: {line}")
 
     def _sample(self) -> str | None:
-        if not self.config.sample_tokens or self.signals.received:
+        if not self.config.sample_tokens:
             return None
-        self.console.note(f"sampling {self.config.sample_tokens} tokens")
-        with self.plan.wafer:
+        doing = f"sampling {self.config.sample_tokens} tokens"
+        with (
+            self.signals.end_at_once("sampling", lambda: bool(self.checkpoints.steps())),
+            self.console.busy(doing),
+            self.plan.wafer,
+        ):
             model = nnx.merge(self.plan.graph, logical(self.state["params"]))
             text = generate(
                 model,
@@ -290,25 +330,27 @@ class TrainingLoop:
                 temperature=self.config.temperature,
                 key=jax.random.key(self.config.seed),
             )
-        sample = self.corpus.decode(np.asarray(text)[0])
+            sample = self.corpus.decode(np.asarray(text)[0])
         self.console.sample(sample)
         with self._report_errors("the sample"):
-            with atomic_write(self.config.run_dir / "sample.txt") as file:
+            with atomic_write(self.config.run_dir / SAMPLE) as file:
                 file.write(sample.encode())
         return sample
 
-    def _export(self) -> None:
-        """Writes the model as a Hugging Face folder, with its tokenizer."""
-        folder = self.config.run_dir / "model"
+    def _export(self) -> bool:
+        """Writes the model as a Hugging Face folder, with its tokenizer; returns whether it did."""
+        folder = self.config.run_dir / MODEL
         with self._report_errors("the model"):
             folder.mkdir(exist_ok=True)
             self.corpus.save_tokenizer(folder, self.tokenizer_from)
             save(nnx.merge(self.plan.graph, self.state["params"]), folder)
             self.console.note(f"model: {folder}")
+            return True
+        return False
 
     def _draw_loss_curve(self) -> None:
         with self._report_errors("the loss curve"):
-            picture = self.config.run_dir / "loss.png"
+            picture = self.config.run_dir / LOSS_CURVE
             self.console.note(loss_curve(read_metrics(self.config.run_dir), picture))
 
     @contextlib.contextmanager

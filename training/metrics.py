@@ -9,9 +9,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from training.run_folder import METRICS
 from wsekern.atomic_write import atomic_write
-
-FILE_NAME = "metrics.jsonl"
 
 Line = dict[str, Any]
 
@@ -26,7 +25,7 @@ class MetricsLog:
           run_dir: the run folder; made if it is not there.
           resume_from: the step that the run goes on from; 0 empties the file.
         """
-        path = pathlib.Path(run_dir) / FILE_NAME
+        path = pathlib.Path(run_dir) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         earlier = [line for line in _lines(path) if line["step"] <= resume_from]
         with atomic_write(path) as file:
@@ -67,9 +66,9 @@ def read_metrics(path: str | os.PathLike) -> list[Line]:
       FileNotFoundError: there is no such file.
     """
     path = pathlib.Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / METRICS if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; give a run folder or its {FILE_NAME}")
+        raise FileNotFoundError(f"{path} is not there; give a run folder or its {METRICS}")
     return _lines(path)
 
 

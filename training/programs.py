@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from sharding.state import initialize, lay_out, pad
 from training.plan import RunPlan
-from training.step import Metrics, TrainState, evaluation, state_of, train_step
+from training.step import Metrics, TrainState, evaluation, is_finite, state_of, train_step
 from wsekern.moved import moved_names
 from wsekern.wafer import layout
 from wsekern.wafer.axes import ROWS, WAFERS
@@ -31,6 +31,7 @@ class Programs:
     plan: RunPlan
     step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
     evaluate: Callable[[nnx.State, jax.Array, jax.Array], jax.Array]
+    is_finite: Callable[[TrainState], jax.Array]
     temporary_bytes: int | None  # of a step, on one device; None: the backend does not say
 
     def first_state(self) -> TrainState:
@@ -68,11 +69,13 @@ def compile_programs(plan: RunPlan) -> Programs:
         evaluate = _compile(
             evaluation(graph, plan.config.passes), (shapes["params"], tokens, tokens)
         )
+        finite = _compile(is_finite, (shapes,))
     memory = step.memory_analysis()
     return Programs(
         plan=plan,
         step=step,
         evaluate=evaluate,
+        is_finite=finite,
         temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
     )
 

@@ -1,5 +1,6 @@
 """One step of training as one program on one train state: loss, gradient, update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import wsekern as wk
 from sharding.state import logical
@@ -137,6 +138,12 @@ def apply_gradients(
         "optimizer": moments,
     }
     return after, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+
+
+def is_finite(state: TrainState) -> Bool[Array, ""]:
+    """Whether a state holds neither NaN nor infinity, in its parameters or in its moments."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def _split(

@@ -5,6 +5,7 @@ Making a `Trainer` checks the whole configuration and makes the devices, the dat
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -12,9 +13,9 @@ from jaxtyping import Int
 
 from models.config import DecoderConfig
 from models.text.tokenizer import Tokenizer
+from training import manifest
 from training.checkpoint import Checkpoints
 from training.config import (
-    FILE_NAME,
     TrainingConfig,
     check_resume,
     load_config,
@@ -25,10 +26,19 @@ from training.console import Console
 from training.data import Corpus, open_corpus
 from training.header import find_peak, header
 from training.initial_model import InitialModel, find_initial_model
-from training.lock import lock_run_folder
 from training.loop import RunResult, TrainingLoop
+from training.metrics import read_metrics
 from training.plan import make_plan
 from training.programs import compile_programs
+from training.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    SAMPLE,
+    check_out,
+    is_finished,
+    lock_run_folder,
+    remove_cut_writes,
+)
 from training.signals import StopSignals
 from wsekern.wafer.launch import make_wafer, prepare_devices
 
@@ -51,6 +61,7 @@ class Trainer:
         start = find_initial_model(config)
         wafer = make_wafer(config.wafer, config.platform, virtual=config.virtual)
         self.config = config = resolve_config(config, start.context)
+        self._check_run_folder(self.open_checkpoints())
         self.corpus = open_corpus(
             config.data or None,
             tokens=_token_kind(config, start),
@@ -61,19 +72,20 @@ class Trainer:
         sizes, read = model_sizes(config, self.corpus, start.sizes), start.read_params
         self.start = start
         self.plan = make_plan(config, sizes, wafer, None if read is None else lambda: read(wafer))
-        self._check_run_folder(self.open_checkpoints())
+        self._check_room(self.open_checkpoints())
 
     def open_checkpoints(self) -> Checkpoints:
         """The checkpoints of this run; close them, or use them in a `with`."""
-        return Checkpoints(self.config.run_dir / "checkpoints", keep=self.config.keep)
+        return Checkpoints(self.config.run_dir / CHECKPOINTS, keep=self.config.keep)
 
     def _check_run_folder(self, checkpoints: Checkpoints) -> list[str]:
         """Refuses a folder that this run cannot use; a line for each choice that resuming changes.
 
         `fit` checks again, under the lock: another process may have trained there since.
         """
+        check_out(self.config.run_dir)
         changes: list[str] = []
-        saved = self.config.run_dir / FILE_NAME
+        saved = self.config.run_dir / CONFIG
         if self.config.resume:
             if not saved.is_file():
                 raise ValueError(
@@ -81,6 +93,14 @@ class Trainer:
                     "its folder with --out, or leave --resume out to start anew"
                 )
             changes = check_resume(load_config(saved), self.config)
+        elif saved.is_file() and not checkpoints.steps():
+            try:
+                load_config(saved)  # of a run that was stopped before it saved
+            except ValueError as error:
+                raise ValueError(
+                    f"out: {saved} would be overwritten, and no run wrote it ({error}); choose "
+                    "another --out"
+                ) from None
         elif checkpoints.steps():
             raise ValueError(
                 f"out: {self.config.run_dir} holds a run already, saved at step "
@@ -91,46 +111,93 @@ class Trainer:
                 f"steps={self.config.steps}: the run in {self.config.run_dir} is at step "
                 f"{checkpoints.steps()[-1]} already; ask for more, or leave --steps out"
             )
-        checkpoints.check_writable(self.plan.shapes)
         return changes
+
+    def _check_room(self, checkpoints: Checkpoints) -> None:
+        """Refuses a folder that cannot be written, or a disk that is too small for this run."""
+        model = sum(leaf.nbytes for leaf in manifest.places(self.plan.shapes["params"]))
+        checkpoints.check_writable(self.plan.shapes, more_bytes=model)
 
     def fit(self) -> RunResult:
         """Trains to the last step or until a signal; saves, evaluates, draws and samples.
 
         Raises:
-          Diverged: the loss or its gradient became infinite or NaN.
+          Diverged: the loss, its gradient or the state became infinite or NaN.
+          RunFolderGone: the run folder was removed or renamed.
           ValueError: the run folder is in use or holds another run; on resuming, no checkpoint can
             be used.
         """
         with (
             StopSignals() as signals,
             Console(self.config) as console,
-            lock_run_folder(self.config.run_dir),
+            lock_run_folder(self.config.run_dir) as lock,
             self.open_checkpoints() as checkpoints,
         ):
-            changes = self._check_run_folder(checkpoints)
-            peak = find_peak(self.plan.wafer, self.config.dtype)
-            console.show(header(self.plan, self.corpus, peak))
-            if skipped := self.corpus.skipped:
-                console.note(f"files without text passed over: {len(skipped)}; first: {skipped[0]}")
-            with console.compiling():
-                programs = compile_programs(self.plan)
-            if programs.temporary_bytes is not None:
-                console.note(f"a step has {programs.temporary_bytes / 1e6:,.1f} MB of temporaries")
-            loop = TrainingLoop(
-                programs,
-                self.corpus,
-                self.prompt,
-                checkpoints,
-                console,
-                signals,
-                peak.flops,
-                tokenizer_from=self.start.path,
-            )
-            for line in changes:
+            changed = self._check_run_folder(checkpoints)
+            for line in [*checkpoints.clean(), *remove_cut_writes(self.config.run_dir)]:
+                console.note(line)
+            self._check_room(checkpoints)
+            if self._is_finished(changed):
+                return self._result_of_finished(console)
+            with signals.end_at_once("compiling", lambda: bool(checkpoints.steps())):
+                peak = find_peak(self.plan.wafer, self.config.dtype)
+                console.show(header(self.plan, self.corpus, peak))
+                if skipped := self.corpus.skipped:
+                    console.note(
+                        f"files without text passed over: {len(skipped)}; first: {skipped[0]}"
+                    )
+                with console.compiling():
+                    programs = compile_programs(self.plan)
+                if programs.temporary_bytes is not None:
+                    temporaries = f"{programs.temporary_bytes / 1e6:,.1f} MB of temporaries"
+                    console.note(f"a step has {temporaries}")
+                loop = TrainingLoop(
+                    programs,
+                    self.corpus,
+                    self.prompt,
+                    checkpoints,
+                    console,
+                    signals,
+                    lock,
+                    peak.flops,
+                    tokenizer_from=self.start.path,
+                )
+            for line in changed:
                 console.note(f"changed: {line}")
-            save_config(self.config, self.config.run_dir / FILE_NAME)
+            save_config(self.config, self.config.run_dir / CONFIG)
             return loop.run()
+
+    def _is_finished(self, changed: list[str]) -> bool:
+        """Whether nothing is left to do; another sample than the one written would be."""
+        config = self.config
+        sampling = ("sample_tokens", "prompt", "temperature")
+        return (
+            config.resume
+            and is_finished(config.run_dir, config.steps, sample=config.sample_tokens > 0)
+            and not any(line.partition(":")[0] in sampling for line in changed)
+        )
+
+    def _result_of_finished(self, console: Console) -> RunResult:
+        """What a run that has nothing left to do has come to; says so."""
+        config = self.config
+        lines = read_metrics(config.run_dir)
+        evaluated = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
+        losses = [line["loss"] for line in lines if line.get("loss") is not None]
+        sample = config.run_dir / SAMPLE
+        found = f", validation loss {evaluated[-1]:.4f}" if evaluated else ""
+        console.note(
+            f"the run in {config.run_dir} is finished, at step {config.steps} of {config.steps}"
+            f"{found}; for more steps, give a larger --steps"
+        )
+        return RunResult(
+            step=config.steps,
+            loss=losses[-1] if losses else math.nan,
+            val_loss=evaluated[-1] if evaluated else None,
+            run_dir=config.run_dir,
+            stopped=False,
+            saved=True,
+            sample=sample.read_text() if config.sample_tokens else None,
+        )
 
 
 def model_sizes(config: TrainingConfig, corpus: Corpus, sizes: DecoderConfig) -> DecoderConfig:

@@ -1,5 +1,6 @@
 """Checkpoints: exact on any mesh; damage, full disks and killed processes cost no good step."""
 
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from training import checkpoint
+from training.arrays import write_arrays
 from training.checkpoint import Checkpoints
 
 SPECS = {"w": P("y", "x"), "b": P("x"), "deep": {"n": P(), "half": P(None, "y")}}
@@ -291,16 +293,95 @@ def test_a_full_disk_destroys_no_good_step(tmp_path):
         assert checkpoints.steps() == [3]
 
 
-def test_a_bad_write_is_detected_before_an_older_step_is_removed(tmp_path, monkeypatch):
-    save = checkpoint.ocp.Checkpointer.save
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that says it is full while it holds more steps than `disk.room`."""
+    disk = types.SimpleNamespace(room=100)
 
-    def damaging(self, directory, **options):
-        save(self, directory, **options)
-        flip(file_of(directory.parent, "w"))
+    def write(folder, arrays):
+        write_arrays(folder, dict(list(arrays.items())[:1]))  # a part of it
+        if len(list(folder.parents[1].glob("*"))) > disk.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_arrays(folder, dict(list(arrays.items())[1:]))
+
+    monkeypatch.setattr(checkpoint, "write_arrays", write)
+    return disk
+
+
+def test_on_a_full_disk_the_oldest_step_gives_way_but_never_the_last_good_one(tmp_path, disk):
+    state = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, state, {}, wait=True) == []
+        flip(next((tmp_path / "3").glob("arrays/*.a/0")), count=2)
+        flip(next((tmp_path / "2").glob("arrays/*.b/0")), count=2)
+        disk.room = 3
+        lines = checkpoints.save(4, state, {}, wait=True)
+        # Step 1 is the oldest, but 2 and 3 are damaged.
+        assert lines == ["the disk is full: step 2 gave way to step 4"]
+        assert sorted(os.listdir(tmp_path)) == ["1", "3", "4"]
+        disk.room = 1
+        lines = checkpoints.save(5, state, {}, wait=True)
+        assert lines[:2] == [f"the disk is full: step {n} gave way to step 5" for n in (1, 3)]
+        assert "step 5 was not written" in lines[2] and "No space left on device" in lines[2]
+        assert "the last good one is step 4" in lines[2]
+        assert os.listdir(tmp_path) == ["4"]
+        assert checkpoints.restore(state)[0] == 4
+
+
+def test_what_fails_while_other_arrays_are_written_leaves_nothing(tmp_path):
+    """Of 40 arrays, 20 cannot be written; the others are not written behind our back."""
+    good = {f"a{i}": np.ones((64, 64)) for i in range(20)}
+    bad = {f"{'long' * 80}{i}": np.ones((64, 64)) for i in range(20)}
+    for _ in range(5):
+        with pytest.raises(Exception, match="File name too long"):
+            write_arrays(tmp_path / "arrays", bad | good)
+        shutil.rmtree(tmp_path / "arrays", ignore_errors=True)
+        assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_processes_left_is_removed_and_named(saved):
+    (saved.directory / "25.partial" / "arrays").mkdir(parents=True)
+    (saved.directory / "25.partial" / "arrays" / "x").write_bytes(bytes(200_000))
+    (saved.directory / "writable.partial").touch()
+    (saved.directory / "15").mkdir()
+    partial, probe, odd = saved.clean()
+    assert partial == "removed 25.partial, whose saving or removal was cut short (0.2 MB)"
+    assert probe.startswith("removed writable.partial")
+    assert odd.startswith("step 15 has no manifest.json")
+    assert sorted(os.listdir(saved.directory)) == ["10", "15", "20", "30"]
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_of_a_step(saved, monkeypatch):
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved._prune(15)  # of a run that was resumed at 10: steps 20 and 30 go
+    monkeypatch.undo()
+    assert sorted(os.listdir(saved.directory)) == ["10", "20.removed.partial", "30"]
+    assert [line.split(",")[0] for line in saved.clean()] == ["removed 20.removed.partial"]
+
+
+def test_a_step_whose_folder_is_gone_does_not_bring_it_back(tmp_path):
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.check_writable()
+        shutil.rmtree(tmp_path / "run")
+        [trouble] = checkpoints.save(1, {"a": jnp.ones(3)}, {}, wait=True)
+        assert "No such file or directory" in trouble
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bad_write_is_detected_before_an_older_step_is_removed(tmp_path, monkeypatch):
+    def damaging(folder, arrays):
+        write_arrays(folder, arrays)
+        flip(file_of(folder.parent, "w"))
 
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state(), {}, wait=True)
-        monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", damaging)
+        monkeypatch.setattr(checkpoint, "write_arrays", damaging)
         [trouble] = checkpoints.save(2, state(), {}, wait=True)
         assert "the checkpoint of step 2 was not written" in trouble
         assert checkpoints.restore(template())[0] == 1
@@ -318,7 +399,8 @@ def test_free_space_and_permissions_are_checked_first(tmp_path, monkeypatch):
     checkpoints.check_writable(template())
     assert list(checkpoints.directory.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5000))
-    with pytest.raises(OSError, match=r"two checkpoints need 0.3 MB, but .* has 0.0 MB free"):
+    wanted = "keep=3: 4 more checkpoints of 0.1 MB, .* need 0.5 MB, but .* has 0.0 MB free"
+    with pytest.raises(OSError, match=wanted):
         checkpoints.check_writable(template())
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot be written to .*Not a directory.*another --out"):

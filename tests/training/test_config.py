@@ -120,9 +120,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 
 
 def test_a_resumed_run_starts_from_what_its_folder_saved(tmp_path):
-    config.save_config(
-        TrainingConfig(steps=5, batch=6, out="elsewhere"), tmp_path / config.FILE_NAME
-    )
+    config.save_config(TrainingConfig(steps=5, batch=6, out="elsewhere"), tmp_path / "config.json")
     run = parse(["--resume", "--out", str(tmp_path), "--steps", "9"])
     assert (run.steps, run.batch, run.run_dir, run.resume) == (9, 6, tmp_path, True)
     assert parse(["--out", str(tmp_path)]).batch == 12

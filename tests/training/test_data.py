@@ -1,6 +1,7 @@
 """Text to tokens to batches: the split, the cache, and batches shared by hosts."""
 
 import functools
+import glob
 import os
 import pathlib
 import subprocess
@@ -298,3 +299,74 @@ def test_refuses_a_cache_that_cannot_be_written(texts, tmp_path):
 def test_refuses_hosts_that_do_not_divide_the_batch():
     with pytest.raises(ValueError, match=r"batch=6 does not divide over host=\(0, 4\)"):
         data.training_batch(TOKENS, seed=0, step=0, batch=6, context=8, host=(0, 4))
+
+
+@pytest.fixture
+def linked(texts):
+    """`texts` with links to itself, to its parent and elsewhere, and with what is no text."""
+    elsewhere = texts.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "new.txt").write_text("through a link " * 5)
+    (elsewhere / "back").symlink_to(texts)
+    for name, target in {"x": ".", "y": ".", "up": "..", "other": elsewhere, "gone": "no"}.items():
+        (texts / name).symlink_to(target)
+        (texts / "deep" / name).symlink_to(target)
+    (texts / "loop").symlink_to("loop")
+    os.mkfifo(texts / "pipe")
+    return texts
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pattern", ["**", "**/*.txt", "*/**", "**/**/*.txt", "x/y/**"])
+def test_a_pattern_enters_each_real_folder_once(linked, pattern, cache):
+    _, sources = corpus.find_sources([f"{linked}/{pattern}"])
+    files = [source.path for source in sources if source.path.is_file()]
+    assert {path.resolve() for path in files} >= {path for path in linked.glob("deep/*.txt")}
+    assert linked.parent / "elsewhere" / "new.txt" in {path.resolve() for path in files}
+    assert len(files) == len({path.resolve() for path in files}) <= 21
+    assert data.open_corpus(f"{linked}/{pattern}", context=8).train.size
+
+
+def test_patterns_match_as_glob_does(texts, monkeypatch):
+    (texts / "deep" / "deeper").mkdir()
+    (texts / "deep" / "deeper" / "99.txt").write_text("x")
+    (texts / "deep" / ".hidden").mkdir()
+    (texts / "deep" / ".hidden" / "00.txt").write_text("x")
+    monkeypatch.chdir(texts)
+    for start in (f"{texts}/", "", "./", "../texts/"):
+        for pattern in ("*.txt", "0?.txt", "*/*.txt", "d*/[01]*.txt", "**/*.txt", "**/deeper/*",
+                        "*/.h*/*", "deep/**/9*", "deep/../*.txt", "**/0[!1]*"):  # fmt: skip
+            found = [source.path for source in corpus.find_sources([start + pattern])[1]]
+            wanted = glob.glob(start + pattern, recursive=True)
+            assert set(found) == {p for p in map(pathlib.Path, wanted) if p.is_file()}, pattern
+
+
+def test_a_folder_that_cannot_be_listed_is_named(texts, cache, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    [line] = data.open_corpus(str(texts), context=8).skipped
+    assert "deep' is a folder that cannot be read" in line
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "corpus.json"])
+def test_a_flipped_bit_in_the_cache_is_noticed_and_the_cache_made_anew(
+    name, texts, cache, monkeypatch
+):
+    monkeypatch.setattr(data, "_BLOCK", 100)
+    first = data.open_corpus(str(texts), context=8, tokens="characters")
+    wanted = [np.array(first.train), np.array(first.validation), first.fingerprint, first.vocab]
+    [path] = cache.glob(f"*/{name}")
+    for position in (0, path.stat().st_size // 2, path.stat().st_size - 1):
+        content = bytearray(path.read_bytes())
+        content[position] ^= 4
+        path.write_bytes(content)
+        again = data.open_corpus(str(texts), context=8, tokens="characters")
+        got = [again.train, again.validation, again.fingerprint, again.vocab]
+        for a, b in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
-from training.signals import KILLED, StopSignals
+from training.signals import KILLED, STOPPED, StopSignals
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -64,13 +65,92 @@ def test_a_second_ctrl_c_ends_the_process():
     assert "Ctrl-C again ends at once" in errors
 
 
+# Inside one call into C, as inside XLA, Python runs no handler.
+BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)\n"
+READY = "print('ready', flush=True)\n"
+
+
+def run_and_signal(script, *numbers, **options):
+    """The status and the errors of a script that gets signals once it says "ready"."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from training.signals import StopSignals, end_at_once\n{script}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.1)  # equal signals would else be one
+        _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_a_run_a_signal_ends_the_process_at_once(number):
+    status, _ = run_and_signal(f"end_at_once()\n{READY}{BUSY}", number)
+    assert status == 128 + number
+
+
+def test_before_a_run_that_can_be_resumed_the_status_says_so(tmp_path):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "3" / "manifest.json").touch()
+    script = "import pathlib\nend_at_once()\n"
+    script += f"end_at_once(pathlib.Path({str(tmp_path)!r}))\n{READY}{BUSY}"
+    assert run_and_signal(script, signal.SIGTERM)[0] == STOPPED
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_work_with_nothing_to_save_ends_at_once_though_python_runs_no_handler(number, resumable):
     script = (
-        "import os, time\n"
-        "from training.signals import end_at_once\n"
         "end_at_once()\n"
-        f"os.kill(os.getpid(), {int(number)})\n"
-        "time.sleep(60)\n"
+        f"with StopSignals() as signals, signals.end_at_once('compiling', lambda: {resumable}):\n"
+        f"    {READY}    {BUSY}"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 128 + number
+    status, errors = run_and_signal(script, number)
+    assert status == (STOPPED if resumable else 128 + number)
+    rest = "go on with --resume" if resumable else "nothing was saved yet"
+    assert f"stopped by {number.name} while compiling; {rest}" in errors
+
+
+def test_a_signal_from_before_ends_that_work_as_it_begins():
+    script = (
+        "import time\nend_at_once()\n"
+        f"with StopSignals() as signals:\n    {READY}"
+        "    while not signals.received: time.sleep(0.01)\n"
+        "    with signals.end_at_once('sampling', lambda: True):\n"
+        f"        {BUSY}"
+    )
+    status, errors = run_and_signal(script, signal.SIGTERM)
+    assert status == STOPPED and "stopped by SIGTERM while sampling" in errors
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM], 0),  # a system that asks twice still gets its save
+        ([signal.SIGTERM, signal.SIGINT], KILLED),
+        ([signal.SIGINT, signal.SIGINT], KILLED),
+    ],
+)
+def test_while_a_run_saves_only_ctrl_c_ends_it(numbers, status):
+    save = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**6)"
+    script = f"end_at_once()\nwith StopSignals() as signals:\n    {READY}    {save}\n    {save}\n"
+    assert run_and_signal(script, *numbers)[0] == status
+
+
+def test_nohup_is_respected():
+    script = f"end_at_once()\nwith StopSignals() as signals:\n    {READY}"
+    script += "    import time; time.sleep(0.3); assert signals.received is None"
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    assert run_and_signal(script, signal.SIGHUP, preexec_fn=ignore)[0] == 0
+
+
+def test_a_program_that_trains_is_not_ended():
+    with StopSignals() as signals, signals.end_at_once("compiling", lambda: False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received is signal.SIGTERM

@@ -22,6 +22,7 @@ from models.text.characters import save_characters
 from training.config import TrainingConfig, save_config
 from training.loop import Diverged, TrainingLoop
 from training.metrics import read_metrics
+from training.run_folder import RunFolderGone
 from training.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again\n" * 200
@@ -170,6 +171,112 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(config):
     assert result.step == 4 and np.isfinite(result.loss)
 
 
+def test_a_state_that_an_update_has_broken_is_not_saved(config):
+    """The losses of step 3 and before it are finite; its update is not. One step is kept."""
+    wild = dataclasses.replace(config, checkpoint_every=1, keep=1)
+    trainer = Trainer(wild)
+    take_step = TrainingLoop._take_step
+
+    def take_step_that_breaks(run):
+        step = run.programs.step
+
+        def broken(state, *batch):
+            after, metrics = step(state, *batch)
+            if run.step == 2:
+                run.programs = dataclasses.replace(run.programs, step=step)
+                after["params"] = jax.tree.map(lambda x: x * float("nan"), after["params"])
+            return after, metrics
+
+        run.programs = dataclasses.replace(run.programs, step=broken)
+        take_step(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_take_step", take_step_that_breaks)
+        expected = "after the update of step 3 the loss is nan; step 2 is the last good checkpoint"
+        with pytest.raises(Diverged, match=expected):
+            trainer.fit()
+    assert trainer.open_checkpoints().steps() == [2]
+    assert Trainer(dataclasses.replace(wild, resume=True)).fit().step == 6
+
+
+def test_moments_that_are_not_finite_are_not_saved(config):
+    trainer = Trainer(dataclasses.replace(config, checkpoint_every=3))
+    check = TrainingLoop._check_state
+
+    def check_with_broken_moments(run):
+        run.state["optimizer"] = jax.tree.map(
+            lambda x: x * float("inf") if x.dtype == "float32" else x, run.state["optimizer"]
+        )
+        check(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_check_state", check_with_broken_moments)
+        with pytest.raises(Diverged, match="update of step 3 the state is not finite; no check"):
+            trainer.fit()
+
+
+def test_a_run_folder_that_is_removed_ends_the_run(config):
+    trainer = Trainer(dataclasses.replace(config, steps=1000, checkpoint_every=1))
+    take_step = TrainingLoop._take_step
+
+    def take_step_and_remove(run):
+        take_step(run)
+        if run.step == 3:
+            run.checkpoints.wait()
+            shutil.rmtree(config.run_dir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_take_step", take_step_and_remove)
+        with pytest.raises(RunFolderGone, match="run was removed or renamed while the run went on"):
+            trainer.fit()
+    assert not config.run_dir.exists()
+
+
+def test_a_sample_that_fails_costs_neither_model_nor_loss_curve(config, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no sample")
+
+    monkeypatch.setattr("training.loop.generate", fail)
+    with pytest.raises(RuntimeError, match="no sample"):
+        Trainer(config).fit()
+    assert (config.run_dir / "model" / "config.json").is_file()
+    assert (config.run_dir / "loss.png").is_file()
+    monkeypatch.undo()
+    assert Trainer(dataclasses.replace(config, resume=True)).fit().sample is not None
+
+
+def test_a_model_that_cannot_be_written_is_no_success(config, monkeypatch):
+    def fail(model, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.loop.save", fail)
+    assert not Trainer(dataclasses.replace(config, steps=1)).fit().saved
+    monkeypatch.undo()
+    again = Trainer(dataclasses.replace(config, steps=1, resume=True)).fit()
+    assert again.saved and (config.run_dir / "model" / "config.json").is_file()
+
+
+def test_resuming_removes_and_names_what_was_cut_short(config, capsys):
+    Trainer(dataclasses.replace(config, steps=1)).fit()
+    (config.run_dir / "checkpoints" / "2.partial").mkdir()
+    (config.run_dir / ".loss.png.12345678.partial").touch()
+    capsys.readouterr()
+    Trainer(dataclasses.replace(config, steps=2, resume=True)).fit()
+    printed = capsys.readouterr().out
+    assert "removed 2.partial, whose saving or removal was cut short" in printed
+    assert "removed .loss.png.12345678.partial, a file that was cut short" in printed
+    assert sorted(os.listdir(config.run_dir / "checkpoints")) == ["1", "2"]
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_the_data_is_read(config, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    for out, message in (("file", "is no folder"), ("other", "'model_type' is not a name")):
+        with pytest.raises((ValueError, OSError), match=f"out: .*{message}"):
+            Trainer(dataclasses.replace(config, data=("nowhere.txt",), out=str(tmp_path / out)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -207,10 +314,16 @@ def test_a_run_that_was_stopped_before_it_saved_resumes_at_its_beginning(config)
     assert result.step == 6 and len(losses(config)) == 6
 
 
-def test_a_finished_run_resumed_takes_no_step_and_keeps_its_figures(config):
+def test_a_finished_run_resumed_takes_no_step_and_keeps_its_figures(config, capsys):
     first = Trainer(config).fit()
-    again = Trainer(dataclasses.replace(config, resume=True)).fit()
-    assert (again.step, again.val_loss, again.sample) == (6, first.val_loss, first.sample)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.trainer.compile_programs", None)  # it compiles nothing
+        again = Trainer(dataclasses.replace(config, resume=True)).fit()
+    assert again == first
+    assert "is finished, at step 6 of 6, validation loss" in capsys.readouterr().out
+    longer = dataclasses.replace(config, resume=True, sample_tokens=9)
+    sample = Trainer(longer).fit().sample
+    assert sample is not None and len(sample.encode()) > len(first.sample.encode())
     with pytest.raises(ValueError, match="steps=4: the run in .* is at step 6 already"):
         Trainer(dataclasses.replace(config, resume=True, steps=4))
 

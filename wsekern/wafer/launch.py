@@ -108,6 +108,19 @@ def prepare_devices(
     emulate_devices(count)
 
 
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on disk from run to run: compiling is most of a short run.
+
+    They stand in ~/.cache/wsekern/jax, or below $XDG_CACHE_HOME. Where JAX_COMPILATION_CACHE_DIR
+    names another folder, that one is used.
+    """
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "wsekern", "jax"))
+
+
 def find_devices(platform: Platform | None = None) -> list[jax.Device]:
     """All devices of a platform, or of the one that jax chose; starts jax's backend.
 

@@ -24,7 +24,7 @@ export MYPY_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/wsekern/mypy
 # Two processes, whatever the machine: each emulates sixteen devices. WORKERS=0 is this one alone.
 WORKERS ?= 2
 pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
-# Where another Python, JAX, Flax, Optax or Orbax can make a difference. Pages, examples, benchmarks
+# Where another Python, JAX, Flax, Optax or TensorStore can make a difference. Pages, examples, benchmarks
 # and plans are made of these.
 differing := tests/wsekern tests/sharding tests/models --ignore=tests/models/planning \
   tests/training/test_step.py tests/training/test_checkpoint.py \

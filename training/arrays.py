@@ -45,11 +45,11 @@ def read_array(folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: s
     """
     store = ts.open(_spec(folder / name), open=True).result()
     # Compared before anything is allocated: damage may ask for any amount of memory.
-    chunk = store.chunk_layout.read_chunk.shape or ()
+    chunk = [size or 1 for size in store.chunk_layout.read_chunk.shape or ()]
     if store.shape != shape or store.dtype != ts.dtype(jnp.dtype(dtype)):
         raise ValueError(f"it is {store.dtype.name}{list(store.shape)}, not {dtype}{list(shape)}")
     if math.prod(chunk) > max(math.prod(shape), 1):
-        raise ValueError(f"its chunks of {list(chunk)} are larger than {list(shape)}")
+        raise ValueError(f"its chunks of {chunk} are larger than {list(shape)}")
     return np.asarray(store.read().result())
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import TextIO, cast
 
 import jax
 from rich.console import Console as Terminal
@@ -69,7 +70,7 @@ class Console:
     def busy(self, doing: str) -> Iterator[None]:
         """Prints what the `with` block does, and from the third second on how long it has."""
         self.note(doing)
-        with show_progress(doing, self._terminal.file):
+        with show_progress(doing, cast(TextIO, self._terminal.file)):
             yield
 
     def progress(

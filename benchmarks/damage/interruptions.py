@@ -50,11 +50,14 @@ def cases(seed: int) -> list[Case]:
         for moment in _MOMENTS:
             check = functools.partial(_check_signal, moment, number, rng.uniform(0, 0.3))
             result.append(Case("signals", f"{number.name} {moment}", check))
-    for number in range(72):
-        check = _check_damaged_tokens if number % 3 == 2 else _check_damaged_checkpoint
-        kind = "cut" if number % 4 == 3 else "bit"
-        case = functools.partial(check, random.Random(f"{seed} {number}"), kind == "cut")
-        result.append(Case("damaged runs", f"{number}: {kind} {check.__name__[15:]}", case))
+    for i in range(72):
+        cut, tokens = i % 4 == 3, i % 3 == 2
+        damage = _check_damaged_tokens if tokens else _check_damaged_checkpoint
+        name = (
+            f"{i}: a {'cut' if cut else 'flipped bit'} in {'tokens' if tokens else 'a checkpoint'}"
+        )
+        check = functools.partial(damage, random.Random(f"{seed} {i}"), cut)
+        result.append(Case("damaged runs", name, check))
     return result
 
 

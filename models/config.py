@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import numbers
 import typing
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -121,8 +122,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
         for name in ("norm_eps", "rope_theta", "swiglu_alpha", "swiglu_limit"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")

@@ -14,7 +14,7 @@ from models.checkpoints.tensors import Tensors
 from models.config import DecoderConfig
 from models.presets import FAMILIES
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 _COMPARED = 2**24  # numbers of the head and the embedding that are compared at once
 
 
@@ -24,10 +24,10 @@ def prefix_of(names: Names, tensors: Tensors) -> str:
     return names.prefix if any(name.startswith(names.prefix) for name in tensors.shapes) else ""
 
 
-def not_parameters(config: DecoderConfig) -> tuple[str, ...]:
-    """Endings of tensors that a checkpoint may have besides the model's parameters."""
+def is_parameter(config: DecoderConfig, name: str) -> bool:
+    """Whether a tensor is a parameter, not a buffer, nor a head that is the embedding."""
     names: Names = FAMILIES[config.family].NAMES
-    return (*names.ignored, names.head.name) if config.tied else names.ignored
+    return not (f".{name}".endswith(names.ignored) or (config.tied and name == names.head.name))
 
 
 def compare_counts(
@@ -101,16 +101,12 @@ def check_tensors(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors
                 f"{tensors.where(name)}: {name!r} is {tensors.shapes[name]}, config.json asks for "
                 f"{shape}"
             )
-        if tensors.dtypes[name].name not in _FLOATS:
+        if tensors.dtypes[name].name not in FLOATS:
             raise ValueError(
                 f"{tensors.where(name)}: {name!r} is {tensors.dtypes[name]}, not one of "
-                f"{', '.join(_FLOATS)}; quantized weights are read in MXFP4 and from GGUF only"
+                f"{', '.join(FLOATS)}; quantized weights are read in MXFP4 and from GGUF only"
             )
-    extra = [
-        name
-        for name in tensors.shapes
-        if name not in wanted and not name.endswith(not_parameters(config))
-    ]
+    extra = [name for name in tensors.shapes if name not in wanted and is_parameter(config, name)]
     if extra:
         raise ValueError(
             f"{tensors.where(extra[0])}: {_some(extra)} not used by the model of config.json"

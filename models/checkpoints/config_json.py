@@ -141,12 +141,11 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
       ValueError: the kind of scaling is unknown, a number of it is missing or out of range, or only
         part of a head is rotated.
     """
+    for style in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields.get(style), dict | None):
+            raise ValueError(f"{style}={shown(fields[style])} is not an object")
     style = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    values = fields.get(style)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{style}={shown(values)} is not an object")
+    values = fields.get(style) or {}
     try:
         return _rope(values, fields, theta)
     except ValueError as error:

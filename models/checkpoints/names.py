@@ -56,7 +56,7 @@ LLAMA = Names(
     },
     top={"embedding": Slot("embed_tokens.weight"), "norm/scale": Slot("norm.weight")},
     head=Slot("lm_head.weight", "out_in"),
-    ignored=("rotary_emb.inv_freq",),
+    ignored=(".rotary_emb.inv_freq",),
 )
 
 QWEN3_MOE = dataclasses.replace(
@@ -131,5 +131,5 @@ GPT2 = Names(
         "norm/bias": Slot("ln_f.bias"),
     },
     head=Slot("lm_head.weight", "out_in"),
-    ignored=("attn.bias", "attn.masked_bias"),
+    ignored=(".attn.bias", ".attn.masked_bias"),
 )

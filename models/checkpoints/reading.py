@@ -19,10 +19,11 @@ from flax import nnx
 
 from models.checkpoints import slots
 from models.checkpoints.comparison import (
+    FLOATS,
     check_head,
     check_tensors,
     compare_counts,
-    not_parameters,
+    is_parameter,
     prefix_of,
 )
 from models.checkpoints.hub import find
@@ -126,7 +127,7 @@ def _open_gguf(file: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
 def _open_folder(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
     fields = read_fields(path)
     quantization = fields.get("quantization_config")
-    if quantization:
+    if quantization not in (None, {}):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method != "mxfp4":
             raise ValueError(
@@ -144,8 +145,18 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
     """
     file = folder / _CONFIG
     if not file.exists():
-        raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no {_CONFIG}{_what_instead(folder)}"
+        )
     return read_json(file, _MOST_CONFIG)
+
+
+def _what_instead(folder: pathlib.Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return "; it is an adapter: merge it into its model (peft's merge_and_unload) and save that"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"; of a GGUF file, give the path: {files[0]}"
+    return ""
 
 
 def read(
@@ -201,7 +212,7 @@ def stored_dtype(config: DecoderConfig, tensors: Tensors) -> np.dtype:
     dtypes = [
         np.dtype(np.float32) if dtype == np.float64 else dtype
         for name, dtype in tensors.dtypes.items()
-        if not name.endswith(not_parameters(config)) and jnp.issubdtype(dtype, jnp.floating)
+        if is_parameter(config, name) and dtype.name in FLOATS
     ]
     return np.dtype(functools.reduce(jnp.promote_types, dtypes) if dtypes else np.float32)
 
@@ -211,7 +222,8 @@ def _default_dtype(config: DecoderConfig, tensors: Tensors) -> jax.typing.DTypeL
         return jnp.float32
     names: Names = FAMILIES[config.family].NAMES
     name = prefix_of(names, tensors) + names.top["embedding"].name
-    return tensors.dtypes.get(name, np.dtype(np.float32))
+    dtype = tensors.dtypes.get(name, np.dtype(np.float32))
+    return dtype if dtype.name in ("float16", "bfloat16") else jnp.float32
 
 
 def _read_parameter(

@@ -15,7 +15,7 @@ from flax import nnx
 
 import models
 from models.__main__ import main
-from models.checkpoints import mxfp4, tensors
+from models.checkpoints import comparison, mxfp4, tensors
 from models.checkpoints.saving import check_savable
 from models.presets import PRESETS
 
@@ -239,7 +239,7 @@ def test_buffers_do_not_widen_what_is_converted(name, tmp_path):
     source = tensors.open_folder(tmp_path / "b")
     buffers = {
         "llama3": "model.layers.0.self_attn.rotary_emb.inv_freq",
-        "gpt2": "transformer.h.0.attn.masked_bias",
+        "gpt2": "transformer.h.0.attn.bias",
     }
     values = {key: source.read(key, (slice(None),)).copy() for key in source.shapes}
     values[buffers[name]] = np.ones(8, np.float32)
@@ -249,6 +249,14 @@ def test_buffers_do_not_widen_what_is_converted(name, tmp_path):
     written = tensors.open_folder(tmp_path / "c")
     assert {dtype.name for dtype in written.dtypes.values()} == {"bfloat16"}
     assert same(models.load(tmp_path / "c", jnp.bfloat16), low)
+
+
+def test_a_parameter_whose_name_ends_like_a_buffer_s_counts():
+    config = models.find_preset("gpt2-124m")
+    assert not comparison.is_parameter(config, "h.0.attn.bias")
+    assert comparison.is_parameter(config, "transformer.h.0.attn.c_attn.bias")
+    assert comparison.is_parameter(config, "transformer.lm_head.weight")
+    assert not comparison.is_parameter(models.find_preset("nano"), "rotary_emb.inv_freq")
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -292,6 +300,12 @@ def test_a_config_that_does_not_fit_is_refused(fields, message, tmp_path):
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint: it has no config.json"):
         models.load(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match="of a GGUF file, give the path: .*x.gguf"):
+        models.load(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="it is an adapter: merge it into its model"):
+        models.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(ValueError, match=r"is not a checkpoint: it has no \*.safetensors"):
         models.load(tmp_path)
@@ -315,6 +329,7 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
     ("content", "message"),
     [
         (b"", "is not safetensors, or is truncated"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS; fetch"),
         (header({}, length=2**63), "its header claims 9223372036854775808"),
         (header({}, length=300), "its header claims 300"),
         (header(b"{]"), "its header is not valid"),

@@ -7,13 +7,14 @@ Nonsymmetric Linear Systems", 1992.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator, Scalar
+from wsekern.solvers.fields import Fields, Operator, Power, Scalar
 from wsekern.solvers.solution import (
     ABSOLUTE,
     BREAKDOWN,
@@ -78,22 +79,36 @@ def bicgstab(
     return solve("bicgstab", operator, b, x0, _begin, step, limits, symmetric=False)
 
 
-def _begin(r: Fields) -> tuple[Any, Scalar]:
-    return _restart(r), jnp.zeros_like(fields.dot(r, r))
+class _Carry(NamedTuple):
+    shadow: Fields  # the first residual
+    p: Fields  # the direction
+    rho: Scalar  # product of the shadow and the residual
+    shadow_square: Scalar
+    r_square: Scalar
+    steepest: Scalar
+    # The operator and the preconditioner may have any scale. What each makes is divided by a power
+    # of two that brings the first such field near 1.
+    operator_power: Power
+    preconditioner_power: Power
 
 
-def _restart(r: Fields) -> tuple[Any, ...]:
-    square = fields.dot(r, r)
-    # The shadow residual, the direction, their product; squares of the shadow and of the residual.
-    return r, r, square, square, square
+def _begin(r: Fields) -> _Carry:
+    square, one = fields.dot(r, r), jnp.zeros((), jnp.int32)
+    return _Carry(r, r, square, square, square, jnp.zeros_like(square), one, one)
 
 
 def _step(
-    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: tuple[Any, Scalar]
-) -> tuple[Fields, Fields, tuple[Any, Scalar], Reason]:
-    (shadow, p, rho, shadow_square, r_square), steepest = carry
+    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
+) -> tuple[Fields, Fields, _Carry, Reason]:
+    shadow, p, rho, shadow_square, r_square, steepest, *powers = carry
+    # The steepest slope is 0 before the first step only.
+    first = steepest == 0
     y = precondition(p)
+    y_power = lax.cond(first, lambda: fields.exponent(y), lambda: powers[1])
+    y = fields.times_power(y, -y_power)
     v = matvec(y)
+    power = lax.cond(first, lambda: fields.exponent(v), lambda: powers[0])
+    v = fields.times_power(v, -power)
     slope = fields.norm(v) / fields.norm(y)
     steepest = jnp.maximum(steepest, slope)
     shadow_v = fields.dot(shadow, v)
@@ -102,11 +117,12 @@ def _step(
     stuck = jnp.abs(shadow_v) <= orthogonal * fields.norm(v)
     alpha = jnp.where(stuck, 0, _ratio(rho, shadow_v))
     s = fields.plus(r, -alpha, v)
-    z = precondition(s)
-    t = matvec(z)
+    z = fields.times_power(precondition(s), -y_power)
+    t = fields.times_power(matvec(z), -power)
     tt = fields.dot(t, t)
     omega = _ratio(fields.dot(t, s), tt)
-    x = fields.plus(fields.plus(x, alpha, y), omega, z)
+    x = fields.plus(x, fields.times_power(alpha, -power), y)
+    x = fields.plus(x, fields.times_power(omega, -power), z)
     r = fields.plus(s, -omega, t)
     rho_new = fields.dot(shadow, r)
     beta = _ratio(rho_new, rho) * _ratio(alpha, omega)
@@ -114,11 +130,14 @@ def _step(
     lost = stuck | (jnp.abs(rho_new) <= orthogonal * fields.norm(r))
     # Where rho is the residual's square the method has just begun anew: no direction is better.
     broke = stuck & (rho == r_square)
-    continued = (shadow, p, rho_new, shadow_square, fields.dot(r, r))
-    carried = jax.tree.map(lambda a, b: jnp.where(lost, a, b), _restart(r), continued)
+    r_square_new = fields.dot(r, r)
+    state = steepest, power, y_power
+    continued = _Carry(shadow, p, rho_new, shadow_square, r_square_new, *state)
+    anew = _Carry(r, r, r_square_new, r_square_new, r_square_new, *state)
+    carried = jax.tree.map(lambda a, b: jnp.where(lost, a, b), anew, continued)
     why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, GOES_ON)
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, why)
-    return x, r, (carried, steepest), why
+    return x, r, carried, why
 
 
 def _ratio(a: Scalar, b: Scalar) -> Scalar:

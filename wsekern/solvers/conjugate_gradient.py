@@ -6,12 +6,13 @@ M. R. Hestenes and E. Stiefel, "Methods of Conjugate Gradients for Solving Linea
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator
+from wsekern.solvers.fields import Fields, Operator, Power, Scalar
 from wsekern.solvers.solution import (
     ABSOLUTE,
     BREAKDOWN,
@@ -78,17 +79,33 @@ def cg(
     return solve("cg", operator, b, x0, begin, step, limits, symmetric=True)
 
 
-def _begin(precondition: Operator, r: Fields) -> tuple[Any, ...]:
+class _Carry(NamedTuple):
+    p: Fields  # the direction
+    rz: Scalar  # product of the residual and the preconditioned one
+    sign: Scalar  # of the first curvature
+    steepest: Scalar
+    # The operator and the preconditioner may have any scale. What each makes is divided by a power
+    # of two that brings the first such field near 1.
+    operator_power: Power
+    preconditioner_power: Power
+
+
+def _begin(precondition: Operator, r: Fields) -> _Carry:
     z = precondition(r)
+    power = fields.exponent(z)
+    z = fields.times_power(z, -power)
     rz = fields.dot(r, z)
-    return z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz)
+    return _Carry(z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz), jnp.zeros_like(power), power)
 
 
 def _step(
-    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: tuple[Any, ...]
-) -> tuple[Fields, Fields, tuple[Any, ...], Reason]:
-    p, rz, sign, steepest = carry
+    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
+) -> tuple[Fields, Fields, _Carry, Reason]:
+    p, rz, sign, steepest, power, precondition_power = carry
     ap = matvec(p)
+    # The steepest slope is 0 before the first step only.
+    power = lax.cond(steepest == 0, lambda: fields.exponent(ap), lambda: power)
+    ap = fields.times_power(ap, -power)
     # With a negative definite preconditioner rz is negative too: the sign makes both cases one.
     curvature = fields.dot(p, ap) * jnp.sign(rz)
     # Definite operators keep the sign of the first curvature; one that changes it is indefinite.
@@ -100,9 +117,11 @@ def _step(
     # A flat direction lies in the null space of a singular operator.
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, BREAKDOWN)
     alpha = jnp.where(broke, 0, jnp.abs(rz) / jnp.where(broke, 1, curvature))
-    x, r = fields.plus(x, alpha, p), fields.plus(r, -alpha, ap)
-    z = precondition(r)
+    x = fields.plus(x, fields.times_power(alpha, -power), p)
+    r = fields.plus(r, -alpha, ap)
+    z = fields.times_power(precondition(r), -precondition_power)
     rz_new = fields.dot(r, z)
     beta = jnp.where(broke, 0, rz_new / jnp.where(broke, 1, rz))
     p = fields.plus(z, beta, p)
-    return x, r, (p, rz_new, sign, steepest), jnp.where(broke, why, GOES_ON)
+    carry = _Carry(p, rz_new, sign, steepest, power, precondition_power)
+    return x, r, carry, jnp.where(broke, why, GOES_ON)

@@ -1,17 +1,24 @@
-"""Arithmetic on pytrees of fields, with inner products summed in float32 or more."""
+"""Arithmetic on pytrees of fields, with inner products summed in float32 or more.
+
+A square overflows or vanishes where the number itself is far from either: in float32 outside 1e-19
+to 1e19. So what is squared is first multiplied by a power of two, which rounds nothing.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Fields = Any  # a field, or a pytree of fields
 Operator = Callable[[Fields], Fields]
 Scalar = Float[Array, ""]
+Power = Int[Array, ""]  # of two
 
 
 def dot(a: Fields, b: Fields) -> Scalar:
@@ -25,8 +32,39 @@ def dot(a: Fields, b: Fields) -> Scalar:
 
 
 def norm(a: Fields) -> Scalar:
-    """The root of the sum of squares over all fields."""
+    """The root of the sum of squares over all fields, whose squares must be in range."""
     return jnp.sqrt(dot(a, a))
+
+
+def mean_size(a: Fields) -> Scalar:
+    """The root of the mean square over all fields: of any numbers, as they are."""
+    power = exponent(a)
+    return times_power(norm(times_power(a, -power)) / math.sqrt(cells(a)), power)
+
+
+def cells(a: Fields) -> int:
+    """How many numbers all fields have."""
+    return sum(leaf.size for leaf in jax.tree.leaves(a))
+
+
+def exponent(a: Fields) -> Power:
+    """The power of two above the largest number of all fields; 0 if that is 0 or not finite."""
+    largest = functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(x)).astype(sum_dtype(x)) for x in jax.tree.leaves(a)]
+    )
+    return jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+
+
+def times_power(a: Fields, power: Power) -> Fields:
+    """`a * 2**power`, in the dtypes of `a`: exact where the result is in their range."""
+
+    # In two steps: the power itself may leave the range where the result does not.
+    def scale(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        one = jnp.ones((), sum_dtype(x))
+        halves = jnp.ldexp(one, power // 2), jnp.ldexp(one, power - power // 2)
+        return (x.astype(one.dtype) * halves[0] * halves[1]).astype(x.dtype)
+
+    return jax.tree.map(scale, a)
 
 
 def plus(a: Fields, scale: Scalar | float, b: Fields) -> Fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator, Scalar
+from wsekern.solvers.fields import Fields, Operator, Power, Scalar
 from wsekern.wafer.keywords import Requirement
 
 # Why a solver stopped. Inside jit the reason is a number, a place in this list.
@@ -60,7 +61,7 @@ Step = Callable[[Operator, Fields, Fields, Any], tuple[Fields, Fields, Any, Reas
 class Solution(NamedTuple):
     """The result of a solver; a pytree, so that it may leave a jit."""
 
-    x: Fields
+    x: Fields  # NaN where b, or b - A x0, holds NaN or an infinity
     iterations: jax.Array  # int32
     residuals: jax.Array  # norms of b - A x as the method has them, one an iteration; NaN beyond
     residual: jax.Array  # the norm of b - A x, computed anew at the end
@@ -96,6 +97,9 @@ def solve(
 
     The derivative is another solve, with the operator or its transpose: no iteration is kept.
 
+    The system is solved for b times a power of two, so that no norm over- or underflows; the same
+    holds for a derivative's right side. Tolerances and results are in the caller's units.
+
     Args:
       method: its name, for messages.
       operator: linear.
@@ -108,27 +112,82 @@ def solve(
       symmetric: whether the transpose is the operator itself.
     """
     fields.check(method, operator, b, x0)
-    r0, relative = b, jnp.float32(limits.tolerance)
-    if x0 is not None:
-        r0 = fields.minus(b, operator(x0))
-        # The tolerance is relative to b, but what is solved for is the correction of x0, from a
-        # residual that may be far smaller than b, or zero.
-        left = lax.stop_gradient(fields.norm(r0))
-        norm_of_b = lax.stop_gradient(fields.norm(b))
-        relative = limits.tolerance * norm_of_b / jnp.where(left == 0, 1, left)
+    b = jax.tree.map(jnp.asarray, b)
+    if x0 is None:
+        right: _System = b, None
+    else:
+        # What is solved for is the correction of x0, whose right side may be far smaller than b.
+        size = lax.stop_gradient(fields.mean_size(b))
+        right = fields.minus(b, operator(x0)), jnp.stack([jnp.ones_like(size), size])
 
-    def run(matvec: Operator, b: Fields) -> tuple[Fields, tuple[Any, ...]]:
-        target = jnp.maximum(relative * fields.norm(b), limits.absolute)
-        state = _iterate(matvec, b, begin, step, target, limits.max_iterations)
-        return state.x, _judge(state, matvec, b, target)
+    def run(matvec: Callable[[_System], _System], right: _System) -> tuple[_System, tuple]:
+        b, reference = right
+        x, results = _solve_scaled(
+            lambda x: matvec((x, reference))[0], b, reference, begin, step, limits
+        )
+        return (x, reference), results
+
+    matvec = lambda x: (operator(x[0]), x[1])  # noqa: E731
 
     # Jitted: a loop outside jit does not learn from fields on Explicit axes where it has to run.
     @jax.jit
-    def solve_for(r0: Fields) -> tuple[Fields, tuple[Any, ...]]:
-        return lax.custom_linear_solve(operator, r0, run, run, symmetric=symmetric, has_aux=True)
+    def solve_for(right: _System) -> tuple[_System, tuple]:
+        return lax.custom_linear_solve(matvec, right, run, run, symmetric=symmetric, has_aux=True)
 
-    x, results = solve_for(r0)
-    return Solution(x if x0 is None else fields.plus(x0, 1, x), *results)
+    (x, _), results = solve_for(_instantiate_tangents(right))
+    if x0 is not None:
+        x = fields.plus(x0, 1, x)
+    return Solution(x, *results)
+
+
+# A right side or a solution. Where x0 is given also `[1, root mean square of b]`, to which the
+# tolerance is relative; of a derivative's right side these are zeros.
+_System = tuple[Fields, Float[Array, "2"] | None]
+
+
+@jax.custom_jvp
+def _instantiate_tangents(right: _System) -> _System:
+    """`right`; if any part of it has a tangent, all parts have one.
+
+    `custom_linear_solve` fails on parts without one, in jax 0.10 to 0.12.
+    """
+    return right
+
+
+@_instantiate_tangents.defjvp
+def _instantiate_tangents_jvp(
+    primals: tuple[_System], tangents: tuple[_System]
+) -> tuple[_System, _System]:
+    # Zeros by themselves would be no tangent again: these are computed from the others.
+    zero = sum(jnp.sum(0 * leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tangents[0]))
+    return primals[0], jax.tree.map(lambda t: t + jnp.asarray(zero, t.dtype), tangents[0])
+
+
+def _solve_scaled(
+    matvec: Operator,
+    b: Fields,
+    reference: Float[Array, "2"] | None,
+    begin: Begin,
+    step: Step,
+    limits: Limits,
+) -> tuple[Fields, tuple[Any, ...]]:
+    """x, and the other fields of a solution; b's largest number is between 1/2 and 1 meanwhile."""
+    power = fields.exponent(b)
+    scaled = fields.times_power(b, -power)
+    size = fields.norm(scaled)
+    relative = size
+    if reference is not None:
+        of_b = fields.times_power(reference[1], -power) * math.sqrt(fields.cells(b))
+        relative = jnp.where(reference[0] == 0, size, of_b)
+    # Without a tolerance not even an infinite size is small enough.
+    relative = limits.tolerance * relative if limits.tolerance else jnp.zeros_like(size)
+    absolute = fields.times_power(jnp.asarray(limits.absolute, size.dtype), -power)
+    target = jnp.maximum(relative, absolute)
+    state = _iterate(matvec, scaled, begin, step, target, limits.max_iterations)
+    # Zeros would look like a solution, and a gradient cannot say that it is none.
+    known = jnp.isfinite(size)
+    x = jax.tree.map(lambda x: jnp.where(known, x, jnp.nan), fields.times_power(state.x, power))
+    return x, _judge(state, matvec, b, x, power, target)
 
 
 class _LoopState(NamedTuple):
@@ -147,8 +206,9 @@ def _iterate(
     x, r, size = jax.tree.map(jnp.zeros_like, b), b, fields.norm(b)
     # A loop has no history of unknown length: room for all iterations, NaN where none was taken.
     residuals = jnp.full(most + 1, jnp.nan, size.dtype).at[0].set(size)
-    finite = jnp.where(jnp.isfinite(size), GOES_ON, NOT_FINITE)
-    reason = jnp.where(size <= target, CONVERGED, finite).astype(jnp.int32)
+    # Finite before small: a target may be infinite too.
+    reason = jnp.where(size <= target, CONVERGED, GOES_ON)
+    reason = jnp.where(jnp.isfinite(size), reason, NOT_FINITE).astype(jnp.int32)
     first = _LoopState(x, r, begin(r), jnp.int32(0), residuals, size, reason)
 
     def body(s: _LoopState) -> _LoopState:
@@ -177,17 +237,28 @@ def _iterate(
 
 
 def _judge(
-    s: _LoopState, matvec: Operator, b: Fields, target: Scalar
+    s: _LoopState, matvec: Operator, b: Fields, x: Fields, power: Power, target: Scalar
 ) -> tuple[Int[Array, ""], Float[Array, " iterations"], Scalar, Bool[Array, ""], Reason]:
-    """The fields of a solution other than x, by the true residual of x."""
+    """The fields of a solution other than x, by the true residual of x.
+
+    Args:
+      s: the end of the loop, for b times 2**-power.
+      matvec: the operator or its transpose.
+      b: the right side in the caller's units, as x.
+      x: what is judged. Where its units are beyond its dtype, it is not what the loop found.
+      power: of two.
+      target: of the residual, for b times 2**-power.
+    """
     # Computed anew: the loop's last residual may have drifted.
-    r = fields.minus(b, matvec(s.x))
+    r = fields.times_power(fields.minus(b, matvec(x)), -power)
     size = fields.norm(r)
-    converged = size <= target
+    converged = jnp.isfinite(size) & (size <= target)
     # A singular system with a solution: what is left of the residual is rounding.
-    rounding = size <= jnp.sqrt(jnp.finfo(size.dtype).eps) * fields.norm(b)
+    rounding = size <= jnp.sqrt(jnp.finfo(size.dtype).eps) * s.residuals[0]
     reason = jnp.where((s.reason == INCONSISTENT) & rounding, STAGNATED, s.reason)
     # Whoever said converged is overruled by the true residual.
     reason = jnp.where(reason == CONVERGED, STAGNATED, reason)
+    reason = jnp.where(jnp.isfinite(size), reason, NOT_FINITE)
     reason = jnp.where(converged, CONVERGED, reason).astype(jnp.int32)
-    return s.k, s.residuals, size, converged, reason
+    residuals, size = fields.times_power((s.residuals, size), power)
+    return s.k, residuals, size, converged, reason

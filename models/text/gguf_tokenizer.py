@@ -232,16 +232,17 @@ def _frame(
     """
     from tokenizers import processors
 
-    parts, used = ["$A"], dict[str, int]()
+    # Pairs, as a bare text would be searched for the number after a colon.
+    parts, used = [("$A", 0)], dict[str, int]()
     for end, asked in (("bos", begins), ("eos", False)):
-        if not header.flag(f"{_ROOT}add_{end}_token", asked):
-            continue
         name = f"{end}_token_id"
+        if not header.flag(f"{_ROOT}add_{end}_token", asked and name in special):
+            continue
         if name not in special:
             raise header.error(f"{_ROOT}{name}", "")
         token = tokens[special[name]]
         used[token] = special[name]
-        parts = [token, *parts] if end == "bos" else [*parts, token]
+        parts = [(token, 0), *parts] if end == "bos" else [*parts, (token, 0)]
     if used:
         inner.post_processor = processors.TemplateProcessing(
             single=parts, special_tokens=list(used.items())

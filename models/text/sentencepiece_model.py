@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 _SPACE = "▁"  # how SentencePiece writes a space
+# Squares of the lengths of all pieces: finding the two pieces that each merges takes as long. The
+# largest vocabularies have 30 million.
+_MOST_WORK = 200_000_000
 
 
 class Kind(enum.IntEnum):
@@ -152,6 +155,12 @@ def _unigram(model: SentencePieceModel) -> Any:
 def _byte_pairs(model: SentencePieceModel) -> Any:
     from tokenizers.models import BPE
 
+    work = sum(len(piece) ** 2 for piece in model.pieces)
+    if work > _MOST_WORK:
+        longest = max(map(len, model.pieces))
+        raise ValueError(
+            f"{len(model.pieces):,} pieces of up to {longest:,} characters split into too many"
+        )
     vocab = {piece: number for number, piece in enumerate(model.pieces)}
     # A piece is the merge of any two pieces that it splits into; the highest score merges first.
     normal = {

@@ -85,6 +85,18 @@ def test_texts_begin_with_a_token_where_the_file_or_the_pre_tokenizer_says_so(
         assert tokenizer.encode("ab", special=False) == [256]
 
 
+def test_a_text_begins_with_nothing_where_there_is_no_such_token(tmp_path):
+    tokenizer = load_tokenizer(byte_level(tmp_path / "a.gguf", LLAMA_3, pre="falcon3"))
+    assert tokenizer.encode("ab") == [256]
+
+
+def test_the_token_that_begins_a_text_may_be_spelled_with_a_colon(tmp_path):
+    special = [("<|a:bos|>", CONTROL), ("<b:0>", CONTROL)]
+    fields = {"bos_token_id": 257, "eos_token_id": 258, "add_eos_token": True}
+    tokenizer = load_tokenizer(byte_level(tmp_path / "a.gguf", special, **fields))
+    assert tokenizer.encode("ab") == [257, 256, 258]
+
+
 @pytest.mark.parametrize(
     ("special", "fields", "ends"),
     [
@@ -178,6 +190,9 @@ def test_refuses_lists_that_do_not_fit(tmp_path):
         )
     with pytest.raises(ValueError, match="token_type has 1 items, 2 are needed"):
         load_tokenizer(write(tmp_path / "a.gguf", "llama", ["a", "b"], [NORMAL]))
+    long = [("a" * 20_000 + str(i), NORMAL) for i in range(30)]
+    with pytest.raises(ValueError, match="a.gguf.*294 pieces of up to 20,002 characters split"):
+        load_tokenizer(pieces(tmp_path / "a.gguf", long))
     with pytest.raises(ValueError, match=r"scores\[0\]=nan is not finite"):
         load_tokenizer(pieces(tmp_path / "a.gguf", scores=[float("nan"), *[0.0] * 263]))
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wsekern.closed_pipe import end_on_closed_pipe
+from wsekern.estimator.pictures.output import check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +33,22 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"benchmarks: {name!r} is not one of {', '.join(known)}{hint}", file=sys.stderr)
         return 2
+    try:
+        _check_json(flags)
+    except OSError as error:
+        print(f"benchmarks: --json: {error}", file=sys.stderr)
+        return 2
     with end_on_closed_pipe():
         importlib.import_module(f"benchmarks.{name}").main(flags)
     return 0
+
+
+def _check_json(flags: list[str]) -> None:
+    """Raises OSError before anything is timed if the file of `--json` could not be written."""
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        name, equals, path = flag.partition("=")
+        if name == "--json":
+            check_writable(path if equals else value)
 
 
 def _summaries() -> dict[str, str]:

@@ -77,6 +77,12 @@ def test_unknown_benchmark_is_refused_with_a_suggestion(capsys):
     assert "did you mean 'matmul'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--json", "nowhere/x.json"], ["--json=nowhere/x.json"]])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(flags, capsys):
+    assert main(["stencil", *flags]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_help_does_not_import_jax():
     program = (
         "import sys; from benchmarks.__main__ import main\n"

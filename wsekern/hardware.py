@@ -121,6 +121,13 @@ class Accelerator:
     cache_bytes: int = 0  # shared by the chip's cores; data that stay in it are not read again
     launch_seconds: float = 0.0  # what each kernel takes beside the time it runs
 
+    def memory_traffic(self, data: float, launches: int) -> float:
+        """Bytes that cross the memory if each of `launches` kernels reads and writes `data` bytes.
+
+        Between launches the data stay in the cache, if it holds them.
+        """
+        return data * launches if data > self.cache_bytes else data
+
 
 # Grids are as published, "750 x 994", taken as height x width. The vendor's tools count columns
 # first, so that their west is this library's north. A program may lie on the wafer either way.

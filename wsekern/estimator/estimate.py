@@ -130,8 +130,7 @@ def _roofline_seconds(
     for chip in ACCELERATORS:
         compute = flops["float16"] / chip.bfloat16_flops
         compute += flops["float32"] / (chip.float32_flops or chip.bfloat16_flops)
-        passes = launches if host_bytes > chip.cache_bytes else 1
-        memory = passes * host_bytes / chip.memory_bytes_per_second
+        memory = chip.memory_traffic(host_bytes, launches) / chip.memory_bytes_per_second
         seconds[chip.name] = max(compute, memory) + launches * chip.launch_seconds
     return seconds
 

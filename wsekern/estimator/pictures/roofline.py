@@ -140,7 +140,7 @@ def points(
         for chip in accelerators:
             seconds = e.accelerators.get(chip.name)
             if seconds:
-                intensity = e.flops / max(e.host_bytes, 1.0)
+                intensity = e.flops / max(chip.memory_traffic(e.host_bytes, e.launches), 1.0)
                 program_points.append(
                     RooflinePoint(chip.name, name, intensity, e.flops / seconds, False)
                 )

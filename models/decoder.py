@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 import wsekern as wk
@@ -19,6 +20,7 @@ from models.config import DecoderConfig, LayerKind
 from models.layers import Block, Norm, Sequence
 from models.stack import scan, stack, unstack
 from sharding.state import named_leaves
+from wsekern.wafer.axes import COLS, ROWS
 
 
 class Decoder(nnx.Module):
@@ -151,7 +153,11 @@ class Decoder(nnx.Module):
         x = wk.embedding(tokens, self.embedding[...].astype(self.dtype))
         if self.positions is None:
             return x
-        learned = self.positions[...].astype(self.dtype)[sequence.positions]
+        table, positions = self.positions[...].astype(self.dtype), sequence.positions
+        rows = wk.layout.tiled(positions.ndim, ROWS)
+        learned = wk.layout.tilewise(
+            _take_rows, table, positions, in_specs=(P(None, COLS), rows), out_specs=P(*rows, COLS)
+        )
         return x + (learned if learned.ndim == 3 else learned[None])
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -238,6 +244,10 @@ def make_sequence(
         segment_ids=None if segment_ids is None else jnp.asarray(segment_ids),
         bias=bias,
     )
+
+
+def _take_rows(table: Float[Array, "C D"], rows: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+    return table[rows]
 
 
 class _Period(nnx.Module):

@@ -326,7 +326,6 @@ def _slide(
 ) -> Int[Array, "B L"]:
     """`texts` with `new_tokens` more; each takes a pass over as much as the context holds."""
     window = nnx.merge(graph, params).config.context
-    rows = jnp.arange(texts.tokens.shape[0])
 
     def extend(state: _Loop) -> _Loop:
         taken, texts = state
@@ -338,7 +337,8 @@ def _slide(
         x, _ = model.hidden(cut(texts.tokens, starts))
         last = jnp.take_along_axis(x, (texts.lengths - 1 - starts)[:, None, None], axis=1)
         new, _, ended = _choose(model, last, texts.lengths, texts.ended, key, ends, sampling)
-        tokens = texts.tokens.at[rows, texts.lengths].set(jnp.where(texts.ended, 0, new))
+        here = jnp.arange(texts.tokens.shape[1])[None] == texts.lengths[:, None]
+        tokens = jnp.where(here, jnp.where(texts.ended, 0, new)[:, None], texts.tokens)
         return taken + 1, Texts(tokens=tokens, lengths=texts.lengths + 1, ended=ended)
 
     def goes_on(state: _Loop) -> Bool[Array, ""]:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import wsekern as wk
 from models.config import DecoderConfig, ExpertsConfig
+from wsekern.wafer.axes import ROWS, WAFERS
 
 
 class SparseFeedForward(nnx.Module):
@@ -48,7 +50,12 @@ class SparseFeedForward(nnx.Module):
         )
         if self.router_bias is not None:
             scores = scores + self.router_bias[...][None, None]
-        chosen, shares = choose_experts(scores, self.experts)
+        chosen, shares = wk.layout.tilewise(
+            functools.partial(choose_experts, experts=self.experts),
+            scores,
+            in_specs=(_SCORES,),
+            out_specs=_SCORES,
+        )
         weights = (self.gate, self.up, self.down)
         biases = tuple(
             bias[...].astype(x.dtype)
@@ -68,6 +75,7 @@ class SparseFeedForward(nnx.Module):
 
 _WEIGHT = ("expert", "in", "out")
 _BIAS = ("expert", "out")
+_SCORES = P(WAFERS, ROWS)  # of every expert, whole in each column of PEs
 
 
 def choose_experts(

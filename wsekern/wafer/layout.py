@@ -7,6 +7,7 @@
 - `crop`: the inverse of `pad`;
 - `resize`: pad or cut one dimension, inside a kernel too;
 - `reshape`, `repeat`: split, join or repeat dimensions that lie along an axis of the grid;
+- `tilewise`: a function of one's own, applied by every PE to its own tiles;
 - `parts`: into how many parts a spec divides an array;
 - `as_array`: `jnp.asarray`, at no cost for what is an array already.
 
@@ -16,6 +17,7 @@ dimension, if it has one, lies over the wafers; the other leading dimensions are
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from jaxtyping import Array, Shaped
 
 from wsekern.wafer import context, on_devices
 from wsekern.wafer.axes import COLS, ROWS, WAFERS, axes_of
+from wsekern.wafer.specs import broadcast_specs
 from wsekern.wafer.wafer import Wafer
 
 
@@ -212,12 +215,46 @@ def repeat(
       wafer: the wafer.
     """
     run = functools.partial(jnp.repeat, repeats=repeats, axis=axis)
-    if wafer.mesh is None or wafer.backend == "abstract":
-        return run(array)
+    if wafer.backend == "abstract":
+        return run(array)  # nothing partitions it; an estimate prices a relayout
     whole = P(*(None if d == axis else entry for d, entry in enumerate(spec)))
-    padded = pad(array, whole, wafer)
-    shape = tuple(n * repeats if d == axis else n for d, n in enumerate(array.shape))
-    return crop(wafer.map(run, in_specs=whole, out_specs=whole)(padded), shape, whole, wafer)
+    return tilewise(run, array, in_specs=(whole,), out_specs=whole, wafer=wafer)
+
+
+def tilewise(
+    function: Callable[..., Any],
+    *operands: Shaped[Array, "..."],
+    in_specs: tuple[P, ...],
+    out_specs: Any,
+    wafer: Wafer | None = None,
+) -> Any:
+    """`function(*operands)`, where every PE applies `function` to its own tiles.
+
+    It is `Wafer.map` for sizes that do not divide: operands are padded and results cropped. A
+    look-up in a dimension that is whole on every PE belongs here. Its gradient is a scatter, and
+    where XLA's partitioner splits a scatter along a dimension that does not divide, it adds the
+    padding too: the result is wrong.
+
+    Args:
+      function: of arrays of any size; it computes each tile of its results from the same tile of
+        its operands alone, and it is the same program for equal functions, as for `Wafer.map`.
+      operands: whole arrays.
+      in_specs: how each lies on the wafer.
+      out_specs: how the results lie, a pytree of their structure or a prefix of it.
+      wafer: the wafer; by default the current one.
+    """
+    wafer = context.resolve(wafer)
+    if wafer is None or wafer.mesh is None:
+        return function(*operands)
+    shapes, tree = jax.tree.flatten(jax.eval_shape(function, *operands))
+    padded = [pad(x, spec, wafer) for x, spec in zip(operands, in_specs, strict=True)]
+    results = jax.tree.leaves(wafer.map(function, in_specs=in_specs, out_specs=out_specs)(*padded))
+    specs = broadcast_specs(out_specs, jax.tree.unflatten(tree, shapes), "out_specs")
+    cropped = [
+        crop(result, shape.shape, spec, wafer)
+        for result, shape, spec in zip(results, shapes, specs, strict=True)
+    ]
+    return jax.tree.unflatten(tree, cropped)
 
 
 def _entries(spec: P | None, ndim: int) -> list[Any]:

@@ -215,6 +215,38 @@ def test_repeat_equals_that_of_jax(heads, kind):
     np.testing.assert_array_equal(gradient, np.full_like(array, 3))
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "spread", "virtual"])
+def test_a_look_up_by_tiles_has_the_right_gradient(kind):
+    """Where XLA partitions the scatter of 7 rows over 3 rows of PEs, it adds their padding."""
+    wafer = wafer_of(kind, 3, 2)
+    rng = np.random.default_rng(0)
+    table, rows = rng.normal(size=(4, 5)).astype(np.float32), rng.integers(0, 4, 7)
+    weights = rng.normal(size=(7, 5)).astype(np.float32)
+
+    def weighted(table):
+        specs = (P(None, "x"), P("y"))
+        taken = layout.tilewise(
+            _take,
+            table,
+            rows,
+            in_specs=specs,
+            out_specs=P("y", "x"),
+            wafer=wafer,
+        )
+        return (taken * weights).sum(), taken
+
+    with jax.set_mesh(wafer.device_mesh) if kind == "Explicit" else wafer:
+        (_, taken), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(table)
+    np.testing.assert_array_equal(taken, table[rows])
+    want = np.zeros_like(table)
+    np.add.at(want, rows, weights)
+    np.testing.assert_allclose(gradient, want, rtol=1e-5)
+
+
+def _take(table, rows):
+    return table[rows]
+
+
 def test_an_estimate_charges_a_reshape_only_where_something_moves():
     def split(x):
         return layout.reshape(x, (4, 6, 4), P("y", "x"))

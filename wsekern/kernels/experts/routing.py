@@ -38,7 +38,7 @@ def load_balance_loss(
     probability. It is k where experts are used evenly, and more where they are not. Computed in
     float32; the gradient flows through the probabilities only.
 
-    For T tokens it adds T k ones into E counts, and takes a mean of T E probabilities. If tokens
+    For T tokens it counts T k choices of E experts and takes a mean of T E probabilities. If tokens
     are split over devices, XLA sums E words over them twice, once for each.
 
     Args:
@@ -46,8 +46,10 @@ def load_balance_loss(
       chosen: the k experts of each token.
     """
     E = probabilities.shape[-1]
-    used = jnp.zeros(E, jnp.float32).at[chosen].add(1.0)
-    used = used / (chosen.size // chosen.shape[-1])
+    # Counted by a sum: XLA's partitioner lets a scatter of a dimension that does not divide by the
+    # devices count the padding too.
+    chosen_by = jax.nn.one_hot(chosen, E, dtype=jnp.float32)
+    used = chosen_by.sum(range(chosen.ndim)) / (chosen.size // chosen.shape[-1])
     mean = probabilities.astype(jnp.float32).mean(range(probabilities.ndim - 1))
     return E * (lax.stop_gradient(used) * mean).sum()
 

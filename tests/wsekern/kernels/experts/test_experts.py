@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 
@@ -130,6 +131,25 @@ def test_even_use_has_a_balance_loss_of_k():
     first = jnp.zeros((12, 1), jnp.int32)
     certain = jax.nn.one_hot(first[:, 0], E)
     assert wk.load_balance_loss(certain, first) == pytest.approx(E)
+
+
+def test_a_balance_loss_counts_no_padding(wafer_called):
+    """7 tokens on 3 rows of PEs, as an operation before it has left them: cut from 9."""
+    wafer, spec = wafer_called("3x3"), P(None, "y", None)
+    scores = np.random.default_rng(0).normal(size=(2, 7, E)).astype(np.float32)
+    kernel = wafer.map(lambda scores: 2 * scores, in_specs=spec, out_specs=spec)
+
+    def loss(scores, of_wafer):
+        if of_wafer:
+            scores = wk.layout.pad(scores, spec, wafer, fill=3.0)
+            scores = wk.layout.crop(kernel(scores), (2, 7, E), spec, wafer)
+        else:
+            scores = 2 * scores
+        return wk.load_balance_loss(jax.nn.softmax(scores), jax.lax.top_k(scores, k)[1])
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    for got, want in zip(run(scores, True), run(scores, False), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.refuses

@@ -25,7 +25,7 @@ _ACTIVATIONS = {
 
 _LARGEST = 2**31 - 1  # the largest index of JAX's default integers
 _MOST_LAYERS = 10_000
-_LARGEST_FLOAT = 3.4e38  # of float32
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1.2e-38, 3.4e38  # of float32
 _NEEDED: Any = object()  # the default of a field that must be given
 
 
@@ -77,14 +77,14 @@ def number(
       zero: whether 0 is allowed.
 
     Raises:
-      ValueError: it is not above 0, too large for float32, NaN, no number, or missing without a
-        default.
+      ValueError: it is not above 0, is 0 or infinite in float32, NaN, no number, or missing
+        without a default.
     """
     value = fields.get(name, default)
     if value is _NEEDED:
         raise ValueError(f"has no {name!r}, which the model needs")
-    fits = type(value) in (int, float) and 0 <= value <= _LARGEST_FLOAT  # NaN does not
-    if not fits or not (value or zero):
+    least = 0 if zero else _SMALLEST_FLOAT
+    if type(value) not in (int, float) or not least <= value <= _LARGEST_FLOAT:  # NaN is not
         raise ValueError(f"{name}={shown(value)} is not a number {'from' if zero else 'above'} 0")
     return float(value)
 

@@ -182,9 +182,9 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
     """The arrays in a file's header, each checked against the size of the file."""
     size = file_size(file)
     with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
             raise ValueError(f"{file} is a pointer of Git LFS; fetch the file with `git lfs pull`")
         if size < 8 or length > size - 8:
             raise ValueError(

@@ -51,7 +51,7 @@ def test_a_size_is_a_whole_number(field, folder):
 
 @pytest.mark.parametrize("field", NUMBERS)
 def test_a_number_is_finite_and_above_zero(field, folder):
-    for value in (None, -1e-5, 1e300, *NONSENSE):
+    for value in (None, -1e-5, 1e300, *((0, 1e-300) if field != NUMBERS[-1] else ()), *NONSENSE):
         assert f"{field}={shown(value)}" in refused(folder, LLAMA3 | {field: value})
 
 

@@ -232,18 +232,16 @@ def _frame(
     """
     from tokenizers import processors
 
-    # Pairs, as a bare text would be searched for the number after a colon.
-    parts, used = [("$A", 0)], dict[str, int]()
+    # Under names of our own: in a token's, what follows a colon would be read as a number.
+    parts, used = ["$A"], list[dict[str, Any]]()
     for end, asked in (("bos", begins), ("eos", False)):
         name = f"{end}_token_id"
         if not header.flag(f"{_ROOT}add_{end}_token", asked and name in special):
             continue
         if name not in special:
             raise header.error(f"{_ROOT}{name}", "")
-        token = tokens[special[name]]
-        used[token] = special[name]
-        parts = [(token, 0), *parts] if end == "bos" else [*parts, (token, 0)]
+        number = special[name]
+        used.append({"id": end, "ids": [number], "tokens": [tokens[number]]})
+        parts = [end, *parts] if end == "bos" else [*parts, end]
     if used:
-        inner.post_processor = processors.TemplateProcessing(
-            single=parts, special_tokens=list(used.items())
-        )
+        inner.post_processor = processors.TemplateProcessing(single=parts, special_tokens=used)

@@ -105,14 +105,13 @@ class Checkpoints:
                 )
         return lines
 
-    def check_writable(self, state: Any = None, more_bytes: int = 0) -> None:
+    def check_writable(self, state: Any = None) -> None:
         """Raises if checkpoints cannot be written here; call it before the first step of training.
 
         A new checkpoint is whole before the oldest one goes, so there must be room for `keep` + 1.
 
         Args:
           state: the state to be saved, or its shapes; None: the free space is not checked.
-          more_bytes: what else is written to this disk.
 
         Raises:
           OSError: the folder cannot be written, or the disk has too little room.
@@ -129,13 +128,12 @@ class Checkpoints:
             ) from error
         size = sum(place.nbytes for place in manifest.places(state))
         wanted = self.keep + 1 - min(len(self.steps()), self.keep)
-        needed = wanted * size + more_bytes if size else 0
         free = shutil.disk_usage(self.directory).free
         free += sum(map(_size_of, self.directory.glob(f"*{PARTIAL}")))  # which `clean` removes
-        if free < needed:
+        if free < wanted * size:
             raise OSError(
-                f"keep={self.keep}: {wanted} more checkpoints of {_megabytes(size)}, one more than "
-                f"are kept, and the model need {_megabytes(needed)}, but {self.directory} has "
+                f"keep={self.keep} needs room for {self.keep + 1} checkpoints, "
+                f"{_megabytes(wanted * size)} more than they take now, but {self.directory} has "
                 f"{_megabytes(free)} free; make room, lower --keep or choose another --out"
             )
 

@@ -251,6 +251,16 @@ def load_config(path: str | pathlib.Path) -> TrainingConfig:
         raise ValueError(f"config={str(path)!r}: {error}") from None
 
 
+def choices_of_losses(config: TrainingConfig) -> dict[str, Any]:
+    """The fields that decide the losses, by name, as JSON gives them back."""
+    fields = dataclasses.asdict(config)
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in MAY_CHANGE and name not in _OF_THE_CALL
+    }
+
+
 def config_differences(saved: TrainingConfig, now: TrainingConfig) -> list[str]:
     """A line for each field that differs, such as `"seed: 0 was saved, 1 is given"`."""
     return [_difference(name, saved, now) for name in _differing(saved, now)]

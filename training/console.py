@@ -70,6 +70,12 @@ class Console:
     def busy(self, doing: str) -> Iterator[None]:
         """Prints what the `with` block does, and from the third second on how long it has."""
         self.note(doing)
+        with self.waiting(doing):
+            yield
+
+    @contextlib.contextmanager
+    def waiting(self, doing: str) -> Iterator[None]:
+        """Prints what the `with` block does and for how long, from the third second on."""
         with show_progress(doing, cast(TextIO, self._terminal.file)):
             yield
 

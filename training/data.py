@@ -25,6 +25,7 @@ from models.text.characters import save_characters
 from models.text.reading import copy_tokenizer
 from models.text.tokenizer import Tokenizer
 from training.corpus import Document, find_sources, read_documents, read_text, split_documents
+from wsekern.progress import show_progress
 
 Tokens = Literal["bytes", "characters"]
 Pair = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]  # inputs, and the token after each
@@ -130,12 +131,13 @@ def open_corpus(
     folder = home / f"corpus-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     corpus = _open_cached(folder)
     if corpus is None:
-        documents, skipped = read_documents(files, name)
-        parts = split_documents(documents, validation_fraction)
-        alphabet = _alphabet(documents, tokens)
-        about: dict[str, Any] = {"name": name, "skipped": skipped, "alphabet": alphabet}
-        about["vocab"] = _vocab(alphabet, tokenizer)
-        corpus = _store(folder, parts, validation_fraction, about, tokenizer)
+        with show_progress(f"tokenizing {name}"):
+            documents, skipped = read_documents(files, name)
+            parts = split_documents(documents, validation_fraction)
+            alphabet = _alphabet(documents, tokens)
+            about: dict[str, Any] = {"name": name, "skipped": skipped, "alphabet": alphabet}
+            about["vocab"] = _vocab(alphabet, tokenizer)
+            corpus = _store(folder, parts, validation_fraction, about, tokenizer)
     corpus = dataclasses.replace(corpus, tokenizer=tokenizer)
     _check_long_enough(corpus, context)
     return corpus

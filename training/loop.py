@@ -19,12 +19,13 @@ from models.checkpoints.saving import save
 from models.generation import generate
 from sharding.state import logical, logical_shapes
 from training.checkpoint import Checkpoints
+from training.config import choices_of_losses
 from training.console import Console
 from training.data import Corpus, Pair, evaluation_batches, training_batch
 from training.metrics import MetricsLog, loss_curve, read_metrics
 from training.optimizer import learning_rate_schedule
 from training.programs import Programs
-from training.run_folder import LOSS_CURVE, MODEL, SAMPLE, RunFolderGone, RunFolderLock
+from training.run_folder import CONFIG, LOSS_CURVE, MODEL, SAMPLE, RunFolderGone, RunFolderLock
 from training.signals import StopSignals
 from training.step import Metrics, TrainState
 from wsekern.atomic_write import atomic_write
@@ -99,7 +100,8 @@ class TrainingLoop:
         self.rate = jax.jit(learning_rate_schedule(self.config))
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.most_pending = 2
-        self.step, self.state, seconds = self._first_or_saved_state()
+        with console.waiting("restoring the state" if self.config.resume else "making the state"):
+            self.step, self.state, seconds = self._first_or_saved_state()
         self.log = MetricsLog(self.config.run_dir, resume_from=self.step)
         self.loss = self.tokens_per_s = math.nan
         evaluated = [line for line in read_metrics(self.config.run_dir) if "val_loss" in line]
@@ -175,6 +177,18 @@ class TrainingLoop:
             raise ValueError(
                 f"data: the text differs from that of the run in {self.config.run_dir}; give the "
                 "same --data, or start a new run with another --out"
+            )
+        # config.json lies open to editors and to damage; the checkpoint is sure of its numbers.
+        now = choices_of_losses(self.config)
+        changed = [
+            f"{name}={now[name]!r} (the checkpoint was made with {value!r})"
+            for name, value in extra.get("choices", {}).items()
+            if name in now and now[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.config.run_dir / CONFIG} has been changed: {'; '.join(changed)}; set it "
+                "back, or start a new run with another --out"
             )
         self.console.note(f"resumed from step {step}")
         return step, state, extra["seconds"]
@@ -297,7 +311,11 @@ class TrainingLoop:
         if self.step == self.saved_step:
             return
         self._check_state()  # never save one that has diverged
-        extra = {"corpus": self.corpus.fingerprint, "seconds": time.monotonic() - self.began}
+        extra = {
+            "corpus": self.corpus.fingerprint,
+            "seconds": time.monotonic() - self.began,
+            "choices": choices_of_losses(self.config),
+        }
         shapes = logical_shapes(self.state)
         self._report(self.checkpoints.save(self.step, self.state, extra, logical_shapes=shapes))
         self.saved_step = self.step
@@ -340,7 +358,7 @@ class TrainingLoop:
     def _export(self) -> bool:
         """Writes the model as a Hugging Face folder, with its tokenizer; returns whether it did."""
         folder = self.config.run_dir / MODEL
-        with self._report_errors("the model"):
+        with self._report_errors("the model"), self.console.waiting("writing the model"):
             folder.mkdir(exist_ok=True)
             self.corpus.save_tokenizer(folder, self.tokenizer_from)
             save(nnx.merge(self.plan.graph, self.state["params"]), folder)

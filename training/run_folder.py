@@ -15,6 +15,7 @@ CHECKPOINTS = "checkpoints"  # the folder of all steps
 MANIFEST = "manifest.json"  # in a step's folder, written last
 PARTIAL = ".partial"  # suffix of what is being written or removed
 CONFIG = "config.json"
+LOCK = "lock"  # the first file of all
 METRICS = "metrics.jsonl"
 MODEL = "model"
 SAMPLE = "sample.txt"
@@ -56,7 +57,7 @@ def lock_run_folder(run_dir: pathlib.Path) -> Iterator[RunFolderLock]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     # "a+" keeps the content: it names the process that holds the lock.
-    with (run_dir / "lock").open("a+") as file:
+    with (run_dir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -69,7 +70,7 @@ def lock_run_folder(run_dir: pathlib.Path) -> Iterator[RunFolderLock]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-        yield RunFolderLock(run_dir / "lock", file.fileno())
+        yield RunFolderLock(run_dir / LOCK, file.fileno())
 
 
 def step_folders(directory: pathlib.Path) -> list[int]:
@@ -130,8 +131,8 @@ def check_out(run_dir: pathlib.Path) -> None:
             f"out: {run_dir} cannot be written: {nearest} is not writable; mend that or choose "
             "another --out"
         )
-    if (run_dir / CONFIG).exists():
-        return  # `training.config` reads it, and knows whether it is a run's
+    if (run_dir / CONFIG).exists() or (run_dir / LOCK).exists():
+        return  # `training.config` reads the config, and knows whether it is a run's
     others = [name for name in _OUTPUTS if (run_dir / name).exists()]
     if others:
         raise ValueError(

@@ -13,7 +13,6 @@ from jaxtyping import Int
 
 from models.config import DecoderConfig
 from models.text.tokenizer import Tokenizer
-from training import manifest
 from training.checkpoint import Checkpoints
 from training.config import (
     TrainingConfig,
@@ -61,7 +60,7 @@ class Trainer:
         start = find_initial_model(config)
         wafer = make_wafer(config.wafer, config.platform, virtual=config.virtual)
         self.config = config = resolve_config(config, start.context)
-        self._check_run_folder(self.open_checkpoints())
+        changed = self._check_run_folder(self.open_checkpoints())
         self.corpus = open_corpus(
             config.data or None,
             tokens=_token_kind(config, start),
@@ -72,7 +71,8 @@ class Trainer:
         sizes, read = model_sizes(config, self.corpus, start.sizes), start.read_params
         self.start = start
         self.plan = make_plan(config, sizes, wafer, None if read is None else lambda: read(wafer))
-        self._check_room(self.open_checkpoints())
+        if not self._is_finished(changed):
+            self.open_checkpoints().check_writable(self.plan.shapes)
 
     def open_checkpoints(self) -> Checkpoints:
         """The checkpoints of this run; close them, or use them in a `with`."""
@@ -113,11 +113,6 @@ class Trainer:
             )
         return changes
 
-    def _check_room(self, checkpoints: Checkpoints) -> None:
-        """Refuses a folder that cannot be written, or a disk that is too small for this run."""
-        model = sum(leaf.nbytes for leaf in manifest.places(self.plan.shapes["params"]))
-        checkpoints.check_writable(self.plan.shapes, more_bytes=model)
-
     def fit(self) -> RunResult:
         """Trains to the last step or until a signal; saves, evaluates, draws and samples.
 
@@ -136,9 +131,9 @@ class Trainer:
             changed = self._check_run_folder(checkpoints)
             for line in [*checkpoints.clean(), *remove_cut_writes(self.config.run_dir)]:
                 console.note(line)
-            self._check_room(checkpoints)
             if self._is_finished(changed):
                 return self._result_of_finished(console)
+            checkpoints.check_writable(self.plan.shapes)
             with signals.end_at_once("compiling", lambda: bool(checkpoints.steps())):
                 peak = find_peak(self.plan.wafer, self.config.dtype)
                 console.show(header(self.plan, self.corpus, peak))

@@ -68,7 +68,9 @@ MOVED = {
     "models.checkpoints.fields": "models.checkpoints.config_json",
     **_moves("models", "models.families", "gpt2 gpt_oss llama qwen2 qwen3 qwen3_moe"),
     "training.launch": "wsekern.wafer.launch",
-    **_moves("training", "training", "optimiser:optimizer run:loop start:initial_model"),
+    **_moves(
+        "training", "training", "lock:run_folder optimiser:optimizer run:loop start:initial_model"
+    ),
 }
 
 _PRICE = "wsekern.estimator.links.price"

@@ -293,6 +293,16 @@ def test_refuses_before_any_work(config, changes, message):
         Trainer(dataclasses.replace(config, **changes))
 
 
+def test_a_choice_that_is_changed_in_the_saved_file_is_noticed(config):
+    Trainer(dataclasses.replace(config, steps=1)).fit()
+    path = config.run_dir / "config.json"
+    path.write_text(path.read_text().replace('"beta2": 0.99', '"beta2": 0.98'))
+    changed = dataclasses.replace(config, resume=True, steps=2, beta2=0.98)
+    wanted = r"config.json has been changed: beta2=0.98 \(the checkpoint was made with 0.99\)"
+    with pytest.raises(ValueError, match=wanted):
+        Trainer(changed).fit()
+
+
 def test_a_second_run_does_not_overwrite_the_first(config):
     Trainer(dataclasses.replace(config, steps=1)).fit()
     with pytest.raises(ValueError, match="holds a run already"):

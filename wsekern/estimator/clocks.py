@@ -23,7 +23,8 @@ class Event(NamedTuple):
     """What one lane did, from one cycle to another.
 
     A lane is "compute", the links of one direction ("N", "E", "S", "W", "wafer"), or "loop" for
-    trips of a loop that were not walked.
+    trips of a loop that were not walked. What lanes do in such trips is one event a lane, and so is
+    what comes after the first 20,000 events.
     """
 
     lane: str
@@ -31,6 +32,7 @@ class Event(NamedTuple):
     end: float
     name: str
     line: str
+    share: float = 1.0  # of the time from start to end in which the lane is busy
 
 
 class ClocksState(NamedTuple):
@@ -39,6 +41,7 @@ class ClocksState(NamedTuple):
     busy_until: dict[str, float]
     totals: Totals
     events: list[Event]
+    later: dict[str, float]
 
 
 class Clocks:
@@ -51,6 +54,7 @@ class Clocks:
         self.busy_until: dict[str, float] = {"compute": 0.0}  # by lane
         self.totals = Totals()
         self.events: list[Event] = []
+        self._later: dict[str, float] = {}  # cycles by lane, of what has no event of its own
         # No move starts before this cycle, because its buffer is still in use; see Schedule._scan.
         self.earliest_move = 0.0
         self._idle: list[tuple[float, float]] = []  # spans in which the engine had nothing to do
@@ -166,28 +170,53 @@ class Clocks:
         # less than it worked. Those spans are soon full; no trip can be shorter than its work.
         work = self.totals.busy["compute"] - since.busy["compute"]
         advance = advance | {"compute": max(advance["compute"], work)}
+        name = f"{times:,} trips more, each like the last"
         for lane, cycles in advance.items():
-            self.busy_until[lane] += cycles * times
-        if times:
-            name = f"{times:,} trips more, each like the last"
+            begin = self.busy_until[lane]
+            end = self.busy_until[lane] = begin + cycles * times
+            busy = times * (self.totals.busy.get(lane, 0.0) - since.busy.get(lane, 0.0))
+            if busy > 0 and end > begin:
+                self._record(lane, name, line, begin, end, min(1.0, busy / (end - begin)))
+        if times and len(self.events) < _EVENTS:
             self.events.append(Event("loop", walked, self.cycles, name, line))
         self._idle = []
         self.totals.repeat(since, times)
 
     def snapshot(self) -> ClocksState:
         """The state now, for `restore`."""
-        return ClocksState(dict(self.busy_until), self.totals.copy(), list(self.events))
+        return ClocksState(
+            dict(self.busy_until), self.totals.copy(), list(self.events), dict(self._later)
+        )
+
+    def timeline(self) -> list[Event]:
+        """All events; those that were too many as one for each lane, after the others of it."""
+        kept: dict[str, float] = {}
+        for event in self.events:
+            kept[event.lane] = max(kept.get(event.lane, 0.0), event.end)
+        late = []
+        for lane, busy in self._later.items():
+            begin = kept.get(lane, 0.0)
+            share = min(1.0, busy / max(self.cycles - begin, busy))
+            late.append(Event(lane, begin, self.cycles, "too many to show", "", share))
+        return self.events + late
 
     def restore(self, state: ClocksState) -> None:
         """Goes back to `state`, which can be restored again."""
         self.busy_until = dict(state.busy_until)
         self.totals = state.totals.copy()
         self.events = list(state.events)
+        self._later = dict(state.later)
 
     def _occupy(self, lane: str, name: str, line: str, start: float, end: float) -> None:
         self.totals.busy[lane] += end - start
         self._record(lane, name, line, start, end)
 
-    def _record(self, lane: str, name: str, line: str, start: float, end: float) -> None:
-        if len(self.events) < _EVENTS and end > start:
-            self.events.append(Event(lane, start, end, name, line))
+    def _record(
+        self, lane: str, name: str, line: str, start: float, end: float, share: float = 1.0
+    ) -> None:
+        if end <= start:
+            return
+        if len(self.events) < _EVENTS:
+            self.events.append(Event(lane, start, end, name, line, share))
+        else:
+            self._later[lane] = self._later.get(lane, 0.0) + share * (end - start)

@@ -102,7 +102,7 @@ def _result(walk: Schedule, jaxpr: Jaxpr, launches: int) -> Estimate:
         by_operation=tuple(sorted(lines, key=lambda line: -line[-1])),
         unknown=walk.unknown,
         assumed=walk.assumed,
-        events=tuple(walk.clocks.events),
+        events=tuple(walk.clocks.timeline()),
         accelerators=_roofline_seconds(flops, host_bytes, launches),
         launches=launches,
         tiles=tuple(totals.tiles.items()),

@@ -49,7 +49,7 @@ class Estimate:
     unknown: dict[str, str]  # operations whose cost is not known, with their source lines
     # Contractions outside kernels: "dot_general as wk.matmul", with their first source lines.
     assumed: dict[str, str] = dataclasses.field(default_factory=dict)
-    events: tuple[Event, ...]  # the timeline, of those trips of a loop that were walked
+    events: tuple[Event, ...]  # the timeline; of trips that were not walked, one event a lane
     accelerators: dict[str, float]  # seconds at the roofline of one chip, by its name
     launches: int = 1  # kernels of a GPU that `accelerators` charges
     tiles: tuple[tuple[loads.LinkPattern, float], ...] = ()  # words of a tile, by pattern of moves

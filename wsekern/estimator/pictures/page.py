@@ -125,8 +125,8 @@ def assumptions(e: Estimate) -> list[tuple[str, str]]:
          "of the wafer."),
         ("whole arrays", "Outside kernels they are tiled, where that matters: what an operation "
          "reads of other tiles moves."),
-        ("timeline", "A loop is shown until its trips take equally long; one slice stands for the "
-         "others."),
+        ("timeline", "A loop is walked until its trips take equally long; the others are shown as "
+         "busy as the last one."),
         ("energy", "WSE-2: between the power measured at rest and in a stencil run, by how busy "
          "the PEs are. Others: the power of the system."),
         ("host", f"{with_unit(machine.io_bytes_per_second, 'B/s')} of each wafer; its latency is "
@@ -174,8 +174,9 @@ def _pictures(e: Estimate) -> str:
         (lambda: wafer_map.draw_map(load, no_defects, quantities.extent(e), _MAP_INCHES),
          "Words that leave each PE by its busiest link, north at the top."),
         (lambda: views.draw_directions(e), "The same by direction, in the same colors."),
-        (lambda: views.draw_lanes(e), "What one PE's engine and its links do. The file that "
-         "Estimate.timeline writes has the names and the lines."),
+        (lambda: views.draw_lanes(e), "How busy one PE's engine and its links are: a lane is as "
+         "full as it is busy at that time. The file that Estimate.timeline writes has the names "
+         "and the lines."),
         (lambda: roofline.draw_roofline(e), "The program is below its wafer's roof. On chips it "
          "would at best be on their roofs."),
         (lambda: views.draw_longest(e), "Where the cycles go."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = Sequence[tuple[float, float]]
+
+_ROOM = 0.13  # the share of an axis that a label of six digits takes
 
 
 def scaling(
@@ -84,14 +87,27 @@ def draw_scaling(
 
 
 def _ticks(axes: Axes, numbers: list[float]) -> None:
-    """Along x a tick at each number, if there are few; along y round values."""
+    """Along x a tick at each number that has room for its label; along y round values."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
-    if len(numbers) <= 8:
-        axes.set_xticks(numbers, [f"{n:,.0f}" for n in numbers])
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    shown = labeled_numbers(numbers)
+    axes.set_xticks(shown, [f"{n:,.0f}" for n in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def labeled_numbers(numbers: Sequence[float]) -> list[float]:
+    """Those of the rising `numbers` whose labels do not touch on a logarithmic axis.
+
+    The ends have labels; a number between them has one if its neighbors' are far enough.
+    """
+    first, last = numbers[0], numbers[-1]
+    whole = math.log(last / first) if last > first else 1.0
+    shown = [first]
+    for n in numbers[1:]:
+        from_before, to_end = (math.log(a / b) / whole for a, b in ((n, shown[-1]), (last, n)))
+        if from_before >= _ROOM and (to_end >= _ROOM or n == last):
+            shown.append(n)
+    return shown if shown[-1] == last or len(numbers) == 1 else [*shown, last]

@@ -32,8 +32,8 @@ _PID = 1
 def timeline(e: Estimate, path: output.Path) -> None:
     """Writes the timeline of one PE, with a lane for its engine and one for its links each way.
 
-    A loop is drawn until its trips take equally long; one slice in a lane of its own stands for the
-    other trips.
+    A loop is drawn until its trips take equally long. One slice in a lane of its own stands for the
+    other trips, and one in each lane that is busy in them, which says for what share of the time.
 
     Args:
       e: the estimate.
@@ -75,7 +75,9 @@ def _slice(event: Event, tid: int, clock_hz: float) -> dict[str, Any]:
     # Whole nanoseconds: rounded ends and starts of slices that touch are the same number, whereas
     # viewers take slices that overlap by a fraction for nested ones.
     start, end = (round(cycle / clock_hz * 1e9) for cycle in (event.start, event.end))
-    args = {"line": event.line, "cycles": round(event.end - event.start, 3)}
+    args: dict[str, Any] = {"line": event.line, "cycles": round(event.end - event.start, 3)}
+    if event.share < 1:
+        args["busy"] = f"{event.share:.1%}"
     return {
         "ph": "X",
         "pid": _PID,

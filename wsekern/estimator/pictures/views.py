@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from wsekern.estimator.result import Estimate
 
 _BARS = 12  # operations in the bar chart
-_SHAPES = 400  # slices of a timeline; more than these are drawn as pixels, which keeps a page small
+_COLUMNS = 480  # of a timeline, as many as a page shows of it
 
 
 def draw_directions(e: Estimate) -> Figure:
@@ -51,36 +51,51 @@ def draw_directions(e: Estimate) -> Figure:
 
 
 def draw_lanes(e: Estimate) -> Figure:
-    """The timeline by lane; a second one shows its start, until the first loop is steady."""
+    """How busy each lane is over time; a second part shows the start, until a loop is steady."""
     steady = min((v.start for v in e.events if v.lane == "loop"), default=0.0)
     spans = {"one PE, which stands for all": e.cycles}
     if 0 < steady < e.cycles / 2:
         spans["its start, until a loop's trips take equally long"] = steady
-    made = figure.new_figure(4.8, (0.9 + 0.26 * len(lanes(e))) * len(spans))
+    shown = [lane for lane in lanes(e) if lane != "loop"]
+    made = figure.new_figure(4.8, (0.9 + 0.3 * len(shown)) * len(spans))
     for axes, (title, end) in zip(
         made.subplots(len(spans), squeeze=False).flat, spans.items(), strict=True
     ):
-        _draw_lanes(axes, e, max(end, 1.0))
+        _draw_lanes(axes, e, shown, max(end, 1.0))
         axes.set_title(title)
     return made
 
 
-def _draw_lanes(axes: Axes, e: Estimate, until: float) -> None:
-    events = [v for v in e.events if v.start < until]
-    shown = {k: v for k, v in lanes(e).items() if k != "loop" or until == e.cycles}
+def _draw_lanes(axes: Axes, e: Estimate, shown: list[str], until: float) -> None:
+    edges = np.linspace(0, until, _COLUMNS + 1)
     for y, lane in enumerate(shown):
-        spans = [(v.start, v.end - v.start) for v in events if v.lane == lane]
+        busy = busy_shares(e, lane, edges)
         color = figure.LANES[lane]
-        axes.broken_barh(
-            spans, (y - 0.36, 0.72), facecolors=color, edgecolors=color,
-            linewidth=0.4,  # so that the shortest slice is seen
-            alpha=0.35 if lane == "loop" else 1.0, rasterized=len(events) > _SHAPES,
-        )  # fmt: skip
-    axes.set_yticks(range(len(shown)), list(shown.values()))
+        axes.axhspan(y - 0.4, y + 0.4, color=color, alpha=0.12, lw=0)
+        axes.fill_between(
+            edges,
+            y + 0.4,
+            y + 0.4 - 0.8 * np.append(busy, busy[-1]),
+            step="post",
+            color=color,
+            lw=0,
+        )
+    titles = [f"{lanes(e)[lane]}, {busy_shares(e, lane, edges[[0, -1]])[0]:.0%}" for lane in shown]
+    axes.set_yticks(range(len(shown)), titles)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(0, until), ylim=(len(shown) - 0.4, -0.6), xlabel="cycles")
     figure.engineering_ticks(axes, "x")
+
+
+def busy_shares(e: Estimate, lane: str, edges: np.ndarray) -> np.ndarray:
+    """The share of the time between neighboring `edges` in which a lane is busy."""
+    events = [v for v in e.events if v.lane == lane]
+    start, end, share = (
+        np.array([getattr(v, k) for v in events]) for k in ("start", "end", "share")
+    )
+    until = np.array([np.sum(share * (np.clip(t, start, end) - start)) for t in edges])
+    return np.minimum(np.diff(until) / np.diff(edges), 1.0)
 
 
 def draw_longest(e: Estimate) -> Figure:

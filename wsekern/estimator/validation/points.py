@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from wsekern.estimator.validation.programs import PublishedPoint, PublishedProgr
 POINTS = pathlib.Path(__file__).parent / "points.csv"
 # The constants are fitted on these points, one for each constant, so that they come out exactly.
 FITTED = ("prefill-8b-480", "prefill-8b-720", "gemm-fp32-128x8", "wave25-nz100", "wave25-nz700")
-# The mean error counts these kinds of programs: published whole, and with their grid.
-COUNTED = ("decode", "prefill", "product", "stencil")
+# The mean error counts these kinds of programs, where they are published whole and with their grid.
+COUNTED = ("decode", "prefill", "product", "mesh product", "vector product", "stencil")
 # What is known of the constants without a fit; a fit with too few points stays here. The start of a
 # vector instruction is from four unrelated sources. The others are from the manual, which leaves
 # out what they cost beyond.
@@ -39,6 +40,12 @@ class PredictedPoint(NamedTuple):
     point: PublishedPoint
     predicted: float
     fitted: bool  # whether the constants were fitted on it
+    note: str = ""  # what the table does not say, and was chosen
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the mean error counts it: neither fitted nor merely reported."""
+        return not self.fitted and self.point.family in COUNTED and self.point.states_grid
 
     @property
     def error(self) -> float:
@@ -54,8 +61,8 @@ class Validation(NamedTuple):
 
     @property
     def counted_rows(self) -> list[PredictedPoint]:
-        """The points that the mean error counts: neither fitted nor merely reported."""
-        return [r for r in self.rows if not r.fitted and r.point.family in COUNTED]
+        """The points that the mean error counts."""
+        return [r for r in self.rows if r.is_counted]
 
     def __str__(self) -> str:
         return _table(self)
@@ -70,7 +77,8 @@ class Validation(NamedTuple):
                 "error": r.error,
                 "unit": r.point.unit,
                 "fitted": r.fitted,
-                "counted": r in self.counted_rows,
+                "counted": r.is_counted,
+                "note": r.note,
                 "source": r.point.source,
             }
             for r in self.rows
@@ -86,28 +94,30 @@ def validate(path: pathlib.Path | str = POINTS, constants: Constants = DEFAULT) 
       constants: the fitted constants of the model.
 
     Raises:
-      ValueError: a column is missing, or a value or a clock is not positive.
+      ValueError: a column is missing.
     """
-    rows, skipped = [], {}
+    points, skipped = _read_table(path)
+    rows = []
     fitted_on = [p for p in read_points(POINTS) if p.id in FITTED]
-    for point in read_points(path):
+    for point in points:
         try:
-            predicted = program_of(point).predict(constants)
+            program = program_of(point)
+            predicted = program.predict(constants)
         except ValueError as error:
             skipped[point.id] = str(error)
             continue
         # A user's table may repeat a point under its id, or use the id for a point of its own.
         fitted = any((point.id, point.value) == (p.id, p.value) for p in fitted_on)
-        rows.append(PredictedPoint(point, predicted, fitted))
+        rows.append(PredictedPoint(point, predicted, fitted, program.note))
     return Validation(rows, skipped)
 
 
 def cross_validate() -> dict[str, float]:
     """The mean absolute error of each kind of program, with constants fitted without that kind."""
-    points = [p for p in read_points(POINTS) if p.family in COUNTED]
+    points = [p for p in read_points(POINTS) if p.family in COUNTED and p.states_grid]
     programs = [program_of(p) for p in points]
     errors = {}
-    for family in COUNTED:
+    for family in dict.fromkeys(p.family for p in points):
         others = [(p, g) for p, g in zip(points, programs, strict=True) if p.family != family]
         constants = fit([p for p, _ in others], [g for _, g in others])
         family_errors = [
@@ -150,36 +160,53 @@ def fit(
 
 
 def read_points(path: pathlib.Path | str) -> list[PublishedPoint]:
-    """The points of a table; rows whose value is not one number are left out.
+    """The points of a table; rows that are none are left out.
 
     Raises:
-      ValueError: a column is missing, or a value or a clock is not positive.
+      ValueError: a column is missing.
     """
+    return _read_table(path)[0]
+
+
+def _read_table(path: pathlib.Path | str) -> tuple[list[PublishedPoint], dict[str, str]]:
+    """The points of a table, and by their ids the reasons for which other rows are none."""
     path = pathlib.Path(path)
     wanted = [field.name for field in dataclasses.fields(PublishedPoint)]
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         missing = [name for name in wanted if name not in (reader.fieldnames or [])]
         if missing:
             raise ValueError(f"{path}: there is no column {missing[0]!r}; it needs {wanted}")
         rows = list(reader)
-    points = []
+    points, skipped = [], {}
     for number, row in enumerate(rows, 2):
+        fields = {name: (row[name] or "").strip() for name in wanted}
+        fields["id"] = fields["id"] or f"line {number}"
         try:
-            value, clock = float(row["value"]), float(row["clock_ghz"] or 0.85)
-        except ValueError:
-            continue  # a comparison such as "137548 against 382" is not one number
-        if not value > 0 or not clock > 0:
-            raise ValueError(f"{path}:{number}: value and clock_ghz must be positive")
-        fields = {name: row[name] or "" for name in wanted}
+            value = _positive("value", fields["value"])
+            clock = _positive("clock_ghz", fields["clock_ghz"] or "0.85")
+        except ValueError as error:
+            skipped[fields["id"]] = str(error)
+            continue
         points.append(PublishedPoint(**fields | {"value": value, "clock_ghz": clock}))  # type: ignore[arg-type]
-    return points
+    return points, skipped
+
+
+def _positive(column: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan  # such as "137548 against 382"
+    if not 0 < number < math.inf:
+        raise ValueError(f"{column} {text!r} is not a positive number")
+    return number
 
 
 def _table(v: Validation) -> str:
     lines = [f"{'point':<20} {'measured':>12} {'predicted':>12} {'error':>7}  {'unit':<9} source"]
     for r in v.rows:
-        note = " (fitted)" if r.fitted else "" if r in v.counted_rows else " (reported only)"
+        note = " (fitted)" if r.fitted else "" if r.is_counted else " (reported only)"
+        note = f" ({r.note}; reported only)" if r.note else note
         lines.append(
             f"{r.point.id:<20} {r.point.value:>12.6g} {r.predicted:>12.6g} {r.error:>+7.1%}  "
             f"{r.point.unit:<9} {r.point.source}{note}"

@@ -57,6 +57,20 @@ def layer(h: Float[Array, "S D"], weights: dict[str, Array], wafer: Wafer) -> Fl
     return h
 
 
+def product(a: Float[Array, "M K"], b: Float[Array, "K N"], wafer: Wafer) -> Float[Array, "M N"]:
+    """`a @ b` by MeshGEMM as it is published by itself: one alignment, and as many trips as rows.
+
+    Args:
+      a: laid out over the grid.
+      b: as `align_weights` lays it out.
+      wafer: a square grid; all sizes divide by its side.
+    """
+    run = wafer.map(
+        lambda a, b: _product(_aligned(a), b), in_specs=(_TILED, _TILED), out_specs=_TILED
+    )
+    return run(a, b)
+
+
 def _attend(
     h: Float[Array, "St Dt"], n: Float[Array, "St Dt"], w: dict[str, Array]
 ) -> Float[Array, "St Dt"]:

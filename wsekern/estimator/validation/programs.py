@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from wsekern.estimator import memory
 from wsekern.estimator.cost import DEFAULT, Constants
 from wsekern.estimator.schedule import Schedule
 from wsekern.estimator.trace import trace_program
 from wsekern.estimator.validation import gemm, prefill, waferllm, wave25
 from wsekern.fabric.flood import cost as flood_cost
 from wsekern.hardware import MACHINES, Machine
+from wsekern.kernels.matmul.matmul import matmul
 from wsekern.wafer.launch import parse_height_width
 from wsekern.wafer.wafer import Wafer
 
@@ -39,7 +42,7 @@ MODELS = {
     "QWen2-72B": ModelSizes(80, 8192, 29568),
     "Llama-3.3-70B": ModelSizes(80, 8192, 28672),
 }
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,14 @@ class PublishedPoint:
         """The kind of program: "decode", "prefill", "product", "stencil" ...; "" if not known."""
         model = _LLM.match(self.workload)
         if model:
-            return model["phase"]
-        return next((name for text, name in _FAMILIES.items() if text in self.workload), "")
+            return model["phase"].lower()
+        workload = self.workload.lower()
+        return next((name for text, name in _FAMILIES.items() if text in workload), "")
+
+    @property
+    def states_grid(self) -> bool:
+        """Whether the table says on how many PEs the program ran."""
+        return re.fullmatch(r"\d+\s*x\s*\d+", self.grid.strip()) is not None
 
 
 class ProgramPart(NamedTuple):
@@ -72,6 +81,14 @@ class ProgramPart(NamedTuple):
     jaxpr: Any
     wafer: Wafer
     vectors_along_rows: bool = False  # of its tile products; see `cost.equation_work`
+
+    @property
+    def fits(self) -> bool:
+        """Whether a PE has room for the program's data."""
+        machine = self.wafer.machine
+        assert machine is not None
+        room = machine.sram_bytes - machine.code_bytes
+        return memory.high_water(self.jaxpr, self.wafer) <= room
 
     def cycles(self, constants: Constants) -> float:
         """The model's cycles of the part."""
@@ -88,14 +105,25 @@ class PublishedProgram:
 
     parts: tuple[ProgramPart, ...]
     quantity: Callable[..., float]  # of the cycles of each part
+    note: str = ""  # what the table does not say, and was chosen: "on 720x720, the best grid"
 
     def predict(self, constants: Constants = DEFAULT) -> float:
         """The model's prediction of the point, in the point's unit."""
         return self.quantity(*(part.cycles(constants) for part in self.parts))
 
 
+_SIZES = re.compile(r"\b\d+[kK]?(?:\s*x\s*\d+[kK]?)+\b")
 _LLM = re.compile(r"(?P<model>\S+) (?P<phase>decode|prefill|end to end)\b", re.IGNORECASE)
-_FAMILIES = {"25-point": "stencil", "GEMM fp32": "product", "broadcast of": "broadcast"}
+# By what stands in a workload's name, in lower case; the first that does.
+_FAMILIES = {
+    "25-point": "stencil",
+    "broadcast of": "broadcast",
+    "gemv": "vector product",
+    "meshgemm": "mesh product",
+    "gemm": "product",
+}
+_FLOPS = {"FLOP/s": 1.0, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15}
+_LEAST_SIDE, _SIDE_STEP = 120, 60  # of the grids that are tried where the table has none
 
 
 def program_of(point: PublishedPoint) -> PublishedProgram:
@@ -108,9 +136,18 @@ def program_of(point: PublishedPoint) -> PublishedProgram:
     model = _LLM.match(point.workload)
     if model:
         return _model_program(point, machine, model["model"], model["phase"].lower())
-    makers = {"stencil": _wave, "product": _product, "broadcast": _broadcast}
+    makers = {
+        "stencil": _wave,
+        "product": _product,
+        "mesh product": _mesh_product,
+        "vector product": _vector_product,
+        "broadcast": _broadcast,
+    }
     if point.family not in makers:
-        raise ValueError(f"workload {point.workload!r} is none of those written here")
+        raise ValueError(
+            f"workload {point.workload!r} is none of those written here: MODEL decode, prefill or "
+            "end to end; 25-point ...; ... GEMM or GEMV ...; broadcast of N words"
+        )
     return makers[point.family](point, machine)
 
 
@@ -121,14 +158,19 @@ def _model_program(
     if model.lower() not in named:
         raise ValueError(f"model {model!r} is not one of {', '.join(MODELS)}")
     sizes, second = named[model.lower()], point.clock_ghz * 1e9  # cycles a second
-    if phase == "decode":
-        part = _decode(machine, _square(point.grid), sizes, _number(point, "context"))
-        batch = _number(point, "batch", 1)
-        return PublishedProgram((part,), lambda cycles: batch * second / (cycles * sizes.layers))
-    if phase == "prefill":
-        tokens = _number(point, "context")
-        part = _prefill(machine, _square(point.grid), sizes, tokens)
-        return PublishedProgram((part,), lambda cycles: tokens * second / (cycles * sizes.layers))
+    if point.unit != "tokens/s":
+        raise ValueError(f"unit {point.unit!r} of a model is not 'tokens/s'")
+    if phase in ("decode", "prefill"):
+        tokens, batch = _number(point, "context"), _number(point, "batch", 1)
+        trace_layer = _decode if phase == "decode" else _prefill
+        if phase == "prefill" and batch != 1:
+            raise ValueError(f"batch {batch}: prefill is written for one sequence")
+
+        def on(side: int) -> ProgramPart:
+            return trace_layer(machine, side, sizes, tokens)
+
+        made = batch if phase == "decode" else tokens  # tokens that one run yields
+        return _on_a_square(point, machine, on, lambda n: made * second / (n * sizes.layers))
     read, written = _number(point, "input"), _number(point, "output")
     # On the fastest of the grids whose times are published: large for prefill, small for decoding.
     before = _prefill(machine, 720, sizes, read)
@@ -179,12 +221,108 @@ def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 
 def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
-    height, width = parse_height_width(point.grid)
-    wafer = Wafer.abstract(machine, height, width)
-    N, K, M = (_number(point, name) for name in ("N", "K", "M"))
-    a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, K), (K, M)))
-    part = _traced(functools.partial(gemm.dense, wafer=wafer), (a, b), wafer)
-    return PublishedProgram((part,), functools.partial(_time, point))
+    """A float32 product: the baseline that the SpMM benchmarks publish, or the best one here."""
+    M, K, N = _product_sizes(point)
+    dtype = _dtype(point, jnp.float32)
+    a, b = (jax.ShapeDtypeStruct(s, dtype) for s in ((M, K), (K, N)))
+    run = gemm.dense if "baseline" in point.workload.lower() else matmul
+    flops = 2.0 * M * K * N
+
+    def on(height: int, width: int) -> ProgramPart:
+        wafer = Wafer.abstract(machine, height, width)
+        return _traced(functools.partial(run, wafer=wafer), (a, b), wafer)
+
+    if point.states_grid:
+        part = on(*parse_height_width(point.grid))
+        return PublishedProgram((part,), functools.partial(_figure, point, flops))
+    return _on_a_square(
+        point, machine, lambda side: on(side, side), functools.partial(_figure, point, flops)
+    )
+
+
+def _mesh_product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
+    sizes, dtype = _product_sizes(point), _dtype(point, jnp.float16)
+
+    def on(side: int) -> ProgramPart:
+        wafer = Wafer.abstract(machine, side, side)
+        M, K, N = (_round_up(n, side) for n in sizes)
+        a, b = (jax.ShapeDtypeStruct(s, dtype) for s in ((M, K), (K, N)))
+        run = functools.partial(prefill.product, wafer=wafer)
+        return _traced(run, (a, b), wafer)._replace(vectors_along_rows=True)
+
+    flops = 2.0 * math.prod(sizes)
+    return _on_a_square(point, machine, on, functools.partial(_figure, point, flops))
+
+
+def _vector_product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
+    K, N = _sizes_in_name(point, 2)
+    dtype = _dtype(point, jnp.float16)
+
+    def on(side: int) -> ProgramPart:
+        wafer = Wafer.abstract(machine, side, side)
+        rows, columns = _round_up(K, side), _round_up(N, side)
+        x, w = (jax.ShapeDtypeStruct(s, dtype) for s in ((1, rows), (rows, columns)))
+        run = functools.partial(waferllm.vector_product, wafer=wafer)
+        return _traced(run, (x, w), wafer)
+
+    return _on_a_square(point, machine, on, functools.partial(_figure, point, 2.0 * K * N))
+
+
+def _on_a_square(
+    point: PublishedPoint,
+    machine: Machine,
+    on: Callable[[int], ProgramPart],
+    quantity: Callable[[float], float],
+) -> PublishedProgram:
+    """The program on the point's square grid, or else on the one where it takes fewest cycles."""
+    if point.states_grid:
+        return PublishedProgram((on(_square(point.grid)),), quantity)
+    most = min(machine.usable_height, machine.usable_width)
+    parts = {side: on(side) for side in range(_LEAST_SIDE, most + 1, _SIDE_STEP)}
+    fitting = {side: part for side, part in parts.items() if part.fits}
+    if not fitting:
+        raise ValueError("no grid is stated, and on none of this machine does the program fit")
+    best = min(fitting, key=lambda side: fitting[side].cycles(DEFAULT))
+    return PublishedProgram((fitting[best],), quantity, f"on {best}x{best}, the best grid")
+
+
+def _product_sizes(point: PublishedPoint) -> tuple[int, int, int]:
+    """Rows, meeting dimension and columns: of the parameters N, K and M, or else of the name."""
+    if re.search(r"\bN[ =]\d", point.parameters):
+        N, K, M = (_number(point, name) for name in ("N", "K", "M"))
+        return N, K, M
+    M, K, N = _sizes_in_name(point, 3)
+    return M, K, N
+
+
+def _sizes_in_name(point: PublishedPoint, count: int) -> list[int]:
+    """The sizes in a workload's name: "4096 x 4096 x 64", "16K x 16K"; one size for all: "8192"."""
+    found = re.search(_SIZES, point.workload) or re.search(_SIZES, point.parameters)
+    if found is None:
+        raise ValueError(f"workload {point.workload!r} has no sizes like 4096 x 4096")
+    sizes = [
+        int(text.rstrip("kK")) * (1024 if text[-1] in "kK" else 1)
+        for text in re.split(r"\s*x\s*", found[0])
+    ]
+    if len(set(sizes)) == 1:
+        return sizes[:1] * count
+    if len(sizes) != count:
+        raise ValueError(f"workload {point.workload!r} has {len(sizes)} sizes, it needs {count}")
+    return sizes
+
+
+def _dtype(point: PublishedPoint, default: Any) -> Any:
+    text = f"{point.workload} {point.parameters}".lower()
+    if re.search(r"fp16|float16|half|bf16", text):
+        return jnp.float16
+    return jnp.float32 if re.search(r"fp32|float32|single", text) else default
+
+
+def _figure(point: PublishedPoint, flops: float, cycles: float) -> float:
+    """The time of a product, or its rate."""
+    if point.unit in _FLOPS:
+        return flops * point.clock_ghz * 1e9 / cycles / _FLOPS[point.unit]
+    return _time(point, cycles)
 
 
 def _broadcast(point: PublishedPoint, machine: Machine) -> PublishedProgram:
@@ -197,7 +335,8 @@ def _time(point: PublishedPoint, cycles: float) -> float:
     if point.unit == "cycles":
         return cycles
     if point.unit not in _SECONDS:
-        raise ValueError(f"unit {point.unit!r} is not one of {['cycles', *_SECONDS]}")
+        units = ["cycles", *_SECONDS, *(_FLOPS if "product" in point.family else ())]
+        raise ValueError(f"unit {point.unit!r} is not one of {units}")
     return cycles / (point.clock_ghz * 1e9) / _SECONDS[point.unit]
 
 

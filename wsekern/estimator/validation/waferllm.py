@@ -128,6 +128,23 @@ def head(h: Float[Array, "B D"], weight: Float[Array, "D V"], wafer: Wafer) -> F
     return run(h, weight)
 
 
+def vector_product(
+    x: Float[Array, "B D"], weight: Float[Array, "D V"], wafer: Wafer
+) -> Float[Array, "B V"]:
+    """`x @ weight` by MeshGEMV: a product on every PE, and a sum by K-tree.
+
+    Args:
+      x: vectors, laid out along y.
+      weight: its rows along y.
+      wafer: a square grid.
+    """
+    run = wafer.map(
+        lambda x, w: _sum(x @ w, "y"), in_specs=(P(None, "y"), ACROSS),
+        out_specs=P(None, "x"), replicated_by_construction=True,
+    )  # fmt: skip
+    return run(x, weight)
+
+
 def _groups(weight: Any) -> tuple[Any, ...]:
     return weight if isinstance(weight, tuple) else (weight,)
 

@@ -15,7 +15,16 @@ import pytest
 from rich.console import Console
 
 import wsekern as wk
-from wsekern.estimator.pictures import output, page, published, quantities, roofline, timeline
+from wsekern.estimator.pictures import (
+    output,
+    page,
+    published,
+    quantities,
+    roofline,
+    scaling,
+    timeline,
+    views,
+)
 from wsekern.estimator.validation import points
 
 pytest.importorskip("matplotlib")
@@ -285,3 +294,47 @@ def test_a_program_with_a_placement_is_drawn_at_its_physical_places():
     assert np.isfinite(shown.values[y0:y1, x0:x1]).sum() == 12 * 15
     axes = wk.wafer_map(e).axes[0]
     assert axes.get_xlim() == (x0 - 0.5, x1 - 0.5)
+
+
+def test_a_timeline_is_as_busy_as_the_figures_say():
+    """Loops whose trips are not walked, and more operations than a timeline keeps one by one."""
+    a = jax.ShapeDtypeStruct((480, 480), jnp.float32)
+    wafer = wk.Wafer.abstract(wk.WSE3, 12, 12)
+
+    def many(x):
+        for _ in range(60):
+            x = wk.matmul(x, x, algorithm="mesh_gemm")
+        return jnp.tanh(x)
+
+    for function in (functools.partial(wk.matmul, algorithm="mesh_gemm"), many):
+        e = wk.estimate(function, *[a] * (1 if function is many else 2), wafer=wafer)
+        for lane, busy in e.busy.items():
+            drawn = sum(v.share * (v.end - v.start) for v in e.events if v.lane == lane)
+            assert drawn == pytest.approx(busy, rel=0.01)
+            (whole,) = views.busy_shares(e, lane, np.array([0.0, e.cycles]))
+            assert whole == pytest.approx(busy / e.cycles, rel=0.01)
+    assert e.busy["compute"] > 0.5 * e.cycles
+    quarters = views.busy_shares(e, "compute", np.linspace(0, e.cycles, 5))
+    assert quarters.min() > 0.5
+
+
+def test_events_beyond_those_kept_are_drawn_as_one(monkeypatch):
+    monkeypatch.setattr("wsekern.estimator.clocks._EVENTS", 50)
+    a = jax.ShapeDtypeStruct((480, 480), jnp.float32)
+    wafer = wk.Wafer.abstract(wk.WSE3, 12, 12)
+    e = wk.estimate(lambda x: wk.matmul(jnp.tanh(wk.matmul(x, x)), x), a, wafer=wafer)
+    for lane, busy in e.busy.items():
+        drawn = sum(v.share * (v.end - v.start) for v in e.events if v.lane == lane)
+        assert drawn == pytest.approx(busy, rel=0.02)
+    assert any(v.name == "too many to show" for v in e.events)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[240, 256, 300, 360, 420, 480, 512, 540, 600, 660, 720], [1, 2, 4, 8, 16], [7]]
+)
+def test_labels_of_an_axis_do_not_touch(numbers):
+    shown = scaling.labeled_numbers(numbers)
+    assert shown[0] == numbers[0] and shown[-1] == numbers[-1]
+    room = np.diff(np.log(shown)) / np.log(numbers[-1] / numbers[0]) if len(numbers) > 1 else []
+    assert all(r >= 0.12 for r in room)
+    assert len(shown) == len(numbers) or len(numbers) > 8

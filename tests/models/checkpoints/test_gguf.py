@@ -231,6 +231,14 @@ def test_gpt_oss(tmp_path):
     same(model, want)
     assert model.config.kinds == want.config.kinds
     assert model.config.rope_scaling == want.config.rope_scaling
+    some = (7, 7, None, 7)
+    for pattern, windows in (([True, True, False, True], some), (3, some), (0, (7,) * 4)):
+        more = metadata | {f"{kind}.attention.sliding_window_pattern": pattern}
+        config = models.read_config(write_gguf(tmp_path / "b.gguf", kind, more, renamed))
+        assert config.windows == windows
+    more = {key: value for key, value in metadata.items() if ".rope.scaling." not in key}
+    config = models.read_config(write_gguf(tmp_path / "b.gguf", kind, more, renamed))
+    assert config.rope_scaling is None  # not config.json's default
 
 
 def test_the_tokenizer_is_in_the_file(tmp_path):
@@ -379,7 +387,7 @@ def test_a_file_that_holds_no_model_is_refused(kind, tmp_path):
             read(file)
 
 
-def split(file, count):
+def split(file, count, first_has_tensors=True):
     """Writes a GGUF file as `count` files, as llama.cpp's gguf-split does."""
     reader, parts = gguf.GGUFReader(file), []
     for part in range(count):
@@ -392,7 +400,10 @@ def split(file, count):
         writer.add_uint16("split.no", part)
         writer.add_uint16("split.count", count)
         writer.add_int32("split.tensors.count", len(reader.tensors))
-        for tensor in reader.tensors[part::count]:
+        tensors = reader.tensors[part::count]
+        if not first_has_tensors:
+            tensors = reader.tensors[part - 1 :: count - 1] if part else []
+        for tensor in tensors:
             writer.add_tensor(tensor.name, tensor.data)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -406,6 +417,8 @@ def test_the_parts_of_a_split_file_are_one_model(tmp_path):
     folder = tiny.make(tmp_path / "a", LLAMA)
     first, second, third = split(llama_file(folder, tmp_path / "a.gguf"), 3)
     same(models.load(first), models.load(folder))
+    other = llama_file(folder, tmp_path / "other.gguf")
+    same(models.load(split(other, 3, first_has_tensors=False)[0]), models.load(folder))
     for read in (models.load, load_tokenizer):
         with pytest.raises(ValueError, match=f"is part 2 of 3; give {first.name}, which has"):
             read(second)

@@ -5,8 +5,11 @@ import re
 import time
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import tiny_checkpoints as tiny
+from flax import nnx
 
 import models
 from models.checkpoints.json_file import shown
@@ -184,3 +187,23 @@ def test_a_model_without_its_head_is_of_its_family():
     bare = ("GPT2Model", "LlamaModel", "Qwen2Model", "Qwen3Model", "Qwen3MoeModel", "GptOssModel")
     for name, kind in zip(bare, FAMILIES.values(), strict=True):
         assert find_family({"architectures": [name]}) is kind
+
+
+def test_a_qwen2_with_heads_of_another_size_is_read_and_saved(tmp_path):
+    """transformers asks Qwen2's config for a head_dim, which its class does not name."""
+    fields = tiny.CONFIGS["qwen2-sliding"] | {"head_dim": 32}
+    model = models.load(tiny.make(tmp_path / "a", fields))
+    assert model.stages[0].blocks[0].attention.query.weight.shape[-2:] in ((64, 128), (128, 64))
+    models.save(model, tmp_path / "b")
+    again = models.load(tmp_path / "b")
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert again.config.d_head == 32 and again.config.kinds == model.config.kinds
+
+
+def test_two_names_of_a_field_must_agree():
+    assert config_of(MOE, num_local_experts=8).experts.count == 8
+    with pytest.raises(ValueError, match="num_experts=8 and num_local_experts=9 are the same"):
+        config_of(MOE, num_local_experts=9)
+    with pytest.raises(ValueError, match="num_attention_heads=2 and n_head=4 are the same field"):
+        config_of(GPT2, num_attention_heads=2)

@@ -25,7 +25,8 @@ class Mxfp4:
         """The arrays of `tensors`.
 
         Raises:
-          ValueError: blocks are not bytes, or have no scales of their shape.
+          ValueError: blocks are not bytes, have no scales of their shape, or stand beside the array
+            that they decode to.
         """
         self._inner = tensors
         self.shapes, self.dtypes = dict(tensors.shapes), dict(tensors.dtypes)
@@ -35,6 +36,10 @@ class Mxfp4:
             whole = name.removesuffix("_blocks")
             scales = f"{whole}_scales"
             shape = self.shapes.pop(name)
+            if whole in self.shapes:
+                raise ValueError(
+                    f"{tensors.where(name)}: {name!r} and {whole!r} are the same array"
+                )
             bytes_ = all(tensors.dtypes.get(part) == np.uint8 for part in (name, scales))
             of_scales = self.shapes.pop(scales, None)
             if not bytes_ or of_scales != shape[:-1] or len(shape) != 4 or shape[3] != 16:

@@ -162,7 +162,7 @@ def write(
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name, (shape, dtype) in arrays.items():
-            array = np.ascontiguousarray(make(name))
+            array = np.asarray(make(name), order="C")
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name!r} is {array.dtype}{array.shape}, not {dtype}{shape}")
             out.write(array.reshape(-1).view(np.uint8).data)

@@ -169,6 +169,28 @@ def test_mxfp4_is_decoded_exactly_and_saved_decoded(tmp_path):
     assert same(models.load(tmp_path / "c"), model)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_blocks": np.zeros((2, 4, 1, 16), np.float32)}, "is float32.*must be uint8"),
+        ({"x_blocks": np.zeros((2, 4, 16), np.uint8)}, r"must be uint8 \[E, out, in/32, 16\]"),
+        ({"x_scales": None}, "and have 'x_scales'"),
+        ({"x_scales": np.zeros((2, 4, 2), np.uint8)}, "and have 'x_scales'"),
+        ({"x": np.zeros((2, 32, 4), np.float32)}, "'x_blocks' and 'x' are the same array"),
+    ],
+)
+def test_mxfp4_that_does_not_fit_is_refused(changes, message, tmp_path):
+    right = {
+        "x_blocks": np.zeros((2, 4, 1, 16), np.uint8),
+        "x_scales": np.zeros((2, 4, 1), np.uint8),
+    }
+    values = {name: value for name, value in (right | changes).items() if value is not None}
+    arrays = {name: (value.shape, value.dtype) for name, value in values.items()}
+    tensors.write(tmp_path / "model.safetensors", arrays, values.__getitem__)
+    with pytest.raises(ValueError, match=message):
+        mxfp4.Mxfp4(tensors.open_folder(tmp_path))
+
+
 def test_every_mxfp4_scale_is_exact():
     blocks = np.arange(256, dtype=np.uint8).reshape(16, 1, 16)
     for scale in (1, 64, 127, 190, 250):

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from wsekern.wafer import context
+from wsekern.wafer import context, cpu_threads
 from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
 from wsekern.wafer.wafer import Wafer
 
@@ -138,6 +138,8 @@ def _wafer_of(operation: str, mesh: Mesh | AbstractMesh, used: Sequence[str]) ->
             f"{[kinds[name].name for name in used]}; make them all Auto or all Explicit "
             "(axis_types= of the mesh), or give wafer="
         )
+    if isinstance(mesh, Mesh):
+        cpu_threads.check_threads(mesh)
     axes = AXES[len(AXES) - len(used) :]
     sizes = {axis: mesh.shape[name] for axis, name in zip(axes, used, strict=True)}
     return Wafer(

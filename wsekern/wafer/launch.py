@@ -11,6 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from wsekern.hardware import WSE3
+from wsekern.wafer import cpu_threads
+from wsekern.wafer.cpu_threads import FLAG, VARIABLE
 
 if TYPE_CHECKING:
     import jax
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 Platform = Literal["cpu", "gpu", "tpu"]
 MOST_EMULATED = 1024  # devices; with so many, one shift takes 0.2 s
-
-_FLAG = "--xla_force_host_platform_device_count"
-_VARIABLE = "JAX_NUM_CPU_DEVICES"  # which jax takes before the flag
 
 
 def emulate_devices(count: int) -> None:
@@ -36,6 +35,8 @@ def emulate_devices(count: int) -> None:
       count: how many devices are needed; more, asked for before or in the environment, stay, and a
         backend that already has as many is left alone.
 
+    Warns where the backend has already started with enough devices, but too few threads for them.
+
     Raises:
       ValueError: `count` is not positive.
       RuntimeError: jax's backend has already started with fewer devices.
@@ -43,17 +44,17 @@ def emulate_devices(count: int) -> None:
     if count < 1:
         raise ValueError(f"emulate_devices: count is {count}, it must be 1 or more")
     flags = os.environ.get("XLA_FLAGS", "").split()
-    before = [f.partition("=")[2] for f in flags if f.startswith(_FLAG)]
-    before.append(os.environ.get(_VARIABLE, ""))
+    before = [f.partition("=")[2] for f in flags if f.startswith(FLAG)]
+    before.append(os.environ.get(VARIABLE, ""))
     wanted = max(count, *(int(number) for number in before if number.isdigit()), 0)
     if "jax" in sys.modules:
         _tell_imported_jax(count, wanted)
-    if _VARIABLE in os.environ:
-        os.environ[_VARIABLE] = str(wanted)
+    if VARIABLE in os.environ:
+        os.environ[VARIABLE] = str(wanted)
     threads = max(2 * wanted, int(os.environ.get("NPROC") or 0))
     os.environ["NPROC"] = str(threads)
-    others = [f for f in flags if not f.startswith(_FLAG)]
-    os.environ["XLA_FLAGS"] = " ".join([*others, f"{_FLAG}={wanted}"])
+    others = [f for f in flags if not f.startswith(FLAG)]
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"{FLAG}={wanted}"])
 
 
 def _tell_imported_jax(count: int, wanted: int) -> None:
@@ -63,11 +64,14 @@ def _tell_imported_jax(count: int, wanted: int) -> None:
         jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:  # the backend has started, and its devices cannot change any more
         have = len(jax.devices("cpu"))
-        if have < count:
+        cpu_threads.backend_has_started(have)
+        if have >= count:
+            cpu_threads.warn_if_few(count, stacklevel=4)
+        else:
             raise RuntimeError(
                 f"emulate_devices: {count} CPU devices are needed, but jax has already started "
                 f"with {have}; call wsekern.emulate_devices({count}) before the first array or "
-                f"jax.devices(), or start with XLA_FLAGS={_FLAG}={count} NPROC={2 * count} set"
+                f"jax.devices(), or start with XLA_FLAGS={FLAG}={count} NPROC={2 * count} set"
             ) from None
 
 

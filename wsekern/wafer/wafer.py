@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from wsekern.hardware import Machine
-from wsekern.wafer import context, on_devices, program, regions, virtual
+from wsekern.wafer import context, cpu_threads, on_devices, program, regions, virtual
 from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
 from wsekern.wafer.placement import failed_devices
 from wsekern.wafer.placement.defects import Defects
@@ -101,6 +101,7 @@ class Wafer:
         else:
             ordered = np.array(chosen if rectangle is None else rectangle, object).reshape(sizes)
         mesh = Mesh(ordered, axes, axis_types=(AxisType.Auto,) * len(axes))
+        cpu_threads.check_threads(mesh)
         return dataclasses.replace(wafer, mesh=mesh, names=_same_names(axes))
 
     @classmethod
@@ -124,6 +125,7 @@ class Wafer:
         """
         mesh_names = {ROWS: y, COLS: x} | ({WAFERS: wafer} if wafer is not None else {})
         on_devices.check_mesh(mesh, mesh_names)
+        cpu_threads.check_threads(mesh)
         return cls(
             backend="devices",
             height=mesh.shape[y],

@@ -337,9 +337,8 @@ def _crop(arrays: Sequence[Tile], along: tuple[Axes, ...], call: _Call) -> Tiles
 def _platform(wafer: Wafer | None) -> str:
     if wafer is None:
         return jax.default_backend()
-    if wafer.backend != "devices":
-        return WAFER
-    return wafer.platform
+    on_devices = wafer.backend == "devices" and wafer.platform
+    return on_devices or WAFER
 
 
 def _check_finite(operation: str, check_finite: bool, donate: bool, traced: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from models.text.pretokenizers import find_pre_tokenizer
 
 AnyText = TypeVar("AnyText", str, bytes)
+_MOST_WORK = 200_000_000  # squares of the lengths of tokens: finding what each merges takes as long
 
 
 def byte_level(
@@ -48,7 +49,13 @@ def merges_of_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple
 
     A token is the merge of any two tokens that it splits into; tiktoken merges the
     lowest rank first.
+
+    Raises:
+      ValueError: the tokens are too long to look for what each merges.
     """
+    if sum(len(token) ** 2 for token in ranks) > _MOST_WORK:
+        longest = max(map(len, ranks))
+        raise ValueError(f"{len(ranks):,} tokens of up to {longest:,} bytes split into too many")
     letters = _letters()
 
     def as_letters(token: bytes) -> str:

@@ -60,6 +60,7 @@ _NAMES_OF_CLASS = {
     "CodeLlamaTokenizer": _LLAMA_NAMES,
 }
 _MOST = 100_000_000  # bytes of a file; the largest vocabularies have a third of them
+_MOST_SPECIAL = 10_000  # special tokens that follow tiktoken's ranks; Llama 3 has 256
 # Of Llama 3's special tokens, those that have names.
 _LLAMA3_SPECIAL = {
     0: "begin_of_text",
@@ -168,14 +169,13 @@ def _tokenizer_json(
 
     inner = _read(file, lambda: Tokenizer.from_file(str(file)))
     kind = _tokenizer_class(special)
-    known = {
-        n: t for n, t in _NAMES_OF_CLASS.get(kind, {}).items() if inner.token_to_id(t) is not None
-    }
-    if inner.padding is not None:
-        known = {"pad_token": inner.padding["pad_token"]} | known
-    special = _with_names(special, known)
+    named = {} if inner.padding is None else {"pad_token": inner.padding["pad_token"]}
+    for name, token in _NAMES_OF_CLASS.get(kind, {}).items():
+        if inner.token_to_id(token) is not None:
+            named[name] = token
+    special = _with_names(special, named)
     words = inner.pre_tokenizer
-    if kind in _SPLIT_OF_CLASS and kind and type(words).__name__ == "ByteLevel":
+    if kind and kind in _SPLIT_OF_CLASS and type(words).__name__ == "ByteLevel":
         # As in transformers: the class decides, and not its file.
         words.add_prefix_space = bool(special.settings.get("add_prefix_space", False))
         inner.pre_tokenizer = words
@@ -205,8 +205,8 @@ def _vocab_and_merges(
     if split == "qwen2":
         inner.normalizer = normalizers.NFC()
     if _GPT2_END in vocab:
-        named = _NAMES_OF_CLASS[kind or ("Qwen2Tokenizer" if split == "qwen2" else "GPT2Tokenizer")]
-        special = _with_names(special, named)
+        kind = kind or ("Qwen2Tokenizer" if split == "qwen2" else "GPT2Tokenizer")
+        special = _with_names(special, _NAMES_OF_CLASS[kind])
     return inner, special, False
 
 
@@ -228,9 +228,15 @@ def _tokenizer_model(
         return _read(file, lambda: _tiktoken(file, special))
     if _tokenizer_class(special) not in _CLASSES_OF_PIECES:
         raise _unknown_class(file, special, _CLASSES_OF_PIECES)
+    if options := special.settings.get("sp_model_kwargs"):
+        raise ValueError(
+            f"{file.with_name('tokenizer_config.json')}: sp_model_kwargs is {shown(options)}; only "
+            "an empty one is supported"
+        )
     pieces = sentencepiece_model.read_model(file)
     if special.settings.get("add_prefix_space") is False:
         pieces = dataclasses.replace(pieces, dummy_prefix=False)
+    # A number of a piece that the files name is a placeholder's, such as "<unused7>".
     kept = {name for i, name in enumerate(pieces.pieces) if i not in special.numbers}
     renamed = {i: name for i, name in special.numbers.items() if name not in kept}
     pieces = dataclasses.replace(
@@ -255,6 +261,10 @@ def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> tuple[Any, SpecialT
         raise ValueError(f"its {first} tokens are not numbered from 0 to {first - 1}")
     if max(special.numbers, default=0) >= first:
         count = max(special.numbers) + 1 - first
+        if count > _MOST_SPECIAL:
+            raise ValueError(
+                f"added token {max(special.numbers)} is {count:,} beyond its {first:,} tokens"
+            )
         names = {i: f"<|reserved_token_{i}|>" for i in range(first, first + count)}
     else:
         reserved = iter(range(256))
@@ -302,25 +312,22 @@ def _begin_and_end(inner: Any, special: SpecialTokens, file: pathlib.Path, begin
     """
     from tokenizers import processors
 
-    sides: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
+    parts, used = ["$A"], list[dict[str, Any]]()
     for side, default in (("bos", begin), ("eos", False)):
-        if special.settings.get(f"add_{side}_token", default):
-            name = special.names.get(f"{side}_token")
-            if name is None:
-                continue
-            number = inner.token_to_id(name)
-            if number is None:
-                raise ValueError(
-                    f"{file.parent}: add_{side}_token is true, but {side}_token is {name!r}, which "
-                    "the vocabulary lacks"
-                )
-            sides[side] = [(name, number)]
-    around = [*sides["bos"], *sides["eos"]]
-    if around:
-        inner.post_processor = processors.TemplateProcessing(
-            single=[*(name for name, _ in sides["bos"]), "$A", *(name for name, _ in sides["eos"])],
-            special_tokens=list(dict.fromkeys(around)),
-        )
+        name = special.names.get(f"{side}_token")
+        if name is None or not special.settings.get(f"add_{side}_token", default):
+            continue
+        number = inner.token_to_id(name)
+        if number is None:
+            raise ValueError(
+                f"{file.parent}: add_{side}_token is true, but {side}_token is {name!r}, which the "
+                "vocabulary lacks"
+            )
+        # Under names of our own: in a token's, what follows a colon would be read as a number.
+        used.append({"id": side, "ids": [number], "tokens": [name]})
+        parts = [side, *parts] if side == "bos" else [*parts, side]
+    if used:
+        inner.post_processor = processors.TemplateProcessing(single=parts, special_tokens=used)
 
 
 def _ends(folder: pathlib.Path, end: int | None) -> tuple[int, ...]:

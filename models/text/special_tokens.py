@@ -12,6 +12,7 @@ from models.checkpoints import json_file
 
 _NAMED = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
+_LONGEST = 10_000  # characters of a token
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -73,20 +74,22 @@ class SpecialTokens:
                     f"{source.name} makes it {found}; the files are not of one checkpoint"
                 )
         added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-        unnumbered = set()
+        unnumbered: set[str] = set()
+        new: list[Any] = []
+        next_number = max(tokenizer.get_vocab().values(), default=-1) + 1
         # The order decides the numbers of those that have none.
         rank = {name: i for i, name in enumerate(_NAMED)}
         in_order = sorted(self.names, key=lambda name: rank.get(name, len(rank)))
         for name in dict.fromkeys([*(self.names[one] for one in in_order), *self.extra]):
             if tokenizer.token_to_id(name) is None:
-                size = max(tokenizer.get_vocab().values(), default=-1) + 1
-                if room is not None and size >= room:
+                if room is not None and next_number + len(unnumbered) >= room:
                     continue
                 unnumbered.add(name)
             if name not in added or (name in named and not added[name].special):
                 token = added.get(name) or self.flags.get(name) or AddedToken(name)
                 token.special = True
-                tokenizer.add_tokens([token])
+                new.append(token)
+        tokenizer.add_tokens(new)  # at once: each call takes time for all that were added before
         return frozenset(unnumbered)
 
 
@@ -153,7 +156,7 @@ def _numbered_in(file: pathlib.Path, special: set[str], flags: dict[str, Any]) -
 
     numbers: dict[int, str] = {}
     for name, number in read_json(file).items():
-        if type(number) is not int or number < 0 or number in numbers or not _is_unicode(name):
+        if type(number) is not int or number < 0 or number in numbers or not _is_token(name):
             raise _refusal(file, name, number, "a number of its own")
         numbers[number] = name
         flags[name] = AddedToken(name, normalized=name not in special, special=name in special)
@@ -165,7 +168,7 @@ def _token(value: Any, file: pathlib.Path, field: str, flags: dict[str, Any]) ->
     from tokenizers import AddedToken
 
     content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str) or not _is_unicode(content):
+    if not isinstance(content, str) or not _is_token(content):
         raise _refusal(file, field, value, "a token: a text, or an object with its `content`")
     if isinstance(value, str):
         return content
@@ -177,8 +180,9 @@ def _token(value: Any, file: pathlib.Path, field: str, flags: dict[str, Any]) ->
     return content
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def _is_token(text: str) -> bool:
+    """Whether the text can be a token: it is Unicode, and of a sensible length."""
+    return len(text) <= _LONGEST and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _refusal(file: pathlib.Path, field: str, value: Any, wanted: str) -> ValueError:

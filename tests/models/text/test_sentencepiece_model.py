@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("tokenizers")
 spm = pytest.importorskip("sentencepiece")
 
+from models.text.bpe import merges_of_ranks  # noqa: E402
 from models.text.reading import load_tokenizer  # noqa: E402
 from models.text.sentencepiece_model import read_model  # noqa: E402
 
@@ -93,9 +94,12 @@ def test_added_tokens_and_what_begins_and_ends_a_text(train, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<think>": size, "[PAD]": size + 1}))
     settings = {"add_bos_token": False, "add_eos_token": True, "pad_token": "[PAD]"}
+    settings |= {"bos_token": "a b:7"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("<think>[PAD]") == [size, size + 1, 2]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    assert load_tokenizer(tmp_path).encode("<think>") == [size + 2, size, 2]
     assert tokenizer.decode([size, size + 1]) == "<think>"
     # A number of the model's own is another name for its piece.
     decoder = {"3": {"content": "<|user|>", "special": True}}
@@ -141,6 +145,18 @@ def test_pieces_that_make_no_sense_are_refused(tmp_path, pieces, reason):
         load_tokenizer(tmp_path)
 
 
+def test_a_piece_that_would_take_minutes_is_refused(tmp_path):
+    text = b"a" * 1_000_000
+    piece = b"\x0a\xc0\x84\x3d" + text  # 1,000,000 as a number of three bytes
+    others = [(1, message((1, letter))) for letter in (b"b", b"c")]
+    content = b"\x0a\xc4\x84\x3d" + piece + message(*others, (2, message((3, 2))))
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.model cannot be read: 3 pieces of up to 1,"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="1 tokens of up to 1,000,000 bytes split into too many"):
+        merges_of_ranks({text: 0})
+
+
 def test_what_is_no_model_is_refused(train, tmp_path):
     file = tmp_path / "tokenizer.model"
     content = train(model_type="bpe")
@@ -153,6 +169,9 @@ def test_what_is_no_model_is_refused(train, tmp_path):
     with pytest.raises(ValueError, match="model_type 3 is neither unigram"):
         load_tokenizer(tmp_path)
     file.write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"sp_model_kwargs": {"nbest_size": -1}}')
+    with pytest.raises(ValueError, match="sp_model_kwargs is {'nbest_size': -1}; only an empty"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     with pytest.raises(
         ValueError, match="tokenizer_class is 'XLMRobertaTokenizer'; of tokenizer.m"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -95,6 +96,16 @@ def test_added_tokens_are_found_in_text_as_their_flags_say(tmp_path):
     assert tokenizer.decode([256, 257]) == "ly"
 
 
+def test_many_special_tokens_take_little_time(tmp_path):
+    extra = [f"<{i}>" for i in range(5_000)]
+    write(tmp_path, byte_level(), tokenizer_config={"additional_special_tokens": extra})
+    write(tmp_path, config={"vocab_size": 4_256})
+    start = time.process_time()
+    tokenizer = load_tokenizer(tmp_path)
+    assert time.process_time() - start < 3
+    assert tokenizer.vocab == 4_256 and tokenizer.encode("<7><3999>") == [263, 4_255]
+
+
 def test_tokens_of_a_name_of_their_own_are_special(tmp_path):
     named = {
         "image_token": "<i>",
@@ -172,6 +183,7 @@ def test_a_class_brings_its_prefix_and_its_names(tmp_path, settings, tokens, nam
     ("files", "message"),
     [
         ({"added_tokens": {"\ud800": 256}}, "added_tokens.json: .* must be a number of its own"),
+        ({"tokenizer_config": {"eos_token": "a" * 10_001}}, "eos_token is 'aa.*; it must be a tok"),
         ({"tokenizer_config": {"eos_token": "\ud800"}}, "eos_token is .*; it must be a token"),
         ({"added_tokens": {"<x>": 300}}, "'<x>' is to be number 300, but tokenizer.json makes it"),
         ({"added_tokens": {"<x>": "1"}}, "added_tokens.json: <x> is '1'; it must be a number"),

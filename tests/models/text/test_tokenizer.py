@@ -133,6 +133,10 @@ def test_tiktoken_ranks_with_tokens_of_the_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("<a><c><|reserved_token_257|>a") == [256, 258, 257, 97]
+    far = {"added_tokens_decoder": {"999999999": {"content": "<a>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(far))
+    with pytest.raises(ValueError, match="added token 999999999 is 999,999,744 beyond its 256"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match="its 255 tokens are not numbered from 0 to 254"):
         load_tokenizer(tmp_path)

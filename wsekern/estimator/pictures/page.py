@@ -36,14 +36,15 @@ p { margin: 0.4rem 0; max-width: 46rem; } .soft { color: var(--soft); }
 .cards span { color: var(--soft); font-size: 0.85rem; }
 .bad b { color: #d55e00; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 1.2rem; align-items: start; }
+  gap: 1.2rem; margin: 1.2rem 0; align-items: start; }
 figure { margin: 0; } figure svg { max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: 0.88rem; max-width: 34rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
 th, td { text-align: left; padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td { overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 500; }
+td { overflow-wrap: anywhere; } td:first-child { overflow-wrap: normal; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--mark); padding: 0.5rem 0; }
 """

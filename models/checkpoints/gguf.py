@@ -228,8 +228,10 @@ def _check_tensors(header: Header, tensors: dict[str, Tensor], fields: dict[str,
             f"{header.file}: the tensor {missing[0]!r} is missing"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
+    by_kind = {tensor.kind: tensor for tensor in tensors.values()}
+    decoded = {kind for kind, tensor in by_kind.items() if tensor.is_known}
     for name, tensor in tensors.items():
-        if not tensor.is_known:
+        if tensor.kind not in decoded:
             raise ValueError(
                 f"{tensor.file}: the tensor {shown(name)} is of a type that is not decoded here "
                 f"(number {tensor.kind}); quantize the model anew, as Q8_0 or Q4_K"

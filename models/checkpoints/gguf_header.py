@@ -71,13 +71,11 @@ class Tensor(NamedTuple):
     def dequantize(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, float32, of rows of `map()`."""
         if self.kind in (_F32, _F16):
-            return (
-                np.ascontiguousarray(rows).view("<f4" if self.kind == _F32 else "<f2").astype("f4")
-            )
+            kind = "<f4" if self.kind == _F32 else "<f2"
+            return np.ascontiguousarray(rows).view(kind).astype(np.float32, copy=False)
         import gguf
 
-        kind = gguf.GGMLQuantizationType(self.kind)
-        return gguf.dequantize(np.ascontiguousarray(rows), kind)
+        return gguf.dequantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType(self.kind))
 
 
 class _Value(NamedTuple):

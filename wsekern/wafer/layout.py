@@ -85,7 +85,8 @@ def pad(
       array: a whole array.
       spec: how it lies on the wafer.
       wafer: the wafer.
-      fill: the value of the padding; None repeats the last cells of each dimension.
+      fill: the value of the padding; None repeats the last cells of each dimension, as constants:
+        the padding has no derivative.
       multiples: numbers that the last dimensions must divide by too, one for each.
 
     Raises:
@@ -96,13 +97,34 @@ def pad(
     if wanted != array.shape:
         widths = [(0, to - have) for have, to in zip(array.shape, wanted, strict=True)]
         if fill is None:
-            array = jnp.pad(array, widths, mode="edge")
+            array = _repeat_last(array, tuple(widths))
         else:
             array = jnp.pad(array, widths, constant_values=fill)
     if wafer.backend == "devices" and on_devices.explicit(wafer):
         # An Explicit sharding is part of the array's type, which its gradient must have too.
         array = on_devices.constrain(wafer, array, spec)
     return array
+
+
+# What is computed of padding is cut off, so its cotangent is 0, or 0 times an infinite slope: NaN.
+# Neither may be added to that of the cells that were repeated.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _repeat_last(
+    array: Shaped[Array, "..."], widths: tuple[tuple[int, int], ...]
+) -> Shaped[Array, "..."]:
+    return jnp.pad(array, widths, mode="edge")
+
+
+@_repeat_last.defjvp
+def _repeat_last_jvp(
+    widths: tuple[tuple[int, int], ...],
+    primals: tuple[Shaped[Array, "..."]],
+    tangents: tuple[Shaped[Array, "..."]],
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    padded = _repeat_last(primals[0], widths)
+    if tangents[0].dtype == jax.dtypes.float0:  # of integers, such as a mask
+        return padded, np.zeros(padded.shape, jax.dtypes.float0)
+    return padded, jnp.pad(tangents[0], widths)
 
 
 def crop(

@@ -48,7 +48,9 @@ def before_activation(
     # Differentiated as it was applied, to sums that are wider than the operands.
     wide = argument.astype(sum_dtype(argument.dtype))
     (gradient,) = jax.vjp(activation, wide)[1](dc.astype(wide.dtype))
-    return gradient.astype(dc.dtype)
+    # Zero stays zero, however steep the activation is there: in the padding a root's slope is
+    # infinite, and 0 times that would be a NaN that the products spread over all rows.
+    return jnp.where(dc == 0, 0, gradient).astype(dc.dtype)
 
 
 def as_row(vector: Float[Array, " N"], like: Float[Array, "*batch N"]) -> Float[Array, "... N"]:

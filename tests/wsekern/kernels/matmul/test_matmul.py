@@ -300,6 +300,21 @@ def test_forms_of_a_tuple(form, full_wafer):
         np.testing.assert_array_equal(as_form(form, a, db)[1], want)
 
 
+@pytest.mark.parametrize("activation", [jnp.sqrt, jnp.log])
+def test_an_activation_that_is_steep_at_0_has_its_gradient(full_wafer, activation):
+    """The padding is zeros: what is made of them must not reach any row or column."""
+    a, b = jnp.linspace(1, 2, 5 * 7).reshape(5, 7), jnp.linspace(1, 2, 7 * 6).reshape(7, 6)
+
+    def total(a, b, wafer=None):
+        return jnp.cos(wk.matmul(a, b, activation=activation, wafer=wafer)).sum()
+
+    got, want = (
+        jax.jit(jax.grad(functools.partial(total, wafer=w), (0, 1))) for w in (full_wafer, None)
+    )
+    for x, y in zip(got(a, b), want(a, b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("activation", "leading"), [("gelu_tanh", (3,)), (jnp.sin, ())], ids=["named", "a function"]
 )

@@ -96,6 +96,24 @@ def test_gradient_of_everything_a_step_does(wafer_called):
     close(got, gradient(depth=1))
 
 
+@pytest.mark.parametrize("grid", ["2x4", "virtual-2x4"])
+def test_gradient_of_a_quotient_where_sizes_do_not_divide(grid, wafer_called):
+    """Beyond the field an update may divide by zero; no such cell has a part in the gradient."""
+    rng = np.random.default_rng(0)
+    u, c = (jnp.asarray(rng.uniform(1, 2, (7, 9)), jnp.float32) for _ in range(2))
+
+    def total(u, c, wafer=None):
+        def update(v, c):
+            return (v[1:-1, 1:-1] + v[2:, 1:-1] + v[1:-1, :-2]) / c[1:-1, 1:-1]
+
+        out = wk.stencil(u, update, radius=1, coefficients=c, steps=2, wafer=wafer)
+        return jnp.sin(out).sum()
+
+    run = jax.jit(jax.grad(functools.partial(total, wafer=wafer_called(grid)), (0, 1)))
+    for x, y in zip(run(u, c), jax.jit(jax.grad(total, (0, 1)))(u, c), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+
+
 def test_few_states_are_kept(as_shipped):
     """100 steps of a wave of two fields, in less than 45 fields; their sum would be 200."""
     c = jax.ShapeDtypeStruct((128, 128), jnp.float32)

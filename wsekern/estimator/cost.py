@@ -71,7 +71,10 @@ _PASSES = {
     "erf_inv": 14, "sin": 10, "cos": 10, "tan": 14, "pow": 18, "div": 4, "rsqrt": 4, "sqrt": 5,
     "cbrt": 6, "atan2": 14,
 }  # fmt: skip
-KNOWN = VIEWS | ELEMENTWISE | _COPIES | _REDUCTIONS | _PASSES.keys() | {"dot_general"}
+_WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
+KNOWN = (
+    VIEWS | ELEMENTWISE | _COPIES | _REDUCTIONS | _WINDOWS | _PASSES.keys() | {"dot_general", "fft"}
+)
 
 
 class Work(NamedTuple):
@@ -122,18 +125,23 @@ def equation_work(
         instructions = len(equation.invars)
     elif name in _REDUCTIONS:
         n = max(map(_size, reads), default=1)
+    elif name.startswith("reduce_window"):
+        n = size_of(equation.outvars[0]) * math.prod(equation.params["window_dimensions"])
     elif name == "gather":
         reads = [out, equation.invars[1].aval]  # of what it gathers from, only what it gathers
     if name.startswith("scatter"):
         n, reads = size_of(equation.invars[2]), [equation.invars[2].aval]
-    passes = _PASSES.get(name, 1) * instructions
+    passes_each = _PASSES.get(name, 1)
+    if name == "fft":  # a butterfly of ten operations for every two elements, log2 times
+        passes_each = math.ceil(5 * math.log2(max(2, math.prod(equation.params["fft_lengths"]))))
+    passes = passes_each * instructions
     if n == 1:  # scalars lie in registers: one cycle each, and no instruction to start
         return Work(float(passes), float(passes))
     float32 = constants.accumulate_float32 if accumulates else 1.0
     if not accumulates and sum(_size(a) == n for a in reads) > 1:
         float32 = constants.paired_float32
     each = _cycles_of_element(out, machine, float32)
-    elements = n * _PASSES.get(name, 1)
+    elements = n * passes_each
     flops = 0 if name in _COPIES else elements * (2 if accumulates else 1)
     moved = elements * width_of(out) + sum(_size(a) * width_of(a) for a in reads)
     # No instruction is faster than the memory's ports.

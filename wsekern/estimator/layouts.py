@@ -114,7 +114,8 @@ def rim_moves(equation: JaxprEqn, specs: Sequence[Spec | None], wafer: Wafer) ->
     """
     if equation.primitive.name != "conv_general_dilated":
         return []
-    image, kernel = (v.aval for v in equation.invars[:2])  # type: ignore[attr-defined]
+    avals: list[Any] = [v.aval for v in equation.invars[:2]]
+    image, kernel = avals
     numbers, dilation = equation.params["dimension_numbers"], equation.params["rhs_dilation"]
     spec = specs[0]
     if spec is None:
@@ -256,7 +257,8 @@ def _dynamic_slice(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> _Rule:
 
 
 def _dynamic_update(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> _Rule:
-    whole, update = (v.aval for v in equation.invars[:2])  # type: ignore[attr-defined]
+    avals: list[Any] = [v.aval for v in equation.invars[:2]]
+    whole, update = avals
     sizes = zip(whole.shape, update.shape, spec, strict=True)
     if all(n == size or not entry for n, size, entry in sizes):
         return spec, []
@@ -318,6 +320,13 @@ def _elsewhere(of: int | None) -> Callable[[JaxprEqn, Spec, Wafer], _Rule]:
     return rule
 
 
+def _fft(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> _Rule:
+    """Each transformed dimension that is split is made whole once, by laying the array out anew."""
+    count = len(equation.params["fft_lengths"])
+    out: Any = equation.outvars[0].aval
+    return spec, [relayout_move(out, wafer) for entry in spec[len(spec) - count :] if entry]
+
+
 def _sort(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> _Rule:
     if not spec[equation.params["dimension"]]:
         return spec, []
@@ -332,8 +341,9 @@ def _reverse(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> _Rule:
 
 
 def _reshape(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> _Rule:
-    old, after = equation.invars[0].aval.shape, equation.outvars[0].aval  # type: ignore[attr-defined]
-    new = spec_after_reshape(old, after.shape, spec, wafer)
+    before: Any = equation.invars[0].aval
+    after: Any = equation.outvars[0].aval
+    new = spec_after_reshape(before.shape, after.shape, spec, wafer)
     return new, [relayout_move(after, wafer)] if new is None else []
 
 
@@ -348,8 +358,9 @@ _RULES: dict[str, Callable[[JaxprEqn, Spec, Wafer], _Rule]] = {
     "reshape": _reshape, "rev": _reverse, "slice": _slice, "split": _split,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update, "pad": _pad, "concatenate": _concatenate,
-    "gather": _elsewhere(None), "sort": _sort, "top_k": _elsewhere(0), "argmax": _reduce,
-    "argmin": _reduce, "reduce_window": _window, "select_and_gather_add": _window,
+    "gather": _elsewhere(None), "sort": _sort, "fft": _fft, "top_k": _elsewhere(0),
+    "argmax": _reduce, "argmin": _reduce,
+    "reduce_window": _window, "select_and_gather_add": _window,
 } | {
     f"reduce_{kind}": _reduce for kind in ("sum", "max", "min", "prod", "and", "or", "xor")
 } | {

@@ -56,7 +56,8 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        before, behind = [], []
+        before: list[int] = []
+        behind: list[int] = []
         size_before = size_behind = 1
         while True:
             if i < len(old) and (size_before < size_behind or not before):

@@ -119,3 +119,14 @@ def test_a_convolution_is_a_product_and_a_rim(groups):
 def test_one_pe_multiplies_by_itself():
     e = estimate(lambda a, b: a @ b, array(8, 8), array(8, 8), grid=(1, 1))
     assert e.moves == 0 and not e.assumed and e.flops == 2 * 8**3
+
+
+def test_groups_of_rows_are_products_of_their_own():
+    """Forward and both gradients: as many operations each, whichever side is ragged."""
+    tokens, matrices, sizes = array(640, 64), array(4, 64, 32), array(4, dtype=jnp.int32)
+    run = lambda x, w, n: lax.ragged_dot(x, w, n)  # noqa: E731
+    e = estimate(run, tokens, matrices, sizes)
+    assert e.flops == pytest.approx(2 * 640 * 64 * 32, rel=0.01) and not e.unknown
+    loss = lambda x, w, n: run(x, w, n).astype(jnp.float32).sum()  # noqa: E731
+    both = estimate(jax.grad(loss, (0, 1)), tokens, matrices, sizes)
+    assert both.flops == pytest.approx(2 * e.flops, rel=0.1)

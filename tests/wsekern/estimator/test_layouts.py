@@ -59,8 +59,9 @@ def test_a_roll_and_a_pad_are_shifts():
         lambda u: u[jnp.arange(H) % 7],
         lambda u: lax.dynamic_slice_in_dim(u, u[0, 0].astype(int), 40),
         lambda u: lax.top_k(u, 4)[0],
+        lambda u: jnp.fft.fft2(u).real,
     ],
-    ids="stride half reverse transpose concatenate sort argsort gather dynamic top_k".split(),
+    ids="stride half reverse transpose concatenate sort argsort gather dynamic top_k fft".split(),
 )
 def test_what_goes_far_crosses_the_middle(function):
     e = estimate(function, FIELD)

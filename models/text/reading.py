@@ -95,6 +95,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
     if path.is_file():
         from models.text.gguf_tokenizer import of_file
 
+        _require_tokenizers(path)
         return of_file(path)
     source = _vocabulary(path)
     if source is None:

@@ -124,7 +124,7 @@ class DecoderConfig:
         for name in ("vocab", "d_model", "d_ff", "layers", "heads", "kv_heads", "context"):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+                raise ValueError(f"{name}={value!r} must be 1 or more, a whole number")
         for name in ("norm_eps", "rope_theta", "swiglu_alpha", "swiglu_limit"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")

@@ -146,18 +146,17 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
             raise ValueError(f"{style}={shown(fields[style])} is not an object")
     style = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     values = fields.get(style) or {}
+    theta = number(fields, "rope_theta", theta)
+    for holder in (fields, values):
+        if (partial := holder.get("partial_rotary_factor")) not in (None, 1):
+            raise ValueError(f"partial_rotary_factor={shown(partial)} is not supported, only 1")
     try:
-        return _rope(values, fields, theta)
+        return _rope(values, fields, number(values, "rope_theta", theta))
     except ValueError as error:
         raise ValueError(f"{style}: {error}" if values else str(error)) from None
 
 
 def _rope(values: dict[str, Any], fields: dict[str, Any], theta: float) -> dict[str, Any]:
-    both = fields | values
-    theta = number(both, "rope_theta", theta)
-    partial = both.get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise ValueError(f"partial_rotary_factor={shown(partial)} is not supported, only 1")
     kind: Any = values.get("rope_type") or values.get("type")
     alone = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind is None and (unknown := sorted(set(values) - alone)):

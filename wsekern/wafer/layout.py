@@ -209,9 +209,11 @@ def reshape(
       TypeError: `shape` has another number of elements.
     """
     wafer = context.resolve(wafer)
-    if wafer is None or wafer.mesh is None or not array.size:
+    if wafer is None or wafer.mesh is None:
         return array.reshape(shape)
-    shape = jax.eval_shape(functools.partial(jnp.reshape, shape=shape), array).shape
+    shape = jax.eval_shape(functools.partial(jnp.reshape, shape=shape), _whole(array)).shape
+    if not array.size:
+        return jnp.zeros(shape, array.dtype)
     before, after, gathers = _reshaped_specs(array.shape, shape, _entries(spec, array.ndim), wafer)
     if gathers and wafer.backend == "abstract":
         return array.reshape(shape)  # nothing partitions it; an estimate prices a relayout
@@ -268,7 +270,7 @@ def tilewise(
     wafer = context.resolve(wafer)
     if wafer is None or wafer.mesh is None:
         return function(*operands)
-    shapes, tree = jax.tree.flatten(jax.eval_shape(function, *operands))
+    shapes, tree = jax.tree.flatten(jax.eval_shape(function, *map(_whole, operands)))
     padded = [pad(x, spec, wafer) for x, spec in zip(operands, in_specs, strict=True)]
     results = jax.tree.leaves(wafer.map(function, in_specs=in_specs, out_specs=out_specs)(*padded))
     specs = broadcast_specs(out_specs, jax.tree.unflatten(tree, shapes), "out_specs")
@@ -277,6 +279,11 @@ def tilewise(
         for result, shape, spec in zip(results, shapes, specs, strict=True)
     ]
     return jax.tree.unflatten(tree, cropped)
+
+
+def _whole(array: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, without the Explicit sharding that its type may have."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def _entries(spec: P | None, ndim: int) -> list[Any]:

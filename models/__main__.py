@@ -1,7 +1,6 @@
 """The command `python -m models`; imports jax only after the number of devices is set."""
 
 import math
-import os
 import sys
 
 from models.arguments import Command, GenerateCommand, InfoCommand, PlanCommand, parse
@@ -28,8 +27,6 @@ def _run(command: Command) -> int:
         prepare_devices(devices, command.platform, needed_by=f"wafer={command.wafer!r}")
     else:
         prepare_devices(1, "cpu")
-    # XLA warns at length, for each layer, about reshapes that it could have done better.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if isinstance(command, PlanCommand):
         from models.planning import report
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from models.text.bpe import _letters
+from models.text.bpe import byte_letters
 
 TEXT, LIST = 8, 9  # the format's numbers of these types
 _PACKED = {
@@ -20,7 +20,7 @@ _PACKED = {
     "u32": (4, "<I"),
     "u64": (10, "<Q"),
 }
-VOCAB = [*_letters(), "ab", "<|begin_of_text|>", "<|eot_id|>", "<think>"]
+VOCAB = [*byte_letters(), "ab", "<|begin_of_text|>", "<|eot_id|>", "<think>"]
 WIDTH, _HEADS, _KV, _INNER, _LAYERS = 32, 4, 2, 48, 2
 
 

@@ -56,7 +56,7 @@ def merges_of_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple
     if sum(len(token) ** 2 for token in ranks) > _MOST_WORK:
         longest = max(map(len, ranks))
         raise ValueError(f"{len(ranks):,} tokens of up to {longest:,} bytes split into too many")
-    letters = _letters()
+    letters = byte_letters()
 
     def as_letters(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -73,7 +73,7 @@ def _halves(token: AnyText, known: Mapping[AnyText, int]) -> list[tuple[AnyText,
     return [(left, right) for left, right in splits if left in known and right in known]
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's letter for each byte: the byte itself if it is printable, else from U+0100 on."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printed)

@@ -85,6 +85,8 @@ def of_file(file: pathlib.Path) -> Tokenizer:
     else:
         inner, begins = _pieces(header, tokens, kinds, special["unknown_token_id"]), True
     _add(inner, tokens, kinds, ends)
+    if kind == "gpt2":
+        _spell(inner)
     _frame(inner, header, tokens, special, begins)
     names = {
         name: tokens[special[f"{key}_token_id"]]
@@ -180,6 +182,24 @@ def _byte_level(header: Header, tokens: list[str]) -> tuple[Any, bool]:
     except Exception as error:  # `tokenizers` raises bare Exceptions
         raise ValueError(f"{header.file}: {_ROOT}merges do not fit its tokens: {error}") from error
     return inner, PRE_TOKENIZERS[pre].begins
+
+
+def _spell(inner: Any) -> None:
+    """Makes the decoder of bytes write added tokens as they are spelled.
+
+    It takes the letters of a token for bytes: "é" for the byte E9, which is no character.
+    """
+    from tokenizers import decoders
+
+    letters = bpe.byte_letters()
+    names = [token.content for token in inner.get_added_tokens_decoder().values()]
+    replaced = [
+        decoders.Replace(name, "".join(letters[byte] for byte in name.encode()))
+        for name in names
+        if not name.isascii() and set(name) <= set(letters)
+    ]
+    if replaced:
+        inner.decoder = decoders.Sequence([*replaced, decoders.ByteLevel()])
 
 
 def _pieces(header: Header, tokens: list[str], kinds: np.ndarray, unknown: int) -> Any:

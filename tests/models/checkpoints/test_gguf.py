@@ -243,9 +243,9 @@ def test_gpt_oss(tmp_path):
 
 def test_the_tokenizer_is_in_the_file(tmp_path):
     pytest.importorskip("tokenizers")
-    from models.text.bpe import _letters
+    from models.text.bpe import byte_letters
 
-    tokens = [*_letters(), "th", "the", "<|end|>"]
+    tokens = [*byte_letters(), "th", "the", "<|end|>"]
     fields = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",

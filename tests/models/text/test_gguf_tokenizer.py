@@ -8,7 +8,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
-from models.text.bpe import _letters  # noqa: E402
+from models.text.bpe import byte_letters  # noqa: E402
 from models.text.pretokenizers import PRE_TOKENIZERS  # noqa: E402
 from models.text.reading import load_tokenizer  # noqa: E402
 
@@ -40,7 +40,7 @@ def write(file, kind, tokens, types, **fields):
 
 def byte_level(file, special=(), **fields):
     """A tokenizer of bytes and "ab", with `special` tokens of (name, type) from number 257 on."""
-    tokens = [*_letters(), "ab", *(name for name, _ in special)]
+    tokens = [*byte_letters(), "ab", *(name for name, _ in special)]
     types = [NORMAL] * 257 + [kind for _, kind in special]
     return write(file, "gpt2", tokens, types, **{"merges": ["a b"], "pre": "llama-bpe"} | fields)
 
@@ -62,6 +62,12 @@ def test_user_defined_tokens_are_whole_and_stay_in_the_text(tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path / "a.gguf", LLAMA_3, bos_token_id=257))
     assert tokenizer.encode("ab<think>ab") == [257, 256, 259, 256]
     assert tokenizer.decode([257, 256, 259, 258]) == "ab<think>"
+    special = [("<café>", USER_DEFINED), ("｜日｜", USER_DEFINED), ("<ß>", CONTROL)]
+    tokenizer = load_tokenizer(byte_level(tmp_path / "a.gguf", special, pre="qwen2"))
+    tokens = tokenizer.encode("é<café>｜日｜<ß>")
+    assert tokens[-3:] == [257, 258, 259]
+    assert tokenizer.decode(tokens) == "é<café>｜日｜"
+    assert tokenizer.decode(tokens, special=True) == "é<café>｜日｜<ß>"
     tokenizer = load_tokenizer(pieces(tmp_path / "b.gguf", [("  <think>", USER_DEFINED)]))
     assert tokenizer.encode("ab  <think>ab") == [1, 260, 264, 260]
     assert tokenizer.encode("<unk></s>") == [1, 0, 2]
@@ -149,7 +155,7 @@ def test_sentencepiece_has_its_usual_numbers_where_the_file_has_none(tmp_path):
     ],
 )
 def test_words_are_split_as_the_name_says(pre, text, words):
-    letters = _letters()
+    letters = byte_letters()
     found = [word for word, _ in PRE_TOKENIZERS[pre].build().pre_tokenize_str(text)]
     assert found == ["".join(letters[byte] for byte in word.encode()) for word in words]
 
@@ -198,7 +204,7 @@ def test_refuses_lists_that_do_not_fit(tmp_path):
 
 
 def test_a_large_vocabulary_is_read_quickly(tmp_path):
-    letters = _letters()
+    letters = byte_letters()
     tokens = list(letters)
     for i in range(100_000):
         tokens.append(letters[i % 256] + letters[i // 256 % 256] + letters[33 + i // 65536])
@@ -219,7 +225,7 @@ def test_a_large_vocabulary_is_read_quickly(tmp_path):
 def test_chat_templates_by_name(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*_letters(), "ab"])
+    writer.add_token_list([*byte_letters(), "ab"])
     writer.add_token_merges(["a b"])
     templates = [{"name": "default", "template": "usual"}, {"name": "tool_use", "template": "t"}]
     writer.add_chat_template(templates)

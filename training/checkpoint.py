@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,14 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training import manifest
-from training.arrays import read_array, write_arrays
+from training import manifest, step_folder
 from training.manifest import Leaf, Manifest, Place
 from training.run_folder import MANIFEST, PARTIAL, finished_steps, step_folders
 
-_ARRAYS = "arrays"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_READERS = 4  # arrays read, decompressed and summed at once
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +88,8 @@ class Checkpoints:
         """
         lines = []
         for partial in sorted(self.directory.glob(f"*{PARTIAL}")):
-            size = _megabytes(_size_of(partial))
-            _remove(partial)
+            size = _megabytes(step_folder.size_of(partial))
+            step_folder.remove(partial)
             lines.append(f"removed {partial.name}, whose saving or removal was cut short ({size})")
         finished = self.steps()
         for step in step_folders(self.directory):
@@ -129,7 +125,8 @@ class Checkpoints:
         size = sum(place.nbytes for place in manifest.places(state))
         wanted = self.keep + 1 - min(len(self.steps()), self.keep)
         free = shutil.disk_usage(self.directory).free
-        free += sum(map(_size_of, self.directory.glob(f"*{PARTIAL}")))  # which `clean` removes
+        cut_short = self.directory.glob(f"*{PARTIAL}")  # which `clean` removes
+        free += sum(map(step_folder.size_of, cut_short))
         if free < wanted * size:
             raise OSError(
                 f"keep={self.keep} needs room for {self.keep + 1} checkpoints, "
@@ -215,7 +212,7 @@ class Checkpoints:
         self.skipped = []
         for candidate in reversed(steps if step is None else [step]):
             try:
-                saved, arrays = _read(self._folder(candidate), wanted)
+                saved, arrays = step_folder.read(self._folder(candidate), wanted)
             except ValueError as error:
                 self.skipped.append(f"step {candidate}: {error}")
                 continue
@@ -246,10 +243,10 @@ class Checkpoints:
                 for copy in copies
             ]
             written = Manifest(step=step, leaves=tuple(leaves), extra=extra)
-            if not _is_saved(self._folder(step), written):
+            if not step_folder.is_saved(self._folder(step), written):
                 self._write(partial, written, copies)
                 if self._folder(step).exists():
-                    _remove(self._folder(step))
+                    step_folder.remove(self._folder(step))
                 partial.rename(self._folder(step))
         except Exception as error:  # a failed save never ends training
             self._troubles.append(self._trouble(step, copies, error))
@@ -257,9 +254,8 @@ class Checkpoints:
         try:
             self._prune(step)
         except OSError as error:
-            self._troubles.append(
-                f"an old checkpoint in {self.directory} cannot be removed: {_reason(error)}"
-            )
+            why = step_folder.reason(error)
+            self._troubles.append(f"an old checkpoint in {self.directory} cannot be removed: {why}")
 
     def _write(self, partial: pathlib.Path, written: Manifest, copies: list[_LeafCopy]) -> None:
         """Writes a step; while the disk is full, the oldest step gives way."""
@@ -268,11 +264,12 @@ class Checkpoints:
                 # Not its parents: if the run folder is gone, it must not come back.
                 self.directory.mkdir(exist_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
-                _write(partial, written, copies)
+                arrays = {copy.leaf.stored: copy.array for copy in copies}
+                step_folder.write(partial, written, arrays)
                 return
             except Exception as error:
                 shutil.rmtree(partial, ignore_errors=True)
-                if _error_number(error) not in _FULL or not self._give_way(written.step):
+                if step_folder.error_number(error) not in _FULL or not self._give_way(written.step):
                     raise
 
     def _give_way(self, to: int) -> bool:
@@ -282,14 +279,14 @@ class Checkpoints:
         others = [step for step in steps if step != good]
         if not others:
             return False
-        _remove(self._folder(others[0]))
+        step_folder.remove(self._folder(others[0]))
         self._troubles.append(f"the disk is full: step {others[0]} gave way to step {to}")
         return True
 
     def _is_good(self, step: int) -> bool:
         try:
             saved = Manifest.from_json((self._folder(step) / MANIFEST).read_text())
-            _load(self._folder(step), saved.leaves)
+            step_folder.load(self._folder(step), saved.leaves)
         except (OSError, ValueError):
             return False
         return True
@@ -300,9 +297,9 @@ class Checkpoints:
         to_keep = [step for step in finished if step <= newest][-self.keep :]
         for step in finished:
             if step not in to_keep:
-                _remove(self._folder(step))
+                step_folder.remove(self._folder(step))
         for partial in self.directory.glob(f"*{PARTIAL}"):  # left by a process that was killed
-            _remove(partial)
+            step_folder.remove(partial)
 
     def _trouble(self, step: int, copies: list[_LeafCopy], error: Exception) -> str:
         size = sum(copy.array.nbytes for copy in copies)
@@ -310,7 +307,8 @@ class Checkpoints:
         room = f"it needs {_megabytes(size)}, {_megabytes(free)} are free"
         good = next((good for good in reversed(self.steps()) if self._is_good(good)), None)
         return (
-            f"the checkpoint of step {step} was not written to {self.directory}: {_reason(error)}; "
+            f"the checkpoint of step {step} was not written to {self.directory}: "
+            f"{step_folder.reason(error)}; "
             f"{room}; the last good one is {'none' if good is None else f'step {good}'}"
         )
 
@@ -344,90 +342,6 @@ def _copy(number: int, place: Place) -> _LeafCopy:
     return _LeafCopy(described, array)
 
 
-def _is_saved(folder: pathlib.Path, written: Manifest) -> bool:
-    try:
-        if (folder / MANIFEST).read_text() != written.to_json():
-            return False
-        _load(folder, written.leaves)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _write(folder: pathlib.Path, written: Manifest, copies: list[_LeafCopy]) -> None:
-    """Writes a whole step to `folder`, and reads it back to check it."""
-    folder.mkdir()
-    write_arrays(
-        folder / _ARRAYS, {copy.leaf.stored: copy.array for copy in copies if copy.array.size}
-    )
-    with (folder / MANIFEST).open("w") as file:
-        file.write(written.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    _load(folder, written.leaves)
-
-
-def _remove(path: pathlib.Path) -> None:
-    """Removes a file or a step; if that is cut short, no half of a step keeps its name."""
-    if path.is_dir() and not path.is_symlink():
-        if path.suffix != PARTIAL:
-            whole, path = path, path.with_name(f"{path.name}.removed{PARTIAL}")
-            shutil.rmtree(path, ignore_errors=True)
-            whole.rename(path)
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _size_of(path: pathlib.Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())
-
-
-def _read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict[str, np.ndarray]]:
-    """The manifest and the arrays by path of a step's folder; ValueError: it cannot be used."""
-    try:
-        text = (folder / MANIFEST).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"its {MANIFEST} cannot be read ({_reason(error)}): saving was cut short, or another "
-            "program wrote it"
-        ) from None
-    saved = Manifest.from_json(text)
-    if str(saved.step) != folder.name:
-        raise ValueError(f"its manifest is that of step {saved.step}")
-    leaves = manifest.rename_old_leaves(saved.leaves, wanted)
-    saved = dataclasses.replace(saved, leaves=tuple(leaves))
-    differing = manifest.mismatches(leaves, wanted)
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError("it is of another state: " + "; ".join(differing[:3]) + more)
-    return saved, _load(folder, saved.leaves)
-
-
-def _load(folder: pathlib.Path, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
-    """The arrays of `leaves` by path; ValueError: one is damaged, and is named."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        return dict(pool.map(lambda leaf: (leaf.path, _load_leaf(folder, leaf)), leaves))
-
-
-def _load_leaf(folder: pathlib.Path, leaf: Leaf) -> np.ndarray:
-    try:
-        if 0 in leaf.shape:  # the store takes no empty arrays
-            array = np.zeros(leaf.shape, jnp.dtype(leaf.dtype))
-        else:
-            shape, dtype = leaf.shape, leaf.dtype
-            if leaf.key is not None:
-                words = jax.random.key_data(jax.random.key(0, impl=leaf.key))
-                shape, dtype = (*shape, *words.shape), str(words.dtype)
-            array = read_array(folder / _ARRAYS, leaf.stored, shape, dtype)
-    except Exception as error:  # whatever kind damage leads to
-        raise ValueError(f"{leaf.path} cannot be read ({_reason(error)})") from None
-    if manifest.checksum(array) != leaf.sha256:
-        raise ValueError(f"the checksum of {leaf.path} differs: its bytes have changed")
-    return array
-
-
 def _put(place: Place, array: np.ndarray, leaf: Leaf) -> Any:
     if leaf.key is not None:
         return jax.device_put(
@@ -440,18 +354,6 @@ def _put(place: Place, array: np.ndarray, leaf: Leaf) -> Any:
     if isinstance(place.leaf, np.ndarray):
         return array
     return jax.device_put(array, place.leaf.sharding)
-
-
-def _reason(error: Exception) -> str:
-    number = _error_number(error)
-    return os.strerror(number) if number else str(error).strip().split("\n")[0][:200]
-
-
-def _error_number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # the array store's form of it
-    return int(code[1]) if code else None
 
 
 def _megabytes(size: int) -> str:

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from training import checkpoint
+from training import step_folder
 from training.arrays import write_arrays
 from training.checkpoint import Checkpoints
 
@@ -154,13 +154,13 @@ def test_padding_is_not_saved_and_comes_back_as_zeros(tmp_path):
 
 def test_a_save_does_not_wait_for_the_disk_and_allows_donation(tmp_path, monkeypatch):
     disk = threading.Event()
-    write = checkpoint._write
+    write = step_folder.write
 
     def slow(*arguments):
         assert disk.wait(60)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(step_folder, "write", slow)
     following = jax.jit(lambda s: jax.tree.map(lambda a: a * 0, s), donate_argnums=0)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.save(1, first := state(), {}) == []
@@ -190,7 +190,7 @@ def test_saving_an_earlier_step_removes_the_later_ones(saved):
 
 
 def test_saving_the_same_again_writes_nothing(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_write", None)
+    monkeypatch.setattr(step_folder, "write", None)
     assert saved.save(30, state(seed=30), {"step": 30}, wait=True) == []
 
 
@@ -304,7 +304,7 @@ def disk(monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_arrays(folder, dict(list(arrays.items())[1:]))
 
-    monkeypatch.setattr(checkpoint, "write_arrays", write)
+    monkeypatch.setattr(step_folder, "write_arrays", write)
     return disk
 
 
@@ -327,17 +327,6 @@ def test_on_a_full_disk_the_oldest_step_gives_way_but_never_the_last_good_one(tm
         assert "the last good one is step 4" in lines[2]
         assert os.listdir(tmp_path) == ["4"]
         assert checkpoints.restore(state)[0] == 4
-
-
-def test_what_fails_while_other_arrays_are_written_leaves_nothing(tmp_path):
-    """Of 40 arrays, 20 cannot be written; the others are not written behind our back."""
-    good = {f"a{i}": np.ones((64, 64)) for i in range(20)}
-    bad = {f"{'long' * 80}{i}": np.ones((64, 64)) for i in range(20)}
-    for _ in range(5):
-        with pytest.raises(Exception, match="File name too long"):
-            write_arrays(tmp_path / "arrays", bad | good)
-        shutil.rmtree(tmp_path / "arrays", ignore_errors=True)
-        assert os.listdir(tmp_path) == []
 
 
 def test_what_killed_processes_left_is_removed_and_named(saved):
@@ -381,7 +370,7 @@ def test_a_bad_write_is_detected_before_an_older_step_is_removed(tmp_path, monke
 
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state(), {}, wait=True)
-        monkeypatch.setattr(checkpoint, "write_arrays", damaging)
+        monkeypatch.setattr(step_folder, "write_arrays", damaging)
         [trouble] = checkpoints.save(2, state(), {}, wait=True)
         assert "the checkpoint of step 2 was not written" in trouble
         assert checkpoints.restore(template())[0] == 1

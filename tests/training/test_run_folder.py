@@ -7,7 +7,13 @@ import sys
 
 import pytest
 
-from training.run_folder import RunFolderGone, check_out, lock_run_folder, remove_cut_writes
+from training.run_folder import (
+    RunFolderGone,
+    check_out,
+    is_finished,
+    lock_run_folder,
+    remove_cut_writes,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCK_AND_WAIT = """
@@ -91,3 +97,23 @@ def test_halves_of_files_are_removed_and_named(tmp_path):
         "removed .model.safetensors.1a2b3c4d.partial, a file that was cut short (0.3 MB)",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "notes.partial"]
+
+
+def test_a_run_is_finished_once_all_that_follows_its_last_checkpoint_is_written(tmp_path):
+    def write(name, time):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time, time))
+
+    assert not is_finished(tmp_path, 6, sample=True)
+    write("checkpoints/6/manifest.json", 10)
+    write("model/config.json", 11)
+    write("loss.png", 12)
+    assert is_finished(tmp_path, 6, sample=False)
+    assert not is_finished(tmp_path, 6, sample=True)
+    write("sample.txt", 9)  # of a run with fewer steps
+    assert not is_finished(tmp_path, 6, sample=True)
+    write("sample.txt", 13)
+    assert is_finished(tmp_path, 6, sample=True)
+    assert not is_finished(tmp_path, 7, sample=True)

@@ -130,10 +130,9 @@ def _check_signal(
         process.wait()
     output = _log(run)
     assert "Traceback" not in output, output[-300:]
-    assert process.returncode == (75 if saved else 128 + number), (
-        process.returncode,
-        output[-300:],
-    )
+    # Before Python has started, the system itself ends the process; its status is then -number.
+    wanted = (75,) if saved else (128 + number, -number)
+    assert process.returncode in wanted, (process.returncode, output[-300:])
     assert took < _SECONDS, f"it took {took:.1f} s"
     if saved:
         steps = saved_steps(run)

@@ -1,4 +1,4 @@
-"""Arrays on disk: every dtype comes back, failures leave nothing at work, damage allocates nothing."""
+"""Arrays on disk: each dtype comes back, failures leave nothing at work, damage takes no memory."""
 
 import json
 import os

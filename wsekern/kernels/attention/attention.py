@@ -84,7 +84,7 @@ def attention(
     Args:
       q: queries, laid out `P("wafer", "y", "x", None)`.
       k: keys, laid out likewise.
-      v: values, laid out likewise.
+      v: values, laid out likewise; finite also where a mask hides them.
       causal: query t sees only keys 0 to t, counted from the start of both, also where T != S.
       window: how many keys a query sees, its own included: t-window+1 to t. Needs `causal`. Blocks
         that lie completely outside are skipped.

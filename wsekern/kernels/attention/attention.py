@@ -76,7 +76,8 @@ def attention(
       KV in two steps; the gradient (p-1)/p of 3Q + 2KV and a word for each row and head, in two.
       K must divide by the number of PEs.
     - `auto`: `allgather` while a PE has memory for it; else `ulysses` on devices if the heads
-      divide and there is no bias; else `ring`. `attention.explain` tells, with each one's cost.
+      divide and there is no bias; else `ring`. CPU devices take `ulysses` from 1 MiB of keys and
+      values on, where it can be. `attention.explain` tells, with each one's cost.
 
     Segment ids travel with their rows. Gradients of `sinks`, and of a `bias` that is the same along
     an axis, end with an all-reduce along it.

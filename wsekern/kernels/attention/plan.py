@@ -26,6 +26,7 @@ from wsekern.wafer.wafer import Wafer
 Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
 
 _BLOCK = 512  # rows of a block inside a PE
+_GATHERED_ON_CPUS = 2**20  # bytes; beyond, copying them costs more than one more collective
 _NARROW = 128  # a product with fewer rows than this runs at a worse rate
 _BAND = _BLOCK * _BLOCK // _NARROW  # keys that _NARROW rows meet at once: a block's worth of scores
 
@@ -205,6 +206,11 @@ def _choose_algorithm(floats: Floats, wafer: Wafer) -> tuple[str, str]:
     gathered = 2 * k.size * k.dtype.itemsize
     gathered //= math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
     size = f"{gathered / 2**20:.3g} MiB of keys and values"
+    pes = wafer.height * wafer.width
+    refused = ulysses_refused(floats, wafer)
+    on_cpus = wafer.machine is None and wafer.platform == "cpu"
+    if on_cpus and gathered > _GATHERED_ON_CPUS and floats.bias is None and not refused:
+        return "ulysses", f"each of {pes} CPU devices would copy {size}, and the heads divide"
     if fits_gathered(gathered, wafer):
         return "allgather", f"a PE may gather {size} on this machine"
     size = f"{size} are too much for a PE to gather"
@@ -212,10 +218,8 @@ def _choose_algorithm(floats: Floats, wafer: Wafer) -> tuple[str, str]:
         return "ring", f"{size}, and on a wafer only neighbors are near"
     if floats.bias is not None:
         return "ring", f"{size}, and in a ring it needs only its own rows of the bias"
-    refused = ulysses_refused(floats, wafer)
     if refused:
         return "ring", f"{size}, and {refused}"
-    pes = wafer.height * wafer.width
     return "ulysses", f"{size}, and {k.shape[2]} heads divide by {pes} PEs"
 
 

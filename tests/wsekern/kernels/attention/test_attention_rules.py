@@ -270,6 +270,9 @@ def test_auto_says_why():
     wafer = wk.Wafer.devices(4, 2)
     assert explain((1, 8, 8, 4), wafer).algorithm == "allgather"
     assert explain((1, 2**16, 8, 64), wafer).algorithm == "ulysses"
+    on_a_line = explain((1, 2048, 8, 64), wk.Wafer.devices(8, 1))
+    assert on_a_line.algorithm == "ulysses" and "would copy 8 MiB" in on_a_line.why
+    assert explain((1, 2048, 6, 64), wk.Wafer.devices(8, 1)).algorithm == "allgather"
     assert explain((1, 2**16, 6, 64), wafer).why.endswith("6 heads do not divide by 8 PEs")
     on_wse = explain((1, 2**16, 8, 64), wk.Wafer.abstract(wk.WSE3, 4, 2))
     assert on_wse.algorithm == "zigzag"

@@ -24,7 +24,8 @@ from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 
-_ROUND_ROWS = 512  # with fewer rows, a product runs at a lower rate on a CPU
+_ROUND_ROWS = 1024  # with fewer rows, a product runs at a lower rate on a CPU
+_FEWEST_ROWS = 512  # of a round, if there are only two
 
 
 def price(problem: MatmulProblem) -> PricedPlan:
@@ -54,7 +55,8 @@ def _rounds(problem: MatmulProblem) -> int:
     if problem.form == "tn" or wafer.machine is not None or problem.gathers_little:
         return 1
     tall = -(-problem.rows // wafer.height)
-    wanted = problem.x_copies * tall * wafer.height // _ROUND_ROWS
+    rows = problem.x_copies * tall * wafer.height
+    wanted = max(rows // _ROUND_ROWS, min(rows // _FEWEST_ROWS, 2))
     # Rounds must divide the rows. Up to twice as many rows in a round are still good.
     near = range(wanted, wanted // 2, -1)
     return next((rounds for rounds in near if rounds and tall % rounds == 0), 1)

@@ -23,7 +23,7 @@ from jaxtyping import Int, Integer
 
 from models.text.characters import save_characters
 from models.text.reading import copy_tokenizer
-from models.text.tokenizer import Tokenizer
+from models.text.tokenizer import Tokenizer, bytes_tokenizer
 from training.corpus import Document, find_sources, read_documents, read_text, split_documents
 from wsekern.progress import show_progress
 
@@ -70,11 +70,14 @@ class Corpus:
         return _tokenize(text, self.alphabet).astype(np.int32)
 
     def decode(self, tokens: Int[np.ndarray, " T"] | Sequence[int]) -> str:
-        """The text of `tokens`; bytes that are not UTF-8 (half a character) become U+FFFD."""
+        """The text of `tokens`; bytes that are not UTF-8 (half a character) become U+FFFD.
+
+        Of bytes, tokens above 255 are left out: a model with a larger vocabulary may draw them.
+        """
         if self.tokenizer is not None:
             return self.tokenizer.decode(tokens)
         if self.alphabet is None:
-            return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
+            return bytes_tokenizer().decode(tokens)
         return "".join(self.alphabet[token] for token in np.asarray(tokens))
 
     def save_tokenizer(self, folder: pathlib.Path, checkpoint: pathlib.Path | None) -> None:

@@ -370,3 +370,10 @@ def test_a_flipped_bit_in_the_cache_is_noticed_and_the_cache_made_anew(
         got = [again.train, again.validation, again.fingerprint, again.vocab]
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_token_that_is_no_byte_has_no_text(texts, cache):
+    opened = data.open_corpus(str(texts), context=8)
+    assert (
+        opened.decode(np.array([97, 256 + 98, 50_000, 99, 0xC3])) == "ac\N{REPLACEMENT CHARACTER}"
+    )

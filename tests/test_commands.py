@@ -31,8 +31,8 @@ SOURCES = [
     for folder in ("wsekern", "sharding", "models", "training", "benchmarks", "examples")
     for file in sorted((ROOT / folder).rglob("*.py"))
 ]
-PROGRAMS = ("python -m training", "python -m models", "python -m benchmarks", "python examples/")
-PROGRAMS += ("wsekern estimate", "wsekern info", "wsekern bench")
+PROGRAMS = [f"python -m {name}" for name in ("training", "models", "benchmarks")]
+PROGRAMS += ["python examples/", "wsekern estimate", "wsekern info", "wsekern bench"]
 START = f"(?:{'|'.join(PROGRAMS)})"
 IN_LINE = re.compile(rf"`({START}[^`]*)`")
 AFTER_PROMPT = re.compile(r"^\$ (.*)$", re.MULTILINE)

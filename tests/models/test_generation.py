@@ -125,7 +125,7 @@ def beyond():
 @pytest.mark.parametrize("new", [0, 3, 12])
 def test_prompts_of_different_lengths_go_on_beyond_the_context(beyond, new):
     model, prompts, lengths, texts = beyond
-    options = {"temperature": 0.9, "top_k": 5, "key": jax.random.key(5)}
+    options: dict[str, Any] = {"temperature": 0.9, "top_k": 5, "key": jax.random.key(5)}
     got = generate(model, prompts, max_new_tokens=new, lengths=lengths, **options)
     assert got.shape == (3, 8 + new)
     for row, text, length in zip(np.asarray(got), texts, lengths, strict=True):
@@ -135,7 +135,7 @@ def test_prompts_of_different_lengths_go_on_beyond_the_context(beyond, new):
 
 def test_stop_ends_each_text_beyond_the_context_too(full_wafer, beyond):
     model, prompts, lengths, texts = beyond
-    options = {"temperature": 0.9, "top_k": 5, "key": jax.random.key(5)}
+    options: dict[str, Any] = {"temperature": 0.9, "top_k": 5, "key": jax.random.key(5)}
     stop = (texts[0][8 + 4], texts[1][1 + 9])  # one ends after the context, one long after it
     with full_wafer:
         got = generate(model, prompts, max_new_tokens=12, lengths=lengths, stop=stop, **options)

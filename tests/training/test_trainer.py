@@ -333,7 +333,8 @@ def test_a_finished_run_resumed_takes_no_step_and_keeps_its_figures(config, caps
     assert "is finished, at step 6 of 6, validation loss" in capsys.readouterr().out
     longer = dataclasses.replace(config, resume=True, sample_tokens=9)
     sample = Trainer(longer).fit().sample
-    assert sample is not None and len(sample.encode()) > len(first.sample.encode())
+    assert sample is not None and first.sample is not None
+    assert len(sample.encode()) > len(first.sample.encode())
     with pytest.raises(ValueError, match="steps=4: the run in .* is at step 6 already"):
         Trainer(dataclasses.replace(config, resume=True, steps=4))
 

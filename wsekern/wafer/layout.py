@@ -120,7 +120,7 @@ def _repeat_last_jvp(
     widths: tuple[tuple[int, int], ...],
     primals: tuple[Shaped[Array, "..."]],
     tangents: tuple[Shaped[Array, "..."]],
-) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+) -> tuple[Shaped[Array, "..."], Any]:  # of integers a NumPy array, which jax.Array is not
     padded = _repeat_last(primals[0], widths)
     if tangents[0].dtype == jax.dtypes.float0:  # of integers, such as a mask
         return padded, np.zeros(padded.shape, jax.dtypes.float0)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -369,7 +370,12 @@ def test_refuses_what_it_does_not_compute(more, message, tmp_path):
 
 def test_harmless_keys_change_nothing(tmp_path):
     plain = models.read_config(with_fields(tmp_path, {}, "plain.gguf"))
-    more = {"attention.causal": True, "logit_scale": 1.0, "expert_count": 0, "vocab_size": 97}
+    more: dict[str, Any] = {
+        "attention.causal": True,
+        "logit_scale": 1.0,
+        "expert_count": 0,
+        "vocab_size": 97,
+    }
     more |= {"attention.scale": 0.25, "rope.dimension_count": 16, "attention.sliding_window": 4096}
     more |= {"attention.head_count_kv": [2, 2, 2], "tensor_data_layout": "Meta AI original pth"}
     assert models.read_config(with_fields(tmp_path, more)) == plain

@@ -2,7 +2,6 @@
 
 import time
 
-import numpy as np
 import pytest
 
 gguf = pytest.importorskip("gguf")
@@ -50,7 +49,7 @@ def pieces(file, special=(), **fields):
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     tokens += ["▁a", "▁ab", "▁", "a", "b", *(name for name, _ in special)]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 5]
-    scores = np.float32([0] * 259 + [-1, -2, -3, -4, -5] + [-1000] * len(special)).tolist()
+    scores = [0.0] * 259 + [-1.0, -2.0, -3.0, -4.0, -5.0] + [-1000.0] * len(special)
     types += [kind for _, kind in special]
     return write(file, "llama", tokens, types, **{"scores": scores} | fields)
 

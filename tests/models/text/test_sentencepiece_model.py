@@ -12,6 +12,7 @@ spm = pytest.importorskip("sentencepiece")
 from models.text.bpe import merges_of_ranks  # noqa: E402
 from models.text.reading import load_tokenizer  # noqa: E402
 from models.text.sentencepiece_model import read_model  # noqa: E402
+from models.text.tokenizer import FastCodec  # noqa: E402
 
 CORPUS = ["the wafer and the fabric", "naïve café 日本語", "it's 2026, tokens and words"] * 20
 TEXTS = [
@@ -84,6 +85,7 @@ def test_legacy_says_whether_a_space_follows_a_special_token(train, tmp_path, le
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(tmp_path)
     tokens = tokenizer.encode("</s>the", special=False)
+    assert isinstance(tokenizer.codec, FastCodec)
     pieces = [tokenizer.codec.inner.id_to_token(token) for token in tokens]
     assert pieces[-1] == "the" and "".join(pieces) == "</s>" + after
 
@@ -113,6 +115,7 @@ def test_the_configuration_can_take_the_prefix_away(train, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
     tokenizer = load_tokenizer(tmp_path)
     tokens = tokenizer.encode("the the", special=False)
+    assert isinstance(tokenizer.codec, FastCodec)
     pieces = [tokenizer.codec.inner.id_to_token(token) for token in tokens]
     assert "".join(pieces) == "the▁the" and tokenizer.decode(tokens) == "the the"
 

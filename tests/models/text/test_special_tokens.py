@@ -12,6 +12,7 @@ import tokenizers  # noqa: E402
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors  # noqa: E402
 
 from models.text.reading import copy_tokenizer, load_tokenizer  # noqa: E402
+from models.text.tokenizer import FastCodec  # noqa: E402
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -153,6 +154,7 @@ def test_vocab_and_merges_with_added_tokens(tmp_path):
 def test_qwen2_normalizes_and_takes_digits_apart(tmp_path, files):
     tokenizer = load_tokenizer(pair(tmp_path, **files))
     assert tokenizer.encode("e\u0301 a") == [*letters("Ã©"), 256]
+    assert isinstance(tokenizer.codec, FastCodec)
     words = tokenizer.codec.inner.pre_tokenizer.pre_tokenize_str("it 12")
     assert [word for word, _ in words] == ["it", "Ġ", "1", "2"]
 

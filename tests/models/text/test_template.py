@@ -5,6 +5,7 @@ import enum
 import json
 import os
 import resource
+import signal
 import threading
 import time
 
@@ -35,7 +36,7 @@ def test_templates_fail_by_name():
     with pytest.raises(ValueError, match="'append' of 'list' is not for templates"):
         render("{{ messages.append(1) }}", {"messages": []})
     with pytest.raises(ValueError, match="the chat template is 5; it must be a text"):
-        render(5, {})
+        render(5, {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_variables_become_plain_data():
     assert render("{{ v }}", {"v": value}) == text
     with pytest.raises(ValueError, match=r"of x cannot get a numpy.ndarray; give"):
         render("", {"v": [np.array([1])]}, "x")
-    deep = []
+    deep: list = []
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
@@ -120,7 +121,9 @@ def test_a_bomb_takes_time_and_memory_of_another_process():
 def test_a_process_that_does_not_answer_is_ended(monkeypatch):
     render("", {})
     monkeypatch.setattr(template_module, "_PATIENCE", 0.1)
-    os.kill(template_module._worker._process.pid, 19)  # SIGSTOP
+    process = template_module._worker._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="it does not end within 0.1 s"):
         render("", {})
     monkeypatch.undo()

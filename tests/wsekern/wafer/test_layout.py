@@ -185,7 +185,9 @@ def test_a_reshape_equals_that_of_jax(shape, spec, new, after, kind):
     np.testing.assert_allclose(gradient, 2 * array, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("shape", "spec", "new", "after"), RESHAPES)
+@pytest.mark.parametrize(
+    ("shape", "spec", "new", "after"), [case for case in RESHAPES if 0 not in case[0]]
+)
 def test_nothing_moves_where_the_first_part_divides(shape, spec, new, after):
     """Else the dimensions that change are gathered, along their own axes alone."""
     wafer = wafer_of("Auto")
@@ -194,10 +196,12 @@ def test_nothing_moves_where_the_first_part_divides(shape, spec, new, after):
         laid_out = jax.ShapeDtypeStruct(shape, np.float32, sharding=wafer.sharding(spec))
     program = jax.jit(lambda a: layout.reshape(a, new, spec, wafer)).lower(laid_out).compile()
     assert program.output_shardings.spec == wafer.sharding(after or P()).spec
+    text = program.as_text()
+    assert text is not None
     kept = after is not None and layout.parts(after, wafer) == layout.parts(spec, wafer)
     if kept:
-        assert "all-gather" not in program.as_text()
-    assert not any(move in program.as_text() for move in ("all-to-all", "collective-permute"))
+        assert "all-gather" not in text
+    assert not any(move in text for move in ("all-to-all", "collective-permute"))
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "spread", "virtual"])
@@ -221,7 +225,7 @@ def test_a_look_up_by_tiles_has_the_right_gradient(kind):
     """Where XLA partitions the scatter of 7 rows over 3 rows of PEs, it adds their padding."""
     wafer = wafer_of(kind, 3, 2)
     rng = np.random.default_rng(0)
-    table, rows = rng.normal(size=(4, 5)).astype(np.float32), rng.integers(0, 4, 7)
+    table, rows = rng.normal(size=(4, 5)).astype(np.float32), jnp.asarray(rng.integers(0, 4, 7))
     weights = rng.normal(size=(7, 5)).astype(np.float32)
 
     def weighted(table):

@@ -3,15 +3,21 @@
 import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import wsekern as wk
 from wsekern.estimator.cost import Constants
+from wsekern.estimator.pictures.published import plot_published
 from wsekern.estimator.validation import gemm, points, prefill, programs, waferllm, wave25
+
+ROOT = pathlib.Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +31,37 @@ def test_predictions_are_near_the_measurements(validation):
     assert np.mean(errors) < 0.05 and max(errors) < 0.1
     assert all(abs(row.error) < 0.003 for row in validation.rows if row.fitted)
     assert len(dataclasses.fields(Constants)) == len(points.FITTED) <= 6
+
+
+def test_the_page_shows_what_the_command_predicts(validation):
+    """The table of docs/estimate.md, digit for digit, and its averages, there and elsewhere."""
+    page = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
+    table = page.partition("| point | measured |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(validation.rows)
+    for line, row in zip(table, validation.rows, strict=True):
+        _, measured, shown, error, use = (cell.strip() for cell in line.split("|")[1:-1])
+        assert float(measured.split()[0].replace(",", "")) == row.point.value
+        digits = len(shown.partition(".")[2])
+        assert shown.replace(",", "") == f"{row.predicted:.{digits}f}", line
+        assert error == ("" if row.fitted else f"{100 * row.error:+.1f} %"), line
+        counted = "" if row in validation.counted_rows else "reported only"
+        assert use == ("fitted" if row.fitted else counted), line
+    errors = [100 * abs(row.error) for row in validation.counted_rows]
+    mean, most = f"{np.mean(errors):.1f} %", f"{max(errors):.1f} %"
+    assert f"{mean} on average, {most} at most" in page
+    for place in ("README.md", "wsekern/estimator/estimate.py"):
+        text = " ".join((ROOT / place).read_text(encoding="utf-8").split())
+        assert f"{mean} on average" in text and f"{most} at most" in text, place
+
+
+def test_the_picture_on_the_page_is_the_one_that_the_command_draws(validation, tmp_path):
+    if f"matplotlib=={matplotlib.__version__}" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another matplotlib sets letters at other places")
+    drawn = tmp_path / "predicted.png"
+    plot_published(validation, drawn)
+    new, old = (plt.imread(path)[..., :3] for path in (drawn, ROOT / "docs" / "predicted.png"))
+    assert new.shape == old.shape
+    assert abs(new - old).mean() < 1e-3, "draw it anew: wsekern estimate --validate --plot"
 
 
 def test_orderings_are_the_published_ones(validation):

@@ -205,8 +205,8 @@ def test_a_row_that_sees_no_key_is_zeros_in_value_and_gradient(name, wafer_calle
     places = [(None, "auto"), ("1x1", "auto"), ("2x2", "ring"), ("virtual-2x4", "allgather")]
     for grid, algorithm in places:
         wafer = None if grid is None else wafer_called(grid)
-        run = functools.partial(wk.attention, algorithm=algorithm, wafer=wafer, **options)
-        got = results(run, arrays)
+        options_there: dict[str, Any] = options | {"algorithm": algorithm, "wafer": wafer}
+        got = results(functools.partial(wk.attention, **options_there), arrays)
         for x, y in zip(got, want, strict=True):
             np.testing.assert_allclose(x, y, atol=2e-5)
         assert not np.asarray(got[0])[0].swapaxes(0, 1)[empty].any()

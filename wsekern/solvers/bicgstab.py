@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator, Power, Scalar
+from wsekern.solvers.fields import Fields, Operator, Scalar
 from wsekern.solvers.solution import (
     ABSOLUTE,
     BREAKDOWN,
@@ -86,30 +85,34 @@ class _Carry(NamedTuple):
     shadow_square: Scalar
     r_square: Scalar
     steepest: Scalar
-    # The operator and the preconditioner may have any scale. What each makes is divided by a power
-    # of two that brings the first such field near 1.
-    operator_power: Power
-    preconditioner_power: Power
+    # The operator and the preconditioner may have any scale. What each makes is multiplied by a
+    # power of two that brings the first such field near 1. Kept as factors: XLA would compute them
+    # of an exponent anew for every cell.
+    of_operator: Scalar
+    of_preconditioner: Scalar
 
 
 def _begin(r: Fields) -> _Carry:
-    square, one = fields.dot(r, r), jnp.zeros((), jnp.int32)
+    square = fields.dot(r, r)
+    one = jnp.ones_like(square)
     return _Carry(r, r, square, square, square, jnp.zeros_like(square), one, one)
 
 
 def _step(
     precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
 ) -> tuple[Fields, Fields, _Carry, Reason]:
-    shadow, p, rho, shadow_square, r_square, steepest, *powers = carry
-    # The steepest slope is 0 before the first step only.
+    shadow, p, rho, shadow_square, r_square, steepest, *factors = carry
+    # The steepest slope is 0 before the first step only. Means need no factor, as squares do.
     first = steepest == 0
     y = precondition(p)
-    y_power = lax.cond(first, lambda: fields.exponent(y), lambda: powers[1])
-    y = fields.times_power(y, -y_power)
+    of_y = fields.mean_abs(y)
+    of_preconditioner = jnp.where(first, fields.unit_factor(of_y), factors[1])
+    y = fields.times(y, of_preconditioner)
     v = matvec(y)
-    power = lax.cond(first, lambda: fields.exponent(v), lambda: powers[0])
-    v = fields.times_power(v, -power)
-    slope = fields.norm(v) / fields.norm(y)
+    of_v = fields.mean_abs(v)
+    of_operator = jnp.where(first, fields.unit_factor(of_v), factors[0])
+    v = fields.times(v, of_operator)
+    slope = of_v * of_operator / (of_y * of_preconditioner)
     steepest = jnp.maximum(steepest, slope)
     shadow_v = fields.dot(shadow, v)
     # A product below this is rounding: the two are orthogonal to each other.
@@ -117,12 +120,12 @@ def _step(
     stuck = jnp.abs(shadow_v) <= orthogonal * fields.norm(v)
     alpha = jnp.where(stuck, 0, _ratio(rho, shadow_v))
     s = fields.plus(r, -alpha, v)
-    z = fields.times_power(precondition(s), -y_power)
-    t = fields.times_power(matvec(z), -power)
+    z = fields.times(precondition(s), of_preconditioner)
+    t = fields.times(matvec(z), of_operator)
     tt = fields.dot(t, t)
     omega = _ratio(fields.dot(t, s), tt)
-    x = fields.plus(x, fields.times_power(alpha, -power), y)
-    x = fields.plus(x, fields.times_power(omega, -power), z)
+    x = fields.plus(x, alpha * of_operator, y)
+    x = fields.plus(x, omega * of_operator, z)
     r = fields.plus(s, -omega, t)
     rho_new = fields.dot(shadow, r)
     beta = _ratio(rho_new, rho) * _ratio(alpha, omega)
@@ -131,7 +134,7 @@ def _step(
     # Where rho is the residual's square the method has just begun anew: no direction is better.
     broke = stuck & (rho == r_square)
     r_square_new = fields.dot(r, r)
-    state = steepest, power, y_power
+    state = steepest, of_operator, of_preconditioner
     continued = _Carry(shadow, p, rho_new, shadow_square, r_square_new, *state)
     anew = _Carry(r, r, r_square_new, r_square_new, r_square_new, *state)
     carried = jax.tree.map(lambda a, b: jnp.where(lost, a, b), anew, continued)

@@ -9,10 +9,9 @@ import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from wsekern.solvers import fields
-from wsekern.solvers.fields import Fields, Operator, Power, Scalar
+from wsekern.solvers.fields import Fields, Operator, Scalar
 from wsekern.solvers.solution import (
     ABSOLUTE,
     BREAKDOWN,
@@ -84,44 +83,46 @@ class _Carry(NamedTuple):
     rz: Scalar  # product of the residual and the preconditioned one
     sign: Scalar  # of the first curvature
     steepest: Scalar
-    # The operator and the preconditioner may have any scale. What each makes is divided by a power
-    # of two that brings the first such field near 1.
-    operator_power: Power
-    preconditioner_power: Power
+    # The operator and the preconditioner may have any scale. What each makes is multiplied by a
+    # power of two that brings the first such field near 1. Kept as factors: XLA would compute them
+    # of an exponent anew for every cell.
+    of_operator: Scalar
+    of_preconditioner: Scalar
 
 
 def _begin(precondition: Operator, r: Fields) -> _Carry:
     z = precondition(r)
-    power = fields.exponent(z)
-    z = fields.times_power(z, -power)
+    factor = fields.unit_factor(fields.mean_abs(z))
+    z = fields.times(z, factor)
     rz = fields.dot(r, z)
-    return _Carry(z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz), jnp.zeros_like(power), power)
+    return _Carry(z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz), jnp.ones_like(rz), factor)
 
 
 def _step(
     precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
 ) -> tuple[Fields, Fields, _Carry, Reason]:
-    p, rz, sign, steepest, power, precondition_power = carry
+    p, rz, sign, steepest, of_operator, of_preconditioner = carry
     ap = matvec(p)
-    # The steepest slope is 0 before the first step only.
-    power = lax.cond(steepest == 0, lambda: fields.exponent(ap), lambda: power)
-    ap = fields.times_power(ap, -power)
+    square = fields.dot(p, p)
     # With a negative definite preconditioner rz is negative too: the sign makes both cases one.
-    curvature = fields.dot(p, ap) * jnp.sign(rz)
+    curvature = fields.dot(p, fields.times(ap, of_operator)) * jnp.sign(rz)
+    # The first slope, before which the steepest one is 0, is the operator's scale.
+    first = jnp.where(steepest == 0, fields.unit_factor(curvature / square), 1)
+    of_operator, curvature = of_operator * first, curvature * first
     # Definite operators keep the sign of the first curvature; one that changes it is indefinite.
     sign = jnp.where(sign == 0, jnp.sign(curvature), sign)
-    slope = jnp.abs(curvature) / fields.dot(p, p)
+    slope = jnp.abs(curvature) / square
     steepest = jnp.maximum(steepest, slope)
     rounding = slope <= jnp.finfo(slope.dtype).eps * steepest
     broke = (curvature * sign <= 0) | (rz == 0) | rounding
     # A flat direction lies in the null space of a singular operator.
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, BREAKDOWN)
     alpha = jnp.where(broke, 0, jnp.abs(rz) / jnp.where(broke, 1, curvature))
-    x = fields.plus(x, fields.times_power(alpha, -power), p)
-    r = fields.plus(r, -alpha, ap)
-    z = fields.times_power(precondition(r), -precondition_power)
+    alpha = alpha * of_operator
+    x, r = fields.plus(x, alpha, p), fields.plus(r, -alpha, ap)
+    z = fields.times(precondition(r), of_preconditioner)
     rz_new = fields.dot(r, z)
     beta = jnp.where(broke, 0, rz_new / jnp.where(broke, 1, rz))
     p = fields.plus(z, beta, p)
-    carry = _Carry(p, rz_new, sign, steepest, power, precondition_power)
+    carry = _Carry(p, rz_new, sign, steepest, of_operator, of_preconditioner)
     return x, r, carry, jnp.where(broke, why, GOES_ON)

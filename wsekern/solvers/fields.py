@@ -42,6 +42,13 @@ def mean_size(a: Fields) -> Scalar:
     return times_power(norm(times_power(a, -power)) / math.sqrt(cells(a)), power)
 
 
+def mean_abs(a: Fields) -> Scalar:
+    """The mean of absolute values over all fields: of any numbers, as they are."""
+    n = cells(a)
+    parts = [jnp.sum(jnp.abs(x.astype(sum_dtype(x))) / n) for x in jax.tree.leaves(a)]
+    return sum(parts[1:], parts[0])
+
+
 def cells(a: Fields) -> int:
     """How many numbers all fields have."""
     return sum(leaf.size for leaf in jax.tree.leaves(a))
@@ -70,6 +77,16 @@ def times_power(a: Fields, power: Power) -> Fields:
 def plus(a: Fields, scale: Scalar | float, b: Fields) -> Fields:
     """`a + scale * b`, in the dtypes of `a`."""
     return jax.tree.map(lambda x, y: x + jnp.asarray(scale, x.dtype) * y.astype(x.dtype), a, b)
+
+
+def times(a: Fields, scale: Scalar) -> Fields:
+    """`a * scale`, in the dtypes of `a`; one product a cell, for loops."""
+    return jax.tree.map(lambda x: (x.astype(scale.dtype) * scale).astype(x.dtype), a)
+
+
+def unit_factor(size: Scalar) -> Scalar:
+    """The power of two that brings `size` near 1, as a factor; 1 if it is 0 or not finite."""
+    return jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent(size), -125, 125))
 
 
 def minus(a: Fields, b: Fields) -> Fields:

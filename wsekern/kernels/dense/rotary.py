@@ -53,9 +53,10 @@ def _turn(
     positions: Integer[Array, "*B T"],
     frequencies: Float[Array, " H/2"],
 ) -> Float[Array, "B T N H"]:
-    positions = positions if positions.ndim == 2 else positions[None]
-    positions = positions.astype(jnp.float32)[..., None, None]
-    angles = positions * frequencies.astype(jnp.float32)[None, None, None]
+    # No reshape, which XLA's partitioner cannot split everywhere: new dimensions of size 1 alone.
+    new = tuple(range(2 - positions.ndim)) + (-2, -1)
+    angles = jnp.expand_dims(positions.astype(jnp.float32), new)
+    angles = angles * frequencies.astype(jnp.float32)[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

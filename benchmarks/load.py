@@ -41,6 +41,14 @@ _SIZES: dict[str, dict[str, Any]] = {
         "kv_heads": 12,
         "vocab": 32_000,
     },
+    "3m": {
+        "d_model": 192,
+        "d_ff": 512,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 4,
+        "vocab": 4_000,
+    },
 }
 
 
@@ -51,7 +59,7 @@ class LoadOptions:
     The peak of memory is the process's anonymous memory above what it was before the run.
     """
 
-    size: Literal["1.1b", "125m"] = "1.1b"
+    size: Literal["1.1b", "125m", "3m"] = "1.1b"
     """Size of the model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the checkpoint and of the parameters."""

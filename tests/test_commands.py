@@ -63,7 +63,7 @@ SMALL = {
     "python -m benchmarks experts": "--tokens 32 --d-model 32 --d-ff 32 --experts 8 --chosen 2"
     " --rounds 1",
     "python -m benchmarks generate": "--sizes 42m --batch 1 --prompt 4 --new 4 --rounds 1",
-    "python -m benchmarks load": "--size 125m --grid 1x2 --rounds 1",
+    "python -m benchmarks load": "--size 3m --grid 1x2 --rounds 1",
     "python -m benchmarks matmul": "--grid 2x2 --sizes 64 --rounds 1",
     "python -m benchmarks overhead": "--rounds 1",
     "python -m benchmarks reliability": "--names none",

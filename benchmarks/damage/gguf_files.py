@@ -35,14 +35,6 @@ from models.text.reading import load_tokenizer
 _SECONDS = 2.0  # of the processor, for one file
 _MEMORY = 200_000_000  # bytes
 _FLIPS, _CUTS = 150, 60
-_PACKED = {
-    "u16": (2, "<H"),
-    "u32": (4, "<I"),
-    "i32": (5, "<i"),
-    "f32": (6, "<f"),
-    "bool": (7, "<B"),
-}
-_PACKED |= {"u64": (10, "<Q"), "i64": (11, "<q"), "f64": (12, "<d")}
 
 
 def cases(seed: int) -> list[Case]:

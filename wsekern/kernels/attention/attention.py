@@ -178,13 +178,13 @@ Residuals = tuple[Floats, Segments, Float[Array, "B T N H"], Float[Array, "_ _ _
 def _fwd(
     floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer | None
 ) -> tuple[Float[Array, "B T N H"], Residuals]:
+    if wafer is None:
+        out, lse = _local(floats, segments, plan)
+        return out, (floats, segments, out, lse)
     kernel = functools.partial(_per_pe, plan=plan)
     specs = operands.specs(floats, segments, plan.order)
     result_specs = (operands.HEADS, operands.lse_spec(plan.order))
-    run = kernel if wafer is None else wafer.map(
-        kernel, in_specs=specs, out_specs=result_specs
-    )  # fmt: skip
-    out, lse = run(floats, segments)
+    out, lse = wafer.map(kernel, in_specs=specs, out_specs=result_specs)(floats, segments)
     return out, (floats, segments, out, lse)
 
 
@@ -192,12 +192,14 @@ def _bwd(
     plan: AttentionPlan, wafer: Wafer | None, residuals: Residuals, dout: Float[Array, "B T N H"]
 ) -> tuple[Floats, None]:
     floats, segments, out, lse = residuals
+    if wafer is None:
+        return _local_gradients(floats, segments, out, lse, dout, plan), None
     kernel = functools.partial(_per_pe_gradients, plan=plan)
     float_specs, segment_specs = operands.specs(floats, segments, plan.order)
     row_specs = (operands.HEADS, operands.lse_spec(plan.order), operands.HEADS)
-    run = kernel if wafer is None else wafer.map(
+    run = wafer.map(
         kernel, in_specs=(float_specs, segment_specs, *row_specs), out_specs=float_specs
-    )  # fmt: skip
+    )
     return run(floats, segments, out, lse, dout), None
 
 
@@ -252,6 +254,11 @@ def _per_pe_gradients(
     tiles = _restore_order((tile.unblock_queries(dq), dk, dv), plan)
     dbias = _bias_gradient(floats.bias, grads.dbias, plan)
     return Floats(*tiles, dbias, _sink_gradient(floats, rows, plan))
+
+
+# Without a wafer, outside jit, the kernel is one program, and not one for each operation.
+_local = jax.jit(_per_pe, static_argnums=2, inline=True)
+_local_gradients = jax.jit(_per_pe_gradients, static_argnums=5, inline=True)
 
 
 def _start(

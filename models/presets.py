@@ -57,7 +57,7 @@ def find_family(fields: dict[str, Any]) -> ModuleType:
     for name, family in FAMILIES.items():
         if architectures[:1] in ([family.ARCHITECTURE], [_without_head(family.ARCHITECTURE)]):
             # transformers goes by the model_type.
-            if kind != name and kind in FAMILIES:
+            if kind is not None and kind != name:
                 raise ValueError(
                     f"model_type={kind!r}, but architectures={shown(architectures)}: one is wrong"
                 )

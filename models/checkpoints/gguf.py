@@ -11,7 +11,7 @@ import numpy as np
 
 from models.checkpoints.gguf_fields import check_is_model, fields_of
 from models.checkpoints.gguf_header import Header, Tensor
-from models.checkpoints.json_file import shown
+from models.checkpoints.json_file import is_there, shown
 
 # GGUF's name of a module -> Hugging Face's
 LLAMA = {
@@ -205,7 +205,7 @@ def _all_tensors(header: Header) -> dict[str, Tensor]:
     tensors = dict(header.tensors)
     for number in range(1, count):
         file = header.file.with_name(f"{match[1]}-{number + 1:05}-of-{count:05}.gguf")
-        if not file.exists():
+        if not is_there(file):
             raise ValueError(f"{file} is missing, part {number + 1} of {count} of {header.file}")
         part = Header(file)
         for name, value in (("split.no", number), ("split.count", count)):

@@ -33,14 +33,30 @@ def read_json(file: str | os.PathLike[str], most: int = 100_000_000) -> dict[str
     return parse_json(path.read_bytes(), str(path))
 
 
+def is_there(file: str | os.PathLike[str]) -> bool:
+    """Whether a file stands in its folder, or a link that leads nowhere, as in half a download.
+
+    Such a link is no file that is missing: to read it is an error that names it.
+    """
+    return os.path.lexists(file)
+
+
 def file_size(file: str | os.PathLike[str]) -> int:
     """The bytes of a regular file. Ask before opening: opening a FIFO waits for a writer.
 
     Raises:
       ValueError: it is not a regular file, nor a link to one.
-      OSError: there is no such file.
+      OSError: there is no such file, or no link either.
     """
-    status = os.stat(file)
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        if not os.path.islink(file):
+            raise
+        raise ValueError(
+            f"{os.fspath(file)} is a link to {os.readlink(file)!r}, which is not there; fetch the "
+            "checkpoint again"
+        ) from None
     if not stat.S_ISREG(status.st_mode):
         kinds = {
             stat.S_IFDIR: "a folder",
@@ -54,6 +70,12 @@ def file_size(file: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
+def refuse_pointer(first: bytes, what: str) -> None:
+    """Raises ValueError if a file, which begins with `first`, is what Git LFS puts in its place."""
+    if first.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{what} is a pointer of Git LFS; fetch the file with `git lfs pull`")
+
+
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
     """The JSON object that `text` spells.
 
@@ -65,6 +87,7 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
       ValueError: it is not JSON or not an object, has too many parts or too deep ones, or an object
         in it has the same name twice.
     """
+    refuse_pointer(text, what)
     containers = text.count(b"{") + text.count(b"[")
     if containers > _MOST_CONTAINERS:
         raise ValueError(f"{what} has {containers:,} brackets, more than {_MOST_CONTAINERS:,}")

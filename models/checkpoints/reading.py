@@ -27,7 +27,7 @@ from models.checkpoints.comparison import (
     prefix_of,
 )
 from models.checkpoints.hub import find
-from models.checkpoints.json_file import read_json, shown
+from models.checkpoints.json_file import is_there, read_json, shown
 from models.checkpoints.mxfp4 import Mxfp4
 from models.checkpoints.names import Names
 from models.checkpoints.slots import Piece
@@ -144,7 +144,7 @@ def read_fields(folder: pathlib.Path) -> dict[str, Any]:
       ValueError: it is missing, or not a JSON object.
     """
     file = folder / _CONFIG
-    if not file.exists():
+    if not is_there(file):
         raise ValueError(
             f"{folder} is not a checkpoint: it has no {_CONFIG}{_what_instead(folder)}"
         )

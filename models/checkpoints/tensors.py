@@ -13,7 +13,14 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from models.checkpoints.json_file import file_size, parse_json, read_json, shown
+from models.checkpoints.json_file import (
+    file_size,
+    is_there,
+    parse_json,
+    read_json,
+    refuse_pointer,
+    shown,
+)
 from wsekern.atomic_write import atomic_write
 
 _DTYPES = {
@@ -105,9 +112,9 @@ def open_folder(folder: pathlib.Path) -> SafeTensors:
       ValueError: there are no safetensors, or a file or an array that the index names is missing.
     """
     whole, index = folder / WHOLE, folder / INDEX
-    if whole.exists():
+    if is_there(whole):
         return SafeTensors([whole])
-    if index.exists():
+    if is_there(index):
         return _open_index(index)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -123,7 +130,7 @@ def _open_index(index: pathlib.Path) -> SafeTensors:
     for name in names:
         if pathlib.PurePath(name).name != name:  # a path could lead out of the folder
             raise ValueError(f"{index}: {shown(name)} is not a file beside it")
-        if not (folder / name).exists():
+        if not is_there(folder / name):
             raise ValueError(f"{folder / name} is missing; {index.name} names it")
     tensors = SafeTensors(folder / name for name in names)
     for name, file in file_of.items():
@@ -182,10 +189,9 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
     """The arrays in a file's header, each checked against the size of the file."""
     size = file_size(file)
     with open(file, "rb") as stream:
-        first = stream.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version ":
-            raise ValueError(f"{file} is a pointer of Git LFS; fetch the file with `git lfs pull`")
+        first = stream.read(32)
+        refuse_pointer(first, str(file))
+        length = int.from_bytes(first[:8], "little")
         if size < 8 or length > size - 8:
             raise ValueError(
                 f"{file} is not safetensors, or is truncated: it has {size} bytes and its header "

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from models.checkpoints.hub import find
-from models.checkpoints.json_file import file_size, shown
+from models.checkpoints.json_file import file_size, is_there, refuse_pointer, shown
 from models.text import bpe, sentencepiece_model
 from models.text.special_tokens import SpecialTokens, read_json, read_special_tokens
 from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
@@ -135,7 +136,7 @@ def copy_tokenizer(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
         return
     templates = sorted(checkpoint.glob(f"{_MORE_TEMPLATES}/*.jinja"))
     for file in [*(checkpoint / name for name in _FILES), *templates]:
-        if file.exists():
+        if is_there(file):
             target = folder / file.relative_to(checkpoint)
             target.parent.mkdir(exist_ok=True)
             with atomic_write(target) as out:
@@ -145,13 +146,17 @@ def copy_tokenizer(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
 def _vocabulary(folder: pathlib.Path) -> pathlib.Path | None:
     """The file that holds the vocabulary of a checkpoint's folder; None if it has no tokenizer."""
     names = ["tokenizer.json"]
-    names += [vocab for vocab, merges in _PAIRS if (folder / merges).exists()]
+    names += [vocab for vocab, merges in _PAIRS if is_there(folder / merges)]
     for name in [*names, "tokenizer.model"]:
-        if (folder / name).exists():
+        if is_there(folder / name):
             return folder / name
-    halves = (name for pair in _PAIRS for name in pair)
-    for name in [*_UNREAD, *halves, "tokenizer_config.json"]:
-        if (folder / name).exists():
+    for vocab, merges in _PAIRS:
+        if is_there(folder / vocab):
+            raise ValueError(f"{folder / merges} is missing, the other half of {vocab}")
+        if is_there(folder / merges):
+            raise ValueError(f"{folder / vocab} is missing, the other half of {merges}")
+    for name in [*_UNREAD, "tokenizer_config.json"]:
+        if is_there(folder / name):
             raise ValueError(
                 f"{folder / name}: no vocabulary that is read stands beside it; save the tokenizer "
                 "with transformers as tokenizer.json"
@@ -199,6 +204,9 @@ def _vocab_and_merges(
     if split is None:
         raise _unknown_class(file, special, _SPLIT_OF_CLASS)
     vocab = read_json(file)
+    for token, number in vocab.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{file}: {shown(token)} is {shown(number)}; it must be its number")
     halves = file.with_name(dict(_PAIRS)[file.name])
     merges = _read(halves, lambda: _merges(halves))
     prefix = bool(special.settings.get("add_prefix_space"))
@@ -213,8 +221,14 @@ def _vocab_and_merges(
 
 def _merges(file: pathlib.Path) -> list[tuple[str, str]]:
     lines = [line.rstrip("\r") for line in file.read_text(encoding="utf-8").split("\n")]
-    halves = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return [(left, right) for left, right in halves]
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("#version"):
+            left, *right = line.split(" ")
+            if len(right) != 1:
+                raise ValueError(f"line {number} is {shown(line)}; it must be two tokens")
+            merges.append((left, right[0]))
+    return merges
 
 
 def _tokenizer_model(
@@ -333,6 +347,7 @@ def _begin_and_end(inner: Any, special: SpecialTokens, file: pathlib.Path, begin
 
 def _ends(folder: pathlib.Path, end: int | None) -> tuple[int, ...]:
     """The tokens that end a text, from generation_config.json or config.json, or else `end`."""
+    room = read_json(folder / "config.json").get("vocab_size")
     for file in ("generation_config.json", "config.json"):
         ends = read_json(folder / file).get("eos_token_id")
         if ends is None:
@@ -343,6 +358,11 @@ def _ends(folder: pathlib.Path, end: int | None) -> tuple[int, ...]:
                 f"{folder / file}: eos_token_id is {shown(ends)}; it must be a number, or a list "
                 "of them"
             )
+        if type(room) is int and max(several, default=0) >= room:
+            raise ValueError(
+                f"{folder / file}: eos_token_id is {shown(ends)}, and the model has {room:,} "
+                "tokens: none would end a text"
+            )
         return tuple(dict.fromkeys(one for one in several if one >= 0))
     return () if end is None else (end,)
 
@@ -350,16 +370,18 @@ def _ends(folder: pathlib.Path, end: int | None) -> tuple[int, ...]:
 def _templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
     """The chat templates of a checkpoint by name; the usual one is "default"."""
     files = {file.stem: file for file in sorted(folder.glob(f"{_MORE_TEMPLATES}/*.jinja"))}
-    if (folder / "chat_template.jinja").exists():
+    if is_there(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
     if files:
-        texts = {name: _read(file, file.read_bytes) for name, file in files.items()}
-        return {name: text.decode(errors="replace") for name, text in texts.items()}
+        return {
+            name: _read(file, functools.partial(file.read_text, encoding="utf-8"))
+            for name, file in files.items()
+        }
     templates = settings.get("chat_template") or {}
     if isinstance(templates, str):
         return {"default": templates}
     if isinstance(templates, list) and all(isinstance(one, dict) for one in templates):
-        templates = {one.get("name"): one.get("template") for one in templates}
+        templates = {str(one.get("name")): one.get("template") for one in templates}
     if not isinstance(templates, dict) or not all(
         isinstance(part, str) for pair in templates.items() for part in pair
     ):
@@ -384,6 +406,8 @@ def _check_size(file: pathlib.Path) -> None:
     size = file_size(file)  # refuses a FIFO, which would never end
     if size > _MOST:
         raise ValueError(f"{file} has {size:,} bytes, more than the {_MOST:,} that it may have")
+    with file.open("rb") as stream:
+        refuse_pointer(stream.read(32), str(file))
 
 
 def _require_tokenizers(file: pathlib.Path) -> None:

@@ -12,6 +12,14 @@ from models.checkpoints import json_file
 
 _NAMED = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
+_SWITCHES = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "split_special_tokens",
+)
 _LONGEST = 10_000  # characters of a token
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -118,6 +126,9 @@ def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
         settings = settings | overrides
         if isinstance(before, list) and isinstance(after, list):
             settings[_EXTRA[0]] = before + after
+    for key in _SWITCHES:
+        if not isinstance(settings.get(key), bool | None):
+            raise _refusal(config, key, settings[key], "true or false")
     names = {
         key: _token(value, config, key, flags)
         for key, value in (dict.fromkeys(_NAMED) | settings).items()
@@ -147,7 +158,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: it is no regular file, not JSON, or no object.
     """
-    return json_file.read_json(file) if file.exists() else {}
+    return json_file.read_json(file) if json_file.is_there(file) else {}
 
 
 def _numbered_in(file: pathlib.Path, special: set[str], flags: dict[str, Any]) -> dict[int, str]:

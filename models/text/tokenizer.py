@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from models.text.template import plain_data, render
@@ -76,7 +76,18 @@ class Tokenizer:
         Args:
           text: any; the name of a special token in it becomes that token.
           special: whether to add the tokens that begin and end a text.
+
+        Raises:
+          ValueError: `text` is no text, or has half a surrogate pair, which is no character.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is {text!r:.80}; it must be a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text has {text[error.start]!r} at {error.start}, which is no character"
+            ) from None
         return self.codec.encode(text, special)
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
@@ -85,8 +96,14 @@ class Tokenizer:
         Args:
           tokens: numbers of tokens.
           special: whether special tokens are written by name.
+
+        Raises:
+          ValueError: a number is negative, or of more than 32 bits.
         """
-        text = self.codec.decode([int(token) for token in tokens], special)
+        numbers = [int(token) for token in tokens]
+        if outside := [number for number in numbers if not 0 <= number < 2**32]:
+            raise ValueError(f"token {outside[0]} is no number of a token")
+        text = self.codec.decode(numbers, special)
         return _clean(text) if self.clean_up else text
 
     def chat(
@@ -124,6 +141,8 @@ class Tokenizer:
             )
         text = self._template(chat_template, tools is not None)
         where = f"the chat template of {self.source}" if self.source else "the chat template"
+        if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+            raise ValueError(f"messages is {messages!r:.80}; it must be a list of messages")
         chat = [_message(plain_data(message, where)) for message in messages]
         if not chat:
             raise ValueError("messages has none; a chat needs one")

@@ -102,14 +102,14 @@ def _step(
     precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
 ) -> tuple[Fields, Fields, _Carry, Reason]:
     shadow, p, rho, shadow_square, r_square, steepest, *factors = carry
-    # The steepest slope is 0 before the first step only. Means need no factor, as squares do.
+    # The steepest slope is 0 before the first step only. It needs no factor, as squares do.
     first = steepest == 0
     y = precondition(p)
-    of_y = fields.mean_abs(y)
+    of_y = fields.largest(y)
     of_preconditioner = jnp.where(first, fields.unit_factor(of_y), factors[1])
     y = fields.times(y, of_preconditioner)
     v = matvec(y)
-    of_v = fields.mean_abs(v)
+    of_v = fields.largest(v)
     of_operator = jnp.where(first, fields.unit_factor(of_v), factors[0])
     v = fields.times(v, of_operator)
     slope = of_v * of_operator / (of_y * of_preconditioner)

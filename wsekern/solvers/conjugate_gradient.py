@@ -92,7 +92,7 @@ class _Carry(NamedTuple):
 
 def _begin(precondition: Operator, r: Fields) -> _Carry:
     z = precondition(r)
-    factor = fields.unit_factor(fields.mean_abs(z))
+    factor = fields.unit_factor(fields.largest(z))
     z = fields.times(z, factor)
     rz = fields.dot(r, z)
     return _Carry(z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz), jnp.ones_like(rz), factor)

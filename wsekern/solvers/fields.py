@@ -42,11 +42,11 @@ def mean_size(a: Fields) -> Scalar:
     return times_power(norm(times_power(a, -power)) / math.sqrt(cells(a)), power)
 
 
-def mean_abs(a: Fields) -> Scalar:
-    """The mean of absolute values over all fields: of any numbers, as they are."""
-    n = cells(a)
-    parts = [jnp.sum(jnp.abs(x.astype(sum_dtype(x))) / n) for x in jax.tree.leaves(a)]
-    return sum(parts[1:], parts[0])
+def largest(a: Fields) -> Scalar:
+    """The largest absolute value of all fields."""
+    return functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(x)).astype(sum_dtype(x)) for x in jax.tree.leaves(a)]
+    )
 
 
 def cells(a: Fields) -> int:
@@ -56,10 +56,8 @@ def cells(a: Fields) -> int:
 
 def exponent(a: Fields) -> Power:
     """The power of two above the largest number of all fields; 0 if that is 0 or not finite."""
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(jnp.abs(x)).astype(sum_dtype(x)) for x in jax.tree.leaves(a)]
-    )
-    return jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+    most = largest(a)
+    return jnp.where(jnp.isfinite(most), jnp.frexp(most)[1], 0)
 
 
 def times_power(a: Fields, power: Power) -> Fields:

@@ -191,6 +191,7 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, _Entry]]:
     with open(file, "rb") as stream:
         first = stream.read(32)
         refuse_pointer(first, str(file))
+        stream.seek(8)
         length = int.from_bytes(first[:8], "little")
         if size < 8 or length > size - 8:
             raise ValueError(

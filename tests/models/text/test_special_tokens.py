@@ -11,6 +11,7 @@ pytest.importorskip("tokenizers")
 import tokenizers  # noqa: E402
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors  # noqa: E402
 
+from models.text import special_tokens  # noqa: E402
 from models.text.reading import copy_tokenizer, load_tokenizer  # noqa: E402
 from models.text.tokenizer import FastCodec  # noqa: E402
 
@@ -226,7 +227,8 @@ def test_a_token_that_the_vocabulary_lacks_is_added_to_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["vocab.json"], "vocab.json: no vocabulary that is read"),
+        (["vocab.json"], "merges.txt is missing, the other half of vocab.json"),
+        (["merges.txt"], "vocab.json is missing, the other half of merges.txt"),
         (["vocab.txt"], "vocab.txt: no vocabulary that is read"),
         (["tekken.json"], "tekken.json: no vocabulary"),
         (["tokenizer_config.json"], "tokenizer_config.json: no vocabulary"),
@@ -237,6 +239,86 @@ def test_a_tokenizer_that_is_not_read_does_not_become_bytes(tmp_path, files, mes
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+NAMES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "config.json", "generation_config.json"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
+    """As in half a download; it was taken for a file that is not there."""
+    write(tmp_path, byte_level())
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/nowhere/blob")
+    with pytest.raises(
+        ValueError, match=f"{name} is a link to '/nowhere/blob', which is not there"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_refused(tmp_path, name):
+    if name == "tokenizer_config.json":
+        write(tmp_path, byte_level())
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS; .* `git lfs pull`"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("key", special_tokens._SWITCHES)
+def test_a_switch_that_is_no_boolean_is_refused(tmp_path, key):
+    """The text "false" counted as true."""
+    with pytest.raises(
+        ValueError, match=f"config.json: {key} is 'false'; it must be true or false"
+    ):
+        load_tokenizer(write(tmp_path, byte_level(), **{key: "false"}))
+    load_tokenizer(write(tmp_path, byte_level(), **{key: None}))
+
+
+def test_an_end_beyond_the_vocabulary_is_refused(tmp_path):
+    write(tmp_path, byte_level())
+    (tmp_path / "config.json").write_text('{"vocab_size": 256, "eos_token_id": [3, 70000]}')
+    with pytest.raises(
+        ValueError, match=r"config.json: eos_token_id is \[3, 70000\], .* 256 tokens"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_halves_of_a_vocabulary_are_checked_line_by_line(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1.5}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\na b c\n")
+    with pytest.raises(ValueError, match="vocab.json: 'b' is 1.5; it must be its number"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    with pytest.raises(ValueError, match="merges.txt .* line 3 is 'a b c'; it must be two tokens"):
+        load_tokenizer(tmp_path)
+
+
+def test_templates_are_texts_with_names(tmp_path):
+    write(tmp_path, byte_level(), chat_template=[{"name": ["a"], "template": 5}])
+    with pytest.raises(ValueError, match="chat_template is .*; it must be a text, or a list"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="chat_template.jinja cannot be read: .*0xe9"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_no_text_and_no_token_is_refused(tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path, byte_level(), chat_template="x"))
+    for text, message in ((5, "text is 5; it must be"), ("a\ud800", "at 1, which is no character")):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.encode(text)
+    for number in (-1, 10**10):
+        with pytest.raises(ValueError, match=f"token {number} is no number of a token"):
+            tokenizer.decode([number])
+    for messages in (None, 5, "hello", {"role": "user"}):
+        with pytest.raises(ValueError, match="it must be a list of messages"):
+            tokenizer.chat(messages)
 
 
 def test_files_that_would_not_end_are_refused(tmp_path):

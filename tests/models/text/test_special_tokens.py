@@ -255,9 +255,7 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
     write(tmp_path, byte_level())
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to("/nowhere/blob")
-    with pytest.raises(
-        ValueError, match=f"{name} is a link to '/nowhere/blob', which is not there"
-    ):
+    with pytest.raises(ValueError, match=f"{name} is a link to '/nowhere/blob', which is"):
         load_tokenizer(tmp_path)
 
 
@@ -273,19 +271,15 @@ def test_a_pointer_of_git_lfs_is_refused(tmp_path, name):
 @pytest.mark.parametrize("key", special_tokens._SWITCHES)
 def test_a_switch_that_is_no_boolean_is_refused(tmp_path, key):
     """The text "false" counted as true."""
-    with pytest.raises(
-        ValueError, match=f"config.json: {key} is 'false'; it must be true or false"
-    ):
-        load_tokenizer(write(tmp_path, byte_level(), **{key: "false"}))
-    load_tokenizer(write(tmp_path, byte_level(), **{key: None}))
+    with pytest.raises(ValueError, match=f"{key} is 'false'; it must be true or false"):
+        load_tokenizer(write(tmp_path, byte_level(), tokenizer_config={key: "false"}))
+    load_tokenizer(write(tmp_path, byte_level(), tokenizer_config={key: None}))
 
 
 def test_an_end_beyond_the_vocabulary_is_refused(tmp_path):
     write(tmp_path, byte_level())
     (tmp_path / "config.json").write_text('{"vocab_size": 256, "eos_token_id": [3, 70000]}')
-    with pytest.raises(
-        ValueError, match=r"config.json: eos_token_id is \[3, 70000\], .* 256 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"json: eos_token_id is \[3, 70000\], .* 256 tokens"):
         load_tokenizer(tmp_path)
 
 
@@ -300,7 +294,9 @@ def test_halves_of_a_vocabulary_are_checked_line_by_line(tmp_path):
 
 
 def test_templates_are_texts_with_names(tmp_path):
-    write(tmp_path, byte_level(), chat_template=[{"name": ["a"], "template": 5}])
+    write(
+        tmp_path, byte_level(), tokenizer_config={"chat_template": [{"name": ["a"], "template": 5}]}
+    )
     with pytest.raises(ValueError, match="chat_template is .*; it must be a text, or a list"):
         load_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
@@ -309,7 +305,9 @@ def test_templates_are_texts_with_names(tmp_path):
 
 
 def test_what_is_no_text_and_no_token_is_refused(tmp_path):
-    tokenizer = load_tokenizer(write(tmp_path, byte_level(), chat_template="x"))
+    tokenizer = load_tokenizer(
+        write(tmp_path, byte_level(), tokenizer_config={"chat_template": "x"})
+    )
     for text, message in ((5, "text is 5; it must be"), ("a\ud800", "at 1, which is no character")):
         with pytest.raises(ValueError, match=message):
             tokenizer.encode(text)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import wsekern as wk
+from wsekern.closed_pipe import end_on_closed_pipe
 from wsekern.estimator.pictures import figure, output
 from wsekern.wafer.launch import make_wafer, parse_grid, prepare_devices
 
@@ -86,7 +87,8 @@ def print_estimate(
 def run(main: Callable[[], None]) -> None:
     """Runs the program; an option that cannot be served ends it with a sentence and status 2."""
     try:
-        main()
+        with end_on_closed_pipe():
+            main()
     except (ValueError, OSError, ImportError) as error:
         name = pathlib.Path(sys.argv[0]).name
         print(f"{name}: {error}", file=sys.stderr)

@@ -11,9 +11,8 @@ from wsekern.wafer.launch import parse_grid, prepare_devices
 def main(argv: list[str] | None = None) -> int:
     """Runs the command in `argv`; returns 0, 2 if it is refused, or 130 if it is interrupted."""
     try:
-        command = parse(argv)
         with end_on_closed_pipe():
-            return _run(command)
+            return _run(parse(argv))
     except (ValueError, OSError) as error:
         print(f"python -m models: error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 
 from training.config import parse  # noqa: E402
+from wsekern.closed_pipe import end_on_closed_pipe  # noqa: E402
 from wsekern.wafer.launch import keep_compiled_programs, prepare_devices  # noqa: E402
 
 
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(
             errors="replace"
         )  # a model may write more characters than the terminal has
-    config = parse(argv)
+    with end_on_closed_pipe():  # of `--help | head`
+        config = parse(argv)
     if __name__ == "__main__":
         end_at_once(config.run_dir)
     try:

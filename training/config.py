@@ -140,6 +140,9 @@ class TrainingConfig:
         object.__setattr__(self, "data", _paths(self.data))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
+        for name, empty in (("data", "" in self.data), ("init", self.init == "")):
+            if empty:  # such as an empty variable of a shell
+                raise ValueError(f"{name}='' is empty; name a file or a folder, or leave it out")
         _check_ranges(self)
         _check_batch(self)
 
@@ -173,7 +176,8 @@ class TrainingConfig:
     @property
     def run_dir(self) -> pathlib.Path:
         """The run folder."""
-        return pathlib.Path(self.out or pathlib.Path("runs", pathlib.Path(self.model).stem))
+        default = pathlib.Path("runs", pathlib.Path(self.model).stem)
+        return pathlib.Path(os.path.expanduser(self.out)) if self.out else default
 
     @property
     def model(self) -> str:
@@ -200,6 +204,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
             default=_starting_point(argv),
             args=argv,
         )
+    except BrokenPipeError:  # the reader of --help has gone
+        raise
     except (ValueError, OSError) as error:
         print(f"python -m training: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -151,7 +151,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def _matches(item: str) -> list[Source]:
-    path = pathlib.Path(item).expanduser()
+    path = pathlib.Path(os.path.expanduser(item))  # of an unknown user it stays as it is
     if path.is_dir():
         return [Source(inside, False) for inside in _files_below(path)]
     if path.exists():

@@ -40,6 +40,9 @@ ROOT = pathlib.Path(__file__).parents[2]
         ({"tokens": "words"}, r"tokens=.words. is not of type .*Literal\[.bytes., .characters."),
         ({"microbatch": "all"}, "microbatch='all' is not of type int | None"),
         ({"preset": ""}, "preset is empty"),
+        ({"data": ""}, "data='' is empty; name a file or a folder, or leave it out"),
+        ({"data": ("a.txt", "")}, "data='' is empty"),
+        ({"init": ""}, "init='' is empty"),
     ],
 )
 def test_refuses_by_field_value_and_mend(fields, message):

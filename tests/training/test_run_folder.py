@@ -74,6 +74,17 @@ def test_refuses_a_folder_that_cannot_be_a_run(path, message, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "config.json", "sample.txt", "loss.png"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/nowhere", path)])
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path, name, make):
+    """To open a FIFO waits for a writer: a run that was resumed never went on."""
+    (tmp_path / "config.json").touch()
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"out: .*{name} is no regular file; remove it"):
+        check_out(tmp_path)
+
+
 def test_a_folder_that_is_not_writable_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(PermissionError, match="out: .* is not writable"):

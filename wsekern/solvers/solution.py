@@ -171,8 +171,13 @@ def _solve_scaled(
     step: Step,
     limits: Limits,
 ) -> tuple[Fields, tuple[Any, ...]]:
-    """x, and the other fields of a solution; b's largest number is between 1/2 and 1 meanwhile."""
+    """x, and the other fields of a solution, of b times a power of two.
+
+    b's largest number would be between 1/2 and 1. But an operator of 1e36 then makes an x of 1e-36,
+    whose smaller parts float32 loses: so b and x get halves of the operator's size.
+    """
     power = fields.exponent(b)
+    power = power - _half_exponent(matvec, fields.times_power(b, -power))
     scaled = fields.times_power(b, -power)
     size = fields.norm(scaled)
     relative = size
@@ -188,6 +193,13 @@ def _solve_scaled(
     known = jnp.isfinite(size)
     x = jax.tree.map(lambda x: jnp.where(known, x, jnp.nan), fields.times_power(state.x, power))
     return x, _judge(state, matvec, b, x, power, target)
+
+
+def _half_exponent(matvec: Operator, unit: Fields) -> Power:
+    """Half the power of two by which `matvec` makes `unit` larger, as far as squares have room."""
+    # A third of the range, squared, leaves a third for sums.
+    most = min(int(jnp.finfo(leaf.dtype).maxexp) for leaf in jax.tree.leaves(unit)) // 3
+    return jnp.clip(fields.exponent(matvec(unit)) // 2, -most, most)
 
 
 class _LoopState(NamedTuple):

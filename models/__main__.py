@@ -5,6 +5,7 @@ import sys
 
 from models.arguments import Command, GenerateCommand, InfoCommand, PlanCommand, parse
 from wsekern.closed_pipe import end_on_closed_pipe
+from wsekern.error_line import print_error
 from wsekern.wafer.launch import parse_grid, prepare_devices
 
 
@@ -14,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         with end_on_closed_pipe():
             return _run(parse(argv))
     except (ValueError, OSError) as error:
-        print(f"python -m models: error: {error}", file=sys.stderr)
+        print_error("python -m models", error)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from wsekern.error_line import print_error
 from wsekern.wafer.launch import Platform, parse_grid
 
 
@@ -135,4 +136,5 @@ def parse(argv: Sequence[str] | None = None) -> Command:
             args=argv,
         )
     except ValueError as error:
-        raise SystemExit(f"python -m models: error: {error}") from None
+        print_error("python -m models", error)
+        raise SystemExit(2) from None

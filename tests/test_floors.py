@@ -28,6 +28,7 @@ ROOMS = {
     "public_names": 0,
     "progress": 0,
     "closed_pipe": 0,
+    "error_line": 0,
     "wafer": 1,
     "fabric": 2,
 }

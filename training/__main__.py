@@ -8,10 +8,17 @@ if __name__ == "__main__":
 import io  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 from training.config import parse  # noqa: E402
 from wsekern.closed_pipe import end_on_closed_pipe  # noqa: E402
+from wsekern.error_line import print_error  # noqa: E402
 from wsekern.wafer.launch import keep_compiled_programs, prepare_devices  # noqa: E402
+
+if TYPE_CHECKING:
+    from training.loop import RunResult
+
+_COMMAND = "python -m training"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             result = Trainer(config).fit()
         except (Diverged, RunFolderGone) as error:
-            return _report(error, 1)
+            print_error(_COMMAND, error)
+            return 1
     except (ValueError, OSError) as error:
-        return _report(error, 2)
+        print_error(_COMMAND, error)
+        return 2
     except KeyboardInterrupt:
         return KILLED
     try:
@@ -49,17 +58,21 @@ def main(argv: list[str] | None = None) -> int:
     except OSError:  # lost output is no failure of the run; the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not result.saved:
-        return _report(
-            "the last step or the model could not be saved; the lines above say why; --resume "
-            "tries again",
-            1,
-        )
+        print_error(_COMMAND, f"{_what_is_lost(result)}; the lines above say why")
+        return 1
     return STOPPED if result.stopped else 0
 
 
-def _report(error: object, status: int) -> int:
-    print(f"python -m training: error: {error}", file=sys.stderr)
-    return status
+def _what_is_lost(result: "RunResult") -> str:
+    """What could not be saved, and what --resume does about it."""
+    if result.resumes_from == result.step:
+        return f"step {result.step} is saved, but not the model made of it; --resume tries again"
+    from_there = (
+        "no step is saved: --resume starts with the first"
+        if result.resumes_from is None
+        else f"--resume goes on from step {result.resumes_from}"
+    )
+    return f"step {result.step} could not be saved; {from_there}"
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ class Checkpoints:
         """The finished steps, oldest first; only `restore` checks whether they are damaged."""
         return finished_steps(self.directory)
 
+    def last_good(self) -> int | None:
+        """The newest step that is undamaged, which is read to know it; None: there is none."""
+        return next((step for step in reversed(self.steps()) if self._is_good(step)), None)
+
     def empty(self) -> bool:
         """Whether nothing was ever saved here."""
         return not step_folders(self.directory)
@@ -274,9 +278,8 @@ class Checkpoints:
 
     def _give_way(self, to: int) -> bool:
         """Removes the oldest step that is not the last good one; returns whether there was one."""
-        steps = self.steps()
-        good = next((step for step in reversed(steps) if self._is_good(step)), None)
-        others = [step for step in steps if step != good]
+        good = self.last_good()
+        others = [step for step in self.steps() if step != good]
         if not others:
             return False
         step_folder.remove(self._folder(others[0]))
@@ -305,7 +308,7 @@ class Checkpoints:
         size = sum(copy.array.nbytes for copy in copies)
         free = shutil.disk_usage(self.directory).free if self.directory.exists() else 0
         room = f"it needs {_megabytes(size)}, {_megabytes(free)} are free"
-        good = next((good for good in reversed(self.steps()) if self._is_good(good)), None)
+        good = self.last_good()
         return (
             f"the checkpoint of step {step} was not written to {self.directory}: "
             f"{step_folder.reason(error)}; "

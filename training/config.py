@@ -17,6 +17,7 @@ import tyro
 from models.checkpoints.json_file import read_json, shown
 from training.run_folder import CONFIG
 from wsekern.atomic_write import atomic_write
+from wsekern.error_line import print_error
 from wsekern.moved import moved_names
 from wsekern.wafer.launch import Platform, parse_grid
 
@@ -207,7 +208,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
     except BrokenPipeError:  # the reader of --help has gone
         raise
     except (ValueError, OSError) as error:
-        print(f"python -m training: error: {error}", file=sys.stderr)
+        print_error("python -m training", error)
         raise SystemExit(2) from None
 
 

@@ -55,12 +55,12 @@ class Corpus:
         """The tokens of `text`, int32.
 
         Raises:
-          ValueError: `text` has characters that the vocabulary lacks.
+          ValueError: `text` has characters that the vocabulary lacks, or half a surrogate pair.
         """
         if self.tokenizer is not None:
             return np.asarray(self.tokenizer.encode(text), np.int32)
         if self.alphabet is None:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+            return np.asarray(bytes_tokenizer().encode(text), np.int32)
         missing = sorted(set(text) - set(self.alphabet))
         if missing:
             raise ValueError(

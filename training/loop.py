@@ -29,6 +29,7 @@ from training.run_folder import CONFIG, LOSS_CURVE, MODEL, SAMPLE, RunFolderGone
 from training.signals import StopSignals
 from training.step import Metrics, TrainState
 from wsekern.atomic_write import atomic_write
+from wsekern.error_line import error_line
 
 # The most steps dispatched and not yet waited for: jax 0.10 hangs on emulated devices at about a
 # hundred, and 16 cost no speed. A signal waits for them, so they are no more than a second's work,
@@ -51,6 +52,7 @@ class RunResult:
     run_dir: pathlib.Path
     stopped: bool  # by a signal, before the last step
     saved: bool  # the run can be resumed from its last step; a finished one has left its model
+    resumes_from: int | None  # the newest step that is saved undamaged; None: there is none
     sample: str | None
 
 
@@ -150,8 +152,9 @@ class TrainingLoop:
         self.lock.check()
         self.console.note(f"run folder: {self.config.run_dir}")
         if self.signals.received:
+            go_on = "; go on with --resume" if saved else ""
             name = self.signals.received.name
-            self.console.note(f"stopped by {name} after step {self.step}; go on with --resume")
+            self.console.note(f"stopped by {name} after step {self.step}{go_on}")
         return RunResult(
             step=self.step,
             loss=self.loss,
@@ -159,6 +162,7 @@ class TrainingLoop:
             run_dir=self.config.run_dir,
             stopped=self.signals.received is not None,
             saved=saved,
+            resumes_from=self.step if self._is_saved() else self.checkpoints.last_good(),
             sample=sample,
         )
 
@@ -325,7 +329,10 @@ class TrainingLoop:
         """Saves the last step; returns whether the run can be resumed from it."""
         self._save()
         self._report(self.checkpoints.wait())
-        return self.step in (0, *self.checkpoints.steps()[-1:])
+        return self.step == 0 or self._is_saved()
+
+    def _is_saved(self) -> bool:
+        return self.step in self.checkpoints.steps()[-1:]
 
     def _report(self, troubles: list[str]) -> None:
         for line in troubles:
@@ -377,7 +384,7 @@ class TrainingLoop:
         try:
             yield
         except OSError as error:
-            self.console.note(f"{name} was not written: {error}")
+            self.console.note(f"{name} was not written: {error_line(error)}")
 
 
 def _due(step: int, every: int) -> bool:

@@ -191,6 +191,7 @@ class Trainer:
             run_dir=config.run_dir,
             stopped=False,
             saved=True,
+            resumes_from=config.steps,
             sample=sample.read_text() if config.sample_tokens else None,
         )
 

@@ -21,7 +21,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       path: the file to write; a symbolic link stays a link, and its target is written.
 
     Raises:
-      OSError: the folder is missing or not writable, or the disk is full.
+      OSError: the folder is missing or not writable, or the disk is full; it names the file.
     """
     target = pathlib.Path(path).resolve()
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -32,5 +32,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a write that fails names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from flax import nnx
 
 import models
 from models.text.characters import save_characters
+from training.__main__ import _what_is_lost
+from training.arrays import write_arrays
 from training.config import TrainingConfig, save_config
 from training.loop import Diverged, TrainingLoop
 from training.metrics import read_metrics
@@ -254,6 +256,27 @@ def test_a_model_that_cannot_be_written_is_no_success(config, monkeypatch):
     monkeypatch.undo()
     again = Trainer(dataclasses.replace(config, steps=1, resume=True)).fit()
     assert again.saved and (config.run_dir / "model" / "config.json").is_file()
+
+
+def test_a_last_step_that_cannot_be_saved_says_where_resuming_goes_on(config, monkeypatch, capsys):
+    def full_from(step):
+        def write(folder, arrays):
+            if int(folder.parent.name.removesuffix(".partial")) >= step:
+                raise OSError(28, "No space left on device")
+            write_arrays(folder, arrays)
+
+        monkeypatch.setattr("training.step_folder.write_arrays", write)
+
+    config = dataclasses.replace(config, steps=3, checkpoint_every=2, sample_tokens=0)
+    full_from(3)
+    result = Trainer(config).fit()
+    assert (result.saved, result.step, result.resumes_from) == (False, 3, 2)
+    assert _what_is_lost(result) == "step 3 could not be saved; --resume goes on from step 2"
+    assert "go on with --resume" not in capsys.readouterr().out
+    full_from(0)
+    result = Trainer(dataclasses.replace(config, out=config.out + "2")).fit()
+    assert (result.saved, result.resumes_from) == (False, None)
+    assert _what_is_lost(result).endswith("no step is saved: --resume starts with the first")
 
 
 def test_resuming_removes_and_names_what_was_cut_short(config, capsys):

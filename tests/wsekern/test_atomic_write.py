@@ -1,8 +1,12 @@
 """Writing a file whole or not at all."""
 
+import errno
+import os
+
 import pytest
 
 from wsekern.atomic_write import atomic_write
+from wsekern.error_line import error_line
 
 
 def test_the_file_is_replaced_when_the_block_ends(tmp_path):
@@ -30,3 +34,15 @@ def test_a_link_stays_a_link(tmp_path):
     with atomic_write(link) as file:
         file.write(b"after")
     assert link.is_symlink() and target.read_text() == "after"
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "figures.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    line = error_line(error.value)
+    assert line.startswith(f"{tmp_path / 'figures.json'}: No space left on device; make room")
+
+
+def test_an_error_is_one_line_for_any_terminal():
+    assert error_line(ValueError("a\nb\x1b[2Jc\u202ed é")) == r"a\nb\x1b[2Jc\u202ed é"
+    assert error_line(FileNotFoundError(2, "No such file", "a\tb")) == r"a\tb: No such file"

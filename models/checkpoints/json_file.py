@@ -11,6 +11,7 @@ from typing import Any
 # half a million.
 _MOST_CONTAINERS = 1_000_000
 _DEEPEST = 64  # the deepest of these files, a tokenizer.json, has 8
+_LONGEST_NUMBER = 1000  # digits
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -92,7 +93,9 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     if containers > _MOST_CONTAINERS:
         raise ValueError(f"{what} has {containers:,} brackets, more than {_MOST_CONTAINERS:,}")
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
+        value = json.loads(
+            text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_parse_number
+        )
         deep = _is_deep(value)
     except RecursionError:
         deep = True
@@ -109,8 +112,19 @@ def shown(value: Any) -> str:
     """`value` for a message: what a file holds may be as long as the file."""
     if isinstance(value, dict | list) and len(value) > _SHOWN:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits, or something with one"
+    except RecursionError:
+        return "something that is nested too deeply"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _parse_number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:  # Python would need the square of its length in time
+        raise ValueError(f"a number has {len(digits):,} digits, more than {_LONGEST_NUMBER:,}")
+    return int(digits)
 
 
 def _is_deep(value: Any) -> bool:

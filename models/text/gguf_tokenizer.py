@@ -123,7 +123,18 @@ def _check_keys(header: Header) -> None:
 def _kinds(header: Header, count: int) -> np.ndarray:
     """The kind of each token."""
     name = f"{_ROOT}token_type"
-    return header.numbers(name, count) if name in header else np.full(count, Kind.NORMAL)
+    if name not in header:
+        return np.full(count, Kind.NORMAL)
+    kinds = header.numbers(name, count)
+    # llama.cpp reads 32 bits each, whatever they are; 0 is of no kind.
+    outside = np.flatnonzero(~np.isin(kinds, [0, *Kind]))
+    if kinds.dtype.itemsize != 4 or kinds.dtype.kind not in "iu" or len(outside):
+        at = int(outside[0]) if len(outside) else 0
+        raise ValueError(
+            f"{header.file}: {name}[{at}]={kinds[at]!r} is no kind of a token, a whole number of "
+            f"32 bits from 0 to {max(Kind)}"
+        )
+    return kinds
 
 
 def _special(header: Header, count: int, usual: dict[str, int]) -> dict[str, int]:

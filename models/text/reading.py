@@ -12,9 +12,11 @@ from typing import Any
 from models.checkpoints.hub import find
 from models.checkpoints.json_file import file_size, is_there, refuse_pointer, shown
 from models.text import bpe, sentencepiece_model
+from models.text.growth import check_growth
 from models.text.special_tokens import SpecialTokens, read_json, read_special_tokens
 from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 from wsekern.atomic_write import atomic_write
+from wsekern.error_line import printable
 
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 # Files that hold a vocabulary in a format that is not read.
@@ -47,6 +49,9 @@ _SPLIT_OF_MODEL_TYPE = {
     "qwen3": "qwen2",
     "qwen3_moe": "qwen2",
 }
+# Models whose vocabulary means the same if no file names a class.
+_MODELS_OF_PAIRS = ("gpt2", "gpt_oss", "llama", *_SPLIT_OF_MODEL_TYPE)
+_MODELS_OF_PIECES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
 _CLASSES_OF_PIECES = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # these say nothing of the format
 _GPT2_END = "<|endoftext|>"
@@ -105,6 +110,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
     special, model = read_special_tokens(path), read_json(path / "config.json")
     build = {"tokenizer.json": _tokenizer_json, "tokenizer.model": _tokenizer_model}
     inner, special, begin = build.get(source.name, _vocab_and_merges)(source, special, model)
+    check_growth(inner, source)
     room = model.get("vocab_size")
     unnumbered = special.add_to(inner, room if type(room) is int else None, source)
     settings = special.settings
@@ -199,6 +205,8 @@ def _vocab_and_merges(
     from tokenizers import normalizers
 
     kind = _tokenizer_class(special)
+    if not kind:
+        _check_model_type(file, model, _MODELS_OF_PAIRS)
     default = _SPLIT_OF_MODEL_TYPE.get(str(model.get("model_type")), "gpt-2")
     split = _SPLIT_OF_CLASS.get(kind) if kind else default
     if split is None:
@@ -213,9 +221,8 @@ def _vocab_and_merges(
     inner = _read(file, lambda: bpe.byte_level(vocab, merges, cut=split, prefix=prefix))
     if split == "qwen2":
         inner.normalizer = normalizers.NFC()
-    if _GPT2_END in vocab:
-        kind = kind or ("Qwen2Tokenizer" if split == "qwen2" else "GPT2Tokenizer")
-        special = _with_names(special, _NAMES_OF_CLASS[kind])
+    kind = kind or ("Qwen2Tokenizer" if split == "qwen2" else "GPT2Tokenizer")
+    special = _with_names(special, _NAMES_OF_CLASS[kind])
     return inner, special, False
 
 
@@ -235,7 +242,6 @@ def _tokenizer_model(
     file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
 ) -> tuple[Any, SpecialTokens, bool | None]:
     """Of SentencePiece, or of tiktoken."""
-    del model
     _check_size(file)
     with file.open("rb") as stream:
         first = stream.readline(1000).split()
@@ -243,6 +249,8 @@ def _tokenizer_model(
         return _read(file, lambda: _tiktoken(file, special))
     if _tokenizer_class(special) not in _CLASSES_OF_PIECES:
         raise _unknown_class(file, special, _CLASSES_OF_PIECES)
+    if not _tokenizer_class(special):
+        _check_model_type(file, model, _MODELS_OF_PIECES)
     if options := special.settings.get("sp_model_kwargs"):
         raise ValueError(
             f"{file.with_name('tokenizer_config.json')}: sp_model_kwargs is {shown(options)}; only "
@@ -299,6 +307,17 @@ def _tokenizer_class(special: SpecialTokens) -> str:
     """The class of `transformers` that the files name; empty if it says nothing of the format."""
     name = str(special.settings.get("tokenizer_class") or "").removesuffix("Fast")
     return "" if name in _GENERIC_CLASSES else name
+
+
+def _check_model_type(file: pathlib.Path, model: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raises ValueError if config.json is of a model that reads the vocabulary in another way."""
+    kind = model.get("model_type")
+    if kind is not None and kind not in known:
+        raise ValueError(
+            f"{file.with_name('config.json')}: model_type is {shown(kind)}, and no file names a "
+            f"tokenizer_class; of {file.name} without one, only that of {', '.join(known)} is "
+            "read: save the tokenizer with transformers as tokenizer.json"
+        )
 
 
 def _unknown_class(file: pathlib.Path, special: SpecialTokens, known: Iterable[str]) -> ValueError:
@@ -399,7 +418,7 @@ def _read(file: pathlib.Path, read: Callable[[], Any]) -> Any:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # `tokenizers` raises bare Exceptions, and Rust's panics
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {printable(str(error))}") from error
 
 
 def _check_size(file: pathlib.Path) -> None:

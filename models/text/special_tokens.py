@@ -6,6 +6,7 @@ so in special_tokens_map.json and added_tokens.json.
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from models.checkpoints import json_file
@@ -21,6 +22,8 @@ _SWITCHES = (
     "split_special_tokens",
 )
 _LONGEST = 10_000  # characters of a token
+_MOST_ADDED = 100_000  # tokens; models of speech add 66,000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -115,6 +118,7 @@ def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
     if numbered is not None:  # then special_tokens_map.json and added_tokens.json say nothing
         if not isinstance(numbered, dict):
             raise _refusal(config, "added_tokens_decoder", numbered, "an object")
+        _check_count(config, "added_tokens_decoder", numbered)
         for key, value in numbered.items():
             if not key.isdecimal() or len(key) > 9 or not isinstance(value, dict):
                 raise _refusal(config, f"added_tokens_decoder[{key!r}]", value, "a token's object")
@@ -141,6 +145,7 @@ def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
         if isinstance(value, dict):
             names |= {name: _token(one, config, key, flags) for name, one in value.items()}
         elif isinstance(value, list):
+            _check_count(config, key, value)
             extra += [_token(one, config, key, flags) for one in value]
         else:
             raise _refusal(config, key, value, "a list of tokens")
@@ -166,7 +171,9 @@ def _numbered_in(file: pathlib.Path, special: set[str], flags: dict[str, Any]) -
     from tokenizers import AddedToken
 
     numbers: dict[int, str] = {}
-    for name, number in read_json(file).items():
+    added = read_json(file)
+    _check_count(file, "it", added)
+    for name, number in added.items():
         if type(number) is not int or number < 0 or number in numbers or not _is_token(name):
             raise _refusal(file, name, number, "a number of its own")
         numbers[number] = name
@@ -193,7 +200,12 @@ def _token(value: Any, file: pathlib.Path, field: str, flags: dict[str, Any]) ->
 
 def _is_token(text: str) -> bool:
     """Whether the text can be a token: it is Unicode, and of a sensible length."""
-    return len(text) <= _LONGEST and not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return len(text) <= _LONGEST and (text.isascii() or _SURROGATE.search(text) is None)
+
+
+def _check_count(file: pathlib.Path, field: str, tokens: dict[str, Any] | list[Any]) -> None:
+    if len(tokens) > _MOST_ADDED:
+        raise ValueError(f"{file}: {field} has {len(tokens):,} tokens, more than {_MOST_ADDED:,}")
 
 
 def _refusal(file: pathlib.Path, field: str, value: Any, wanted: str) -> ValueError:

@@ -21,6 +21,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from models.checkpoints.json_file import shown
+from wsekern.error_line import printable
+
 SOURCE = 1_000_000  # characters of a template
 NAMES = 50_000_000  # bytes of its variables
 SECONDS = 2.0  # processor time of one rendering
@@ -56,7 +59,7 @@ def render(template: str, names: dict[str, Any], source: str = "") -> str:
     """
     where = f"the chat template{f' of {source}' if source else ''}"
     if not isinstance(template, str):
-        raise ValueError(f"{where} is {template!r:.80}; it must be a text")
+        raise ValueError(f"{where} is {shown(template)}; it must be a text")
     if len(template) > SOURCE:
         raise ValueError(f"{where} has {len(template):,} characters; at most {SOURCE:,} are read")
     request = marshal.dumps((template, plain_data(names, where)))
@@ -65,7 +68,7 @@ def render(template: str, names: dict[str, Any], source: str = "") -> str:
     with _lock:
         letter, text = _worker.ask(request)
     if letter != TEXT:
-        raise ValueError(f"{where} fails: {text}")
+        raise ValueError(f"{where} fails: {printable(text)}")
     return text
 
 

@@ -148,6 +148,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             letter, content = LAST_ERROR, f"it takes more than {MEMORY >> 20} MB".encode()
         except Exception as error:  # a template may raise whatever Python does
             message = f"{error or type(error).__name__}"[:_MESSAGE]
+            if "set_int_max_str_digits" in message:  # which a template cannot call
+                message = "a number has too many digits to be written"
             letter, content = ERROR, message.encode(errors="surrogatepass")
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(HEADER.pack(letter, len(content)) + content)

@@ -7,8 +7,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from models.checkpoints.json_file import shown
 from models.text.template import plain_data, render
 from wsekern.atomic_write import atomic_write
+from wsekern.error_line import printable
 
 _SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 # What a message may call the reasoning before its answer.
@@ -28,6 +30,7 @@ _NOT_OPTIONS = {
     "truncation",
 }
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_PANIC = "PanicException"  # of Rust, not an Exception; no module has the class
 
 
 class Codec(Protocol):
@@ -81,7 +84,7 @@ class Tokenizer:
           ValueError: `text` is no text, or has half a surrogate pair, which is no character.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text is {text!r:.80}; it must be a text")
+            raise ValueError(f"text is {shown(text)}; it must be a text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -142,7 +145,7 @@ class Tokenizer:
         text = self._template(chat_template, tools is not None)
         where = f"the chat template of {self.source}" if self.source else "the chat template"
         if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
-            raise ValueError(f"messages is {messages!r:.80}; it must be a list of messages")
+            raise ValueError(f"messages is {shown(messages)}; it must be a list of messages")
         chat = [_message(plain_data(message, where)) for message in messages]
         if not chat:
             raise ValueError("messages has none; a chat needs one")
@@ -237,7 +240,7 @@ class Tokenizer:
 def _message(message: Any) -> dict[str, Any]:
     """A message as transformers hands it to templates."""
     if not isinstance(message, dict):
-        raise ValueError(f"messages holds {message!r:.80}; a message is a dict")
+        raise ValueError(f"messages holds {shown(message)}; a message is a dict")
     fields = {name: value for name, value in message.items() if value is not None}
     for name in _REASONING:
         if name in fields:  # templates read one of the first two names
@@ -282,19 +285,28 @@ class FastCodec:
         """The tokens of a text; ValueError: the vocabulary lacks a character of it."""
         try:
             return self.inner.encode(text, add_special_tokens=special).ids
-        except Exception as error:
+        except BaseException as error:
+            if type(error).__name__ == _PANIC:  # such as of a pattern that goes on and on
+                raise ValueError(
+                    f"the tokenizer cannot encode {text[:20]!r}: {printable(str(error))}"
+                ) from None
             if type(error) is not Exception:  # `tokenizers` raises bare ones
                 raise
             known = self.inner.get_vocab()
             missing = "".join(sorted(set(text) - known.keys()))[:20]
             raise ValueError(
-                f"the tokenizer cannot encode {text[:20]!r} ({error}); leave out what its "
-                f"vocabulary lacks: {missing!r}"
+                f"the tokenizer cannot encode {text[:20]!r} ({printable(str(error))}); leave out "
+                f"what its vocabulary lacks: {missing!r}"
             ) from None
 
     def decode(self, tokens: Sequence[int], special: bool) -> str:
-        """The text of tokens."""
-        return self.inner.decode(list(tokens), skip_special_tokens=not special)
+        """The text of tokens; ValueError: a pattern of the decoder goes on and on."""
+        try:
+            return self.inner.decode(list(tokens), skip_special_tokens=not special)
+        except BaseException as error:
+            if type(error).__name__ != _PANIC:
+                raise
+            raise ValueError(f"the tokenizer cannot decode: {printable(str(error))}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,3 +233,9 @@ def test_chat_templates_by_name(tmp_path):
     writer.close()
     tokenizer = load_tokenizer(tmp_path / "a.gguf")
     assert (tokenizer.template, tokenizer.templates) == ("usual", {"tool_use": "t"})
+
+
+@pytest.mark.parametrize("kind", [99, -1, 7])
+def test_a_kind_that_is_none_is_named(tmp_path, kind):
+    with pytest.raises(ValueError, match=rf"token_type\[257\]=.*{kind}.* is no kind of a token"):
+        load_tokenizer(byte_level(tmp_path / "a.gguf", special=[("<x>", kind)]))

@@ -337,6 +337,34 @@ def test_a_class_with_other_rules_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_model_with_other_rules_is_refused(tmp_path):
+    pair(tmp_path, config={"model_type": "roberta"})
+    with pytest.raises(ValueError, match="config.json: model_type is 'roberta', and no file names"):
+        load_tokenizer(tmp_path)
+    pair(tmp_path, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    assert load_tokenizer(tmp_path).encode("a")
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(None, 1), (300, 1), (256, 13)])
+def test_gpt2_s_end_is_added_where_there_is_room(tmp_path, room, tokens):
+    pair(tmp_path, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(LETTERS)}))
+    (tmp_path / "merges.txt").write_text("")
+    write(tmp_path, config={"vocab_size": room})
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer.encode("<|endoftext|>")) == tokens
+    assert tokenizer.names["bos_token"] == "<|endoftext|>"
+
+
+def test_too_many_added_tokens_are_refused_at_once(tmp_path):
+    many = {str(256 + i): {"content": f"<{i}>"} for i in range(200_000)}
+    write(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": many})
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="added_tokens_decoder has 200,000 tokens, more than 100,"):
+        load_tokenizer(tmp_path)
+    assert time.monotonic() - start < 2
+
+
 def test_several_ends(tmp_path):
     write(tmp_path, byte_level(before=["<e>"]), config={"eos_token_id": [1, 2, 1]})
     assert load_tokenizer(tmp_path).ends == (1, 2)

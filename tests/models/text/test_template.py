@@ -26,6 +26,17 @@ from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer  # noqa:
 USER = [{"role": "user", "content": "hi"}]
 
 
+def test_a_message_of_a_template_is_one_line_for_any_terminal():
+    with pytest.raises(ValueError, match=r"fails: a\\nb\\x1b\[31m\\u202ec$"):
+        render("{{ raise_exception(text) }}", {"text": "a\nb\x1b[31m\u202ec"})
+
+
+@pytest.mark.parametrize("number", ["{{ 10 ** 5000 }}", "{{ [n] | tojson }}", "{{ n }}"])
+def test_numbers_that_are_too_long_are_said_to_be(number):
+    with pytest.raises(ValueError, match="fails: a number has too many digits to be written"):
+        render(number, {"n": 10**5000})
+
+
 def test_templates_fail_by_name():
     with pytest.raises(ValueError, match="the chat template of x fails: only users"):
         render("{{ raise_exception('only users') }}", {}, "x")

@@ -36,6 +36,11 @@ class RopeScaling:
                 raise ValueError(
                     f"rope scaling: {name}={getattr(self, name)} must be a number above 0"
                 )
+        if self.factor < 1:
+            raise ValueError(
+                f"rope scaling: factor={self.factor} would shorten the context; it must be 1 or "
+                "more"
+            )
         if not self.low_frequency_factor < self.high_frequency_factor:
             raise ValueError(
                 f"rope scaling: low_frequency_factor={self.low_frequency_factor} must be below "
@@ -130,9 +135,8 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
         if not 0 <= self.init_std < math.inf:
             raise ValueError(f"init_std={self.init_std} must be a number from 0")
-        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
-            if self.rope_theta <= 1:
-                raise ValueError(f"rope_theta={self.rope_theta} must be above 1 for yarn")
+        if self.rope_theta <= 1:  # frequencies would grow along a head, or all be one
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 1")
         for name, hint in typing.get_type_hints(type(self)).items():
             known = typing.get_args(hint)
             if typing.get_origin(hint) is Literal and getattr(self, name) not in known:

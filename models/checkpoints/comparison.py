@@ -15,6 +15,13 @@ from models.config import DecoderConfig
 from models.presets import FAMILIES
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+# What names begin with in a module around the model -> what to save instead
+_WRAPPERS = (
+    ("module.", "save `model.module` instead of the model"),
+    ("_orig_mod.", "save `model._orig_mod` instead of the model"),
+    ("base_model.", "merge the adapter into its model (peft's merge_and_unload) and save that"),
+)
+_MEND = "save the language model alone"
 _COMPARED = 2**24  # numbers of the head and the embedding that are compared at once
 
 
@@ -49,6 +56,8 @@ def compare_counts(
     numbered = re.compile(rf"{re.escape(f'{prefix}{names.layers}.')}(\d{{1,9}})\.")
     numbers = [int(match[1]) for name in tensors.shapes if (match := numbered.match(name))]
     layers = max(numbers, default=-1) + 1
+    if not layers:
+        _check_wrapper(names, tensors)
     if config.layers != layers:
         field = "n_layer" if "n_layer" in fields else "num_hidden_layers"
         raise ValueError(
@@ -71,6 +80,23 @@ def compare_counts(
                 f"{file}: {field}={size}, but {name!r} in {tensors.where(name)} is "
                 f"{tensors.shapes[name]}"
             )
+
+
+def _check_wrapper(names: Names, tensors: Tensors) -> None:
+    """Raises ValueError if the names of the tensors begin with that of a module around the model.
+
+    They are not read: what else the module does to the model is not known here.
+    """
+    bare = names.top["embedding"].name
+    for name in tensors.shapes:
+        if name.endswith(f".{bare}"):
+            wrapper = name.removesuffix(bare).removesuffix(names.prefix)
+            if wrapper:
+                mend = next((mend for of, mend in _WRAPPERS if wrapper.startswith(of)), _MEND)
+                raise ValueError(
+                    f"{tensors.where(name)}: the tensors are of a module around the model: their "
+                    f"names begin with {shown(wrapper)}; {mend}"
+                )
 
 
 def check_tensors(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors: Tensors) -> None:

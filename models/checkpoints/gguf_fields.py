@@ -265,6 +265,8 @@ def _scaling(
     # A factor of 0, or none, leaves the positions as they are; `scale_linear` is its older name.
     name = f"{root}.factor" if f"{root}.factor" in header else f"{kind}.rope.scale_linear"
     factor = header.number(name, 0.0, zero=True) or 1.0
+    if factor < 1:
+        raise header.error(name, "is below 1: it would shorten the context")
     attention = header.number(f"{root}.attn_factor", 1.0)
     if "rope_freqs.weight" in tensors:
         if rule == "yarn" or (rule == "linear" and factor != 1):

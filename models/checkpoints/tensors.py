@@ -76,7 +76,8 @@ class SafeTensors:
         """The arrays of `files`.
 
         Raises:
-          ValueError: a file is not what its header says, or two files store the same name.
+          ValueError: a file is not what its header says, two files store the same name, or there
+            is no tensor.
         """
         self._entries: dict[str, _Entry] = {}
         self._maps: dict[pathlib.Path, np.ndarray] = {}
@@ -86,6 +87,8 @@ class SafeTensors:
                     raise ValueError(f"{shown(name)} is in {self.where(name)} and in {file}")
                 self._entries[name] = entry
             self._maps[file] = np.memmap(file, np.uint8, "r")
+        if not self._entries:
+            raise ValueError(f"{', '.join(map(str, self._maps))}: no tensor is in it")
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
         self.files = {name: entry.file for name, entry in self._entries.items()}
@@ -126,6 +129,8 @@ def _open_index(index: pathlib.Path) -> SafeTensors:
     folder, file_of = index.parent, read_json(index, _MOST_HEADER).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(v, str) for v in file_of.values()):
         raise ValueError(f"{index} has no weight_map from names to files")
+    if not file_of:
+        raise ValueError(f"{index}: its weight_map is empty: it names no tensor")
     names = sorted(set(file_of.values()))
     for name in names:
         if pathlib.PurePath(name).name != name:  # a path could lead out of the folder

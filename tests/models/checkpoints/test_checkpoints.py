@@ -374,6 +374,7 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
         (header({"a": entry(dtype=["F32"])}, b"1" * 8), "of dtype"),
         (header({"__metadata__": {"a": 1}}), "is not an object of strings"),
         (header({"__metadata__": []}), "is not an object of strings"),
+        (header({}), "no tensor is in it"),
         (header(b'\xef\xbb\xbf{"a": 1}'), "is not safetensors"),
     ],
 )
@@ -467,10 +468,26 @@ def test_an_index_that_lies_is_refused(tmp_path):
         ({"a": "../other.safetensors"}, "is not a file beside it"),
         ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
         ({"a": "some.safetensors"}, "has no 'a', which"),
+        ({}, "its weight_map is empty"),
     ]:
         index.write_text(json.dumps({"weight_map": file_of}))
         with pytest.raises(ValueError, match=message):
             models.load(folder)
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "base_model.model.", "language_model.", "a.module."]
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_a_module_around_the_model_is_named(name, wrapper, tmp_path):
+    folder = tiny.make(tmp_path, tiny.CONFIGS[name])
+    source = tensors.open_folder(folder)
+    old = {wrapper + name: name for name in source.shapes}
+    arrays = {new: (source.shapes[name], source.dtypes[name]) for new, name in old.items()}
+    file = folder / "model.safetensors"
+    tensors.write(file, arrays, lambda name: source.read(old[name], (slice(None),)))
+    with pytest.raises(ValueError, match=f"their names begin with '{wrapper}'; .*save"):
+        models.load(folder)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

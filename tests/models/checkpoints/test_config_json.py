@@ -99,7 +99,7 @@ def test_a_number_of_the_scaling_is_named_with_its_object(field, folder):
         ),
         (
             {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_theta=1.0 must be above 1 for yarn",
+            "rope_theta=1.0 must be above 1",
         ),
     ],
 )

@@ -30,7 +30,8 @@ class Constants:
     # To start a vector instruction, also one that sends or receives, or a loop of a tile product.
     vector_start: float = 14.95
     product_start: float = 2.81  # to start a multiply-accumulate within a tile product's loops
-    # To start a loop's trip that moves anything, or a collective's phase.
+    # To start a loop's trip that moves anything, or a phase of a collective. A reduction that
+    # repeats the last one starts none.
     phase_start: float = 169.2
     # Float32 takes more than a cycle for each element where several vectors meet in the memory's
     # banks; a multiply-accumulate also writes one of them back. At 16 bits the elements that one

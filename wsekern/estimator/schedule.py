@@ -67,6 +67,7 @@ class Schedule:
         # The source line of the call whose jaxpr is being walked, and whether the library made it;
         # of the whole program, its caller's.
         self._call, self._by_library = trace.line_of_caller(), False
+        self._last_collective: int | None = None  # the id of what PEs began together last
         self._flood_roots = 1  # PEs from which the floods of the loop around start, in turn
         self._sizes = {axis: wafer.axis_size(axis) for axis in wafer.axes}
         self._fixed_roots: dict[int, dict[str, int]] = {}  # of floods, by their equations' ids
@@ -392,6 +393,13 @@ class Schedule:
         return self.clocks.compute(equation.primitive.name, self._line(equation), work, ready)
 
     def _send(self, equation: JaxprEqn, move: PricedMove, ready: float, roots: int = 1) -> float:
+        if move.phases:
+            # PEs that repeat a reduction still know its routes, their places in its trees and its
+            # vectors. Equal reductions share their jaxpr; a flood may start from another PE.
+            collective = id(equation.params.get("jaxpr", equation))
+            if collective == self._last_collective and move.kind != "flood":
+                move = move._replace(phases=0)
+            self._last_collective = collective
         if self.wafer.size < self.clocks.pes:
             # A map of the links is of the whole wafer, and this move is within a region.
             move = move._replace(pattern=None)

@@ -1,5 +1,6 @@
 """Estimates of programs whose cost can be counted by hand."""
 
+import dataclasses
 import functools
 import html
 
@@ -135,6 +136,25 @@ def test_a_scan_costs_its_trips():
 
     a, b, c = cycles(50), cycles(100), cycles(1000)
     assert b - a == pytest.approx((c - a) / 19, rel=1e-6)
+
+
+def test_a_reduction_that_repeats_the_last_one_starts_no_phase():
+    wafer = abstract(16)
+
+    def phases(*sums):
+        def kernel(x):
+            for along, op in sums:
+                x = fabric.all_reduce(x, along, op, algorithm="k_tree")
+            return x
+
+        only_phases = dataclasses.replace(FREE, phase_start=1e6)
+        cycles = wk.estimate(
+            on_grid(wafer, kernel), array(64, 64), wafer=wafer, constants=only_phases
+        ).cycles
+        return round(cycles / 1e6)
+
+    assert phases(("y", "sum")) == phases(("y", "sum"), ("y", "sum")) == 3
+    assert phases(("y", "sum"), ("x", "sum")) == phases(("y", "sum"), ("y", "max")) == 6
 
 
 def test_a_solver_costs_its_iterations():

@@ -90,6 +90,18 @@ def test_a_wider_model_costs_what_its_instructions_cost():
     assert 2.5 < cycles[8192][0] / cycles[4096][0] < 4
 
 
+def test_a_product_with_a_vector_is_predicted_as_its_benchmark_times_it(validation):
+    (row,) = [row for row in validation.rows if row.point.id == "gemv-16k"]
+    assert abs(row.error) < 0.05  # nothing is fitted on it
+
+
+def test_repeated_products_with_a_vector_equal_a_plain_one():
+    wafer = wk.Wafer.virtual(wk.WSE2, 3, 3)
+    x, w = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate(((1, 6), (6, 9))))
+    run = jax.jit(functools.partial(waferllm.vector_products, repeats=2, wafer=wafer))
+    np.testing.assert_allclose(run(x, w), x @ w, rtol=1e-5)
+
+
 def test_a_table_of_ones_own_is_predicted(tmp_path, validation):
     text = points.POINTS.read_text().splitlines()
     one = next(line for line in text if line.startswith("decode-8b-420"))

@@ -42,6 +42,8 @@ class ClocksState(NamedTuple):
     totals: Totals
     events: list[Event]
     later: dict[str, float]
+    idle: list[tuple[float, float]]
+    counted: float
 
 
 class Clocks:
@@ -58,6 +60,7 @@ class Clocks:
         # No move starts before this cycle, because its buffer is still in use; see Schedule._scan.
         self.earliest_move = 0.0
         self._idle: list[tuple[float, float]] = []  # spans in which the engine had nothing to do
+        self._counted = 0.0  # all cycles before this one are in `totals.cycles`
         self._cycles_per_word = dict.fromkeys("NESW", 4 / self.machine.link_bytes_per_cycle)
         # All PEs of a wafer share its channels to the other wafers.
         pes = wafer.height * wafer.width
@@ -106,7 +109,7 @@ class Clocks:
         self._idle = idle[-_IDLE_SPANS:]
         self.totals.flops["float16" if work.narrow else "float32"] += work.flops
         self.totals.port_bytes += work.port_bytes
-        self.totals.cycles[name, line] += work.cycles
+        self._count(name, line, end)
         return end
 
     def send(self, move: PricedMove, line: str, ready: float, roots: int = 1) -> float:
@@ -143,7 +146,7 @@ class Clocks:
         self.totals.moves += 1
         self.totals.received += move.words
         self.totals.hops += move.hops
-        self.totals.cycles[move.kind, line] += last + latency - start + set_up
+        self._count(move.kind, line, last + latency)
         return last + latency
 
     def set_up(self, name: str, line: str, cycles: float) -> None:
@@ -155,6 +158,7 @@ class Clocks:
         self.busy_until["compute"] += cycles
         self.totals.busy["compute"] += cycles
         self._record("compute", f"set up {name}", line, start, start + cycles)
+        self._count(name, line, start + cycles)
 
     def repeat(self, times: int, advance: dict[str, float], since: Totals, line: str) -> None:
         """Runs the clocks and the totals on by more trips of a loop, each like the last one walked.
@@ -180,12 +184,38 @@ class Clocks:
         if times and len(self.events) < _EVENTS:
             self.events.append(Event("loop", walked, self.cycles, name, line))
         self._idle = []
+        before = dict(self.totals.cycles)
         self.totals.repeat(since, times)
+        # Rows of later trips share out the cycles that the clocks moved on, as in the last trip.
+        new = {key: n - before[key] for key, n in self.totals.cycles.items()}
+        longer, shared = self.cycles - walked, sum(new.values())
+        for key, n in new.items():
+            self.totals.cycles[key] = before[key] + (n * longer / shared if shared else 0.0)
+        if longer and not shared:
+            self.totals.cycles["trip", line] += longer
+        self._counted += longer
+
+    def finish(self, end: float) -> None:
+        """Ends the program, whose results are there at `end`, and makes its rows add up to that.
+
+        A result may still be on its last hops when the engine and all links are free.
+        """
+        self.busy_until["compute"] = max(self.busy_until["compute"], end)
+        # What came after the last result, as a move that nobody waits for, takes no time.
+        share = self.cycles / self._counted if self._counted else 0.0
+        for key in self.totals.cycles:
+            self.totals.cycles[key] *= share
+        self._counted = self.cycles
 
     def snapshot(self) -> ClocksState:
         """The state now, for `restore`."""
         return ClocksState(
-            dict(self.busy_until), self.totals.copy(), list(self.events), dict(self._later)
+            dict(self.busy_until),
+            self.totals.copy(),
+            list(self.events),
+            dict(self._later),
+            list(self._idle),
+            self._counted,
         )
 
     def timeline(self) -> list[Event]:
@@ -206,6 +236,20 @@ class Clocks:
         self.totals = state.totals.copy()
         self.events = list(state.events)
         self._later = dict(state.later)
+        self._idle = list(state.idle)
+        self._counted = state.counted
+
+    def _count(self, name: str, line: str, end: float) -> None:
+        """Charges an operation for the cycles until `end` that no operation before it took.
+
+        What runs beside a longer operation takes no time of the program:
+
+          flood                0 to 100    100 cycles
+          product beside it    0 to 90     none
+          sum of both          100 to 110  10 cycles
+        """
+        self.totals.cycles[name, line] += max(0.0, end - self._counted)
+        self._counted = max(self._counted, end)
 
     def _occupy(self, lane: str, name: str, line: str, start: float, end: float) -> None:
         self.totals.busy[lane] += end - start

@@ -6,6 +6,8 @@ PEs runs without moves. So such a contraction is assumed to run as the cheapest 
     tiled        both factors lie over the PEs: as `wk.matmul`, or `wk.gemv` for one vector
     replicated   the smaller factor is flooded to every PE, if it has room; rows of the other lie
                  over all PEs
+    sliced       every PE multiplies a slice of what the factors have in common, and one all-reduce
+                 adds up these products
     summed       two vectors, multiplied where they lie, and one all-reduce of a number
 
 The elements of a batch share out the wafer: each gets a region of its own, as far as these go.
@@ -18,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +114,58 @@ def _ragged_sizes(equation: JaxprEqn) -> _Shape:
     return G, -(-M // G), K, math.prod(out) // max(1, M)
 
 
+def asked_flops(kernel: JaxprEqn, true_shapes: Sequence[_Shape | None]) -> float | None:
+    """The operations that a product was asked for, without those on padding; None: not known.
+
+    Args:
+      kernel: that multiplies its first operand by the others, or is the gradient of that: then its
+        operands are a left factor, right factors, and the gradient of each product.
+      true_shapes: of its operands before they were padded; None: as they are.
+    """
+    pairs = zip(kernel.invars, true_shapes, strict=True)
+    matrices = [_Padded.of(atom, true) for atom, true in pairs]
+    if not matrices:  # what a gradient computes ahead may have no operands
+        return None
+    # A bias and scales are vectors.
+    left, *others = [m for i, m in enumerate(matrices) if i == 0 or m.ndim > 1]
+    outs = [out for v in kernel.outvars if (out := _Padded.of(v, None)).ndim > 0]
+    count = len(others)
+    half = others[: count // 2]
+    backward = [out.padded for out in outs] == [m.padded for m in (left, *half)]
+    if backward and count % 2 == 0:
+        products, times = list(zip(half, others[count // 2 :], strict=True)), 2
+    else:
+        products, times = list(zip(others, outs, strict=False)), 1
+    columns = [_columns(left, right, out) for right, out in products]
+    if not columns or None in columns:
+        return None
+    return 2.0 * times * math.prod(left.true) * sum(n or 0 for n in columns)
+
+
+class _Padded(NamedTuple):
+    """The shape of a matrix, and its shape without padding; of a vector, as of one row."""
+
+    padded: _Shape
+    true: _Shape
+    ndim: int
+
+    @classmethod
+    def of(cls, atom: Any, true: _Shape | None) -> _Padded:
+        shape = tuple(getattr(atom.aval, "shape", ()))
+        row = (1,) if len(shape) == 1 else ()
+        return cls(row + shape, row + (true or shape), len(shape))
+
+
+def _columns(left: _Padded, right: _Padded, out: _Padded) -> int | None:
+    """The columns of `left @ right`, of `left @ right.T` or of `left.T @ right`, if it is `out`."""
+    for row, over, right_over in ((-2, -1, -2), (-2, -1, -1), (-1, -2, -2)):
+        column = -3 - right_over
+        shape = left.padded[row], right.padded[column]
+        if left.true[over] == right.true[right_over] and shape == out.padded[-2:]:
+            return right.true[column]
+    return None
+
+
 def cheapest(sizes: Sizes, wafer: Wafer, price: Callable[[Any, Wafer], float]) -> StandIn:
     """The program with the fewest cycles.
 
@@ -161,6 +215,11 @@ def _programs(sizes: Sizes, region: Wafer) -> Iterator[tuple[str, Callable, _Sha
         a = (K, M) if form == "tn" else (M, K)
         b = (N, K) if form == "nt" else (K, N)
         yield "wk.matmul", functools.partial(matmul, wafer=region, **transposed), a, b
+    # The most sums that a PE can hold are made in one round.
+    rounds = -(-M * N * 4 // gather_limit(region))
+    if max(M, N, pes) < K and rounds <= N:
+        length, run = _round_up(K, pes), functools.partial(_sliced, wafer=region)
+        yield "a sum over slices of K", run, (M, length), (rounds, length, -(-N // rounds))
     few, many = sorted((M, N))
     rounds = -(-few * K * sizes.bytes // gather_limit(region))
     if rounds <= few:
@@ -181,6 +240,25 @@ def _replicated(a: Float[Array, "M K"], b: Float[Array, "R K Nr"], wafer: Wafer)
 
     rows = P(_EVERYWHERE, None)
     return wafer.map(kernel, in_specs=(rows, P()), out_specs=P(_EVERYWHERE, None, None))(a, b)
+
+
+def _sliced(a: Float[Array, "M K"], b: Float[Array, "R K Nr"], wafer: Wafer) -> Any:
+    """`a` by each of R parts of the other factor; every PE keeps its part of the sums."""
+
+    def kernel(a: Float[Array, "M Kt"], b: Float[Array, "R Kt Nr"]) -> Float[Array, "R St"]:
+        kept = -(-a.shape[0] * b.shape[2] // wafer.size)
+        place = fabric.axis_index(ROWS) * wafer.width + fabric.axis_index(COLS)
+
+        def step(a: Array, part: Array) -> tuple[Array, Array]:
+            sums = jnp.matmul(a, part, preferred_element_type=jnp.float32)
+            sums = fabric.all_reduce(sums, _EVERYWHERE).astype(a.dtype).reshape(-1)
+            sums = jnp.pad(sums, (0, kept * wafer.size - sums.size))
+            return a, lax.dynamic_slice_in_dim(sums, place * kept, kept)
+
+        return lax.scan(step, a, b)[1] if len(b) > 1 else step(a, b[0])[1][None]
+
+    slices = P(None, _EVERYWHERE), P(None, _EVERYWHERE, None)
+    return wafer.map(kernel, in_specs=slices, out_specs=P(None, _EVERYWHERE))(a, b)
 
 
 def _summed(a: Float[Array, " K"], b: Float[Array, " K"], wafer: Wafer) -> Any:

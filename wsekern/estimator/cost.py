@@ -47,32 +47,52 @@ VIEWS = frozenset(
     "reshape transpose broadcast_in_dim squeeze slice dynamic_slice rev expand_dims pvary pcast "
     "copy copy_p stop_gradient optimization_barrier convert_element_type reduce_precision iota "
     "axis_index sharding_constraint layout_constraint mesh_cast device_put split "
-    "bitcast_convert_type create_token name random_wrap random_unwrap".split()
+    "bitcast_convert_type create_token after_all empty empty2 platform_index name random_wrap "
+    "random_unwrap".split()
 )
 ELEMENTWISE = frozenset(
     "add sub mul max min neg abs sign floor ceil round and or not xor eq ne lt le gt ge select_n "
     "clamp add_any integer_pow square is_finite rem shift_left shift_right_logical "
-    "shift_right_arithmetic population_count nextafter real imag conj".split()
+    "shift_right_arithmetic population_count clz nextafter real imag conj complex eq_to le_to "
+    "lt_to".split()
 )
 # Operations that write their operands elsewhere.
 _COPIES = frozenset(
-    "concatenate stack pad tile gather scatter dynamic_update_slice scatter-add".split()
+    "concatenate stack pad tile gather scatter dynamic_update_slice scatter-add scatter-sub "
+    "scatter-mul scatter-min scatter-max get swap addupdate".split()
 )
 # Copies, and which operand they copy. The instruction that computes this operand can write its
 # result where the copy would put it.
 _WRITES = {"pad": 0, "dynamic_update_slice": 1}
 _REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum cummax "
-    "cummin cumprod cumlogsumexp".split()
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax "
+    "argmin cumsum cummax cummin cumprod cumlogsumexp".split()
 )
 # Functions that have no instruction, by the number of passes over the vector that they take in
 # float32: a range reduction and a polynomial, or a first guess and Newton's steps.
 _PASSES = {
     "exp": 8, "exp2": 7, "expm1": 9, "log": 9, "log1p": 10, "tanh": 12, "logistic": 12, "erf": 12,
     "erf_inv": 14, "sin": 10, "cos": 10, "tan": 14, "pow": 18, "div": 4, "rsqrt": 4, "sqrt": 5,
-    "cbrt": 6, "atan2": 14,
+    "cbrt": 6, "atan2": 14, "sinh": 12, "cosh": 12, "asin": 16, "acos": 16, "atan": 12, "asinh": 20,
+    "acosh": 20, "atanh": 16, "erfc": 14,
+    # Threefry, for two words: 20 rounds of five operations, and 5 additions of keys.
+    "threefry2x32": 116, "random_bits": 58, "random_fold_in": 58, "random_split": 58,
+    "random_seed": 1,
 }  # fmt: skip
-_WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
+_WINDOWS = frozenset(
+    "reduce_window reduce_window_sum reduce_window_max reduce_window_min select_and_gather_add "
+    "select_and_scatter select_and_scatter_add".split()
+)
+# How a user asks for an operation whose name in a trace is JAX's own.
+_ASKED_FOR = {
+    "rng_bit_generator": "jax.lax.rng_bit_generator",
+    "random_gamma": "jax.random.gamma", "rng_uniform": "jax.lax.rng_uniform",
+    "lu_pivots_to_permutation": "jax.lax.linalg.lu_pivots_to_permutation",
+    "householder_product": "jax.lax.linalg.householder_product", "geqrf": "jax.lax.linalg.qr",
+    "geqp3": "jax.lax.linalg.qr", "pure_callback": "jax.pure_callback",
+    "io_callback": "jax.experimental.io_callback", "debug_callback": "jax.debug.callback",
+    "debug_print": "jax.debug.print",
+}  # fmt: skip
 KNOWN = (
     VIEWS | ELEMENTWISE | _COPIES | _REDUCTIONS | _WINDOWS | _PASSES.keys() | {"dot_general", "fft"}
 )
@@ -85,11 +105,15 @@ class Work(NamedTuple):
     flops: float = 0.0  # a multiply-accumulate is two
     port_bytes: float = 0.0  # read from the PE's memory and written to it
     narrow: bool = False  # whether its elements have 16 bits
+    starts: float = 0.0  # of the cycles, those that start instructions, whatever they work on
 
     def scale(self, share: float) -> Work:
         """The work if only a share of its instructions is issued, as when zeros are skipped."""
         return self._replace(
-            cycles=share * self.cycles, flops=share * self.flops, port_bytes=share * self.port_bytes
+            cycles=share * self.cycles,
+            flops=share * self.flops,
+            port_bytes=share * self.port_bytes,
+            starts=share * self.starts,
         )
 
 
@@ -126,8 +150,9 @@ def equation_work(
         instructions = len(equation.invars)
     elif name in _REDUCTIONS:
         n = max(map(_size, reads), default=1)
-    elif name.startswith("reduce_window"):
-        n = size_of(equation.outvars[0]) * math.prod(equation.params["window_dimensions"])
+    elif name in _WINDOWS:
+        windows = min(n, size_of(equation.invars[0])) if name.startswith("select") else n
+        n = windows * math.prod(equation.params["window_dimensions"])
     elif name == "gather":
         reads = [out, equation.invars[1].aval]  # of what it gathers from, only what it gathers
     if name.startswith("scatter"):
@@ -147,8 +172,18 @@ def equation_work(
     moved = elements * width_of(out) + sum(_size(a) * width_of(a) for a in reads)
     # No instruction is faster than the memory's ports.
     ports = machine.read_bytes_per_cycle + machine.write_bytes_per_cycle
-    cycles = passes * constants.vector_start + max(elements * each, moved / ports)
-    return Work(cycles, flops, moved, width_of(out) == 2)
+    starts = passes * constants.vector_start
+    cycles = starts + max(elements * each, moved / ports)
+    return Work(cycles, flops, moved, width_of(out) == 2, starts)
+
+
+def copy_work(aval: Any, machine: Machine, constants: Constants) -> Work:
+    """The work of writing an array elsewhere."""
+    n, width = _size(aval), width_of(aval)
+    moved = 2.0 * n * width
+    ports = machine.read_bytes_per_cycle + machine.write_bytes_per_cycle
+    cycles = constants.vector_start + max(n * _cycles_of_element(aval, machine, 1.0), moved / ports)
+    return Work(cycles, 0.0, moved, width == 2, constants.vector_start)
 
 
 class Fusions(NamedTuple):
@@ -212,6 +247,11 @@ def _product(
     cycles += elements * each
     # Each element reads a factor and the sum, and writes the sum back.
     return Work(cycles, 2.0 * elements, 3.0 * elements * width_of(a), width_of(a) == 2)
+
+
+def user_term(name: str) -> str:
+    """What a user calls the operation that is called `name` in a trace."""
+    return _ASKED_FOR.get(name, name)
 
 
 def width_of(aval: Any) -> int:

@@ -34,12 +34,12 @@ def estimate(
     instructions of Nt elements, in loops. A move is charged its hops and its words on the busiest
     link; a reduction and a flood are priced as a whole. A loop is walked until its trips take
     equally long. Memory is the most that live tiles take at a time. On a wafer with defects, or a
-    folded one, moves take the hops of its placement. Whole arrays outside `Wafer.map` are tiled
-    where that matters: a slice, a sum or a sort moves what it reads of other tiles, and a product
-    is priced as the cheapest program here would run it (`matmul`, `gemv`, a flood), which the
-    result names under `assumed`. An operation whose cost is not known counts as elementwise and
-    evenly spread, and the result names it. Nine published measurements that no
-    constant was fitted on are predicted with an error of 3.0 % on average and 7.1 % at most
+    folded one, moves take the hops of its placement. Whole arrays outside `Wafer.map` are assumed
+    to be tiled: a slice, a sum, a sort, a transpose or a gather moves what it reads of other tiles,
+    and a product is priced as the cheapest program here would run it (`matmul`, `gemv`, a flood, a
+    sum over slices), which the result names under `assumed`. An operation whose cost is not known
+    counts as elementwise and evenly spread, and the result names it. Nine published measurements
+    that no constant was fitted on are predicted with an error of 3.0 % on average and 7.1 % at most
     (docs/estimate.md).
 
     Args:

@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from wsekern.estimator import cost, layouts, trace
 from wsekern.estimator.contractions import StandIn
 from wsekern.estimator.cost import size_of, width_of
-from wsekern.estimator.relayout import Spec
+from wsekern.estimator.specs import Spec, part_count
 from wsekern.wafer.wafer import Wafer
 
 _IN_PLACE = cost.ELEMENTWISE | {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
@@ -221,4 +221,4 @@ def _bytes(v: Any, spec: Spec | None, wafer: Wafer, in_kernel: bool) -> float:
     if not hasattr(v.aval, "shape"):
         return 0.0
     size = size_of(v) * width_of(v.aval)
-    return float(size) if in_kernel else math.ceil(size / layouts.part_count(spec, wafer))
+    return float(size) if in_kernel else math.ceil(size / part_count(spec, wafer))

@@ -7,21 +7,29 @@ Elementwise work is spread evenly over all PEs. How an array lies is for `layout
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from wsekern.estimator.cost import Constants, Work, width_of
+from wsekern.estimator.cost import Work, width_of
 from wsekern.estimator.links import around_defects, loads, price
+from wsekern.estimator.specs import ON_EVERY_PE, Spec, is_coarser, parts_along, tile_of
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
-
-Spec = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that split it
 
 
 def relayout_move(aval: Any, wafer: Wafer) -> price.PricedMove:
     """The move that lays an array out anew: half of its words cross the middle, either way."""
+    return move_anywhere(words_of(aval), wafer)
+
+
+def words_of(aval: Any) -> float:
+    """32-bit words of an array."""
+    return math.prod(aval.shape) * width_of(aval) / 4
+
+
+def move_anywhere(words: float, wafer: Wafer) -> price.PricedMove:
+    """The move of words that lie on all PEs to PEs that have nothing to do with where they lie."""
     assert wafer.machine is not None
-    words = math.prod(aval.shape) * width_of(aval) / 4
     # As many links cross the middle as the shorter side has PEs; each carries an even share.
     side = min(wafer.height, wafer.width)
     load = words / (2 * side)
@@ -41,20 +49,21 @@ def relayout_move(aval: Any, wafer: Wafer) -> price.PricedMove:
     )
 
 
-def spread_evenly(work: Work, wafer: Wafer, constants: Constants) -> Work:
-    """One PE's part of work on whole arrays."""
+def spread_evenly(work: Work, elements: int, wafer: Wafer) -> Work:
+    """The part of the busiest PE of work on whole arrays.
+
+    Args:
+      work: on all elements.
+      elements: of the largest array of the operation.
+      wafer: over which they are spread.
+    """
     pes = wafer.size
-    # Each PE starts the instruction, however few elements it has.
-    start = min(work.cycles, constants.vector_start)
-    cycles = start + (work.cycles - start) / pes
-    return Work(cycles, work.flops / pes, work.port_bytes / pes, work.narrow)
-
-
-def part_count(spec: Spec | None, wafer: Wafer) -> int:
-    """Into how many parts an array is cut; evenly over all PEs if its layout is not known."""
-    if spec is None:
-        return wafer.size
-    return math.prod(wafer.axis_size(axis) for axes in spec for axis in axes)
+    # What lies whole on every PE is worked through by each.
+    share = 1.0 if elements <= ON_EVERY_PE else -(-elements // pes) / elements
+    # Each PE starts all instructions, however few elements it has.
+    cycles = work.starts + (work.cycles - work.starts) * share
+    # Operations are counted once, whoever repeats them.
+    return work._replace(cycles=cycles, flops=work.flops / pes, port_bytes=work.port_bytes * share)
 
 
 def shift_move(
@@ -88,8 +97,48 @@ def shift_move(
     return around_defects.stretch_along_lines(move, (axis,), sizes, machine, wafer.placement)
 
 
+def flood_move(words: float, axes: Collection[str], wafer: Wafer) -> price.PricedMove | None:
+    """The move that gives every PE along `axes` all words that they have together.
+
+    Args:
+      words: that each PE has afterwards.
+      axes: of the PEs.
+      wafer: of these PEs.
+    """
+    machine, sizes = wafer.machine, sizes_of(wafer)
+    assert machine is not None
+    along = tuple(a for a in (ROWS, COLS) if a in axes)
+    move = price.price_flood(along, words, sizes, machine)
+    if move is None:
+        return None
+    return around_defects.stretch_along_lines(move, along, sizes, machine, wafer.placement)
+
+
+def repeat_move(aval: Any, spec: Spec, kept: Spec, wafer: Wafer) -> list[price.PricedMove]:
+    """The move that gives every PE the cells that its tile of a larger array repeats; or none.
+
+    Args:
+      aval: of the array that is repeated.
+      spec: how it lies.
+      kept: how its dimensions are split in the larger array.
+      wafer: over which it is spread.
+    """
+    if is_coarser(spec, kept):
+        return []
+    axes = {axis for entry in spec for axis in entry} - {axis for entry in kept for axis in entry}
+    if not axes:  # they are exchanged, and cells cross the wafer
+        return [relayout_move(aval, wafer)]
+    move = flood_move(math.prod(tile_of(aval.shape, kept, wafer)) * width_of(aval) / 4, axes, wafer)
+    return [] if move is None else [move]
+
+
 def sum_move(
-    shape: Sequence[int], width: int, axes: Sequence[str], parts: int, wafer: Wafer
+    shape: Sequence[int],
+    width: int,
+    axes: Sequence[str],
+    parts: int,
+    wafer: Wafer,
+    occupied: Mapping[str, int] | None = None,
 ) -> price.PricedMove | None:
     """A sum, or another reduction, over the PEs along `axes`; None if there is nobody to add to.
 
@@ -99,23 +148,19 @@ def sum_move(
       axes: of the PEs.
       parts: into how many parts the result is cut.
       wafer: over which it is spread.
+      occupied: PEs along some of these axes that have anything to add; by default all.
     """
     across = tuple(a for a in axes if a in (ROWS, COLS))
     if not across:
         return None
     # Each PE sums its own tile first, so that the tiles that move have the result's size.
-    machine, sizes = wafer.machine, sizes_of(wafer)
+    machine, sizes = wafer.machine, sizes_of(wafer) | dict(occupied or {})
     assert machine is not None
     words = math.prod(shape) * width / 4 / parts
     move = price.price_reduction("xla", across, max(words, 1.0), sizes, machine)
     if move is None:
         return None
     return around_defects.stretch_along_lines(move, across, sizes, machine, wafer.placement)
-
-
-def parts_along(axes: Sequence[str], wafer: Wafer) -> int:
-    """Into how many parts a dimension is cut that is split along `axes`."""
-    return math.prod(wafer.axis_size(axis) for axis in axes)
 
 
 def sizes_of(wafer: Wafer) -> dict[str, int]:

@@ -15,7 +15,7 @@ _LONGEST = 12  # operations that the table of an estimate names
 def table(e: Estimate) -> str:
     """The figures of an estimate, and the operations that take longest."""
     lines = [f"{name:<16} {value}" for name, value in figures(e)]
-    longest = e.by_operation[:_LONGEST]
+    longest = _longest(e)
     if longest:
         lines += ["", f"{'cycles':>16}  operation"]
         lines += [f"{cycles:>16,.0f}  {name}  {line}" for name, line, cycles in longest]
@@ -24,9 +24,15 @@ def table(e: Estimate) -> str:
 
 def rows(e: Estimate) -> list[tuple[str, str]]:
     """The lines of `table`, each as two cells."""
-    longest = e.by_operation[:_LONGEST]
-    operations = [(f"{cycles:,.0f} cycles", f"{name}  {line}") for name, line, cycles in longest]
+    operations = [
+        (f"{cycles:,.0f} cycles", f"{name}  {line}") for name, line, cycles in _longest(e)
+    ]
     return figures(e) + operations
+
+
+def _longest(e: Estimate) -> list[tuple[str, str, float]]:
+    """The operations that take most cycles; not those that run beside others and take none."""
+    return [row for row in e.by_operation[:_LONGEST] if row[-1] >= 0.5]
 
 
 def html_table(cells: Iterable[tuple[str, str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from wsekern.estimator.relayout import Spec, parts_along
+from wsekern.estimator.specs import Spec, parts_along
 from wsekern.wafer.wafer import Wafer
 
 

@@ -45,9 +45,11 @@ class Estimate:
     hops: float  # hops that a PE's received words take, added up
     moves: int  # collectives
     host_bytes: float  # of the program's arguments and results
-    by_operation: tuple[tuple[str, str, float], ...]  # operation, line, cycles; longest first
+    # Operation, line, cycles; longest first. They add up to `cycles`.
+    by_operation: tuple[tuple[str, str, float], ...]
     unknown: dict[str, str]  # operations whose cost is not known, with their source lines
-    # Contractions outside kernels: "dot_general as wk.matmul", with their first source lines.
+    # What was chosen outside kernels, with first source lines: "dot_general as wk.matmul",
+    # "reshape as a relayout".
     assumed: dict[str, str] = dataclasses.field(default_factory=dict)
     events: tuple[Event, ...]  # the timeline; of trips that were not walked, one event a lane
     accelerators: dict[str, float]  # seconds at the roofline of one chip, by its name

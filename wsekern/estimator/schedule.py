@@ -18,10 +18,12 @@ from wsekern.estimator.clocks import Clocks
 from wsekern.estimator.cost import Constants
 from wsekern.estimator.links import around_defects, roots
 from wsekern.estimator.links.price import PricedMove
-from wsekern.estimator.relayout import Spec
+from wsekern.estimator.reshapes import spec_after_reshape
+from wsekern.estimator.specs import Spec, assumed_spec
 from wsekern.hardware import Machine
 from wsekern.wafer.wafer import Wafer
 
+_PRODUCTS = "/kernels/matmul/"  # the folder of the library's products
 _WALKED_TRIPS = 12  # of a loop whose trips never come to take equally long
 
 
@@ -35,6 +37,11 @@ class VariableState(NamedTuple):
     from_counter: bool = False  # whether a loop counter has a part in it
     spec: Spec | None = None  # of a whole array: how it lies, if that is known
     assumed: bool = False  # whether that follows from a layout that was assumed
+    line: str = ""  # of a whole array: the source line of the operation that made it
+    is_view: bool = False  # whether that only described an array in another way
+    true_shape: tuple[int, ...] | None = None  # of a padded array, before it was padded
+    # Of an array whose elements lie where they lay before a reshape: its shape and layout then.
+    before: tuple[tuple[int, ...], Spec] | None = None
 
 
 STATIC = VariableState(static=True)
@@ -68,9 +75,13 @@ class Schedule:
         # of the whole program, its caller's.
         self._call, self._by_library = trace.line_of_caller(), False
         self._last_collective: int | None = None  # the id of what PEs began together last
+        self._in_product = False  # whether the call is of the library's matrix products
+        self._flops_are_known = False  # of the kernel that is being walked, whatever its tiles are
         self._flood_roots = 1  # PEs from which the floods of the loop around start, in turn
         self._sizes = {axis: wafer.axis_size(axis) for axis in wafer.axes}
         self._fixed_roots: dict[int, dict[str, int]] = {}  # of floods, by their equations' ids
+        # The states of arrays that the equation being walked had to lay out anew first.
+        self._laid_out: dict[Any, VariableState] = {}
         self._memo: dict[Any, Any] = {}
 
     @property
@@ -81,9 +92,34 @@ class Schedule:
     def run(self, jaxpr: Jaxpr) -> None:
         """Walks the whole program."""
         outs = self._walk(jaxpr, [VariableState() for _ in jaxpr.invars], in_kernel=False)
-        # A result may still be on its last hops when all links are free already.
-        last = max([self.clocks.busy_until["compute"], *(v.ready for v in outs)])
-        self.clocks.busy_until["compute"] = last
+        ends = [
+            self._write_result(atom, state) for atom, state in zip(jaxpr.outvars, outs, strict=True)
+        ]
+        self.clocks.finish(max(ends, default=0.0))
+
+    def _write_result(self, atom: Any, state: VariableState) -> float:
+        """The cycle at which a result of the program lies where results lie, written out.
+
+        What only describes an array in another way is free within a program. A program that
+        returns it writes it: `x.T` and `jnp.repeat(x, 2)` are arrays of their own.
+        """
+        shape = getattr(atom.aval, "shape", ())
+        if trace.is_literal(atom) or state.static or not shape:
+            return state.ready
+        state = self._lay_out(atom, state)
+        ready = state.ready
+        moves: list[PricedMove] = []
+        if state.assumed:
+            wanted = assumed_spec(shape, self.wafer)
+            moves = layouts.lay_out_as(atom.aval, state.spec, True, wanted, self.wafer)
+        for move in moves:
+            self.assumed.setdefault("transpose as a relayout", state.line)
+            ready = self._send(state.line, move, ready)
+        if state.is_view and not moves:
+            work = cost.copy_work(atom.aval, self.machine, self.constants)
+            work = relayout.spread_evenly(work, cost.size_of(atom), self.wafer)
+            ready = self.clocks.compute("copy", state.line, work, ready)
+        return ready
 
     def _walk(
         self, jaxpr: Jaxpr, operands: Sequence[VariableState], in_kernel: bool
@@ -105,6 +141,8 @@ class Schedule:
                 continue
             ins = [state_of(v) for v in equation.invars]
             outs = self._run_equation(equation, ins, in_kernel, fusions, place)
+            states |= {v: state for v, state in self._laid_out.items() if v in states}
+            self._laid_out.clear()
             states.update(zip(equation.outvars, outs, strict=True))
         return [state_of(v) for v in jaxpr.outvars]
 
@@ -152,6 +190,8 @@ class Schedule:
             # c + a @ b: the tile product accumulates into c as it goes.
             or product == "dot_general"
             or place in fusions.copies
+            # A move along an axis of one PE is none.
+            or name in trace.MOVES
         )
         if free:
             from_counter = any(v.from_counter for v in operands)
@@ -163,27 +203,78 @@ class Schedule:
     def _on_arrays(self, equation: JaxprEqn, operands: list[VariableState]) -> list[VariableState]:
         """An operation on whole arrays: evenly spread, after the moves that its layout asks for."""
         ready = max((v.ready for v in operands), default=0.0)
-        if bool(operands) and all(v.static for v in operands):
+        if all(v.static for v in operands) and not equation.effects:
             return [VariableState(ready, static=True)] * len(equation.outvars)
-        name = equation.primitive.name
+        name, line = equation.primitive.name, self._line(equation)
         if name in contractions.PRIMITIVES and self.wafer.size > 1:
             return self._contraction(equation, operands)
+        if name == "reshape":
+            return [self._reshape(equation, operands[0])]
+        before = layouts.order_kept(equation, operands)
+        if before is None:
+            anywhere = layouts.read_anywhere(equation)
+            operands = [
+                v._replace(spec=None, before=None) if i in anywhere else self._lay_out(atom, v)
+                for i, (atom, v) in enumerate(zip(equation.invars, operands, strict=True))
+            ]
+            ready = max((v.ready for v in operands), default=0.0)
         specs, assumed = [v.spec for v in operands], [v.assumed for v in operands]
-        layout = layouts.result_layout(equation, specs, assumed, self.wafer)
+        static = [v.static for v in operands]
+        layout = layouts.result_layout(equation, specs, assumed, self.wafer, static)
         for move in layout.moves:
-            ready = self._send(equation, move, ready)
-        if name not in cost.VIEWS:
+            ready = self._send_for(equation, move, ready)
+        if layout.program:
+            self.assumed.setdefault(f"{name} as {layout.program}", line)
+        is_view = name in cost.VIEWS
+        if not is_view:
             self._note_unknown(equation)
-            work = relayout.spread_evenly(self._work(equation), self.wafer, self.constants)
+            largest = max(map(cost.size_of, (*equation.invars, *equation.outvars)), default=1)
+            work = relayout.spread_evenly(self._work(equation), largest, self.wafer)
             ready = self._compute(equation, work, ready)
-        state = VariableState(ready, spec=layout.spec, assumed=layout.assumed)
+        state = VariableState(ready, spec=layout.spec, assumed=layout.assumed, line=line)
+        state = state._replace(is_view=is_view)
+        if operands:
+            true_shape = layouts.shape_before_padding(equation, operands[0].true_shape)
+            state = state._replace(true_shape=true_shape)
+        if before is not None and cost.size_of(equation.outvars[0]) > 1:
+            state = state._replace(spec=None, before=before, assumed=any(assumed))
         return [state] * len(equation.outvars)
+
+    def _reshape(self, equation: JaxprEqn, operand: VariableState) -> VariableState:
+        """The state of a reshaped array. Nothing moves before an operation needs its new order."""
+        source: Any = equation.invars[0].aval
+        shape, spec = operand.before or (source.shape, operand.spec)
+        assumed = operand.assumed or spec is None
+        spec = assumed_spec(shape, self.wafer) if spec is None else spec
+        out: Any = equation.outvars[0].aval
+        new = spec_after_reshape(shape, out.shape, spec, self.wafer)
+        before = (shape, spec) if new is None else None
+        state = VariableState(operand.ready, spec=new, assumed=assumed, before=before)
+        return state._replace(line=self._line(equation), is_view=True)
+
+    def _lay_out(self, atom: Any, state: VariableState) -> VariableState:
+        """The state after a reshaped array was laid out in its new order; of others, as it is."""
+        if state.before is None:
+            return state
+        if state.assumed:
+            self.assumed.setdefault("reshape as a relayout", state.line)
+        move = relayout.relayout_move(atom.aval, self.wafer)
+        ready = self._send(state.line, move, state.ready)
+        spec = assumed_spec(atom.aval.shape, self.wafer)
+        state = state._replace(ready=ready, spec=spec, before=None, is_view=False)
+        self._laid_out[atom] = state  # for whatever else reads it
+        return state
 
     def _contraction(
         self, equation: JaxprEqn, operands: list[VariableState]
     ) -> list[VariableState]:
         """A product of whole arrays, walked as the program that it is assumed to run as."""
         sizes = contractions.sizes_of(equation)
+        if sizes.M * sizes.N > 1:  # two vectors may lie in any order
+            operands = [
+                v if v.assumed else self._lay_out(atom, v)
+                for atom, v in zip(equation.invars, operands, strict=True)
+            ]
         ready = max(v.ready for v in operands)
         if not sizes.flops:
             return [VariableState(ready)]
@@ -195,7 +286,7 @@ class Schedule:
             f"{equation.primitive.name} as {stand_in.name}", self._line(equation)
         )
         for move in layouts.rim_moves(equation, [v.spec for v in operands], self.wafer):
-            ready = self._send(equation, move, ready)
+            ready = self._send_for(equation, move, ready)
         ins = [VariableState(ready)] * len(stand_in.jaxpr.invars)
         if stand_in.as_given:
             # A layout that was assumed is no reason to lay a factor out anew.
@@ -226,8 +317,11 @@ class Schedule:
         work = cost.equation_work(
             equation, self.machine, self.constants, accumulates, self.vectors_along_rows
         )
+        name = equation.primitive.name
+        if self._flops_are_known and name in ("dot_general", "add", "add_any"):
+            work = work._replace(flops=0.0)
         # Only a tile product skips factors that are zero.
-        return work.scale(self.density) if equation.primitive.name == "dot_general" else work
+        return work.scale(self.density) if name == "dot_general" else work
 
     def _kernel(self, equation: JaxprEqn, operands: list[VariableState]) -> list[VariableState]:
         """A kernel under `Wafer.map`, after a relayout of each operand that lies otherwise."""
@@ -235,11 +329,25 @@ class Schedule:
         for atom, operand, spec in zip(
             equation.invars, operands, layouts.kernel_specs(equation, "in_specs"), strict=True
         ):
+            # Where only assumptions say how an array lay, it may lie as the kernel needs it.
+            if not operand.assumed:
+                operand = self._lay_out(atom, operand)
             ready = operand.ready
-            if operand.spec is not None and operand.spec != spec:
-                ready = self._send(equation, relayout.relayout_move(atom.aval, self.wafer), ready)
+            for move in layouts.lay_out_as(
+                atom.aval, operand.spec, operand.assumed, spec, self.wafer
+            ):
+                ready = self._send_for(equation, move, ready)
             ins.append(VariableState(ready))
+        asked = None
+        if self._in_product:
+            asked = contractions.asked_flops(equation, [v.true_shape for v in operands])
+        self._flops_are_known = asked is not None
         outs = self._walk(trace.inner_jaxpr(equation.params), ins, in_kernel=True)
+        self._flops_are_known = False
+        if asked is not None:
+            # The cycles of padding count; as work, only what was asked for does.
+            kind = "float16" if cost.width_of(equation.invars[0].aval) == 2 else "float32"
+            self.clocks.totals.flops[kind] += self.density * asked / self.wafer.size
         specs = layouts.kernel_specs(equation, "out_specs")
         return [VariableState(v.ready, spec=s) for v, s in zip(outs, specs, strict=True)]
 
@@ -252,7 +360,8 @@ class Schedule:
         if id(equation) in self._fixed_roots and move.pattern is not None:
             places = self._fixed_roots[id(equation)]
             move = move._replace(pattern=move.pattern.with_root(places, self._sizes))
-        arrived = self._send(equation, move, ready, self._flood_roots if root_turns else 1)
+        roots_of_floods = self._flood_roots if root_turns else 1
+        arrived = self._send_for(equation, move, ready, roots_of_floods)
         return [VariableState(arrived)] * len(equation.outvars)
 
     def _scan(
@@ -268,7 +377,10 @@ class Schedule:
         earliest, began = clocks.earliest_move, clocks.busy_until["compute"]
         self._flood_roots = length
         # A trip sees one entry of what is scanned.
-        scanned = [v._replace(from_counter=v.static, spec=v.spec and v.spec[1:]) for v in scanned]
+        scanned = [
+            v._replace(from_counter=v.static, spec=None if v.assumed or not v.spec else v.spec[1:])
+            for v in scanned
+        ]
 
         def run_trip(carried: Sequence[VariableState]) -> list[VariableState]:
             nonlocal began
@@ -366,7 +478,9 @@ class Schedule:
         of_cond, of_body, carried = operands[:start], operands[start:end], operands[end:]
 
         def run_trip(carried: Sequence[VariableState]) -> list[VariableState]:
-            self._walk(cond, [*of_cond, *carried], in_kernel)
+            # No trip starts before it is known whether there is one.
+            known = self._walk(cond, [*of_cond, *carried], in_kernel)[0].ready
+            carried = [v._replace(ready=max(v.ready, known)) for v in carried]
             outs = self._walk(body, [*of_body, *carried], in_kernel)
             # Data decide when the loop ends, so that nothing it carries is known before it runs.
             return [v._replace(static=False) for v in outs]
@@ -380,19 +494,23 @@ class Schedule:
         choice, *values = operands
         # No branch starts before it is known which.
         values = [v._replace(ready=max(v.ready, choice.ready)) for v in values]
-        start, ends = self.clocks.snapshot(), []
+        start, assumed, ends = self.clocks.snapshot(), self.assumed, []
         for branch in equation.params["branches"]:
             self.clocks.restore(start)
+            self.assumed = dict(assumed)
             outs = self._walk(getattr(branch, "jaxpr", branch), values, in_kernel)
-            ends.append((self.cycles, self.clocks.snapshot(), outs))
-        _, longest, outs = max(ends, key=lambda end: end[0])
+            ends.append((self.cycles, self.clocks.snapshot(), outs, self.assumed))
+        _, longest, outs, self.assumed = max(ends, key=lambda end: end[0])
         self.clocks.restore(longest)
         return [v._replace(static=False) for v in outs]
 
     def _compute(self, equation: JaxprEqn, work: cost.Work, ready: float) -> float:
         return self.clocks.compute(equation.primitive.name, self._line(equation), work, ready)
 
-    def _send(self, equation: JaxprEqn, move: PricedMove, ready: float, roots: int = 1) -> float:
+    def _send_for(
+        self, equation: JaxprEqn, move: PricedMove, ready: float, roots: int = 1
+    ) -> float:
+        """The cycle at which a move that an equation asks for has arrived."""
         if move.phases:
             # PEs that repeat a reduction still know its routes, their places in its trees and its
             # vectors. Equal reductions share their jaxpr; a flood may start from another PE.
@@ -400,15 +518,18 @@ class Schedule:
             if collective == self._last_collective and move.kind != "flood":
                 move = move._replace(phases=0)
             self._last_collective = collective
+        return self._send(self._line(equation), move, ready, roots)
+
+    def _send(self, line: str, move: PricedMove, ready: float, roots: int = 1) -> float:
         if self.wafer.size < self.clocks.pes:
             # A map of the links is of the whole wafer, and this move is within a region.
             move = move._replace(pattern=None)
-        return self.clocks.send(move, self._line(equation), ready, roots)
+        return self.clocks.send(move, line, ready, roots)
 
     def _note_unknown(self, equation: JaxprEqn) -> None:
         name = equation.primitive.name
         if name not in cost.KNOWN:
-            self.unknown.setdefault(name, self._line(equation))
+            self.unknown.setdefault(cost.user_term(name), self._line(equation))
 
     def _line(self, equation: JaxprEqn) -> str:
         return self._memoize(trace.line_of, equation).within(self._call, self._by_library)
@@ -416,11 +537,12 @@ class Schedule:
     @contextlib.contextmanager
     def _called_by(self, equation: JaxprEqn) -> Iterator[None]:
         """While this is open, what is walked is inside of the call `equation`."""
-        outer = self._call, self._by_library
+        outer = self._call, self._by_library, self._in_product
+        self._in_product |= self._memoize(trace.asked_by, equation, _PRODUCTS)
         direct = self._memoize(trace.line_of, equation).direct
         self._call, self._by_library = self._line(equation), not direct
         yield
-        self._call, self._by_library = outer
+        self._call, self._by_library, self._in_product = outer
 
     def _memoize(self, function: Callable, of: Any, *arguments: Any) -> Any:
         """`function(of, *arguments)`, computed once for each `of`; `arguments` never change."""

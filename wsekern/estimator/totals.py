@@ -27,8 +27,7 @@ class Totals:
     words: dict[str, float] = dataclasses.field(default_factory=_zeros)
     # Words of a tile that moved by each pattern; from these follows what every link carries.
     tiles: dict[LinkPattern, float] = dataclasses.field(default_factory=_zeros)
-    # Cycles by (operation, source line). What overlaps is counted each time, so that these add up
-    # to more than the program takes.
+    # Cycles of the program by (operation, source line); see `Clocks._count`.
     cycles: dict[tuple[str, str], float] = dataclasses.field(default_factory=_zeros)
 
     def copy(self) -> Totals:

@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,13 @@ from wsekern.wafer.wafer import Wafer
 _LIBRARY = str(pathlib.Path(__file__).parents[1]) + os.sep
 _COMMAND = _LIBRARY + "cli.py"
 # Frames of neither the library nor the user: installed packages, and what starts a program.
-_OTHERS = ("site-packages", "<frozen", "importlib", "/runpy.py")
+_OTHERS = (
+    "site-packages",
+    "dist-packages",
+    "<frozen",
+    os.path.dirname(jax.__file__) + os.sep,
+    sysconfig.get_paths()["stdlib"] + os.sep,
+)
 MOVES = frozenset(
     "ppermute psum psum_invariant pmax pmin all_gather all_gather_invariant all_gather_reduced "
     "reduce_scatter psum_scatter all_to_all".split()
@@ -157,6 +164,13 @@ def line_of(equation: JaxprEqn) -> SourceLine:
         elif _is_of_user(name):
             return SourceLine(_line(name, frame.line_num), library, direct=not library)
     return SourceLine("", library, direct=False)
+
+
+def asked_by(equation: JaxprEqn, folder: str) -> bool:
+    """Whether the library's code in `folder`, such as "/kernels/matmul/", asked for an equation."""
+    stack = equation.source_info.traceback
+    frames: list[Any] = [] if stack is None else stack.frames
+    return any(f.file_name.startswith(_LIBRARY) and folder in f.file_name for f in frames)
 
 
 def line_of_caller() -> str:

@@ -101,6 +101,36 @@ def test_a_small_factor_is_flooded():
     assert e.received == 3 * 3 / 2 and e.moves == 1
 
 
+@pytest.mark.parametrize(("M", "N"), [(4, 4), (64, 64), (3, 300)])
+def test_a_long_common_dimension_is_cut_into_slices(M, N):
+    """Every PE multiplies its slice; one all-reduce adds up M N numbers."""
+    K = 1 << 18
+    e = estimate(lambda a, b: a @ b, array(M, K), array(K, N), grid=(64, 64))
+    assert list(e.assumed) == ["dot_general as a sum over slices of K"]
+    assert e.flops == pytest.approx(2 * M * K * N)
+    # Of each PE: its slice's multiply-accumulates, eight a cycle, and the sums in and out.
+    assert e.cycles > M * N * K / 64**2 / 8 + 2 * M * N
+    assert e.cycles < 20 * (M * N * K / 64**2 / 8 + 2 * M * N)
+
+
+@pytest.mark.parametrize("shape", [(30, 100, 30), (100, 40, 1000), (4, 5000, 4)])
+@pytest.mark.parametrize("form", ["nn", "nt", "tn", "two", "gradient"])
+def test_padding_is_no_work(shape, form):
+    """Its cycles count, but the operations are those that were asked for."""
+    M, K, N = shape
+    run = {
+        "nn": wk.matmul,
+        "nt": lambda a, b: wk.matmul(a, b.T, transpose_b=True),
+        "tn": lambda a, b: wk.matmul(a.T, b, transpose_a=True),
+        "two": lambda a, b: wk.matmul(a, (b, b)),
+        "gradient": jax.grad(lambda a, b: wk.matmul(a, b).sum(), (0, 1)),
+    }[form]
+    e = estimate(run, array(M, K), array(K, N), grid=(16, 16))
+    products = 2 if form in ("two", "gradient") else 1
+    assert e.flops == pytest.approx(products * 2 * M * K * N, rel=0.06)
+    assert estimate(wk.gemv, array(3, 100), array(100, 30), grid=(16, 16)).flops == 2 * 3 * 100 * 30
+
+
 @pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
 def test_a_convolution_is_a_product_and_a_rim(groups):
     image, filters = array(1, 16, 180, 180), array(16, 16 // groups, 3, 3)

@@ -345,3 +345,86 @@ def test_what_bounds_a_program_is_said_once():
         shown = next(line for line in str(e).splitlines() if line.startswith("bound by"))
         assert f"bound by         {e.bound} (busy: compute " in shown and ", memory " in shown
         assert e.bound != "memory" or e.memory_share > 0.9 * e.busy["compute"] / e.cycles
+
+
+def _nested(x):
+    """Loops, branches and calls within one another."""
+
+    def inner(i, c):
+        return lax.cond(c[0, 0] > i, lambda c: jnp.tanh(c @ x), lambda c: jnp.roll(c, 1, 0), c)
+
+    def outer(c, _):
+        return lax.fori_loop(0, 4, inner, c), c.sum()
+
+    return lax.scan(jax.checkpoint(outer), x, length=30)
+
+
+@jax.custom_vjp
+def _sine(x):
+    return jnp.sin(x)
+
+
+_sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, d: (d * jnp.cos(x),))
+
+
+def _kernel_in_a_loop(x):
+    wafer = abstract(8)
+
+    def shifted(t):
+        return lax.scan(lambda c, _: (fabric.shift(c, "x") @ t, None), t, length=9)[0]
+
+    return lax.scan(lambda c, _: (on_grid(wafer, shifted)(c), None), x, length=7)[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: lax.associative_scan(jnp.add, x),
+        lambda x: lax.map(lambda row: row * row.sum(), x),
+        lambda x: _nested(x),
+        jax.grad(lambda x: _nested(x)[0].sum()),
+        lambda x: lax.while_loop(lambda c: c.sum() < 3, lambda c: lax.map(jnp.cumsum, c @ x), x),
+        jax.vmap(lambda row: jax.nn.softmax(row) @ row),
+        jax.grad(lambda x: _sine(x @ x).sum()),
+        jax.value_and_grad(jax.checkpoint(lambda x: jnp.tanh(x @ x).sum())),
+        _kernel_in_a_loop,
+        jax.grad(lambda x: _kernel_in_a_loop(x).sum()),
+        lambda x: wk.attention(*[x[None, :, None]] * 3, causal=True),
+        lambda x: jnp.sort(x.ravel())[::2] + jnp.fft.fft(x).real.ravel()[::2],
+        lambda x: x[x[0].astype(int)].at[x[1].astype(int)].add(1.0),
+    ],
+    ids=(
+        "associative_scan map nested nested_grad while vmap custom_vjp remat kernel kernel_grad "
+        "attention sort indices"
+    ).split(),
+)
+def test_the_operations_of_a_program_add_up_to_its_cycles(function):
+    e = wk.estimate(function, array(64, 64), wafer=abstract(8), trips=25)
+    rows = [cycles for _, _, cycles in e.by_operation]
+    assert sum(rows) == pytest.approx(e.cycles) and min(rows) >= 0
+    assert max(e.busy.values()) <= e.cycles * (1 + 1e-9) and e.memory_share <= 1
+    assert e.fraction_of_peak <= 1
+    lines = {line for _, line, cycles in e.by_operation if cycles}
+    assert all(line.startswith("test_estimate.py:") for line in lines)
+    for line in [*e.assumed.values(), *e.unknown.values()]:
+        assert line.startswith("test_estimate.py:")
+    assert not any("_" in name and name.endswith(("invariant", "index")) for name in e.unknown)
+
+
+def test_names_of_jax_itself_are_not_shown():
+    """A sum over one PE, random numbers and a choice of platforms are no unknown operations."""
+    e = wk.estimate(wk.gemv, array(1, 64), array(64, 64), wafer=abstract(1, 8))
+    assert not e.unknown
+    draw = lambda x: x + jax.random.normal(jax.random.key(0), x.shape)  # noqa: E731
+    e = wk.estimate(draw, array(64, 64), wafer=abstract(8))
+    assert not e.unknown
+    assert not wk.estimate(jnp.diagonal, array(64, 64), wafer=abstract(8)).unknown
+
+
+def test_no_trip_starts_before_its_condition_is_known():
+    """A sum over the wafer decides; each trip waits for it."""
+    trip = lambda c: c + 1.0  # noqa: E731
+    known = wk.estimate(lambda x: lax.while_loop(lambda c: c.sum() < 3, trip, x), array(64, 64),
+                        wafer=abstract(8), trips=10)  # fmt: skip
+    once = wk.estimate(jnp.sum, array(64, 64), wafer=abstract(8))
+    assert known.cycles > once.cycles + 9 * 2 * (7 + 7)

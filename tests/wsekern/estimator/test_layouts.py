@@ -7,10 +7,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
-from wsekern.estimator import layouts
+from wsekern.estimator import layouts, specs
 
 H, W = 160, 240  # on 8 x 8 PEs: tiles of 20 x 30
 GRID = P("y", "x")
+SUMMED = "scatter-add as a sum over the PEs"
 
 
 def array(*shape, dtype=jnp.float32):
@@ -58,10 +59,16 @@ def test_a_roll_and_a_pad_are_shifts():
         lambda u: jnp.argsort(u.ravel()),
         lambda u: u[jnp.arange(H) % 7],
         lambda u: lax.dynamic_slice_in_dim(u, u[0, 0].astype(int), 40),
-        lambda u: lax.top_k(u, 4)[0],
         lambda u: jnp.fft.fft2(u).real,
+        lambda u: u.T + 1.0,
+        lambda u: jnp.tile(u, (2, 1)),
+        lambda u: u.reshape(H // 2, 2 * W) * 2.0,
+        lambda u: u.ravel() * 2.0,
     ],
-    ids="stride half reverse transpose concatenate sort argsort gather dynamic top_k fft".split(),
+    ids=(
+        "stride half reverse symmetric concatenate sort argsort gather dynamic fft transpose tile "
+        "reshape ravel"
+    ).split(),
 )
 def test_what_goes_far_crosses_the_middle(function):
     e = estimate(function, FIELD)
@@ -93,7 +100,10 @@ def test_sums_are_reduced_over_the_pes():
     "function",
     [
         lambda u, v: jnp.tanh(u) * 2.0 + v,
-        lambda u, v: u.T * v.T,
+        lambda u, v: (u.T * v.T).T,
+        lambda u, v: (u.ravel() * v.ravel()).reshape(H, W),
+        lambda u, v: jnp.repeat(u, 2, 0) * 2.0,
+        lambda u, v: u * 2.0 + jnp.arange(W)[None],
         lambda u, v: u[None, :, :, None] + v[None, :, :, None],
         lambda u, v: jnp.where(u > 0, u, v),
         lambda u, v: u.astype(jnp.float16),
@@ -104,9 +114,75 @@ def test_what_stays_in_its_tile_moves_nothing(function):
     assert e.moves == 0 and not e.words
 
 
-def test_a_small_array_lies_on_every_pe():
-    e = estimate(lambda v: jnp.sort(jnp.roll(v, 1)[1:]) + v.sum(), array(32))
-    assert e.moves == 0
+@pytest.mark.parametrize("n", [20, 60, 8 * 8 + 1])
+@pytest.mark.parametrize("reduce", [jnp.sum, jnp.max, jax.nn.softmax, jnp.argmax, jnp.cumsum])
+def test_few_elements_lie_on_few_pes(reduce, n):
+    """One on a PE, in rows: a sum crosses as many hops as there are PEs in a row, and back."""
+    e = estimate(reduce, array(n))
+    assert any(name.startswith("reduce by") for name in names(e))
+    assert e.cycles > 2 * (min(n, 8) - 1) + n // 8 - 1
+
+
+def test_a_handful_of_numbers_lies_on_every_pe():
+    e = estimate(lambda v: jnp.sort(jnp.roll(v, 1)[1:]) + v.sum(), array(10))
+    assert e.moves == 0 and e.cycles > 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((16, 24), (("y",), ("x",))),
+        ((3, 16, 24), ((), ("y",), ("x",))),
+        ((1000, 2), (("y", "x"), ())),
+        ((7, 2, 7), (("y",), (), ("x",))),
+        ((40,), (("y", "x"),)),
+        ((4, 4), ((), ())),
+    ],
+)
+def test_an_array_is_assumed_to_be_tiled(shape, spec):
+    assert specs.assumed_spec(shape, wk.Wafer.abstract(wk.WSE3, 8, 8)) == spec
+
+
+def test_what_is_reshaped_twice_moves_once_and_only_as_it_must():
+    moves = lambda function: estimate(function, FIELD).moves  # noqa: E731
+    both = lambda u: (u.ravel() * 2.0, jnp.roll(u.ravel(), 1))  # noqa: E731
+    assert "relayout" in names(estimate(both, FIELD))
+    assert moves(lambda u: u.ravel().max()) == moves(lambda u: u.max())
+    assert moves(lambda u: jnp.vdot(u, u)) == 1  # the sum
+    flat = estimate(lambda u: u.ravel()[:300] * 2.0, FIELD)
+    assert 0 < flat.received < 20  # not the whole array
+    twice = estimate(lambda u: (lambda v: (v[1:] * 2.0, v[2:] * 2.0))(u.ravel()), FIELD)
+    assert twice.received < 1.1 * H * W / 64 + 4
+
+
+@pytest.mark.parametrize(
+    ("function", "program"),
+    [
+        (lambda u, i: u.ravel()[i], "gather as requests and answers"),
+        (lambda u, i: u.ravel()[:100][i], "gather as a flood of its table"),
+        (lambda u, i: jax.ops.segment_sum(u.ravel()[: i.size], i, 32), SUMMED),
+        (lambda u, i: jnp.bincount(i, length=100), SUMMED),
+        (lambda u, i: u.ravel().at[i].set(1.0), "scatter as updates sent to their places"),
+    ],
+    ids=["gather", "table", "segment_sum", "bincount", "set"],
+)  # fmt: skip
+def test_what_data_address_is_moved_and_named(function, program):
+    e = estimate(function, FIELD, array(20_000, dtype=jnp.int32))
+    assert program in e.assumed and "test_layouts.py:" in e.assumed[program]
+    assert e.received > 0 and max(e.words.values()) > 0
+
+
+def test_a_row_beside_a_field_is_flooded():
+    e = estimate(lambda u, v: u * v[None], FIELD, array(W))
+    assert e.received == W // 8 and list(e.assumed) == ["mul as a flood"]
+    mean = estimate(lambda u: u - u.mean(0, keepdims=True), FIELD)
+    assert "flood" not in names(mean)  # every PE has the mean of its columns
+
+
+def test_what_a_program_returns_is_written():
+    """Not only described in another way, as within a program."""
+    for view in (lambda u: jnp.repeat(u, 2, 0), lambda u: u.T, lambda u: u[None]):
+        assert estimate(view, FIELD).cycles > H * W / 64
 
 
 @pytest.mark.parametrize(

@@ -180,16 +180,24 @@ def _price_by_name(
     axes = _axes_within(equation.params["jaxpr"].jaxpr)
     words = _words(equation.outvars[0].aval)
     if match is None:
-        return _flood(axes, words, sizes, machine)
+        return price_flood(axes, words, sizes, machine)
     algorithm, root = match.groups()
     return price_reduction(
         algorithm, axes, words, sizes, machine, None if root == "all" else int(root)
     )
 
 
-def _flood(
+def price_flood(
     axes: tuple[str, ...], words: float, sizes: dict[str, int], machine: Machine
 ) -> PricedMove | None:
+    """A tile that one PE sends to all others along `axes`; None if there are no others.
+
+    Args:
+      axes: along which it goes.
+      words: words of the tile.
+      sizes: PEs along each axis.
+      machine: says what a hop and a ramp cost.
+    """
     lengths = [sizes[a] for a in axes if sizes[a] > 1]
     if not lengths:
         return None

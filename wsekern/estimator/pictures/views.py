@@ -111,7 +111,7 @@ def draw_longest(e: Estimate) -> Figure:
     axes.barh([name for name, _ in most], [c for _, c in most], color=figure.SERIES[0], height=0.7)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("cycles, one after another")
+    axes.set_xlabel("cycles of the program")
     axes.grid(True, axis="x")
     axes.set_axisbelow(True)
     figure.engineering_ticks(axes, "x")

@@ -6,6 +6,7 @@
 import ast
 import difflib
 import importlib
+import itertools
 import pathlib
 import sys
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from wsekern.closed_pipe import end_on_closed_pipe
 from wsekern.estimator.pictures.output import check_writable
+from wsekern.interrupts import end_at_interrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_json(flags: list[str]) -> None:
     """Raises OSError before anything is timed if the file of `--json` could not be written."""
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, value in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         name, equals, path = flag.partition("=")
         if name == "--json":
             check_writable(path if equals else value)
@@ -72,4 +74,5 @@ def _list(known: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    end_at_interrupt("benchmarks")
     sys.exit(main())

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 import wsekern as wk
 from wsekern import fabric
+from wsekern.interrupts import end_at_interrupt
 
 PLATE = P("y", "x")
 
@@ -68,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_at_interrupt("own_kernel.py")
     main()

@@ -75,6 +75,7 @@ def _pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["axes.formatter.limits"] = -2, 4  # 1.5 and once 1e-4, not 0.00015 at each tick
     return plt
 
 

@@ -106,14 +106,15 @@ def solvers(cells: int):
     """Name of a solver -> function from the right side to its solution."""
     # Float32 cannot resolve a residual much smaller than this beside the right side.
     tolerance = max(1e-4, 6e-8 * cells**2)
-    return {
-        "BiCGStab": functools.partial(
-            wk.bicgstab, laplacian(1), tolerance=tolerance, max_iterations=2000
-        ),
-        "multigrid": functools.partial(
-            wk.multigrid, laplacian, diagonal_at=lambda level: 4 / level**2, tolerance=tolerance
-        ),
-    }
+
+    def bicgstab(b):
+        return wk.bicgstab(laplacian(1), b, tolerance=tolerance, max_iterations=2000)
+
+    def multigrid(b):
+        diagonal_at = lambda level: 4 / level**2  # noqa: E731
+        return wk.multigrid(laplacian, b, diagonal_at=diagonal_at, tolerance=tolerance)
+
+    return {"BiCGStab": bicgstab, "multigrid": multigrid}
 
 
 def draw(solutions, path: str) -> None:
@@ -133,8 +134,9 @@ def draw(solutions, path: str) -> None:
     figure.colorbar(image, ax=left, label="u")
     for name, s in solutions.items():
         residuals = np.asarray(s.residuals)[: int(s.iterations) + 1]
-        right.semilogy(residuals / residuals[0], label=f"{name}, {int(s.iterations)}")
-    right.set(title="residual", xlabel="iterations", ylabel="norm, of the first")
+        label = f"{name}: {int(s.iterations)} iterations"
+        right.semilogy(residuals / residuals[0], label=label)
+    right.set(title="residual", xlabel="iteration", ylabel="norm of the residual / first one")
     right.legend(frameon=False)
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

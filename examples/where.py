@@ -8,7 +8,9 @@ from typing import Any
 
 import wsekern as wk
 from wsekern.closed_pipe import end_on_closed_pipe
+from wsekern.error_line import print_error
 from wsekern.estimator.pictures import figure, output
+from wsekern.interrupts import end_at_interrupt
 from wsekern.wafer.launch import make_wafer, parse_grid, prepare_devices
 
 _WHOLE = "720x720"  # most of a wafer
@@ -81,15 +83,24 @@ def print_estimate(
     e = wk.estimate(program, *operands, wafer=wafer, launches=launches, trips=trips)
     print(e)
     chip, seconds = min(e.accelerators.items(), key=lambda item: item[1])
-    print(f"\n{chip} takes {seconds / e.seconds:.3g} times as long, if it reaches its roofline.")
+    fast, slow = (chip, "the wafer") if seconds < e.seconds else ("the wafer", chip)
+    times = max(seconds, e.seconds) / min(seconds, e.seconds)
+    many = f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
+    print(f"\n{slow} takes {many} times as long as {fast}, if {chip} reaches its roofline")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs the program; an option that cannot be served ends it with a sentence and status 2."""
+    """Runs the program; an option that cannot be served ends it with a sentence and status 2.
+
+    Ctrl-C ends it at once, with status 130.
+    """
+    name = pathlib.Path(sys.argv[0]).name
+    undo = end_at_interrupt(name)
     try:
         with end_on_closed_pipe():
             main()
     except (ValueError, OSError, ImportError) as error:
-        name = pathlib.Path(sys.argv[0]).name
-        print(f"{name}: {error}", file=sys.stderr)
+        print_error(name, error)
         raise SystemExit(2) from None
+    finally:
+        undo()

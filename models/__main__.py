@@ -1,24 +1,33 @@
 """The command `python -m models`; imports jax only after the number of devices is set."""
 
-import math
-import sys
+from wsekern.interrupts import end_at_interrupt
 
-from models.arguments import Command, GenerateCommand, InfoCommand, PlanCommand, parse
-from wsekern.closed_pipe import end_on_closed_pipe
-from wsekern.error_line import print_error
-from wsekern.wafer.launch import parse_grid, prepare_devices
+if __name__ == "__main__":
+    end_at_interrupt("python -m models")  # before slow imports
+
+import math  # noqa: E402
+import sys  # noqa: E402
+
+from models.arguments import (  # noqa: E402
+    Command,
+    GenerateCommand,
+    InfoCommand,
+    PlanCommand,
+    parse,
+)
+from wsekern.closed_pipe import end_on_closed_pipe  # noqa: E402
+from wsekern.error_line import print_error  # noqa: E402
+from wsekern.wafer.launch import parse_grid, prepare_devices  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command in `argv`; returns 0, 2 if it is refused, or 130 if it is interrupted."""
+    """Runs the command in `argv`; returns 0, or 2 if it is refused."""
     try:
         with end_on_closed_pipe():
             return _run(parse(argv))
     except (ValueError, OSError) as error:
         print_error("python -m models", error)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(command: Command) -> int:

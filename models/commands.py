@@ -24,6 +24,7 @@ from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
+from wsekern.estimator.pictures.output import check_new_folder
 from wsekern.wafer.launch import find_devices, keep_compiled_programs, make_wafer
 from wsekern.wafer.wafer import Wafer
 
@@ -93,8 +94,7 @@ def info(command: InfoCommand) -> int:
 
 def convert(command: ConvertCommand) -> int:
     """Writes a folder of safetensors and the tokenizer's files."""
-    if command.out.exists() and any(command.out.iterdir()):
-        raise ValueError(f"out={command.out} holds something already; name another folder")
+    check_new_folder(command.out)
     path = find(command.model)
     config, tensors = open_checkpoint(path)
     dtype = command.dtype or stored_dtype(config, tensors)

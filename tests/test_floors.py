@@ -29,6 +29,7 @@ ROOMS = {
     "progress": 0,
     "closed_pipe": 0,
     "error_line": 0,
+    "interrupts": 1,
     "wafer": 1,
     "fabric": 2,
 }

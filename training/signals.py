@@ -1,8 +1,7 @@
 """Stop a run from outside: the first signal saves, the second Ctrl-C ends the process at once.
 
-Python runs its handlers in the main thread, between two instructions. While XLA compiles or
-computes, for minutes perhaps, there is no such moment. So the command has a thread of its own for
-signals: the system's handler wakes it through a pipe, whatever the main thread does.
+While XLA compiles or computes, for minutes perhaps, Python runs no handler. So the command has a
+thread of its own for signals: see `wsekern.interrupts`.
 """
 
 import contextlib
@@ -14,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from training.run_folder import saved_steps
+from wsekern.interrupts import INTERRUPTED, do_nothing, watch_signals
 
 STOPPED = 75  # exit status: stopped and saved, --resume goes on (EX_TEMPFAIL)
-KILLED = 130  # exit status: ended at once by Ctrl-C
+KILLED = INTERRUPTED
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = b"\x1b[?25h\n"  # the live progress line has hidden it
@@ -99,20 +99,18 @@ class _SignalThread:
     def __init__(self) -> None:
         self.run_dir: pathlib.Path | None = None
         self.answer: Callable[[int], None] | None = None  # None: end at once
-        self._read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        threading.Thread(target=self._run, name="signals", daemon=True).start()
+        watch_signals(self._answer)
 
-    def _run(self) -> None:
-        while byte := os.read(self._read, 1):
-            if byte[0] not in _STOPS:
-                continue
-            if self.answer is not None:
-                self.answer(byte[0])
-            else:
-                resumable = self.run_dir is not None and bool(saved_steps(self.run_dir))
-                _end(byte[0], STOPPED if resumable else None)
+    def _answer(self, number: int) -> None:
+        if number not in _STOPS:
+            return
+        if self.answer is not None:
+            self.answer(number)
+        else:
+            resumable = self.run_dir is not None and bool(saved_steps(self.run_dir))
+            rest = "; go on with --resume" if resumable else ""
+            _write_to_stderr(f"stopped by {signal.Signals(number).name}{rest}")
+            _end(number, STOPPED if resumable else None)
 
 
 _thread: _SignalThread | None = None  # the command's; None: another program trains
@@ -127,7 +125,7 @@ def end_at_once(run_dir: pathlib.Path | None = None) -> None:
     global _thread
     if _thread is None:
         for number in _stops():
-            signal.signal(number, _do_nothing)  # the thread does all
+            signal.signal(number, do_nothing)  # the thread does all
         _thread = _SignalThread()
     _thread.run_dir = run_dir
 
@@ -136,10 +134,6 @@ def _stops() -> list[signal.Signals]:
     # Under nohup a hangup is ignored, and shall be.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in _STOPS if not (ignored and number == signal.SIGHUP)]
-
-
-def _do_nothing(number: int, frame: object) -> None:
-    pass
 
 
 def _end(number: int, status: int | None = None) -> None:

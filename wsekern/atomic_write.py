@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
+_partial: set[pathlib.Path] = set()  # files that `atomic_write` has not put into place yet
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -25,6 +27,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = pathlib.Path(path).resolve()
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    _partial.add(partial)
     try:
         with partial.open("xb") as file:
             yield file
@@ -37,3 +40,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+        _partial.discard(partial)
+
+
+def remove_partial_files() -> None:
+    """Removes the files that are being written; for a process that ends at once."""
+    for partial in tuple(_partial):
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

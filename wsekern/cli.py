@@ -24,6 +24,7 @@ from wsekern.hardware import (
     Machine,
     accelerator,
 )
+from wsekern.interrupts import end_at_interrupt
 
 _CHECKOUT = pathlib.Path(__file__).parents[1]
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
       argv: the arguments; by default those of this process.
     """
+    if argv is None:
+        end_at_interrupt("wsekern")
     words = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parsers()
     name = next((word for word in words if not word.startswith("-")), None)

@@ -43,7 +43,8 @@ def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
         except Exception as error:  # the hub's errors for "not there" share no class
             last = error
     raise FileNotFoundError(
-        f"{name}: no such folder, and not to be had from the Hugging Face hub: {last}"
+        f"{name}: no such folder, and not to be had from the Hugging Face hub: "
+        + " ".join(str(last).split())
     ) from last
 
 

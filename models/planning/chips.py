@@ -1,8 +1,9 @@
 """The time of the same work on GPUs and TPUs at their roofline, for comparison.
 
-Weights (of the chosen experts alone) are read once for a batch, each sequence's cache once. Nothing
-is lost to links between chips, to launches, or to too little parallel work. Real systems reach a
-fraction: 8 A100 decode LLaMA3-8B at 128 tokens/s (WaferLLM, OSDI 2025, table 2), an eighth.
+Weights (of the chosen experts alone) are read once for a batch, each sequence's cache once. A GPU
+launches a few kernels for each layer. Nothing is lost to links between chips or to too little
+parallel work. Real systems reach a fraction: 8 A100 decode LLaMA3-8B at 128 tokens/s (WaferLLM,
+OSDI 2025, table 2), an eighth.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import math
 from models.config import DecoderConfig
 from models.planning.parts import BYTES, Mode
 from wsekern.hardware import Accelerator
+
+# Kernels of a layer, if all else is fused into them: queries, keys and values; attention; its
+# output; the two halves of the MLP. A backward pass launches two for each.
+_KERNELS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,8 @@ def chips_of(
         _parameters_used(config, parameters, batch * (1 if mode == "decode" else context)) * BYTES
     )
     seconds = max(batch * flops[mode] / chip.bfloat16_flops, moved / chip.memory_bytes_per_second)
-    return Chips(chip=chip, count=count, seconds=seconds / count)
+    launches = (_KERNELS * config.layers + 1) * (3 if mode == "train" else 1)
+    return Chips(chip=chip, count=count, seconds=seconds / count + launches * chip.launch_seconds)
 
 
 def _parameters_used(config: DecoderConfig, parameters: int, tokens: int) -> float:

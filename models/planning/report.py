@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from models.arguments import PlanCommand
 from models.checkpoints.reading import read_config
@@ -109,8 +110,10 @@ def show(tables: dict[str, Rows]) -> None:
     """Prints tables to standard output."""
     console = Console()
     for heading, rows in tables.items():
-        table = Table(box=None, show_header=bool(heading), title=heading or None,
-                      title_justify="left", title_style="bold", pad_edge=False)  # fmt: skip
+        # As a title of the table, a heading would be no wider than the table.
+        if heading:
+            console.print(Text(heading, style="bold"))
+        table = Table(box=None, show_header=bool(heading), pad_edge=False)
         if heading:
             for place, name in enumerate(rows[0]):
                 table.add_column(name, justify="left" if not place else "right")
@@ -126,9 +129,10 @@ def page_of(p: DeploymentPlan) -> str:
     """A plan as a web page that loads nothing else."""
     sections = tables(p)
     energy = p.energy_per_token
+    of = {"decode": "a token of each sequence", "prefill": "the prompts", "train": "a step"}
     cards = [
         ("", _rate(p.tokens / p.seconds), "tokens/s"),
-        ("", with_unit(p.seconds, "s"), p.mode),
+        ("", with_unit(p.seconds, "s"), of[p.mode]),
         ("" if p.resident or p.mode == "train" else "bad",
          "resident" if p.resident else "streamed", "weights"),
         ("", "not known" if energy is None else with_unit(energy, "J"), "a token"),
@@ -150,11 +154,12 @@ def page_of(p: DeploymentPlan) -> str:
 def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
     drawn = []
     if len(p.layouts) > 1:
-        line: dict[str, list] = {
-            p.mode: [(q.regions.side, q.tokens / q.seconds) for q in p.layouts]
-        }
+        lines: dict[str, list] = {}
+        for q in p.layouts:
+            name = "weights resident" if q.resident else "weights streamed"
+            lines.setdefault(name, []).append((q.regions.side, q.tokens / q.seconds))
         drawn.append(
-            (lambda: scaling.draw_scaling(line, {}, "PEs a side of a region", "tokens/s"),
+            (lambda: scaling.draw_scaling(lines, {}, "PEs a side of a region", "tokens/s"),
              "The same with regions of other sizes.")
         )  # fmt: skip
     if p.mode == "train" and p.wafers > 1:
@@ -167,13 +172,16 @@ def _pictures(p: DeploymentPlan) -> list[tuple[Callable[[], Any], str]]:
 
 
 def _layouts(p: DeploymentPlan) -> Rows:
-    rows: Rows = [("regions", "time", "tokens/s", "wafers that hold it")]
+    trains = p.mode == "train"
+    last = ("sequences",) if trains else ("weights", "wafers needed")
+    rows: Rows = [("regions", "time", "tokens/s", *last)]
     for q in p.layouts:
         chosen = " (taken)" if q.regions == p.regions else ""
+        held = "none" if q.wafers_needed is None else f"{q.wafers_needed:,}"
         rows.append(
             (f"{q.regions.down}x{q.regions.across} of {q.regions.side}x{q.regions.side}{chosen}",
              with_unit(q.seconds, "s"), _rate(q.tokens / q.seconds),
-             "-" if q.wafers_needed is None else f"{q.wafers_needed:,}")
+             *((f"{q.batch:,}",) if trains else ("resident" if q.resident else "streamed", held)))
         )  # fmt: skip
     return rows
 
@@ -197,7 +205,7 @@ def _figures(p: DeploymentPlan) -> Rows:
         ("energy", "not known" if energy is None else f"{with_unit(energy, 'J')} a token"),
     ]
     if p.mode == "decode" and p.resident and p.regions_needed and p.regions_needed > 1:
-        rows.append(("in flight", _in_flight(p)))
+        rows += _in_flight(p)
     return rows
 
 
@@ -218,14 +226,15 @@ def _bound(p: DeploymentPlan) -> str:
     return f"computing {compute}, streaming {stream}, overlapped"
 
 
-def _in_flight(p: DeploymentPlan) -> str:
-    """How many batches the regions can work on at once, while one has the first batch's token."""
+def _in_flight(p: DeploymentPlan) -> Rows:
+    """How many batches the regions can work on at once, each a region; no row if it is one."""
     assert p.regions_needed is not None  # for type checkers: `resident` implies it
     cache = p.sram["cache"] * p.regions_needed
     free = capacity(p.machine) - p.sram["weights"] - p.sram["working"]
     many = max(1, min(p.regions_needed, int(p.regions_needed * free / cache) if cache else 1))
     rate = many * p.tokens / p.seconds
-    return f"{many} batches at once, one a region, have room: {_rate(rate)} tokens/s in all"
+    said = f"{many} batches at once, one a region, have room: {_rate(rate)} tokens/s in all"
+    return [("in flight", said)] if many > 1 else []
 
 
 def _parts(p: DeploymentPlan) -> Rows:
@@ -249,11 +258,11 @@ def _memory(p: DeploymentPlan) -> Rows:
 
 
 def _chips(p: DeploymentPlan) -> Rows:
-    rows: Rows = [("chip", "number", "time", "tokens/s", "speed of the wafers")]
+    rows: Rows = [("chip", "number", "time", "tokens/s", "speedup of the wafers")]
     for c in p.accelerators:
         rows.append(
             (c.chip.name, f"{c.count:,}", with_unit(c.seconds, "s"),
-             _rate(p.tokens / c.seconds), f"{p.seconds / c.seconds:.3g} x as fast")
+             _rate(p.tokens / c.seconds), f"{_rate(c.seconds / p.seconds)} x")
         )  # fmt: skip
     return rows
 
@@ -340,8 +349,8 @@ _POWER = ("energy", "Power of whole systems under load, however busy the PEs are
 _EXPERTS = ("experts", "In time, the experts that a token chooses; in memory, all of them.")
 _ROOFLINE = (
     "chips",
-    "The best case: weights are read once for a batch, links between chips cost nothing. 8 A100 "
-    "reach an eighth of it, decoding LLaMA3-8B (WaferLLM).",
+    "The best case: weights are read once for a batch, links between chips cost nothing, a GPU "
+    "launches 5 kernels a layer. 8 A100 reach an eighth of it, decoding LLaMA3-8B (WaferLLM).",
 )
 _STEP = (
     "step",

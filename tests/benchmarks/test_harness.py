@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,13 @@ def test_unknown_benchmark_is_refused_with_a_suggestion(capsys):
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(flags, capsys):
     assert main(["stencil", *flags]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_benchmark_needs_no_flag(monkeypatch):
+    called = []
+    module = types.SimpleNamespace(main=called.append)
+    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    assert main(["stencil"]) == 0 and called == [[]]
 
 
 def test_help_does_not_import_jax():

@@ -60,6 +60,10 @@ def test_convert_writes_a_folder_that_loads_the_same(folder, tmp_path, capsys):
         np.testing.assert_allclose(a, b, rtol=2**-8)
     assert main(["convert", "--model", str(folder), "--out", str(out)]) == 2
     assert "holds something already" in capsys.readouterr().err
+    file = out / "config.json"
+    for place in (file, file / "deeper"):
+        assert main(["convert", "--model", str(folder), "--out", str(place)]) == 2
+        assert f"'{file}' is no folder" in capsys.readouterr().err
 
 
 def state(folder):

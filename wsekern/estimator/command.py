@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from wsekern.error_line import print_error
 from wsekern.hardware import MACHINES, Machine
 from wsekern.progress import show_progress
 from wsekern.wafer.launch import parse_height_width
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("name a program, as FILE.py:FUNCTION, or --validate")
         _estimate(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"wsekern estimate: {error}", file=sys.stderr)
+        print_error("wsekern estimate", error)
         raise SystemExit(2) from None
 
 

@@ -6,10 +6,16 @@ import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from wsekern.hardware import ACCELERATORS
+
 if TYPE_CHECKING:
     from wsekern.estimator.result import Estimate
 
 _LONGEST = 12  # operations that the table of an estimate names
+_PREFIXES = {
+    1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "u", 1e-9: "n",
+    1e-12: "p",
+}  # fmt: skip
 
 
 def table(e: Estimate) -> str:
@@ -78,17 +84,21 @@ def figures(e: Estimate) -> list[tuple[str, str]]:
         ("time", with_unit(e.seconds, "s")),
         ("energy", energy),
         ("work", f"{with_unit(e.flops_per_second, 'FLOP/s')}, {e.fraction_of_peak:.1%} of peak"),
-        ("bound by", f"{e.bound} (busy: {busy})"),
+        ("bound by", f"{e.bound} (busy: {busy})" if busy else "nothing: it takes no cycles"),
         ("memory of a PE", sram),
         ("words on a link", words),
         ("words to a PE", f"{e.received:,.0f} in {e.moves:,} moves, {e.hops:,.0f} hops"),
         ("host I/O", f"{with_unit(e.host_bytes, 'B')}, {with_unit(e.host_seconds, 's')}"),
     ]
-    launches = f", {e.launches:,} launches" if e.launches > 1 else ""
+    # A chip whose loops run on it launches nothing more.
+    launching = (
+        {chip.name for chip in ACCELERATORS if chip.launch_seconds} if e.launches > 1 else ()
+    )
     rows += [
-        (name, f"{with_unit(s, 's')} at its roofline{launches}")
+        (name, f"{with_unit(s, 's')} at its roofline"
+         + (f", {e.launches:,} launches" if name in launching else ""))
         for name, s in e.accelerators.items()
-    ]
+    ]  # fmt: skip
     if e.wafer.placement is not None:
         rows.insert(2, ("placement", _placement(e)))
     for title, lines in (("assumed", e.assumed), ("spread evenly", e.unknown)):
@@ -108,8 +118,10 @@ def busy_shares(e: Estimate) -> dict[str, float]:
 
 def with_unit(value: float, unit: str) -> str:
     """`value` with three digits and a prefix: "1.52 PFLOP/s"."""
-    scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"))
-    for scale, prefix in (*scales, (1e-6, "u")):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g} {prefix}{unit}"
-    return f"{value / 1e-9:.3g} n{unit}"
+    if not value:
+        return f"0 {unit}"
+    value = float(f"{value:.3g}")  # 999.9 is 1.00 k
+    if unit == "s" and abs(value) >= 1e3:  # nobody counts in kiloseconds
+        return f"{value:,.0f} s"
+    scale = next((scale for scale in _PREFIXES if abs(value) >= scale), min(_PREFIXES))
+    return f"{value / scale:.3g} {_PREFIXES[scale]}{unit}"

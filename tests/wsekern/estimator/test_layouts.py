@@ -29,6 +29,24 @@ def names(e):
     return {name for name, _, _ in e.by_operation}
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2)], ids=str)
+def test_one_pe_has_all_of_every_array(grid):
+    """No words move where there is nobody to send them to, numbers that are no arrays included."""
+
+    def program(u):
+        u = jnp.sort(u[1:, :-1] + u[:-1, 1:], 0)
+        grow = lambda s: (s[0] + s[1][0, 0], s[1])  # noqa: E731
+        return lax.while_loop(lambda s: s[0] < s[1].sum(), grow, (0.0, u))
+
+    wafer = wk.Wafer.abstract(wk.WSE3, *grid)
+    e = wk.estimate(program, FIELD, wafer=wafer, trips=3)
+    assert e.cycles > 0 and (e.moves > 0) == (wafer.size > 1)
+    shift = lambda u: wk.fabric.shift(u, "y", 1, periodic=False)  # noqa: E731
+    alone = wafer.map(shift, in_specs=GRID, out_specs=GRID)
+    e = wk.estimate(lambda u: alone(u) * 2.0, FIELD, wafer=wafer)
+    assert not e.unknown and not e.received and {name for name, _, _ in e.by_operation} == {"mul"}
+
+
 def test_a_slice_that_leaves_out_a_rim_is_a_halo():
     """Two rows of the next tile's 20, each 30 words; no rows from the front."""
     e = estimate(lambda u: u[2:] * 2.0, FIELD)

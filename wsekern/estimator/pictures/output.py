@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
+import tempfile
 from collections.abc import Collection
 
 from wsekern.atomic_write import atomic_write
@@ -12,7 +12,7 @@ Path = str | pathlib.Path
 
 
 def check_writable(path: Path, suffixes: Collection[str] = ()) -> None:
-    """Returns if a file can be written at `path`; writes nothing.
+    """Returns if a file can be written at `path`; leaves nothing there.
 
     Args:
       path: of the file.
@@ -29,8 +29,34 @@ def check_writable(path: Path, suffixes: Collection[str] = ()) -> None:
         raise OSError(f"cannot write {str(path)!r}: it is there, and no regular file")
     if not target.parent.is_dir():
         raise OSError(f"cannot write {str(path)!r}: there is no folder {str(target.parent)!r}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OSError(f"cannot write {str(path)!r}: the folder may not be written in")
+    _check_room(path, target.parent)
+
+
+def check_new_folder(path: Path) -> None:
+    """Returns if `path` is an empty folder or can be made one; leaves nothing there.
+
+    Raises:
+      OSError: it is no folder, or its parent is none or may not be written in.
+      ValueError: something is in it already.
+    """
+    folder = pathlib.Path(path).resolve()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise OSError(f"cannot write to {str(path)!r}: {str(there)!r} is no folder")
+    if there == folder and any(folder.iterdir()):
+        raise ValueError(f"{str(path)!r} holds something already; name another folder")
+    _check_room(path, there)
+
+
+def _check_room(path: Path, folder: pathlib.Path) -> None:
+    # Rights alone do not tell: the file system may be read-only, or allow no file here.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"cannot write {str(path)!r}: no file can be made in {str(folder)!r} ({error.strerror})"
+        ) from None
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -47,6 +47,8 @@ th { color: var(--soft); font-weight: 500; }
 td { overflow-wrap: anywhere; } td:first-child { overflow-wrap: normal; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--mark); padding: 0.5rem 0; }
+@media (max-width: 30rem) { table { font-size: 0.8rem; } th, td { padding-right: 0.5rem; }
+  th.n { white-space: normal; } }
 """
 
 
@@ -132,7 +134,8 @@ def assumptions(e: Estimate) -> list[tuple[str, str]]:
          "the PEs are. Others: the power of the system."),
         ("host", f"{with_unit(machine.io_bytes_per_second, 'B/s')} of each wafer; its latency is "
          "not counted, and its time is not part of the program's."),
-        ("chips", "At their roofline: arguments read once, results written once."),
+        ("chips", "At their roofline: arguments read and results written once, or in each launch "
+         "if they exceed the cache; half a microsecond to launch a kernel on a GPU."),
         ("not modeled", "Contention of different moves on one link, beyond that they take turns."),
     ]  # fmt: skip
     best = "outside kernels: the cheapest program that this library has for it"
@@ -146,7 +149,7 @@ def _cards(e: Estimate) -> str:
     cards = [
         ("", f"{e.cycles:,.0f}", "cycles"),
         ("", with_unit(e.seconds, "s"), f"at {e.clock_hz / 1e9:.3g} GHz"),
-        ("", e.bound, "is what it is bound by"),
+        ("", e.bound if e.cycles else "nothing", "is what it is bound by"),
         ("", f"{e.fraction_of_peak:.1%}", f"of peak, {with_unit(e.flops_per_second, 'FLOP/s')}"),
         ("" if e.fits else "bad", f"{e.sram_per_pe / e.sram_free:,.{1 if e.fits else 0}%}",
          "of a PE's memory" + ("" if e.fits else ": does not fit")),
@@ -178,14 +181,15 @@ def _pictures(e: Estimate) -> str:
         (lambda: views.draw_lanes(e), "How busy one PE's engine and its links are: a lane is as "
          "full as it is busy at that time. The file that Estimate.timeline writes has the names "
          "and the lines."),
-        (lambda: roofline.draw_roofline(e), "The program is below its wafer's roof. On chips it "
-         "would at best be on their roofs."),
+        (lambda: roofline.draw_roofline(e), "The program is below its wafer's roof. On a chip it "
+         "would at best reach the roof, less the time to launch its kernels."),
         (lambda: views.draw_longest(e), "Where the cycles go."),
     ]  # fmt: skip
-    # A program that computes nothing has no place under a roof.
-    if not (e.flops and e.cycles):
-        drawn.pop(3)
-    return render_pictures(drawn)
+    # No word on a link makes no map, no cycle no bars; what computes nothing is under no roof.
+    shows = [load.values.any(), load.values.any(), e.cycles, e.flops and e.cycles, e.by_operation]
+    if not any(shows):
+        return "<p>There is nothing to draw: the program moves and computes nothing.</p>"
+    return render_pictures(picture for picture, show in zip(drawn, shows, strict=True) if show)
 
 
 def render_pictures(drawn: Iterable[tuple[Callable[[], Figure], str]]) -> str:

@@ -100,7 +100,7 @@ def draw_roofline(
     figure.engineering_ticks(axes, "y")
     axes.grid(True)
     axes.plot([], [], "o", color="gray", label="program, estimated")
-    axes.plot([], [], "o", color="gray", mfc="none", label="on a chip's roof")
+    axes.plot([], [], "o", color="gray", mfc="none", label="on a chip, at best")
     axes.legend(loc="best", fontsize="small")
     axes.set_title("roofline")
     return made

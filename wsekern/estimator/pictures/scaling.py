@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Series = Sequence[tuple[float, float]]
 
+_MARKED = 40  # points of a line that are marked; more would run into one another
 _ROOM = 0.13  # the share of an axis that a label of six digits takes
 
 
@@ -69,7 +70,8 @@ def draw_scaling(
     colors = dict(zip(names, figure.SERIES * len(names), strict=False))
     for name, series in lines.items():
         x, y = np.array(sorted(series), float).T
-        axes.plot(x, y, "-", color=colors[name], lw=1.5, label=name)
+        marker = "o" if len(x) <= _MARKED else ""
+        axes.plot(x, y, "-", marker=marker, ms=3.5, color=colors[name], lw=1.5, label=name)
         if ideal:
             axes.plot(x, y[0] * x / x[0], ":", color=colors[name], lw=1.0)
     for name, series in measured.items():
@@ -80,7 +82,8 @@ def draw_scaling(
         axes.plot([], [], ":", color="gray", label="ideal")
     _ticks(axes, sorted({x for x, _ in everything}))
     axes.grid(True)
-    axes.legend(fontsize="small")
+    if ideal or len(names) > 1 or measured:
+        axes.legend(fontsize="small")
     if quantity:
         axes.set_title(f"{quantity} against {of}")
     return made
@@ -88,12 +91,21 @@ def draw_scaling(
 
 def _ticks(axes: Axes, numbers: list[float]) -> None:
     """Along x a tick at each number that has room for its label; along y round values."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import (
+        EngFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     shown = labeled_numbers(numbers)
     axes.set_xticks(shown, [f"{n:,.0f}" for n in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    least, most = axes.get_ylim()
+    # 1, 2, 5, 10 ... may be only one of the values between 7,000 and 12,000.
+    round_values = LogLocator(subs=(1.0, 2.0, 5.0)) if most > 10 * least else MaxNLocator(6)
+    axes.yaxis.set_major_locator(round_values)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

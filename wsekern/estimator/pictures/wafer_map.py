@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,12 +87,15 @@ def draw_map(
     y0, y1, x0, x1 = zoom or (0, height, 0, width)
     scale = min(side / (x1 - x0), side / (y1 - y0))
     wide, high = max((x1 - x0) * scale, side / 2), max((y1 - y0) * scale, side / 8)
-    left, right, above, below = 0.65, 0.25, 0.5, 1.05  # inches
-    whole, tall = max(left + wide + right, side), above + high + below
+    left, right, below = 0.65, 0.25, 1.05  # inches
+    whole = max(left + wide + right, side)
+    title = [shown.title, *_wrap(_describe(shown, zoom), whole - left)]
+    above = 0.17 * len(title) + 0.16
+    tall = above + high + below
     made = figure.new_figure(whole, tall, laid_out=False)
     axes = made.add_axes((left / whole, below / tall, wide / whole, high / tall))
     image = draw_on_axes(axes, shown, faulty, (y0, y1, x0, x1))
-    axes.set_title(f"{shown.title}\n{_describe(shown, zoom)}")
+    axes.set_title("\n".join(title))
     axes.set_xlabel("x, west to east", loc="left")
     axes.set_ylabel("y, north to south")
     legend = axes.get_legend()
@@ -106,6 +110,8 @@ def draw_map(
     bar.set_label(shown.unit or shown.title)
     bar.ax.locator_params(nbins=6)
     figure.engineering_ticks(bar.ax, "x")
+    if not np.any(shown.values[np.isfinite(shown.values)]):
+        bar.set_ticks([0])  # the other end of the scale means nothing
     return made
 
 
@@ -170,6 +176,15 @@ def _mark(axes: Axes, faulty: np.ndarray, y0: int, x0: int) -> None:
         rasterized=len(ys) > 500, label=f"{len(ys):,} defects",
     )  # fmt: skip
     axes.legend(loc="upper right", borderpad=0, handletextpad=0, markerscale=6 / side)
+
+
+def _wrap(text: str, inches: float) -> list[str]:
+    """`text` in lines of at most so many inches, in the current style."""
+    import matplotlib
+
+    # A character is half as wide as the type is large, on average; a line of capitals a bit wider.
+    characters = inches * 72 / (0.54 * matplotlib.rcParams["font.size"])
+    return textwrap.wrap(text, max(20, int(characters)))
 
 
 def _describe(shown: quantities.Quantity, zoom: Zoom | None) -> str:

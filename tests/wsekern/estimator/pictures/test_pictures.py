@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import wsekern as wk
 from wsekern.estimator.pictures import (
+    figure,
     output,
     page,
     published,
@@ -24,6 +26,7 @@ from wsekern.estimator.pictures import (
     scaling,
     timeline,
     views,
+    wafer_map,
 )
 from wsekern.estimator.validation import points
 
@@ -147,11 +150,18 @@ def test_a_page_has_every_row_and_loads_nothing(e, tmp_path):
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
-def test_a_page_of_a_program_that_computes_nothing_has_no_roofline():
+def test_a_page_draws_only_what_there_is_to_see():
+    """No map without a word on a link, no timeline without a cycle, no roof without a FLOP."""
     wafer = wk.Wafer.abstract(wk.WSE2, 1, 4)
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     idle = wk.estimate(lambda x: x.T, a, wafer=wafer)
-    assert page.render_page(idle).count("<svg ") == 4
+    text = page.render_page(idle)
+    assert text.count("<svg ") == 0 and "There is nothing to draw" in text
+    assert "bound by         nothing" in str(idle) and "(busy: )" not in str(idle)
+    alone = wk.estimate(lambda x: x + 1.0, a, wafer=wafer)  # a timeline, a roofline, a bar
+    assert page.render_page(alone).count("<svg ") == 3
+    moved = wk.estimate(lambda x: jnp.roll(x, 1, 1)[:, ::2], a, wafer=wafer)
+    assert not moved.flops and page.render_page(moved).count("<svg ") == 4
     with pytest.raises(ValueError, match="no program computes anything"):
         wk.roofline(idle)
 
@@ -224,7 +234,7 @@ def test_a_terminal_map_has_colors_and_defects(e):
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "e.json"
     path.write_text("before")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         output.write(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
@@ -233,6 +243,9 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(OSError, match="there is no folder"):
         output.check_writable(tmp_path / "none" / "e.html")
+    if pathlib.Path("/proc/self").exists():  # rights say yes to root, the file system says no
+        with pytest.raises(OSError, match="no file can be made in '/proc'"):
+            output.check_writable("/proc/e.html")
     with pytest.raises(OSError, match="no regular file"):
         output.check_writable(tmp_path)
 
@@ -338,3 +351,31 @@ def test_labels_of_an_axis_do_not_touch(numbers):
     room = np.diff(np.log(shown)) / np.log(numbers[-1] / numbers[0]) if len(numbers) > 1 else []
     assert all(r >= 0.12 for r in room)
     assert len(shown) == len(numbers) or len(numbers) > 8
+
+
+@pytest.mark.parametrize("values", [(7200, 9100, 10300), (1.1e6, 1.9e6), (2, 2000), (5.0,), (5, 5)])
+def test_an_axis_of_values_has_labels(values):
+    with figure.style():
+        made = scaling.draw_scaling({"a": [*enumerate(values, 1)]}, {}, "wafers", "tokens/s")
+    (axes,) = made.axes
+    low, high = axes.get_ylim()
+    labels = [t for t in axes.yaxis.get_majorticklocs() if low <= t <= high]
+    assert 2 <= len(labels) <= 12
+    assert axes.get_legend() is None  # of one line there is nothing to tell
+
+
+def test_the_title_of_a_map_is_not_wider_than_the_map():
+    """Its note on defects is long, and a map on a page is narrow."""
+    defects = wk.Defects.random(wk.WSE3, 0.999)
+    wafer = wk.Wafer.abstract(wk.WSE3, 20, 40, defects=defects)
+    e = wk.estimate(wk.matmul, *[jax.ShapeDtypeStruct((80, 80), jnp.float32)] * 2, wafer=wafer)
+    load = quantities.on_wafer(e, quantities.quantity_of(e))
+    with figure.style(of_page=True):
+        made = wafer_map.draw_map(
+            load, np.zeros(load.values.shape, bool), quantities.extent(e), 4.2
+        )
+        made.canvas.draw()
+    for axes in made.axes:
+        for text in (axes.title, axes._left_title):
+            box = text.get_window_extent()
+            assert box.x1 <= made.bbox.x1 and box.y1 <= made.bbox.y1

@@ -32,13 +32,13 @@ from jaxtyping import Array, Float
 
 from wsekern import fabric
 from wsekern.estimator import trace
+from wsekern.estimator.product_sizes import product_sizes
 from wsekern.kernels.matmul.gemv import gemv
 from wsekern.kernels.matmul.matmul import matmul
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.limits import gather_limit
 from wsekern.wafer.wafer import Wafer
 
-PRIMITIVES = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 _EVERYWHERE = (ROWS, COLS)
 _Shape = tuple[int, ...]
 
@@ -70,48 +70,16 @@ class StandIn(NamedTuple):
 
 
 def sizes_of(equation: JaxprEqn) -> Sizes:
-    """The sizes of a `dot_general`, or those of the product that a convolution is."""
-    params = equation.params
-    avals: list[Any] = [v.aval for v in (*equation.invars[:2], equation.outvars[0])]
-    a, b, out = avals
-    if equation.primitive.name == "dot_general":
-        (over_a, over_b), (batch, _) = params["dimension_numbers"]
-        B, K = (math.prod(a.shape[d] for d in dims) for dims in (batch, over_a))
-        M, N = (math.prod(x.shape) // max(1, B * K) for x in (a, b))
-        plain = a.ndim == b.ndim == 2 and len(over_a) == 1 and a.dtype == b.dtype
-        forms = {(1, 0): "nn", (1, 1): "nt", (0, 0): "tn"}
-        form = forms.get((over_a[0], over_b[0]), "") if plain else ""
-    elif equation.primitive.name == "ragged_dot_general":
-        B, M, K, N = _ragged_sizes(equation)
-        form = ""
-    else:
-        # Every output channel is a weighted sum of what lies under the filter: a product of
-        # [places, channels x filter] and [channels x filter, output channels], for each group.
-        channels = b.shape[params["dimension_numbers"].rhs_spec[0]]
-        B = params["feature_group_count"] * params["batch_group_count"]
-        K, N = math.prod(b.shape) // max(1, channels), channels // B
-        M, form = math.prod(out.shape) // max(1, channels), ""
-    if jnp.issubdtype(a.dtype, jnp.complexfloating):
-        K, N, form = 2 * K, 2 * N, ""  # real and imaginary parts
-    narrow = a.dtype.itemsize <= 2
-    floating = jnp.issubdtype(a.dtype, jnp.floating)
-    return Sizes(B, M, K, N, 2 if narrow else 4, form if floating else "")
-
-
-def _ragged_sizes(equation: JaxprEqn) -> _Shape:
-    """Sizes of groups of rows, each with a matrix of its own; all groups of the mean length.
-
-    [M, K] by [G, K, N] to [M, N]   G products of M / G rows
-    [K, M] by [K, N] to [G, M, N]   G products over K / G rows, as in the gradient of the matrices
-    """
-    avals: list[Any] = [v.aval for v in (*equation.invars, equation.outvars[0])]
-    a, _, groups, out = (aval.shape for aval in avals)
-    numbers = equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    K = math.prod(a[d] for d in numbers[0][0])
-    G, M = groups[-1], math.prod(a) // max(1, K)
-    if len(out) > 2:
-        return G, M, -(-K // G), math.prod(out) // max(1, G * M)
-    return G, -(-M // G), K, math.prod(out) // max(1, M)
+    """The sizes of a product, or those of the product that a convolution is."""
+    avals: list[Any] = [v.aval for v in equation.invars[:2]]
+    a, b = avals
+    form = ""
+    if equation.primitive.name == "dot_general" and a.ndim == b.ndim == 2 and a.dtype == b.dtype:
+        (over_a, over_b), _ = equation.params["dimension_numbers"]
+        forms = {((1,), (0,)): "nn", ((1,), (1,)): "nt", ((0,), (0,)): "tn"}
+        form = forms.get((tuple(over_a), tuple(over_b)), "")
+    narrow, floating = a.dtype.itemsize <= 2, jnp.issubdtype(a.dtype, jnp.floating)
+    return Sizes(*product_sizes(equation), 2 if narrow else 4, form if floating else "")
 
 
 def asked_flops(kernel: JaxprEqn, true_shapes: Sequence[_Shape | None]) -> float | None:

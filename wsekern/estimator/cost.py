@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from wsekern.estimator import trace
+from wsekern.estimator.product_sizes import PRODUCTS, product_sizes
 from wsekern.hardware import Machine
 
 
@@ -45,8 +46,8 @@ DEFAULT = Constants()
 # Operations that only describe a tile in another way, or name it.
 VIEWS = frozenset(
     "reshape transpose broadcast_in_dim squeeze slice dynamic_slice rev expand_dims pvary pcast "
-    "copy copy_p stop_gradient optimization_barrier convert_element_type reduce_precision iota "
-    "axis_index sharding_constraint layout_constraint mesh_cast device_put split "
+    "copy copy_p unstack stop_gradient optimization_barrier convert_element_type reduce_precision "
+    "iota axis_index sharding_constraint layout_constraint mesh_cast device_put split "
     "bitcast_convert_type create_token after_all empty empty2 platform_index name random_wrap "
     "random_unwrap".split()
 )
@@ -94,7 +95,14 @@ _ASKED_FOR = {
     "debug_print": "jax.debug.print",
 }  # fmt: skip
 KNOWN = (
-    VIEWS | ELEMENTWISE | _COPIES | _REDUCTIONS | _WINDOWS | _PASSES.keys() | {"dot_general", "fft"}
+    VIEWS
+    | ELEMENTWISE
+    | _COPIES
+    | _REDUCTIONS
+    | _WINDOWS
+    | _PASSES.keys()
+    | frozenset(PRODUCTS)
+    | {"fft"}
 )
 
 
@@ -137,7 +145,7 @@ def equation_work(
     name = equation.primitive.name
     if name in VIEWS:
         return Work()
-    if name == "dot_general":
+    if name in PRODUCTS:
         return _product(equation, machine, constants, vectors_along_rows)
     out = max((v.aval for v in equation.outvars), key=_size)
     n, reads = _size(out), [v.aval for v in equation.invars if size_of(v) > 1]
@@ -160,16 +168,18 @@ def equation_work(
     passes_each = _PASSES.get(name, 1)
     if name == "fft":  # a butterfly of ten operations for every two elements, log2 times
         passes_each = math.ceil(5 * math.log2(max(2, math.prod(equation.params["fft_lengths"]))))
+    elif _is_complex(out):  # real and imaginary parts; of a product, four of them
+        passes_each *= 4 if name in ("mul", "div", "integer_pow", "square") else 2
     passes = passes_each * instructions
     if n == 1:  # scalars lie in registers: one cycle each, and no instruction to start
         return Work(float(passes), float(passes))
     float32 = constants.accumulate_float32 if accumulates else 1.0
     if not accumulates and sum(_size(a) == n for a in reads) > 1:
         float32 = constants.paired_float32
-    each = _cycles_of_element(out, machine, float32)
+    each = _cycles_of_element(width_of(out), machine, float32)
     elements = n * passes_each
     flops = 0 if name in _COPIES else elements * (2 if accumulates else 1)
-    moved = elements * width_of(out) + sum(_size(a) * width_of(a) for a in reads)
+    moved = elements * min(width_of(out), 4) + sum(_size(a) * width_of(a) for a in reads)
     # No instruction is faster than the memory's ports.
     ports = machine.read_bytes_per_cycle + machine.write_bytes_per_cycle
     starts = passes * constants.vector_start
@@ -182,7 +192,9 @@ def copy_work(aval: Any, machine: Machine, constants: Constants) -> Work:
     n, width = _size(aval), width_of(aval)
     moved = 2.0 * n * width
     ports = machine.read_bytes_per_cycle + machine.write_bytes_per_cycle
-    cycles = constants.vector_start + max(n * _cycles_of_element(aval, machine, 1.0), moved / ports)
+    cycles = constants.vector_start + max(
+        n * max(1, width // 4) * _cycles_of_element(width, machine, 1.0), moved / ports
+    )
     return Work(cycles, 0.0, moved, width == 2, constants.vector_start)
 
 
@@ -228,25 +240,22 @@ def find_fusions(jaxpr: Jaxpr) -> Fusions:
 def _product(
     equation: JaxprEqn, machine: Machine, constants: Constants, vectors_along_rows: bool
 ) -> Work:
-    avals: list[Any] = [v.aval for v in equation.invars]
-    a, b = avals
-    (over_a, _), (batch_a, _) = equation.params["dimension_numbers"]
-    K = math.prod(a.shape[d] for d in over_a)
-    batch = math.prod(a.shape[d] for d in batch_a)
-    M, N = _size(a) // (K * batch), _size(b) // (K * batch)
+    batch, M, K, N = product_sizes(equation)
     if not M * N * K * batch:
         return Work()
+    a: Any = equation.invars[0].aval
+    width = 4 if _is_complex(a) else width_of(a)  # of a real or imaginary part
     # A vector lies along the longer side. The instructions loop over the shorter one and over K,
     # the longer of both inside.
     few, many = (N, M) if vectors_along_rows else sorted((M, N))
     loops = batch * (K if vectors_along_rows else min(K, few))
-    each = _cycles_of_element(a, machine, constants.accumulate_float32)
+    each = _cycles_of_element(width, machine, constants.accumulate_float32)
     instructions = batch * K * few
     elements = instructions * many
     cycles = loops * constants.vector_start + instructions * constants.product_start
     cycles += elements * each
     # Each element reads a factor and the sum, and writes the sum back.
-    return Work(cycles, 2.0 * elements, 3.0 * elements * width_of(a), width_of(a) == 2)
+    return Work(cycles, 2.0 * elements, 3.0 * elements * width, width == 2)
 
 
 def user_term(name: str) -> str:
@@ -264,8 +273,11 @@ def size_of(atom: Any) -> int:
     return math.prod(getattr(atom.aval, "shape", ()))
 
 
-def _cycles_of_element(aval: Any, machine: Machine, float32: float) -> float:
-    width = width_of(aval)
+def _is_complex(aval: Any) -> bool:
+    return getattr(aval.dtype, "kind", "") == "c"
+
+
+def _cycles_of_element(width: int, machine: Machine, float32: float) -> float:
     return float32 / machine.fmacs_float16 if width == 2 else float32 if width == 4 else 1.0
 
 

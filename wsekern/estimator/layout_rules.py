@@ -148,6 +148,13 @@ def _split(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     return spec, [relayout_move(part, wafer) for part in moved]
 
 
+def _unstack(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
+    """Each part lies on all PEs, or, if the parts lie on PEs of their own, is sent there."""
+    axis = equation.params["axis"]
+    moved = [v.aval for v in equation.outvars] if spec[axis] else []
+    return spec[:axis] + spec[axis + 1 :], [relayout_move(part, wafer) for part in moved]
+
+
 def _dynamic_slice(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     """Where the slice begins is not known; whole dimensions begin at 0."""
     source: Any = equation.invars[0].aval
@@ -239,7 +246,7 @@ def _reshape(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
 # Each is given an equation, how its first operand lies, and the wafer.
 RULES: Mapping[str, Callable[[JaxprEqn, Spec, Wafer], Rule]] = {
     "transpose": _transpose, "broadcast_in_dim": _broadcast, "squeeze": _squeeze,
-    "reshape": _reshape, "rev": _reverse, "slice": _slice, "split": _split,
+    "reshape": _reshape, "rev": _reverse, "slice": _slice, "split": _split, "unstack": _unstack,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update, "pad": _pad, "concatenate": _concatenate,
     "gather": gather, "sort": _sort, "fft": _fft, "tile": _tile,

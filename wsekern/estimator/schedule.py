@@ -206,7 +206,7 @@ class Schedule:
         if all(v.static for v in operands) and not equation.effects:
             return [VariableState(ready, static=True)] * len(equation.outvars)
         name, line = equation.primitive.name, self._line(equation)
-        if name in contractions.PRIMITIVES and self.wafer.size > 1:
+        if name in cost.PRODUCTS and self.wafer.size > 1:
             return self._contraction(equation, operands)
         if name == "reshape":
             return [self._reshape(equation, operands[0])]

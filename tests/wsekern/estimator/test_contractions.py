@@ -151,6 +151,31 @@ def test_one_pe_multiplies_by_itself():
     assert e.moves == 0 and not e.assumed and e.flops == 2 * 8**3
 
 
+def test_a_product_of_any_kind_costs_as_much_within_a_tile():
+    """Convolutions and ragged products of a PE's tiles; complex ones are four real ones."""
+    wafer = wk.Wafer.abstract(wk.WSE3, 2, 2)
+    spec = jax.sharding.PartitionSpec("y")
+
+    def of_tiles(function, *operands):
+        run = wafer.map(function, in_specs=spec, out_specs=spec)
+        e = wk.estimate(run, *operands, wafer=wafer)
+        assert not e.unknown
+        return e
+
+    plain = of_tiles(lambda a, b: a @ b, array(128, 72), array(144, 16))
+    image, filters = array(2, 8, 10, 10), array(32, 8, 3, 3)
+    conv = of_tiles(lambda x, k: lax.conv(x, k, (1, 1), "VALID"), image, filters)
+    assert conv.flops == plain.flops and conv.cycles == plain.cycles
+    groups = array(4, dtype=jnp.int32)
+    ragged = of_tiles(lax.ragged_dot, array(128, 72), array(4, 72, 16), groups)
+    assert ragged.flops == plain.flops
+    wide = of_tiles(lambda a, b: a @ b, *(array(64, 32, dtype=t) for t in 2 * ["complex64"]))
+    real = of_tiles(lambda a, b: a @ b, *(array(64, 32, dtype=t) for t in 2 * ["float32"]))
+    assert wide.flops == 4 * real.flops and wide.cycles > 3 * real.cycles
+    alone = functools.partial(estimate, grid=(1, 1))
+    assert not alone(lambda x, k: lax.conv(x, k, (1, 1), "VALID"), image, filters).unknown
+
+
 def test_groups_of_rows_are_products_of_their_own():
     """Forward and both gradients: as many operations each, whichever side is ragged."""
     tokens, matrices, sizes = array(640, 64), array(4, 64, 32), array(4, dtype=jnp.int32)

@@ -24,6 +24,7 @@ from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
+from wsekern.error_line import printable
 from wsekern.estimator.pictures.output import check_new_folder
 from wsekern.wafer.launch import find_devices, keep_compiled_programs, make_wafer
 from wsekern.wafer.wafer import Wafer
@@ -87,7 +88,7 @@ def info(command: InfoCommand) -> int:
         if field.name != "source" and value != field.default:
             rows[field.name] = str(value)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     Console().print(table)
     return 0
 

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from models.checkpoints.json_file import file_size
+
+_SPARE = 1_000_000  # bytes that a file may have besides twice those of its array
+
 
 def write_arrays(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes `arrays` to `folder` by name, all at once, and through to the disk.
@@ -40,9 +44,10 @@ def read_array(folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: s
     """The array that `write_arrays`, or Orbax, wrote to `folder` by `name`.
 
     Raises:
-      ValueError: it is of another shape or dtype.
+      ValueError: it is of another shape or dtype, or a file of it is none or is far too large.
       Exception: TensorStore's kind of error, such as for a damaged file.
     """
+    _check_files(folder / name, math.prod(shape) * jnp.dtype(dtype).itemsize)
     store = ts.open(_spec(folder / name), open=True).result()
     # Compared before anything is allocated: damage may ask for any amount of memory.
     chunk = [size or 1 for size in store.chunk_layout.read_chunk.shape or ()]
@@ -51,6 +56,13 @@ def read_array(folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: s
     if math.prod(chunk) > max(math.prod(shape), 1):
         raise ValueError(f"its chunks of {chunk} are larger than {list(shape)}")
     return np.asarray(store.read().result())
+
+
+def _check_files(folder: pathlib.Path, size: int) -> None:
+    """Raises ValueError for a file that TensorStore would wait for, or die of reading it whole."""
+    for file in folder.rglob("*"):
+        if not file.is_dir() and (found := file_size(file)) > 2 * size + _SPARE:
+            raise ValueError(f"{file.name} has {found:,} bytes, for an array of {size:,}")
 
 
 def _spec(path: pathlib.Path) -> dict[str, Any]:

@@ -224,7 +224,8 @@ class Checkpoints:
             leaves = [_put(place, arrays[place.path], by_path[place.path]) for place in wanted]
             return candidate, jax.tree.unflatten(jax.tree.structure(template), leaves), saved.extra
         raise ValueError(
-            f"no checkpoint in {self.directory} can be restored: " + "; ".join(self.skipped)
+            f"no checkpoint in {self.directory} can be restored: {'; '.join(self.skipped)}; start "
+            "anew, in another folder"
         )
 
     def _finish_save(self) -> None:
@@ -288,7 +289,7 @@ class Checkpoints:
 
     def _is_good(self, step: int) -> bool:
         try:
-            saved = Manifest.from_json((self._folder(step) / MANIFEST).read_text())
+            saved = Manifest.read(self._folder(step))
             step_folder.load(self._folder(step), saved.leaves)
         except (OSError, ValueError):
             return False

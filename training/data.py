@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Integer
 
+from models.checkpoints.json_file import file_size, read_json
 from models.text.characters import save_characters
 from models.text.reading import copy_tokenizer
 from models.text.tokenizer import Tokenizer, bytes_tokenizer
@@ -334,7 +335,7 @@ def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _open_cached(folder: pathlib.Path) -> Corpus | None:
     try:
-        about = json.loads((folder / _ABOUT).read_text())
+        about = read_json(folder / _ABOUT)
         if about.pop("sha256") != _digest(about):
             return None
         parts = {
@@ -358,7 +359,7 @@ def _open_cached(folder: pathlib.Path) -> Corpus | None:
 
 def _checksums(path: pathlib.Path) -> list[int]:
     """The CRC-32 of each block of a file; blocks are read and summed in several threads."""
-    size = path.stat().st_size
+    size = file_size(path)
     mapped = np.memmap(path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         blocks = (mapped[start : start + _BLOCK] for start in range(0, size, _BLOCK))

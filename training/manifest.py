@@ -7,13 +7,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from models.checkpoints.json_file import file_size, parse_json
+from training.run_folder import MANIFEST
+from wsekern.error_line import printable
+
 _FORMAT = 1
+_MOST = 100_000_000  # bytes of a manifest; each leaf takes some 300
 _RENAMED_PARTS = {"optimiser": "optimizer"}  # first part of a leaf's path: old -> new
 
 
@@ -52,6 +58,20 @@ class Manifest:
             ) from None
 
     @classmethod
+    def read(cls, folder: pathlib.Path) -> "Manifest":
+        """The manifest in a step's folder.
+
+        Raises:
+          ValueError: it is not a regular file or is far too large, is cut short or changed, or of
+            another format.
+          OSError: there is none, or it cannot be read.
+        """
+        file = folder / MANIFEST
+        if (size := file_size(file)) > _MOST:
+            raise ValueError(f"its {MANIFEST} has {size:,} bytes, more than {_MOST:,}")
+        return cls.from_json(file.read_text(errors="replace"))
+
+    @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """The manifest that `to_json` wrote.
 
@@ -59,7 +79,7 @@ class Manifest:
           ValueError: it is cut short or changed, or of another format.
         """
         try:
-            fields = json.loads(text)
+            fields = parse_json(text.encode(errors="replace"), "it")
             stated = fields.pop("sha256")
             if fields["format"] != _FORMAT:
                 raise ValueError(f"its format is {fields['format']}, this program reads {_FORMAT}")
@@ -68,7 +88,9 @@ class Manifest:
             leaves = (Leaf(**leaf | {"shape": tuple(leaf["shape"])}) for leaf in fields["leaves"])
             return cls(step=fields["step"], leaves=tuple(leaves), extra=fields["extra"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its manifest is damaged or foreign ({error})") from None
+            raise ValueError(
+                f"its manifest is damaged or foreign ({printable(str(error))})"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

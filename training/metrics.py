@@ -116,11 +116,19 @@ def _lines(path: pathlib.Path) -> list[Line]:
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # the process died in the middle of this line
+        except (ValueError, RecursionError):  # the process died in the middle of this line
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if _is_line(line):
             lines.append(line)
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    return (
+        isinstance(line, dict)
+        and type(line.get("step")) is int
+        and all(isinstance(line.get(name), int | float | None) for name in ("loss", "val_loss"))
+    )
 
 
 def _text(line: Line) -> str:

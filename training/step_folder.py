@@ -24,7 +24,7 @@ _READERS = 4  # arrays read, decompressed and summed at once
 def is_saved(folder: pathlib.Path, written: Manifest) -> bool:
     """Whether `folder` holds the step of this manifest, undamaged."""
     try:
-        if (folder / MANIFEST).read_text() != written.to_json():
+        if Manifest.read(folder) != written:
             return False
         load(folder, written.leaves)
     except (OSError, ValueError):
@@ -75,13 +75,12 @@ def size_of(path: pathlib.Path) -> int:
 def read(folder: pathlib.Path, wanted: Sequence[Place]) -> tuple[Manifest, dict[str, np.ndarray]]:
     """The manifest and the arrays by path of a step's folder; ValueError: it cannot be used."""
     try:
-        text = (folder / MANIFEST).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        saved = Manifest.read(folder)
+    except OSError as error:
         raise ValueError(
             f"its {MANIFEST} cannot be read ({reason(error)}): saving was cut short, or another "
             "program wrote it"
         ) from None
-    saved = Manifest.from_json(text)
     if str(saved.step) != folder.name:
         raise ValueError(f"its manifest is that of step {saved.step}")
     leaves = manifest.rename_old_leaves(saved.leaves, wanted)

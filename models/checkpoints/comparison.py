@@ -1,6 +1,7 @@
 """Compare a checkpoint's tensors with its config: they must be exactly those of the model."""
 
 import itertools
+import json
 import pathlib
 import re
 from typing import Any
@@ -125,7 +126,7 @@ def check_tensors(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors
         if tensors.shapes[name] != shape:
             raise ValueError(
                 f"{tensors.where(name)}: {name!r} is {tensors.shapes[name]}, config.json asks for "
-                f"{shape}"
+                f"{shape}{_who_asks(config, tensors.shapes[name], shape)}"
             )
         if tensors.dtypes[name].name not in FLOATS:
             raise ValueError(
@@ -137,6 +138,14 @@ def check_tensors(config: DecoderConfig, pieces: dict[str, list[Piece]], tensors
         raise ValueError(
             f"{tensors.where(extra[0])}: {_some(extra)} not used by the model of config.json"
         )
+
+
+def _who_asks(config: DecoderConfig, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The fields of config.json that a wanted shape is from, where it differs from the stored."""
+    sizes = [n for i, n in enumerate(wanted) if stored[i : i + 1] != (n,)]
+    fields = json.loads(config.source) if config.source else {}
+    named = [f"{name}={n}" for name, n in fields.items() if type(n) is int and n in sizes]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def check_head(config: DecoderConfig, tensors: Tensors) -> None:

@@ -157,7 +157,8 @@ def rope(fields: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
 
 
 def _rope(values: dict[str, Any], fields: dict[str, Any], theta: float) -> dict[str, Any]:
-    kind: Any = values.get("rope_type") or values.get("type")
+    names = [values[name] for name in ("rope_type", "type") if values.get(name) is not None]
+    kind: Any = names[0] if names else None
     alone = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind is None and (unknown := sorted(set(values) - alone)):
         raise ValueError(f"has {shown(unknown)}, but no 'rope_type', which says what they do")
@@ -260,14 +261,21 @@ def decoder(fields: dict[str, Any], **family: Any) -> DecoderConfig:
     Raises:
       ValueError: a field is missing, of a wrong type or out of range; names it and its value.
     """
-    heads = whole(fields, "num_attention_heads")
+    heads, width = whole(fields, "num_attention_heads"), whole(fields, "hidden_size")
+    kv_heads = whole(fields, "num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
+    if fields.get("head_dim") is None and width % heads:
+        raise ValueError(f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
     sizes: dict[str, Any] = {
         "vocab": whole(fields, "vocab_size"),
-        "d_model": whole(fields, "hidden_size"),
+        "d_model": width,
         "d_ff": whole(fields, "intermediate_size"),
         "layers": layer_count(fields),
         "heads": heads,
-        "kv_heads": whole(fields, "num_key_value_heads", default=heads),
+        "kv_heads": kv_heads,
         "context": whole(fields, "max_position_embeddings"),
         "head_size": whole(fields, "head_dim", default=None),
         "norm_eps": number(fields, "rms_norm_eps", 1e-6),

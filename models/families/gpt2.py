@@ -80,6 +80,8 @@ def from_fields(fields: dict[str, Any]) -> DecoderConfig:
     # transformers takes GPT-2's sizes under both names.
     d_model = config_json.whole(fields, "hidden_size", "n_embd")
     heads = config_json.whole(fields, "num_attention_heads", "n_head")
+    if d_model % heads:
+        raise ValueError(f"n_embd={d_model} is not a multiple of n_head={heads}")
     return DecoderConfig(
         vocab=config_json.whole(fields, "vocab_size"),
         d_model=d_model,

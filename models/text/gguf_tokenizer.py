@@ -131,7 +131,7 @@ def _kinds(header: Header, count: int) -> np.ndarray:
     if kinds.dtype.itemsize != 4 or kinds.dtype.kind not in "iu" or len(outside):
         at = int(outside[0]) if len(outside) else 0
         raise ValueError(
-            f"{header.file}: {name}[{at}]={kinds[at]!r} is no kind of a token, a whole number of "
+            f"{header.file}: {name}[{at}]={kinds[at]} is no kind of a token, a whole number of "
             f"32 bits from 0 to {max(Kind)}"
         )
     return kinds

@@ -43,14 +43,16 @@ _SPLIT_OF_CLASS = {
     "CodeGenTokenizer": "gpt-2",
     "Qwen2Tokenizer": "qwen2",
 }
-_SPLIT_OF_MODEL_TYPE = {
-    "qwen2": "qwen2",
-    "qwen2_moe": "qwen2",
-    "qwen3": "qwen2",
-    "qwen3_moe": "qwen2",
+# The class of a model's tokenizer, if no file names it.
+_CLASS_OF_MODEL_TYPE = {
+    "gpt2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
 }
 # Models whose vocabulary means the same if no file names a class.
-_MODELS_OF_PAIRS = ("gpt2", "gpt_oss", "llama", *_SPLIT_OF_MODEL_TYPE)
+_MODELS_OF_PAIRS = ("gpt_oss", "llama", *_CLASS_OF_MODEL_TYPE)
 _MODELS_OF_PIECES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
 _CLASSES_OF_PIECES = ("", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # these say nothing of the format
@@ -176,14 +178,15 @@ def _vocabulary(folder: pathlib.Path) -> pathlib.Path | None:
 def _tokenizer_json(
     file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
 ) -> tuple[Any, SpecialTokens, bool | None]:
-    del model
     from tokenizers import Tokenizer
 
     inner = _read(file, lambda: Tokenizer.from_file(str(file)))
     kind = _tokenizer_class(special)
+    if not special.settings.get("tokenizer_class"):
+        kind = _CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")), "")
     named = {} if inner.padding is None else {"pad_token": inner.padding["pad_token"]}
     for name, token in _NAMES_OF_CLASS.get(kind, {}).items():
-        if inner.token_to_id(token) is not None:
+        if kind in _SPLIT_OF_CLASS or inner.token_to_id(token) is not None:
             named[name] = token
     special = _with_names(special, named)
     words = inner.pre_tokenizer
@@ -207,8 +210,8 @@ def _vocab_and_merges(
     kind = _tokenizer_class(special)
     if not kind:
         _check_model_type(file, model, _MODELS_OF_PAIRS)
-    default = _SPLIT_OF_MODEL_TYPE.get(str(model.get("model_type")), "gpt-2")
-    split = _SPLIT_OF_CLASS.get(kind) if kind else default
+        kind = _CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")), "")
+    split = _SPLIT_OF_CLASS.get(kind)
     if split is None:
         raise _unknown_class(file, special, _SPLIT_OF_CLASS)
     vocab = read_json(file)
@@ -221,8 +224,8 @@ def _vocab_and_merges(
     inner = _read(file, lambda: bpe.byte_level(vocab, merges, cut=split, prefix=prefix))
     if split == "qwen2":
         inner.normalizer = normalizers.NFC()
-    kind = kind or ("Qwen2Tokenizer" if split == "qwen2" else "GPT2Tokenizer")
-    special = _with_names(special, _NAMES_OF_CLASS[kind])
+    if kind or _GPT2_END in vocab:
+        special = _with_names(special, _NAMES_OF_CLASS[kind or "GPT2Tokenizer"])
     return inner, special, False
 
 
@@ -399,8 +402,10 @@ def _templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]
     templates = settings.get("chat_template") or {}
     if isinstance(templates, str):
         return {"default": templates}
-    if isinstance(templates, list) and all(isinstance(one, dict) for one in templates):
-        templates = {str(one.get("name")): one.get("template") for one in templates}
+    if isinstance(templates, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) for one in templates
+    ):
+        templates = {one["name"]: one.get("template") for one in templates}
     if not isinstance(templates, dict) or not all(
         isinstance(part, str) for pair in templates.items() for part in pair
     ):

@@ -243,6 +243,26 @@ def test_a_damaged_manifest_is_passed_over(saved, damage):
     assert saved.skipped[0].startswith("step 30: its manifest")
 
 
+@pytest.mark.parametrize("file", ["manifest", "array"])
+def test_a_file_that_would_never_end_is_passed_over(saved, file):
+    path = saved.directory / "30" / "manifest.json"
+    path = file_of(saved.directory / "30", "w") if file == "array" else path
+    with path.open("r+b") as opened:
+        opened.truncate(1 << 36)
+    assert saved.restore(template())[0] == 20
+    assert "has 68,719,476,736 bytes" in saved.skipped[0]
+    path.unlink()
+    os.mkfifo(path)
+    assert saved.last_good() == 20 and saved.restore(template())[0] == 20
+    assert "is a FIFO, not a regular file" in saved.skipped[0]
+
+
+def test_a_manifest_of_brackets_is_passed_over(saved):
+    (saved.directory / "30" / "manifest.json").write_text("[" * 200_000)
+    assert saved.restore(template())[0] == 20
+    assert saved.skipped[0].startswith("step 30: its manifest is damaged or foreign")
+
+
 def test_a_missing_array_and_a_renamed_step_are_passed_over(saved):
     shutil.rmtree(file_of(saved.directory / "30", "w").parent)
     (saved.directory / "20").rename(saved.directory / "25")

@@ -156,6 +156,17 @@ def test_a_damaged_cache_is_made_again(texts, cache):
     assert list(cache.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("name", ["corpus.json", "train.bin"])
+def test_a_cache_that_would_never_end_is_made_again(texts, cache, name):
+    before = data.open_corpus(str(texts), context=8)
+    [folder] = cache.iterdir()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert data.open_corpus(str(texts), context=8).fingerprint == before.fingerprint
+    (folder / "corpus.json").write_text("[" * 100_000)
+    assert data.open_corpus(str(texts), context=8).fingerprint == before.fingerprint
+
+
 def test_processes_that_start_together_make_one_corpus(texts, cache):
     script = (
         "import sys; from training.data import open_corpus; "

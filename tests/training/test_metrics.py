@@ -80,6 +80,15 @@ def test_a_line_cut_short_is_left_out(run):
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 7]
 
 
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"step": true}', '{"step": 6, "val_loss": "x"}', '{"loss": 1.0}']
+)
+def test_lines_that_are_none_of_ours_are_left_out(run, line):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5]
+
+
 def test_refuses_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="give a run folder or its metrics.jsonl"):
         read_metrics(tmp_path)

@@ -309,7 +309,10 @@ def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
         ({"hidden_act": "relu6"}, "hidden_act='relu6' is not one of"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not one of"),
         ({"vocab_size": None}, "has no 'vocab_size'"),
-        ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads=4 is not a multiple of num_key_value_heads=3",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(fields, message, tmp_path):

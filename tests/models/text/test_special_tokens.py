@@ -299,6 +299,9 @@ def test_templates_are_texts_with_names(tmp_path):
     )
     with pytest.raises(ValueError, match="chat_template is .*; it must be a text, or a list"):
         load_tokenizer(tmp_path)
+    write(tmp_path, tokenizer_config={"chat_template": [{"name": None, "template": "x"}]})
+    with pytest.raises(ValueError, match="chat_template is .*; it must be a text, or a list"):
+        load_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="chat_template.jinja cannot be read: .*0xe9"):
         load_tokenizer(tmp_path)
@@ -354,6 +357,25 @@ def test_gpt2_s_end_is_added_where_there_is_room(tmp_path, room, tokens):
     tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer.encode("<|endoftext|>")) == tokens
     assert tokenizer.names["bos_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "model_type", "added"),
+    [
+        ({}, "gpt2", True),
+        ({}, "qwen3", True),
+        ({"tokenizer_class": "CodeGenTokenizer"}, "llama", True),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, "gpt2", False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, "gpt2", False),
+        ({}, "llama", False),
+    ],
+)
+def test_a_class_that_no_file_names_is_the_model_s(tmp_path, settings, model_type, added):
+    config = {"model_type": model_type, "vocab_size": 300}
+    write(tmp_path, byte_level(), tokenizer_config=settings, config=config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.encode("<|endoftext|>") == [256]) == added
+    assert tokenizer.names.get("eos_token") == ("<|endoftext|>" if added else None)
 
 
 def test_too_many_added_tokens_are_refused_at_once(tmp_path):

@@ -65,11 +65,15 @@ class Tokens(NamedTuple):
 def sort_tokens(
     x: Float[Array, "n D"], chosen: Int[Array, "*n k"], shares: Float[Array, "*n k"], count: int
 ) -> Tokens:
-    """Tokens as rows sorted by their expert; numbers outside 0 to `count` - 1 are no expert."""
+    """Tokens as rows sorted by their expert; numbers outside 0 to `count` - 1 are no expert.
+
+    A row without an expert has share 0: its result is 0, and 0 times a NaN would be NaN.
+    """
     k = chosen.shape[-1]
     chosen = jnp.where(chosen < 0, count, chosen)  # `count` and above: no expert
     groups = grouped_matmul.sort_by_group(chosen.reshape(-1), count)
-    return Tokens(x[groups.order // k], shares.reshape(-1)[groups.order][:, None], groups, k)
+    sorted_shares = jnp.where(groups.has_group(), shares.reshape(-1)[groups.order], 0)
+    return Tokens(x[groups.order // k], sorted_shares[:, None], groups, k)
 
 
 def forward(
@@ -80,13 +84,13 @@ def forward(
     groups = tokens.groups
     product = functools.partial(grouped_matmul.product, groups=groups, precision=plan.precision)
     products = product(tokens.rows, (gate, up))
-    expert = groups.group_of_rows() if biases else None
     if biases:
-        products = tuple(p + b[expert] for p, b in zip(products, biases[:2], strict=True))
+        pairs = zip(products, biases[:2], strict=True)
+        products = tuple(p + _bias_of_rows(b, groups) for p, b in pairs)
     hidden = _gather_hidden(plan.activation(*products), plan, exchange)
     (y,) = product(hidden, (down,))
     if biases:
-        y = y + jnp.where(groups.has_group()[:, None], biases[2][expert], 0)
+        y = y + _bias_of_rows(biases[2], groups)
     return y, products
 
 
@@ -132,12 +136,17 @@ def backward(
     dbiases: Biases = ()
     if biases:
         expert = groups.group_of_rows()
-        dshares = dshares + (dy * biases[2][expert]).sum(1, dtype=jnp.float32)
+        dshares = dshares + (dy * _bias_of_rows(biases[2], groups)).sum(1, dtype=jnp.float32)
         dbiases = tuple(
             jnp.zeros(b.shape, jnp.float32).at[expert].add(jnp.where(has_group, d, 0))
             for b, d in zip(biases, (dgate, dup, shared_dy), strict=True)
         )
     return drows, dshares, dweights, dbiases
+
+
+def _bias_of_rows(bias: Float[Array, "E N"], groups: grouped_matmul.Groups) -> Float[Array, "R N"]:
+    """Each row's bias; 0 for a row without an expert."""
+    return jnp.where(groups.has_group()[:, None], bias[groups.group_of_rows()], 0)
 
 
 def _gather_weights(weights: Weights, plan: ExpertsPlan, exchange: Exchange) -> Weights:

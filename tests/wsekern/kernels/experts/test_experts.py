@@ -99,6 +99,28 @@ def test_a_choice_out_of_range_adds_nothing():
     np.testing.assert_allclose(got, dense(x, some, shares, weights, biases), atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("grid", ["1x1", "2x4", "2of2x2", "virtual-2of2x2"])
+def test_a_choice_out_of_range_adds_nothing_whatever_its_share(grid, bad, wafer_called):
+    """Nor does the last expert's bias, which stands in for a row without an expert."""
+    x, chosen, shares, weights, biases = operands()
+    chosen = jnp.where(chosen == E - 1, 0, chosen)
+    sound = tuple(b.at[-1].set(0) for b in biases)
+    others = (x, shares[..., ::2], weights, sound, chosen[..., ::2])
+    (want_dx, want_dshares, *_), want = value_and_gradients(dense)(*others)
+    biases = tuple(b.at[-1].set(bad) for b in biases)
+    run = value_and_gradients(lambda *a: experts(*a))
+    for out_of_range in (-1, -E, E, 2**20):
+        elsewhere = chosen.at[..., 1].set(out_of_range)
+        spoiled = (x, shares.at[..., 1].set(bad), weights, biases, elsewhere)
+        with wafer_called(grid):
+            (dx, dshares, *_), out = run(*spoiled)
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(dx, want_dx, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(dshares[..., ::2], want_dshares, rtol=1e-4, atol=1e-4)
+        assert not np.any(dshares[..., 1])
+
+
 def test_what_is_not_finite_stays_with_its_expert():
     """A block of rows may run on into the next expert's, which must not count for this one."""
     x, _, shares, weights, _ = operands(biased=False)

@@ -6,13 +6,11 @@ Nonsymmetric Linear Systems", 1992.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from wsekern.solvers import fields
+from wsekern.solvers import batched, fields
 from wsekern.solvers.fields import Fields, Operator, Scalar
 from wsekern.solvers.solution import (
     ABSOLUTE,
@@ -25,6 +23,7 @@ from wsekern.solvers.solution import (
     Limits,
     Reason,
     Solution,
+    System,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -51,7 +50,7 @@ def bicgstab(
 ) -> Solution:
     """`x` with `operator(x) = b`: two applications and six inner products an iteration.
 
-    Holds seven fields besides `b`. When the residual has become orthogonal to the first one, the
+    Holds eight fields besides `b`. When the residual has become orthogonal to the first one, the
     method begins anew from where it is. Differentiable with respect to `b` and to what `operator`
     reads, by another solve; a reverse-mode derivative solves with the operator's transpose.
 
@@ -73,9 +72,17 @@ def bicgstab(
         both names with different values.
     """
     limits = Limits(tolerance, absolute, int(max_iterations))
-    precondition = preconditioner or (lambda r: r)
-    step = functools.partial(_step, precondition)
-    return solve("bicgstab", operator, b, x0, _begin, step, limits, symmetric=False)
+    return solve(
+        "bicgstab",
+        operator,
+        b,
+        x0,
+        _begin,
+        _step,
+        limits,
+        symmetric=False,
+        preconditioner=preconditioner,
+    )
 
 
 class _Carry(NamedTuple):
@@ -85,34 +92,21 @@ class _Carry(NamedTuple):
     shadow_square: Scalar
     r_square: Scalar
     steepest: Scalar
-    # The operator and the preconditioner may have any scale. What each makes is multiplied by a
-    # power of two that brings the first such field near 1. Kept as factors: XLA would compute them
-    # of an exponent anew for every cell.
-    of_operator: Scalar
-    of_preconditioner: Scalar
 
 
-def _begin(r: Fields) -> _Carry:
+def _begin(system: System, r: Fields) -> _Carry:
     square = fields.dot(r, r)
-    one = jnp.ones_like(square)
-    return _Carry(r, r, square, square, square, jnp.zeros_like(square), one, one)
+    return _Carry(r, r, square, square, square, jnp.zeros_like(square))
 
 
 def _step(
-    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
+    system: System, x: Fields, r: Fields, carry: _Carry
 ) -> tuple[Fields, Fields, _Carry, Reason]:
-    shadow, p, rho, shadow_square, r_square, steepest, *factors = carry
-    # The steepest slope is 0 before the first step only. It needs no factor, as squares do.
-    first = steepest == 0
-    y = precondition(p)
+    shadow, p, rho, shadow_square, r_square, steepest = carry
+    y = system.preconditioner(p)
+    v = system.operator(y)
     of_y = fields.largest(y)
-    of_preconditioner = jnp.where(first, fields.unit_factor(of_y), factors[1])
-    y = fields.times(y, of_preconditioner)
-    v = matvec(y)
-    of_v = fields.largest(v)
-    of_operator = jnp.where(first, fields.unit_factor(of_v), factors[0])
-    v = fields.times(v, of_operator)
-    slope = of_v * of_operator / (of_y * of_preconditioner)
+    slope = fields.largest(v) / jnp.where(of_y == 0, 1, of_y)
     steepest = jnp.maximum(steepest, slope)
     shadow_v = fields.dot(shadow, v)
     # A product below this is rounding: the two are orthogonal to each other.
@@ -120,12 +114,11 @@ def _step(
     stuck = jnp.abs(shadow_v) <= orthogonal * fields.norm(v)
     alpha = jnp.where(stuck, 0, _ratio(rho, shadow_v))
     s = fields.plus(r, -alpha, v)
-    z = fields.times(precondition(s), of_preconditioner)
-    t = fields.times(matvec(z), of_operator)
+    z = system.preconditioner(s)
+    t = system.operator(z)
     tt = fields.dot(t, t)
     omega = _ratio(fields.dot(t, s), tt)
-    x = fields.plus(x, alpha * of_operator, y)
-    x = fields.plus(x, omega * of_operator, z)
+    x = fields.plus(fields.plus(x, alpha, y), omega, z)
     r = fields.plus(s, -omega, t)
     rho_new = fields.dot(shadow, r)
     beta = _ratio(rho_new, rho) * _ratio(alpha, omega)
@@ -134,10 +127,9 @@ def _step(
     # Where rho is the residual's square the method has just begun anew: no direction is better.
     broke = stuck & (rho == r_square)
     r_square_new = fields.dot(r, r)
-    state = steepest, of_operator, of_preconditioner
-    continued = _Carry(shadow, p, rho_new, shadow_square, r_square_new, *state)
-    anew = _Carry(r, r, r_square_new, r_square_new, r_square_new, *state)
-    carried = jax.tree.map(lambda a, b: jnp.where(lost, a, b), anew, continued)
+    continued = _Carry(shadow, p, rho_new, shadow_square, r_square_new, steepest)
+    anew = _Carry(r, r, r_square_new, r_square_new, r_square_new, steepest)
+    carried = batched.where(lost, anew, continued)
     why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, GOES_ON)
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, why)
     return x, r, carried, why

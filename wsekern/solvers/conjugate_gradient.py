@@ -5,7 +5,6 @@ M. R. Hestenes and E. Stiefel, "Methods of Conjugate Gradients for Solving Linea
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from wsekern.solvers.solution import (
     Limits,
     Reason,
     Solution,
+    System,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -72,10 +72,9 @@ def cg(
         both names with different values.
     """
     limits = Limits(tolerance, absolute, int(max_iterations))
-    precondition = preconditioner or (lambda r: r)
-    begin = functools.partial(_begin, precondition)
-    step = functools.partial(_step, precondition)
-    return solve("cg", operator, b, x0, begin, step, limits, symmetric=True)
+    return solve(
+        "cg", operator, b, x0, _begin, _step, limits, symmetric=True, preconditioner=preconditioner
+    )
 
 
 class _Carry(NamedTuple):
@@ -83,46 +82,35 @@ class _Carry(NamedTuple):
     rz: Scalar  # product of the residual and the preconditioned one
     sign: Scalar  # of the first curvature
     steepest: Scalar
-    # The operator and the preconditioner may have any scale. What each makes is multiplied by a
-    # power of two that brings the first such field near 1. Kept as factors: XLA would compute them
-    # of an exponent anew for every cell.
-    of_operator: Scalar
-    of_preconditioner: Scalar
 
 
-def _begin(precondition: Operator, r: Fields) -> _Carry:
-    z = precondition(r)
-    factor = fields.unit_factor(fields.largest(z))
-    z = fields.times(z, factor)
+def _begin(system: System, r: Fields) -> _Carry:
+    z = system.preconditioner(r)
     rz = fields.dot(r, z)
-    return _Carry(z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz), jnp.ones_like(rz), factor)
+    return _Carry(z, rz, jnp.zeros_like(rz), jnp.zeros_like(rz))
 
 
 def _step(
-    precondition: Operator, matvec: Operator, x: Fields, r: Fields, carry: _Carry
+    system: System, x: Fields, r: Fields, carry: _Carry
 ) -> tuple[Fields, Fields, _Carry, Reason]:
-    p, rz, sign, steepest, of_operator, of_preconditioner = carry
-    ap = matvec(p)
+    p, rz, sign, steepest = carry
+    ap = system.operator(p)
     square = fields.dot(p, p)
     # With a negative definite preconditioner rz is negative too: the sign makes both cases one.
-    curvature = fields.dot(p, fields.times(ap, of_operator)) * jnp.sign(rz)
-    # The first slope, before which the steepest one is 0, is the operator's scale.
-    first = jnp.where(steepest == 0, fields.unit_factor(curvature / square), 1)
-    of_operator, curvature = of_operator * first, curvature * first
+    curvature = fields.dot(p, ap) * jnp.sign(rz)
     # Definite operators keep the sign of the first curvature; one that changes it is indefinite.
     sign = jnp.where(sign == 0, jnp.sign(curvature), sign)
-    slope = jnp.abs(curvature) / square
+    slope = jnp.abs(curvature) / jnp.where(square == 0, 1, square)
     steepest = jnp.maximum(steepest, slope)
     rounding = slope <= jnp.finfo(slope.dtype).eps * steepest
     broke = (curvature * sign <= 0) | (rz == 0) | rounding
     # A flat direction lies in the null space of a singular operator.
     why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, BREAKDOWN)
     alpha = jnp.where(broke, 0, jnp.abs(rz) / jnp.where(broke, 1, curvature))
-    alpha = alpha * of_operator
     x, r = fields.plus(x, alpha, p), fields.plus(r, -alpha, ap)
-    z = fields.times(precondition(r), of_preconditioner)
+    z = system.preconditioner(r)
     rz_new = fields.dot(r, z)
     beta = jnp.where(broke, 0, rz_new / jnp.where(broke, 1, rz))
     p = fields.plus(z, beta, p)
-    carry = _Carry(p, rz_new, sign, steepest, of_operator, of_preconditioner)
+    carry = _Carry(p, rz_new, sign, steepest)
     return x, r, carry, jnp.where(broke, why, GOES_ON)

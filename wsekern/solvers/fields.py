@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 Fields = Any  # a field, or a pytree of fields
 Operator = Callable[[Fields], Fields]
@@ -43,7 +44,7 @@ def mean_size(a: Fields) -> Scalar:
 
 
 def largest(a: Fields) -> Scalar:
-    """The largest absolute value of all fields."""
+    """The largest absolute value of all fields; subnormal numbers may count as 0."""
     return functools.reduce(
         jnp.maximum, [jnp.max(jnp.abs(x)).astype(sum_dtype(x)) for x in jax.tree.leaves(a)]
     )
@@ -56,35 +57,64 @@ def cells(a: Fields) -> int:
 
 def exponent(a: Fields) -> Power:
     """The power of two above the largest number of all fields; 0 if that is 0 or not finite."""
-    most = largest(a)
-    return jnp.where(jnp.isfinite(most), jnp.frexp(most)[1], 0)
+    # If all numbers are subnormal, only larger multiples of them can be measured.
+    most, lift = largest(a), 64
+    lifted = largest(times_power(a, jnp.int32(lift)))
+    power = jnp.where(most == 0, jnp.frexp(lifted)[1] - lift, jnp.frexp(most)[1])
+    return jnp.where(jnp.isfinite(most) & (lifted > 0), power, 0)
 
 
 def times_power(a: Fields, power: Power) -> Fields:
     """`a * 2**power`, in the dtypes of `a`: exact where the result is in their range."""
 
-    # In two steps: the power itself may leave the range where the result does not.
     def scale(x: Float[Array, "..."]) -> Float[Array, "..."]:
-        one = jnp.ones((), sum_dtype(x))
-        halves = jnp.ldexp(one, power // 2), jnp.ldexp(one, power - power // 2)
-        return (x.astype(one.dtype) * halves[0] * halves[1]).astype(x.dtype)
+        wide = x.astype(sum_dtype(x))
+        info = jnp.finfo(wide.dtype)
+        smallest = info.minexp - info.nmant
+        # Processors may read subnormal numbers as 0, but not the integers that they stand for.
+        count, is_subnormal = _count_of_smallest(wide)
+        scaled = _times_halves(wide, power), _times_halves(count, power + smallest)
+        return jnp.where(is_subnormal, scaled[1], scaled[0]).astype(x.dtype)
 
     return jax.tree.map(scale, a)
 
 
+def _times_halves(x: Float[Array, "..."], power: Power) -> Float[Array, "..."]:
+    # In two steps: the power itself may leave the range where the result does not.
+    info = jnp.finfo(x.dtype)
+    for half in (power // 2, power - power // 2):
+        x = x * jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(half, info.minexp, info.maxexp - 1))
+    return x
+
+
+def _count_of_smallest(
+    x: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
+    """Subnormal numbers as multiples of the smallest one; and where `x` is subnormal, or 0."""
+    bits = lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
+    magnitude = bits & jnp.iinfo(bits.dtype).max
+    count = magnitude.astype(x.dtype)
+    return jnp.where(bits < 0, -count, count), magnitude < 2 ** jnp.finfo(x.dtype).nmant
+
+
 def plus(a: Fields, scale: Scalar | float, b: Fields) -> Fields:
-    """`a + scale * b`, in the dtypes of `a`."""
-    return jax.tree.map(lambda x, y: x + jnp.asarray(scale, x.dtype) * y.astype(x.dtype), a, b)
+    """`a + scale * b`, computed in float32 or more, in the dtypes of `a`."""
+
+    def add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = sum_dtype(x)
+        return (x.astype(wide) + jnp.asarray(scale, wide) * y.astype(wide)).astype(x.dtype)
+
+    return jax.tree.map(add, a, b)
 
 
 def times(a: Fields, scale: Scalar) -> Fields:
     """`a * scale`, in the dtypes of `a`; one product a cell, for loops."""
-    return jax.tree.map(lambda x: (x.astype(scale.dtype) * scale).astype(x.dtype), a)
 
+    def multiply(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = sum_dtype(x)
+        return (x.astype(wide) * scale.astype(wide)).astype(x.dtype)
 
-def unit_factor(size: Scalar) -> Scalar:
-    """The power of two that brings `size` near 1, as a factor; 1 if it is 0 or not finite."""
-    return jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent(size), -125, 125))
+    return jax.tree.map(multiply, a)
 
 
 def minus(a: Fields, b: Fields) -> Fields:
@@ -97,24 +127,53 @@ def sum_dtype(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def check(method: str, operator: Operator, b: Fields, x0: Fields | None) -> None:
-    """Raises ValueError where b, x0 and operator(b) differ in structure, shape or dtype."""
+def check(
+    method: str, operator: Operator, b: Fields, x0: Fields | None, preconditioner: Operator | None
+) -> None:
+    """Raises ValueError where x0, or what a function makes of b, is not as b."""
+    if not callable(operator):
+        raise ValueError(
+            f"{method}: operator is a {type(operator).__name__}; it must be a function of fields, "
+            "for a matrix A lambda x: A @ x"
+        )
+    if x0 is not None:
+        _check_like(method, "x0", x0, b)
+    for name, function in (("operator", operator), ("preconditioner", preconditioner)):
+        if function is not None:
+            _check_like(method, f"{name}(b)", jax.eval_shape(function, b), b)
+
+
+def check_right_side(method: str, b: Fields) -> None:
+    """Raises ValueError where b is not made of fields of floats."""
     leaves = jax.tree.leaves(b)
     if not leaves:
         raise ValueError(f"{method}: b holds no field")
-    # A solution is not an integer field, and a step would be rounded to nothing.
     for leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"{method}: b holds {leaf!r}, which is no array; make b one with jax.numpy.asarray"
+            )
+        if leaf.size == 0:
+            raise ValueError(
+                f"{method}: b holds a field of shape {list(leaf.shape)}, which has no cells"
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{method}: b is {leaf.dtype}; solve for a pair of real fields, its real and its "
+                "imaginary part"
+            )
+        # A solution is not an integer field, and a step would be rounded to nothing.
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{method}: b is {leaf.dtype}; cast it to a floating dtype")
-    for name, other in (("x0", x0), ("operator(b)", jax.eval_shape(operator, b))):
-        if other is None:
-            continue
-        trees = [str(jax.tree.structure(fields)) for fields in (other, b)]
-        if trees[0] != trees[1]:
-            raise ValueError(f"{method}: {name} is {trees[0]}, b is {trees[1]}")
-        for leaf, of_b in zip(jax.tree.leaves(other), leaves, strict=True):
-            if leaf.shape != of_b.shape or leaf.dtype != of_b.dtype:
-                raise ValueError(
-                    f"{method}: {name} is {leaf.dtype}{list(leaf.shape)}, it must be as b, "
-                    f"{of_b.dtype}{list(of_b.shape)}"
-                )
+
+
+def _check_like(method: str, name: str, other: Fields, b: Fields) -> None:
+    trees = [str(jax.tree.structure(fields)) for fields in (other, b)]
+    if trees[0] != trees[1]:
+        raise ValueError(f"{method}: {name} is {trees[0]}, b is {trees[1]}")
+    for leaf, of_b in zip(jax.tree.leaves(other), jax.tree.leaves(b), strict=True):
+        if leaf.shape != of_b.shape or leaf.dtype != of_b.dtype:
+            raise ValueError(
+                f"{method}: {name} is {leaf.dtype}{list(leaf.shape)}, it must be as b, "
+                f"{of_b.dtype}{list(of_b.shape)}"
+            )

@@ -21,6 +21,8 @@ from wsekern.solvers.solution import (
     Limits,
     Reason,
     Solution,
+    System,
+    is_positive,
     solve,
 )
 from wsekern.wafer.keywords import accept_jax_names
@@ -63,18 +65,50 @@ def jacobi(
       maxiter: `max_iterations`, likewise.
 
     Raises:
-      ValueError: `operator` changes shapes or dtypes, an option is out of range, or one is given by
-        both names with different values.
+      ValueError: `operator` changes shapes or dtypes, the diagonal does not fit `b` or is 0, an
+        option is out of range, or one is given by both names with different values.
     """
-    if not damping > 0:
-        raise ValueError(f"jacobi: damping={damping} must be above 0")
+    _check(b, diagonal, damping)
     limits = Limits(tolerance, absolute, int(max_iterations))
 
-    def step(
-        matvec: Operator, x: Fields, r: Fields, carry: tuple[()]
-    ) -> tuple[Fields, Fields, tuple[()], Reason]:
-        move = jax.tree.map(lambda f: f * jnp.asarray(damping / diagonal, f.dtype), r)
-        x, r = fields.plus(x, 1, move), fields.minus(r, matvec(move))
-        return x, r, carry, jnp.int32(GOES_ON)
+    def divide(r: Fields) -> Fields:
+        return jax.tree.map(lambda f: f * jnp.asarray(damping / diagonal, f.dtype), r)
 
-    return solve("jacobi", operator, b, x0, lambda r: (), step, limits, symmetric=False)
+    return solve(
+        "jacobi",
+        operator,
+        b,
+        x0,
+        lambda system, r: (),
+        _step,
+        limits,
+        symmetric=False,
+        preconditioner=divide,
+        is_inverse=True,
+    )
+
+
+def _step(
+    system: System, x: Fields, r: Fields, carry: tuple[()]
+) -> tuple[Fields, Fields, tuple[()], Reason]:
+    move = system.preconditioner(r)
+    x, r = fields.plus(x, 1, move), fields.minus(r, system.operator(move))
+    return x, r, carry, jnp.int32(GOES_ON)
+
+
+def _check(b: Fields, diagonal: Any, damping: float) -> None:
+    if not is_positive(damping):
+        raise ValueError(f"jacobi: damping={damping!r} must be a number above 0")
+    if not hasattr(diagonal, "dtype"):
+        if not isinstance(diagonal, int | float) or not is_positive(abs(diagonal)):
+            raise ValueError(f"jacobi: diagonal={diagonal!r} must be a finite number other than 0")
+        return
+    for leaf in jax.tree.leaves(b):
+        shape = jnp.shape(leaf)
+        if diagonal.ndim > len(shape) or any(
+            n not in (1, size) for n, size in zip(diagonal.shape[::-1], shape[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"jacobi: diagonal is {list(diagonal.shape)}, which does not broadcast to b's "
+                f"{list(shape)}"
+            )

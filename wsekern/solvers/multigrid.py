@@ -27,6 +27,8 @@ from wsekern.solvers.solution import (
     Limits,
     Reason,
     Solution,
+    System,
+    is_positive,
     solve,
 )
 from wsekern.wafer import on_devices
@@ -86,20 +88,31 @@ def multigrid(
         a `functools.partial` of one, whose boundary is "zero". Where that cannot be seen, the
         solution's reason is that it diverged.
     """
-    _check(b, sweeps, damping)
+    _check(operator_at, b, diagonal_at, sweeps, damping)
     limits = Limits(tolerance, absolute, int(max_iterations))
     cycle = v_cycle(operator_at, b.shape, diagonal_at=diagonal_at, sweeps=sweeps, damping=damping)
 
-    def step(
-        matvec: Operator, x: Fields, r: Fields, first_norm: Scalar
-    ) -> tuple[Fields, Fields, Scalar, Reason]:
-        move = cycle(r)
-        x, r = fields.plus(x, 1, move), fields.minus(r, matvec(move))
-        grown = fields.norm(r) > _GROWN * first_norm
-        return x, r, first_norm, jnp.where(grown, DIVERGED, GOES_ON)
+    return solve(
+        "multigrid",
+        operator_at(1),
+        b,
+        None,
+        lambda system, r: fields.norm(r),
+        _step,
+        limits,
+        symmetric=True,
+        preconditioner=cycle,
+        is_inverse=True,
+    )
 
-    operator = operator_at(1)
-    return solve("multigrid", operator, b, None, fields.norm, step, limits, symmetric=True)
+
+def _step(
+    system: System, x: Fields, r: Fields, first_norm: Scalar
+) -> tuple[Fields, Fields, Scalar, Reason]:
+    move = system.preconditioner(r)
+    x, r = fields.plus(x, 1, move), fields.minus(r, system.operator(move))
+    grown = fields.norm(r) > _GROWN * first_norm
+    return x, r, first_norm, jnp.where(grown, DIVERGED, GOES_ON)
 
 
 def v_cycle(
@@ -190,16 +203,33 @@ def _levels(shape: Sequence[int]) -> list[int]:
     return levels
 
 
-def _check(b: Any, sweeps: tuple[int, int], damping: float) -> None:
+def _check(
+    operator_at: Any, b: Any, diagonal_at: Any, sweeps: tuple[int, int], damping: float
+) -> None:
     if not hasattr(b, "shape"):
         raise ValueError(f"multigrid: b is a {type(b).__name__}; it must be one field")
-    if _levels(b.shape) == [1]:
+    if not b.shape or _levels(b.shape) == [1]:
         raise ValueError(
             f"multigrid: b is {b.shape}, whose sides cannot be halved; make them multiples of a "
             f"power of two, and longer than {_COARSEST}"
         )
-    if min(sweeps) < 1 or not damping > 0:
-        raise ValueError(f"multigrid: sweeps={sweeps} must be 1 or more, damping={damping} above 0")
+    for name, function in (("operator_at", operator_at), ("diagonal_at", diagonal_at)):
+        if not callable(function):
+            raise ValueError(
+                f"multigrid: {name} is a {type(function).__name__}; it must be a function of the "
+                "level, 1 for the finest grid"
+            )
+    if not callable(operator_at(1)):
+        raise ValueError(
+            f"multigrid: operator_at(1) is a {type(operator_at(1)).__name__}; it must be a "
+            "function of fields"
+        )
+    is_pair = isinstance(sweeps, tuple | list) and len(sweeps) == 2
+    if not is_pair or min(sweeps) < 1 or not is_positive(damping):
+        raise ValueError(
+            f"multigrid: sweeps={sweeps} must be a pair of 1 or more, damping={damping!r} a number "
+            "above 0"
+        )
 
 
 def _check_walls(operator_at: Callable[[int], Operator], levels: Sequence[int]) -> None:

@@ -52,8 +52,8 @@ def field_layout(
         split. If not, fields whose split is not known are laid out over all of their mesh.
 
     Raises:
-      ValueError: the result's shape depends on a split that is not known, or the fields are split
-        over Auto and Explicit axes at once.
+      ValueError: the result's shape depends on a split that is not known, or that is over Auto and
+        Explicit axes at once.
     """
     wafer = context.current() if wafer is None else wafer
     sharding = next((s for s in map(_known_split, fields) if s is not None), None)
@@ -63,9 +63,12 @@ def field_layout(
         if unknown is not None and shape_depends:
             raise _unknown_split(operation, unknown)
         if sharding is not None and sharding.mesh.size > 1:
-            wafer = _wafer_of(operation, sharding.mesh, _axes_that_split(sharding))
+            used = _axes_that_split(sharding)
+            wafer = _wafer_of(
+                sharding.mesh, _one_kind(operation, sharding.mesh, used, shape_depends)
+            )
         elif unknown is not None:
-            wafer = _wafer_of(operation, unknown, _auto_axes(unknown))
+            wafer = _wafer_of(unknown, _auto_axes(unknown))
             chosen = spec is None and wafer is not None
     entries: P | None = spec
     if spec is None and wafer is not None and sharding is not None and sharding.mesh == wafer.mesh:
@@ -123,7 +126,26 @@ def _unknown_split(operation: str, mesh: AbstractMesh) -> ValueError:
     )
 
 
-def _wafer_of(operation: str, mesh: Mesh | AbstractMesh, used: Sequence[str]) -> Wafer | None:
+def _one_kind(
+    operation: str, mesh: Mesh | AbstractMesh, used: Sequence[str], shape_depends: bool
+) -> Sequence[str]:
+    """The axes of one kind among those that split a field: of Explicit and Auto, the Explicit ones.
+
+    Inside jit, JAX tells of no others. Along the others a field is whole on each device.
+    """
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if len({kinds[name] for name in used}) < 2:
+        return used
+    if shape_depends:
+        raise ValueError(
+            f"{operation}: the field is split over the axes {list(used)}, which are "
+            f"{[kinds[name].name for name in used]}, and the shape of the result depends on it; "
+            "make them all Auto or all Explicit (axis_types= of the mesh), or give wafer="
+        )
+    return [name for name in used if kinds[name] == AxisType.Explicit]
+
+
+def _wafer_of(mesh: Mesh | AbstractMesh, used: Sequence[str]) -> Wafer | None:
     """The mesh of an array as a wafer; None if it is split over no axis or over too many.
 
     The axes `used` become, from the last to the first, x, y and wafer: an array that is split as
@@ -131,13 +153,6 @@ def _wafer_of(operation: str, mesh: Mesh | AbstractMesh, used: Sequence[str]) ->
     """
     if not used or len(used) > len(AXES) or set(used) & set(SPREAD.values()):
         return None
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if len({kinds[name] for name in used}) > 1:
-        raise ValueError(
-            f"{operation}: the field is split over the axes {list(used)}, which are "
-            f"{[kinds[name].name for name in used]}; make them all Auto or all Explicit "
-            "(axis_types= of the mesh), or give wafer="
-        )
     if isinstance(mesh, Mesh):
         cpu_threads.check_threads(mesh)
     axes = AXES[len(AXES) - len(used) :]

@@ -37,14 +37,14 @@ def map_on_devices(wafer: "Wafer", kernel: Callable, specs: Specs, check: bool) 
             laid_out = [constrain(wafer, a, s) for a, s in zip(leaves, wanted, strict=True)]
             operands = jax.tree.unflatten(tree, laid_out)
         if wafer.backend == "devices" and isinstance(wafer.mesh, AbstractMesh):
-            operands = jax.tree.map(_kept_by_its_gradient, operands)
+            operands = jax.tree.map(keep_in_gradient, operands)
         return run_on_devices(wafer, per_pe, specs, check)(*operands)
 
     return whole
 
 
 @jax.custom_jvp
-def _kept_by_its_gradient(operand: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+def keep_in_gradient(operand: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """`operand`; a gradient with respect to it reads it too.
 
     A mesh taken from an operand's type names no devices. JAX takes them from the arguments of the
@@ -53,8 +53,8 @@ def _kept_by_its_gradient(operand: Shaped[Array, "..."]) -> Shaped[Array, "..."]
     return operand
 
 
-@_kept_by_its_gradient.defjvp
-def _kept_by_its_gradient_jvp(
+@keep_in_gradient.defjvp
+def _keep_in_gradient_jvp(
     primals: tuple[Shaped[Array, "..."]], tangents: tuple[Any]
 ) -> tuple[Shaped[Array, "..."], Any]:
     [operand], [tangent] = primals, tangents

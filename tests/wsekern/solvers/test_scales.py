@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import wsekern as wk
+from wsekern.solvers import solution
 
 B = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
 
@@ -152,3 +153,52 @@ def test_other_dtypes(dtype):
             np.testing.assert_allclose(
                 np.float64(got.x), np.float64(b) / 2, rtol=2e-2, atol=1e-2 * scale
             )
+
+
+@pytest.mark.parametrize("solver", [wk.cg, wk.bicgstab])
+def test_any_right_side_with_any_operator_of_float32(solver):
+    """To the ends of the range. Subnormal parts of b count, though processors read them as 0."""
+    n = 16
+    matrix = 3 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+    run = jax.jit(lambda a, b: solver(lambda u: a * (3 * u - _neighbors(u)), b))
+    values = np.random.default_rng(1).standard_normal(n)
+    for of_a in (1e-37, 1e-36, 1e-20, 1.0, 1e20, 1e36):
+        for of_b in (1e-37, 1e-30, 1.0, 1e30, 1e37):
+            if not 1e-34 < of_b / of_a < 1e36:  # the solution's parts have to be in range too
+                continue
+            b = np.float32(values * of_b)
+            got = run(jnp.float32(of_a), b)
+            want = np.linalg.solve(matrix * float(np.float32(of_a)), np.float64(b))
+            assert bool(got.converged), (of_a, of_b)
+            np.testing.assert_allclose(got.x, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+    subnormal = run(jnp.float32(1e-30), np.float32(values * 1e-39))
+    assert bool(subnormal.converged) and np.all(np.asarray(subnormal.x))
+    # x would be subnormal itself here, and zeros are no solution.
+    assert not bool(run(jnp.float32(1), np.float32(values * 1e-40)).converged)
+
+
+def _neighbors(u):
+    return jnp.pad(u[1:], (0, 1)) + jnp.pad(u[:-1], (1, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("solver", [wk.cg, wk.bicgstab])
+def test_sixteen_bits_neither_overflow_nor_end_in_nan(solver, dtype):
+    """However long it goes on once rounding is all that is left of the residual."""
+    n, eps = 64, float(jnp.finfo(dtype).eps)
+    matrix = 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+    run = jax.jit(lambda a, b: solver(lambda u: a * (2 * u - _neighbors(u)), b))
+    for of_a in (1 / 4096, 1.0, 4096.0, 16384.0):
+        b = (of_a * np.cos(np.arange(n))).astype(dtype)
+        got = run(jnp.asarray(of_a, dtype), b)
+        residual = np.linalg.norm(of_a * matrix @ np.float64(got.x) - np.float64(b))
+        assert residual < 10 * eps * np.linalg.norm(np.float64(b))
+        np.testing.assert_allclose(got.residual, residual, rtol=0.5)
+        assert got.why in ("converged", solution.REASONS[solution.STAGNATED])
+
+
+def test_a_step_out_of_range_is_said_and_leaves_the_last_x():
+    run = jax.jit(lambda b: wk.jacobi(lambda u: 4e3 * u, b, diagonal=1.0))
+    got = run(B)
+    assert got.why.startswith("diverged") and not bool(got.converged)
+    assert np.isfinite(got.x).all() and np.isfinite(got.residual)

@@ -313,6 +313,18 @@ def test_says_why_it_stopped():
     assert int(near.iterations) <= 1 and bool(near.converged)
 
 
+def test_tolerances_may_be_traced():
+    """And batched: each system ends where its own tolerance says."""
+    solve = lambda tol, atol: wk.cg(poisson(), B, tol=tol, atol=atol)  # noqa: E731
+    got = jax.jit(jax.vmap(solve))(jnp.asarray([1e-1, 1e-4, 1e-4]), jnp.asarray([0, 0, 1e2]))
+    for lane, (tol, atol) in enumerate([(1e-1, 0.0), (1e-4, 0.0), (1e-4, 1e2)]):
+        alone = jax.jit(solve)(tol, atol)
+        assert int(got.iterations[lane]) == int(alone.iterations)
+        np.testing.assert_allclose(got.x[lane], alone.x, atol=1e-4)
+    assert int(got.iterations[0]) < int(got.iterations[1]) and int(got.iterations[2]) == 0
+    assert not np.any(jax.grad(lambda tol: solve(tol, 0.0).x.sum())(1e-3))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -320,13 +332,52 @@ def test_says_why_it_stopped():
         (lambda: wk.cg(lambda u: u, B, B[1:]), r"cg: x0 is float32\[15, 16\], it must be as b"),
         (lambda: wk.cg(lambda u: u, jnp.ones(3, jnp.int32)), "b is int32; cast it to a floating"),
         (lambda: wk.cg(lambda u: u, {}), "b holds no field"),
+        (lambda: wk.cg(lambda u: u, [1.0, 2.0]), "b holds 1.0, which is no array; make b one"),
+        (lambda: wk.cg(lambda u: u, B[:0]), r"shape \[0, 16\], which has no cells"),
+        (lambda: wk.cg(lambda u: u, B + 1j), "b is complex64; solve for a pair of real fields"),
+        (lambda: wk.cg(B, B), r"operator is a ArrayImpl; it must be a function of fields"),
+        (lambda: wk.cg(lambda u: None, B), r"operator\(b\) is PyTreeDef\(None\), b is"),
+        (lambda: wk.cg(lambda u: u, B, 0.0), r"x0 is float32\[\], it must be as b"),
+        (
+            lambda: wk.cg(lambda u: u, B, M=lambda r: r[1:]),
+            r"preconditioner\(b\) is float32\[15, 16\], it must be as b, float32\[16, 16\]",
+        ),
+        (
+            lambda: wk.bicgstab(lambda u: u, B, M=lambda r: r.astype("float16")),
+            r"bicgstab: preconditioner\(b\) is float16\[16, 16\], it must be as b",
+        ),
+        (
+            lambda: jax.jit(lambda most: wk.cg(lambda u: u, B, maxiter=most))(3),
+            "maxiter=.* must be 1 or more, a whole number that is not traced",
+        ),
+        (lambda: wk.cg(lambda u: u, B, maxiter=-1), "maxiter=-1 must be 1 or more"),
+        (lambda: wk.jacobi(lambda u: u, B, diagonal=0.0), "diagonal=0.0 must be a finite number"),
+        (
+            lambda: wk.jacobi(lambda u: u, B, diagonal=jnp.ones(3)),
+            r"diagonal is \[3\], which does not broadcast to b's \[16, 16\]",
+        ),
+        (
+            lambda: wk.multigrid(laplacian_at, B, diagonal_at=4.0),
+            "diagonal_at is a float; it must be a function of the level",
+        ),
+        (
+            lambda: wk.multigrid(laplacian_at, B[0, 0], diagonal_at=lambda h: 4.0),
+            r"b is \(\), whose sides cannot be halved",
+        ),
+        (
+            lambda: wk.multigrid(laplacian_at, B, diagonal_at=lambda h: 4.0, sweeps=2),
+            "sweeps=2 must be a pair of 1 or more",
+        ),
         (lambda: wk.cg(lambda u: u, B, max_iterations=0), "max_iterations=0 must be 1 or more"),
         (
             lambda: wk.cg(lambda u: u, B, tolerance=-1),
             "cg: tolerance=-1 must be 0 or more, a number",
         ),
         (lambda: wk.cg(lambda u: u, B, atol=math.nan), "cg: atol=nan must be 0 or more, a number"),
-        (lambda: wk.jacobi(lambda u: u, B, diagonal=1.0, damping=0), "damping=0 must be above 0"),
+        (
+            lambda: wk.jacobi(lambda u: u, B, diagonal=1.0, damping=0),
+            "damping=0 must be a number above 0",
+        ),
         (
             lambda: wk.multigrid(laplacian_at, B[:15], diagonal_at=lambda h: 4.0),
             r"b is \(15, 16\), whose sides cannot be halved",

@@ -115,16 +115,17 @@ def test_fields_of_which_only_the_second_is_split():
     np.testing.assert_array_equal(tiles["first"], exchanged(u))
 
 
-@pytest.mark.refuses
-def test_refuses_a_split_over_auto_and_explicit_axes():
+def test_a_split_over_auto_and_explicit_axes():
+    """A stencil is over the Explicit ones, as inside jit; a shape that depends on it is refused."""
     mesh = mesh_of(AUTO, EXPLICIT)
-    field, u = laid_out(mesh, P("a", "b"))
-    for operation in (stepped, exchanged):
-        with pytest.raises(ValueError, match=r"\['Auto', 'Explicit'\]; make them all Auto or all"):
-            operation(u)
-    with pytest.raises(ValueError, match="Auto axes 'a' of its mesh"):
-        jax.jit(exchanged)(u)
-    np.testing.assert_allclose(jax.jit(stepped)(u), plain(field), rtol=1e-5, atol=1e-5)
+    for spec in (P("a", "b"), P(("b", "a"))):
+        field, u = laid_out(mesh, spec)
+        for run in (stepped, jax.jit(stepped)):
+            np.testing.assert_allclose(run(u), plain(field), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="make them all Auto or all Explicit"):
+            exchanged(u)
+        with pytest.raises(ValueError, match="Auto axes 'a' of its mesh"):
+            jax.jit(exchanged)(u)
 
 
 @by_kind
@@ -147,6 +148,34 @@ def test_solvers(kind):
         solution = run(operator, b)
         assert solution.converged
         np.testing.assert_allclose(solution.x, np.linalg.solve(matrix, field), atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), (AUTO, EXPLICIT), (AUTO, AUTO)])
+def test_solvers_under_vmap_and_grad(kinds):
+    """Each lane ends when it has converged; the gradient, which reads no b, knows its devices."""
+
+    def solve(solver, b):
+        def operator(x):
+            return wk.stencil(x, lambda v: 5 * v[1:-1, 1:-1] - v[2:, 1:-1] - v[:-2, 1:-1], radius=1)
+
+        return solver(operator, b)
+
+    matrix = 5 * np.eye(8) - np.eye(8, k=1) - np.eye(8, k=-1)
+    field, b = laid_out(mesh_of(*kinds), P(None, "a", "b"), (3, 8, 8))
+    scales = np.float32([1, 1e-25, 0]).reshape(3, 1, 1)
+    field, b = field * scales, b * scales
+    weights = jnp.cos(jnp.arange(64.0)).reshape(8, 8)
+    for solver in (wk.cg, wk.bicgstab):
+        got = jax.jit(jax.vmap(lambda b, solver=solver: solve(solver, b)))(b)
+        want = np.linalg.solve(matrix, np.float64(field))
+        for x, y, scale in zip(np.float64(got.x), want, (1, 1e-25, 1), strict=True):
+            np.testing.assert_allclose(x / scale, y / scale, atol=1e-4)
+        assert got.converged.all() and got.iterations[2] == 0 and np.all(got.iterations[:2])
+        loss = lambda b, solver=solver: (  # noqa: E731
+            jax.vmap(lambda b: solve(solver, b).x)(b) * weights[None]
+        ).sum()
+        want = np.broadcast_to(np.linalg.solve(matrix, np.asarray(weights)), field.shape)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(b), want, atol=1e-4)
 
 
 def test_multigrid_on_explicit_axes():

@@ -10,7 +10,8 @@ PEs runs without moves. So such a contraction is assumed to run as the cheapest 
                  adds up these products
     summed       two vectors, multiplied where they lie, and one all-reduce of a number
 
-The elements of a batch share out the wafer: each gets a region of its own, as far as these go.
+The elements of a batch share out the wafer: each gets a region of its own, as far as these go. Or
+they have the whole wafer one after another.
 
 Sizes: B elements in a batch, M and N free elements of the factors, K that they have in common.
 """
@@ -147,17 +148,20 @@ def cheapest(sizes: Sizes, wafer: Wafer, price: Callable[[Any, Wafer], float]) -
 
 @functools.lru_cache(maxsize=256)
 def _stand_ins(sizes: Sizes, wafer: Wafer) -> tuple[StandIn, ...]:
-    region, share = _region(sizes.B, wafer)
     dtype = jnp.float16 if sizes.bytes == 2 else jnp.float32
+    regions = [_region(sizes.B, wafer)]
+    if 1 < sizes.B < wafer.size:
+        regions.append((wafer, sizes.B))
     traced = []
-    for name, run, a, b in _programs(sizes, region):
-        operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (a, b)]
-        as_given = bool(sizes.form) and name == "wk.matmul"
-        if share > 1:  # one element of the batch after another
-            run = functools.partial(_one_by_one, run)
-            operands = [jax.ShapeDtypeStruct((share, *x.shape), dtype) for x in operands]
-        jaxpr, _ = trace.trace_program("estimate", run, operands, region)
-        traced.append(StandIn(name, jaxpr, region, as_given))
+    for region, share in regions:
+        for name, run, a, b in _programs(sizes, region):
+            operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (a, b)]
+            as_given = bool(sizes.form) and name == "wk.matmul"
+            if share > 1:  # one element of the batch after another
+                run = functools.partial(_one_by_one, run)
+                operands = [jax.ShapeDtypeStruct((share, *x.shape), dtype) for x in operands]
+            jaxpr, _ = trace.trace_program("estimate", run, operands, region)
+            traced.append(StandIn(name, jaxpr, region, as_given))
     return tuple(traced)
 
 

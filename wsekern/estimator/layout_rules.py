@@ -12,7 +12,7 @@ from wsekern.estimator import trace
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.indexing import Rule, cycles_of, gather, scatter
 from wsekern.estimator.links.price import PricedMove
-from wsekern.estimator.relayout import relayout_move, repeat_move, shift_move, sum_move
+from wsekern.estimator.relayout import relayout_move, shift_move, sum_move, tile_move
 from wsekern.estimator.reshapes import spec_after_reshape
 from wsekern.estimator.specs import (
     Spec,
@@ -44,7 +44,7 @@ def _broadcast(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     kept = tuple(target[d] for d in equation.params["broadcast_dimensions"])
     if math.prod(out.shape) == math.prod(source.shape) or is_coarser(spec, kept):
         return tuple(new), []
-    return target, repeat_move(source, spec, kept, wafer)
+    return target, tile_move(source, spec, kept, wafer)
 
 
 def _squeeze(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:

@@ -19,7 +19,7 @@ from wsekern.estimator import trace
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.layout_rules import PROGRAMS, RULES
 from wsekern.estimator.links.price import PricedMove
-from wsekern.estimator.relayout import relayout_move, repeat_move, shift_move
+from wsekern.estimator.relayout import shift_move, tile_move
 from wsekern.estimator.specs import (
     ON_EVERY_PE,
     Spec,
@@ -101,13 +101,37 @@ def result_layout(
     return ResultLayout(new, moves, guessed, named)
 
 
+def largest_array(
+    equation: JaxprEqn, specs: Sequence[Spec | None], result: Spec | None, wafer: Wafer
+) -> tuple[tuple[int, ...], Spec | None]:
+    """The shape of the largest operand or result of an operation, and how it lies.
+
+    Args:
+      equation: on whole arrays.
+      specs: how each operand lies.
+      result: how the results lie.
+      wafer: over which the arrays are spread.
+    """
+    atoms = [*zip(equation.invars, specs, strict=True), *((v, result) for v in equation.outvars)]
+    arrays = [(tuple(getattr(v.aval, "shape", ())), spec) for v, spec in atoms]
+    # Of arrays of one size, that with a known layout, and of these the one that is cut most.
+    shape, spec = max(
+        arrays,
+        key=lambda array: (
+            math.prod(array[0]),
+            0 if array[1] is None else part_count(array[1], wafer),
+        ),
+    )
+    return shape, spec
+
+
 def lay_out_as(
     aval: Any, spec: Spec | None, assumed: bool, wanted: Spec, wafer: Wafer
 ) -> list[PricedMove]:
     """The move of an array that lies as `spec` says to where `wanted` asks for it; or none."""
-    if spec is None or spec == wanted or (assumed and not is_transposed(spec, wanted)):
+    if spec is None or (assumed and not is_transposed(spec, wanted)):
         return []
-    return [relayout_move(aval, wafer)]
+    return tile_move(aval, spec, wanted, wafer)
 
 
 def _elementwise(
@@ -147,8 +171,10 @@ def _elementwise(
             moves += lay_out_as(arrays[i], spec, gives_way, target, wafer)
     for i, aval in repeated.items():
         kept = tuple(() if n == 1 else target[d] for d, n in enumerate(aval.shape))
-        moves += repeat_move(aval, specs[i] or assumed_spec(aval.shape, wafer), kept, wafer)
-    return ResultLayout(target, moves, not firm, "a flood" if repeated and moves else "")
+        moves += tile_move(aval, specs[i] or assumed_spec(aval.shape, wafer), kept, wafer)
+    return ResultLayout(
+        target, moves, not firm, "a flood of its smaller operand" if repeated and moves else ""
+    )
 
 
 def order_kept(equation: JaxprEqn, operands: Sequence[Any]) -> tuple[tuple[int, ...], Spec] | None:

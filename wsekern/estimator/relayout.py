@@ -49,17 +49,23 @@ def move_anywhere(words: float, wafer: Wafer) -> price.PricedMove:
     )
 
 
-def spread_evenly(work: Work, elements: int, wafer: Wafer) -> Work:
+def spread_work(work: Work, shape: Sequence[int], spec: Spec | None, wafer: Wafer) -> Work:
     """The part of the busiest PE of work on whole arrays.
 
     Args:
       work: on all elements.
-      elements: of the largest array of the operation.
-      wafer: over which they are spread.
+      shape: of the largest array of the operation.
+      spec: how this lies; None: evenly spread.
+      wafer: over which it is spread.
     """
-    pes = wafer.size
-    # What lies whole on every PE is worked through by each.
-    share = 1.0 if elements <= ON_EVERY_PE else -(-elements // pes) / elements
+    pes, elements = wafer.size, math.prod(shape)
+    # What lies whole on several PEs is worked through by each.
+    if elements <= ON_EVERY_PE:
+        share = 1.0
+    elif spec is None:
+        share = -(-elements // pes) / elements
+    else:
+        share = math.prod(tile_of(shape, spec, wafer)) / elements
     # Each PE starts all instructions, however few elements it has.
     cycles = work.starts + (work.cycles - work.starts) * share
     # Operations are counted once, whoever repeats them.
@@ -114,13 +120,13 @@ def flood_move(words: float, axes: Collection[str], wafer: Wafer) -> price.Price
     return around_defects.stretch_along_lines(move, along, sizes, machine, wafer.placement)
 
 
-def repeat_move(aval: Any, spec: Spec, kept: Spec, wafer: Wafer) -> list[price.PricedMove]:
-    """The move that gives every PE the cells that its tile of a larger array repeats; or none.
+def tile_move(aval: Any, spec: Spec, kept: Spec, wafer: Wafer) -> list[price.PricedMove]:
+    """The move that gives every PE the tile that it needs of an array; none if it has that.
 
     Args:
-      aval: of the array that is repeated.
+      aval: of the array.
       spec: how it lies.
-      kept: how its dimensions are split in the larger array.
+      kept: how it is to lie.
       wafer: over which it is spread.
     """
     if is_coarser(spec, kept):

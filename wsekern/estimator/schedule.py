@@ -117,7 +117,7 @@ class Schedule:
             ready = self._send(state.line, move, ready)
         if state.is_view and not moves:
             work = cost.copy_work(atom.aval, self.machine, self.constants)
-            work = relayout.spread_evenly(work, cost.size_of(atom), self.wafer)
+            work = relayout.spread_work(work, shape, state.spec, self.wafer)
             ready = self.clocks.compute("copy", state.line, work, ready)
         return ready
 
@@ -228,8 +228,8 @@ class Schedule:
         is_view = name in cost.VIEWS
         if not is_view:
             self._note_unknown(equation)
-            largest = max(map(cost.size_of, (*equation.invars, *equation.outvars)), default=1)
-            work = relayout.spread_evenly(self._work(equation), largest, self.wafer)
+            shape, spec = layouts.largest_array(equation, specs, layout.spec, self.wafer)
+            work = relayout.spread_work(self._work(equation), shape, spec, self.wafer)
             ready = self._compute(equation, work, ready)
         state = VariableState(ready, spec=layout.spec, assumed=layout.assumed, line=line)
         state = state._replace(is_view=is_view)

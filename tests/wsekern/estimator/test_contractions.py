@@ -88,6 +88,8 @@ def test_the_elements_of_a_batch_have_regions_of_their_own():
         e = estimate(product, stack, stack)
         assert e.cycles == pytest.approx(one.cycles, rel=0.2)
         assert e.flops == pytest.approx(64 * 2 * 44**3, rel=0.01)
+    few = array(2, 720, 720)  # of 90 x 90 PEs, both products have all, one after the other
+    assert estimate(jnp.matmul, few, few).cycles < 2.1 * estimate(wk.matmul, A, A).cycles
     many = array(90 * 90 * 4, 3, 3)
     local = estimate(jax.vmap(jnp.matmul), many, many)
     assert local.moves == 0 and local.flops == pytest.approx(90 * 90 * 4 * 54)

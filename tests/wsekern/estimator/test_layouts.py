@@ -192,7 +192,7 @@ def test_what_data_address_is_moved_and_named(function, program):
 
 def test_a_row_beside_a_field_is_flooded():
     e = estimate(lambda u, v: u * v[None], FIELD, array(W))
-    assert e.received == W // 8 and list(e.assumed) == ["mul as a flood"]
+    assert e.received == W // 8 and list(e.assumed) == ["mul as a flood of its smaller operand"]
     mean = estimate(lambda u: u - u.mean(0, keepdims=True), FIELD)
     assert "flood" not in names(mean)  # every PE has the mean of its columns
 
@@ -227,3 +227,24 @@ def test_a_kernel_takes_what_is_laid_out_as_it_needs_it():
     double = wafer.map(lambda x: x * 2.0, in_specs=GRID, out_specs=GRID)
     assert wk.estimate(lambda u: double(double(u) + 1.0), FIELD, wafer=wafer).moves == 0
     assert wk.estimate(lambda u: double(double(u).T), array(240, 240), wafer=wafer).moves == 1
+
+
+def test_who_has_a_tile_already_is_sent_none():
+    """From P(None, "x") every PE cuts its tile out of what it has; to it, columns gather theirs."""
+    wafer = wk.Wafer.abstract(wk.WSE3, 8, 8)
+    tiled, columns, whole = (
+        wafer.map(lambda x: x * 2.0, in_specs=spec, out_specs=spec)
+        for spec in (GRID, P(None, "x"), P(None, None))
+    )
+    both = lambda first, then: wk.estimate(lambda u: then(first(u)), FIELD, wafer=wafer)  # noqa: E731
+    assert both(columns, tiled).moves == both(whole, tiled).moves == both(whole, columns).moves == 0
+    assert both(tiled, columns).received == H * W / 8
+    assert both(tiled, whole).received == H * W
+
+
+def test_what_several_pes_have_each_of_them_works_through():
+    wafer = wk.Wafer.abstract(wk.WSE3, 8, 8)
+    for spec, parts in ((GRID, 64), (P(None, "x"), 8), (P(None, None), 1)):
+        made = wafer.map(lambda x: x, in_specs=spec, out_specs=spec)
+        e = wk.estimate(lambda u, made=made: made(u) * 2.0, FIELD, wafer=wafer)
+        assert H * W / parts < e.cycles < H * W / parts + 20

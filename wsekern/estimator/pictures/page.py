@@ -82,8 +82,8 @@ def render_page(e: Estimate, title: str | None = None) -> str:
         "<h2>Figures</h2>",
         render_table(("", ""), figures(e), numbers=()),
         "<h2>By operation</h2>",
-        '<p class="soft">Cycles that operations take, one after another; what overlaps is counted '
-        "each time.</p>",
+        '<p class="soft">Each cycle of the program is one operation\'s; what runs beside a longer '
+        "one takes none.</p>",
         _folding_table(("operation", "cycles", "share"), _shares(e, 0)),
         "<h2>By source line</h2>",
         _folding_table(("line", "cycles", "share"), _shares(e, 1)),

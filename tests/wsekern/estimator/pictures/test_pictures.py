@@ -154,7 +154,7 @@ def test_a_page_draws_only_what_there_is_to_see():
     """No map without a word on a link, no timeline without a cycle, no roof without a FLOP."""
     wafer = wk.Wafer.abstract(wk.WSE2, 1, 4)
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    idle = wk.estimate(lambda x: x.T, a, wafer=wafer)
+    idle = wk.estimate(lambda x: x, a, wafer=wafer)
     text = page.render_page(idle)
     assert text.count("<svg ") == 0 and "There is nothing to draw" in text
     assert "bound by         nothing" in str(idle) and "(busy: )" not in str(idle)

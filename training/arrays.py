@@ -66,7 +66,8 @@ def _check_files(folder: pathlib.Path, size: int) -> None:
 
 
 def _spec(path: pathlib.Path) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": os.fspath(path)}}
+    # TensorStore refuses paths with "..".
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": os.path.realpath(path)}}
 
 
 def _wait_for_all(futures: Iterable[Any]) -> list[Any]:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from training import manifest, step_folder
+from training.arrays import write_arrays
 from training.manifest import Leaf, Manifest, Place
 from training.run_folder import MANIFEST, PARTIAL, finished_steps, step_folders
 
@@ -119,12 +120,15 @@ class Checkpoints:
         probe = self.directory / f"writable{PARTIAL}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"\0")
-            probe.unlink()
-        except OSError as error:
+            if probe.exists():
+                step_folder.remove(probe)
+            # By the array store, which takes fewer names of folders than the system.
+            write_arrays(probe, {"probe": np.zeros(1)})
+            step_folder.remove(probe)
+        except Exception as error:  # the system's, or the array store's
             raise OSError(
-                f"checkpoints cannot be written to {self.directory} ({error.strerror}); mend "
-                "that or choose another --out"
+                f"checkpoints cannot be written to {self.directory} "
+                f"({step_folder.reason(error)}); mend that or choose another --out"
             ) from error
         size = sum(place.nbytes for place in manifest.places(state))
         wanted = self.keep + 1 - min(len(self.steps()), self.keep)

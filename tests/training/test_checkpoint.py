@@ -403,6 +403,20 @@ def test_the_next_save_removes_what_a_killed_process_left(saved):
     assert sorted(os.listdir(saved.directory)) == ["20", "30", "40"]
 
 
+def test_a_path_may_lead_up_and_down(tmp_path):
+    with Checkpoints(tmp_path / "a" / ".." / "b" / ".." / "checkpoints") as checkpoints:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        checkpoints.check_writable()
+        assert checkpoints.save(1, {"a": jnp.ones(3)}, {}, wait=True) == []
+        assert checkpoints.restore({"a": jnp.ones(3)})[0] == 1
+
+
+def test_a_name_that_the_array_store_does_not_take_is_refused_first(tmp_path):
+    with pytest.raises(OSError, match="cannot be written to .*; mend that or choose another --out"):
+        Checkpoints(tmp_path / "a\udcff").check_writable()
+
+
 def test_free_space_and_permissions_are_checked_first(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "deep" / "checkpoints")
     checkpoints.check_writable(template())

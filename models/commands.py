@@ -24,7 +24,7 @@ from models.presets import PRESETS
 from models.sampling import Sampling
 from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
-from wsekern.error_line import printable
+from wsekern.error_line import printable, without_controls
 from wsekern.estimator.pictures.output import check_new_folder
 from wsekern.wafer.launch import find_devices, keep_compiled_programs, make_wafer
 from wsekern.wafer.wafer import Wafer
@@ -146,12 +146,14 @@ def _write(
             if not step.ended[0]:
                 yield int(step.tokens[0])
 
+    # A file or a program gets what the model says, a terminal nothing that it would obey.
+    shown = without_controls if sys.stdout.isatty() else str
     for piece in tokenizer.stream(tokens()):
-        sys.stdout.write(piece)
+        sys.stdout.write(shown(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
     for text in texts[1:]:
-        sys.stdout.write(f"\n{tokenizer.decode(text)}\n")
+        sys.stdout.write(f"\n{shown(tokenizer.decode(text))}\n")
     sys.stdout.flush()
     made, now = sum(map(len, texts)), time.perf_counter()
     if first is not None and now > first:

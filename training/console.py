@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from training.config import TrainingConfig
+from wsekern.error_line import printable, without_controls
 from wsekern.progress import show_progress
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -56,7 +57,7 @@ class Console:
 
     def note(self, line: str) -> None:
         """Prints a line above the progress."""
-        self.show(Text(line), wrap=False)
+        self.show(Text(printable(line)), wrap=False)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -132,7 +133,7 @@ class Console:
 
     def sample(self, text: str) -> None:
         """Prints text that the model has written."""
-        self.show(Panel(Text(text), title="sample", title_align="left"))
+        self.show(Panel(Text(without_controls(text)), title="sample", title_align="left"))
 
     def _try(self, say: Callable[[], None]) -> None:
         """Runs `say`; if output is closed or its disk is full, the run goes on in silence."""

@@ -1,8 +1,10 @@
 """Say why a command ends: one line on standard error that a terminal can show."""
 
 import errno
+import re
 import sys
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all but "\t" and "\n"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -28,3 +30,11 @@ def printable(text: str) -> str:
     over the lines before them, or look like another line.
     """
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def without_controls(text: str) -> str:
+    r"""The same for text of several lines, that a model wrote: lines and tabs stay, as do joiners.
+
+    A model may say what a stranger has trained it to.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

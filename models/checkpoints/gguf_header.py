@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.checkpoints.json_file import file_size, shown
+from wsekern.error_line import printable
 
 _STRING, _LIST = 8, 9
 # The format's number of each type of value that has a fixed size -> NumPy's name of it
@@ -226,7 +227,7 @@ class Header:
         value = self.value(name)
         if isinstance(value, np.ndarray):
             value = value[:100].tolist()
-        return ValueError(f"{self.file}: {name}={shown(value)} {problem}")
+        return ValueError(f"{self.file}: {printable(name)}={shown(value)} {problem}")
 
     def _one(self, name: str, default: Any) -> Any:
         """A value; of a list of equal numbers, the first."""

@@ -34,6 +34,8 @@ _UNSUPPORTED = (
     *("add_sep_token", "remove_extra_whitespaces", "precompiled_charsmap", "suppress_tokens"),
     *("normalizer.lowercase", "normalizer.strip_accents"),
 )
+_MOST_TOKENS = 500_000  # the largest vocabularies have half of them
+_MOST_ADDED = 100_000  # tokens that are found whole; models of speech have 66,000
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Tokens that end a text wherever a vocabulary has them.
 _ENDS_BY_NAME = (
@@ -72,6 +74,7 @@ def of_file(file: pathlib.Path) -> Tokenizer:
     if kind not in ("gpt2", "llama"):
         raise header.error(f"{_ROOT}model", "is no kind of tokenizer that is known: gpt2, llama")
     tokens = header.texts(f"{_ROOT}tokens")
+    _check_count(header, "tokens", len(tokens), _MOST_TOKENS)
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     if len(set(tokens)) < len(tokens):
         numbers: dict[str, int] = {}
@@ -79,6 +82,8 @@ def of_file(file: pathlib.Path) -> Tokenizer:
         raise ValueError(f"{file}: {_ROOT}tokens has {shown(tokens[i])} twice, as {first} and {i}")
     kinds = _kinds(header, len(tokens))
     special = _special(header, len(tokens), _USUAL if kind == "llama" else {})
+    added = np.isin(kinds, [Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED])
+    _check_count(header, "token_type: tokens found whole", int(added.sum()), _MOST_ADDED)
     ends = _ends(special, tokens, kinds)
     if kind == "gpt2":
         inner, begins = _byte_level(header, tokens)
@@ -105,6 +110,11 @@ def of_file(file: pathlib.Path) -> Tokenizer:
         names=names,
         source=str(file),
     )
+
+
+def _check_count(header: Header, name: str, count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(f"{header.file}: {_ROOT}{name} are {count:,}, more than {most:,}")
 
 
 def _check_keys(header: Header) -> None:

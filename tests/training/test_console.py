@@ -107,3 +107,13 @@ def test_a_sample_is_shown_as_it_is(text):
         console.sample(text)
     for line in text.splitlines():
         assert line in terminal.file.getvalue()
+
+
+def test_nothing_that_a_terminal_would_obey_is_shown():
+    terminal = file_terminal()
+    with Console(CONFIG, terminal) as console:
+        console.note("removed \x1b[2J\nx.partial")
+        console.sample("a\x1b[31m\nb")
+    output = terminal.file.getvalue()
+    assert "\x1b" not in output
+    assert r"removed \x1b[2J\nx.partial" in output and r"a\x1b[31m" in output

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from wsekern.atomic_write import atomic_write
-from wsekern.error_line import error_line
+from wsekern.error_line import error_line, without_controls
 
 
 def test_the_file_is_replaced_when_the_block_ends(tmp_path):
@@ -45,4 +45,5 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
 
 def test_an_error_is_one_line_for_any_terminal():
     assert error_line(ValueError("a\nb\x1b[2Jc\u202ed é")) == r"a\nb\x1b[2Jc\u202ed é"
+    assert without_controls("a\tb\nc\x1b[2J\x9bd\r🏴‍☠️é") == "a\tb\nc\\x1b[2J\\x9bd\\r🏴‍☠️é"
     assert error_line(FileNotFoundError(2, "No such file", "a\tb")) == r"a\tb: No such file"

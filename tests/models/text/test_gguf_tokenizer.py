@@ -7,6 +7,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
+from models.text import gguf_tokenizer  # noqa: E402
 from models.text.bpe import byte_letters  # noqa: E402
 from models.text.pretokenizers import PRE_TOKENIZERS  # noqa: E402
 from models.text.reading import load_tokenizer  # noqa: E402
@@ -239,3 +240,14 @@ def test_chat_templates_by_name(tmp_path):
 def test_a_kind_that_is_none_is_named(tmp_path, kind):
     with pytest.raises(ValueError, match=rf"token_type\[257\]=.*{kind}.* is no kind of a token"):
         load_tokenizer(byte_level(tmp_path / "a.gguf", special=[("<x>", kind)]))
+
+
+def test_more_tokens_than_any_model_has_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_tokenizer, "_MOST_TOKENS", 300)
+    monkeypatch.setattr(gguf_tokenizer, "_MOST_ADDED", 30)
+    many = [(f"<{i}>", NORMAL) for i in range(44)]
+    with pytest.raises(ValueError, match="tokenizer.ggml.tokens are 301, more than 300"):
+        load_tokenizer(byte_level(tmp_path / "a.gguf", special=many))
+    whole = [(f"<{i}>", USER_DEFINED) for i in range(31)]
+    with pytest.raises(ValueError, match="token_type: tokens found whole are 31, more than 30"):
+        load_tokenizer(byte_level(tmp_path / "b.gguf", special=whole))

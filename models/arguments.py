@@ -1,13 +1,13 @@
 """The arguments of `python -m models`; imports no jax, so that `--help` is quick."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from models.checkpoints.json_file import parse_json
 from wsekern.error_line import print_error
 from wsekern.wafer.launch import Platform, parse_grid
 
@@ -60,13 +60,7 @@ class GenerateCommand:
     @property
     def template_options(self) -> dict[str, Any]:
         """The template's variables that `chat_options` spells."""
-        try:
-            options = json.loads(self.chat_options)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"chat_options={self.chat_options!r} is not JSON: {error}") from None
-        if not isinstance(options, dict):
-            raise ValueError(f"chat_options={self.chat_options!r} must be an object, as {{}}")
-        return options
+        return parse_json(self.chat_options.encode(errors="replace"), "chat_options")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,11 @@ def check_out(run_dir: pathlib.Path) -> None:
             raise ValueError(
                 f"out: {run_dir / name} is no regular file; remove it, or choose another --out"
             )
+    for name in (CHECKPOINTS, MODEL):
+        if os.path.lexists(run_dir / name) and not (run_dir / name).is_dir():
+            raise ValueError(
+                f"out: {run_dir / name} is no folder; remove it, or choose another --out"
+            )
     if (run_dir / CONFIG).exists() or (run_dir / LOCK).exists():
         return  # `training.config` reads the config, and knows whether it is a run's
     others = [name for name in _OUTPUTS if (run_dir / name).exists()]

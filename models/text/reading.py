@@ -279,8 +279,13 @@ def _tokenizer_model(
 
 def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> tuple[Any, SpecialTokens, bool | None]:
     """Llama 3's: the ranks of tokens, and after them 256 special tokens, or those of the files."""
-    lines = (line.split() for line in file.read_bytes().splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    ranks = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        token, _, rank = line.strip().partition(b" ")
+        if token and not (rank.isdigit() and len(rank) < 10):
+            raise ValueError(f"line {number} is {shown(line)}; it must be a token and its rank")
+        if token:
+            ranks[base64.b64decode(token)] = int(rank)
     vocab, merges = bpe.merges_of_ranks(ranks)
     first = len(ranks)
     if sorted(ranks.values()) != list(range(first)):

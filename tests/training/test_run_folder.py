@@ -128,3 +128,10 @@ def test_a_run_is_finished_once_all_that_follows_its_last_checkpoint_is_written(
     write("sample.txt", 13)
     assert is_finished(tmp_path, 6, sample=True)
     assert not is_finished(tmp_path, 7, sample=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} is no folder; remove it"):
+        check_out(tmp_path)

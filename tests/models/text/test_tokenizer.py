@@ -125,6 +125,13 @@ def test_tiktoken_ranks(tmp_path):
     assert tokenizer.encode("<|eot_id|>", special=False) == [len(ranks) + 9]
 
 
+@pytest.mark.parametrize("line", ["YQ==", "YQ== x", "YQ== 1 2", f"YQ== {'9' * 5000}"])
+def test_a_line_that_is_no_rank_is_named(tmp_path, line):
+    (tmp_path / "tokenizer.model").write_text(f"IQ== 0\n{line}\n")
+    with pytest.raises(ValueError, match="tokenizer.model cannot be read: line 2 is b'YQ=="):
+        load_tokenizer(tmp_path)
+
+
 def test_tiktoken_ranks_with_tokens_of_the_files(tmp_path):
     lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
     (tmp_path / "tokenizer.model").write_text("\n".join(lines))

@@ -102,7 +102,10 @@ def test_an_error_is_one_line(folder, arguments, message, capsys):
         (["generate", "--model", "a", "--prompt", "a", "--system", "b"], "add --chat"),
         (["generate", "--model", "a", "--prompt", "a", "--chat-options", '{"a": 1}'], "add --chat"),
         (["generate", "--model", "a", "--prompt", "a", "--chat-options", "{"], "is not valid JSON"),
-        (["generate", "--model", "a", "--prompt", "a", "--chat-options", "[]"], "is not a JSON object"),
+        (
+            ["generate", "--model", "a", "--prompt", "a", "--chat-options", "[]"],
+            "not a JSON object",
+        ),
         (["generate", "--prompt", "a"], "--model"),
         (["speak"], "speak"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from jax.extend.core import JaxprEqn
@@ -10,7 +9,7 @@ from jax.extend.core import JaxprEqn
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.relayout import flood_move, move_anywhere, sum_move, words_of
-from wsekern.estimator.specs import ON_EVERY_PE, Spec
+from wsekern.estimator.specs import Spec, is_small
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.limits import gather_limit
 from wsekern.wafer.wafer import Wafer
@@ -50,8 +49,7 @@ def scatter(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     numbers = equation.params["dimension_numbers"]
     dims = numbers.scatter_dims_to_operand_dims
     # Every PE knows a few updates, and makes those of its own tile.
-    few = math.prod(updates.shape) <= ON_EVERY_PE and math.prod(indices.shape) <= ON_EVERY_PE
-    if few:
+    if is_small(updates.shape, wafer) and is_small(indices.shape, wafer):
         return spec, []
     if any(spec) and not any(spec[d] for d in dims):
         return spec, *_flood_indices(indices, bool(numbers.operand_batching_dims), wafer)
@@ -74,7 +72,7 @@ def _flood_indices(indices: Any, batched: bool, wafer: Wafer) -> tuple[list[Pric
       batched: whether each row of the table has places of its own, which lie beside it.
       wafer: over which the table is spread.
     """
-    if batched or math.prod(indices.shape) <= ON_EVERY_PE:
+    if batched or is_small(indices.shape, wafer):
         return [], ""
     move = flood_move(words_of(indices), _BOTH, wafer)
     return ([], "") if move is None else ([move], "a flood of its indices")

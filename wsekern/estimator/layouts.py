@@ -21,11 +21,11 @@ from wsekern.estimator.layout_rules import PROGRAMS, RULES
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.relayout import shift_move, tile_move
 from wsekern.estimator.specs import (
-    ON_EVERY_PE,
     Spec,
     assumed_spec,
     from_partition_spec,
     is_coarser,
+    is_small,
     is_transposed,
     part_count,
 )
@@ -151,9 +151,7 @@ def _elementwise(
     }
     same = [i for i, aval in arrays.items() if aval.shape == shape]
     repeated = {
-        i: aval
-        for i, aval in arrays.items()
-        if i not in same and math.prod(aval.shape) > ON_EVERY_PE
+        i: aval for i, aval in arrays.items() if i not in same and not is_small(aval.shape, wafer)
     }
     known = {i: spec for i in same if (spec := specs[i]) is not None}
     if not known and not repeated:
@@ -177,7 +175,9 @@ def _elementwise(
     )
 
 
-def order_kept(equation: JaxprEqn, operands: Sequence[Any]) -> tuple[tuple[int, ...], Spec] | None:
+def order_kept(
+    equation: JaxprEqn, operands: Sequence[Any], wafer: Wafer
+) -> tuple[tuple[int, ...], Spec] | None:
     """How the reshaped operands of an operation lie, if it can work on them where they lie.
 
     So do operations on all elements alike, and sums of all: `x.ravel() * 2`, `x.ravel().max()`.
@@ -185,6 +185,7 @@ def order_kept(equation: JaxprEqn, operands: Sequence[Any]) -> tuple[tuple[int, 
     Args:
       equation: on whole arrays.
       operands: what is known of them (`schedule.VariableState`).
+      wafer: over which they are spread.
     """
     before = {v.before for v in operands if v.before is not None}
     name, out = equation.primitive.name, equation.outvars[0].aval
@@ -193,10 +194,10 @@ def order_kept(equation: JaxprEqn, operands: Sequence[Any]) -> tuple[tuple[int, 
     if len(before) != 1 or name == "sharding_constraint" or not (rule is None or whole):
         return None
     for atom, v in zip(equation.invars, operands, strict=True):
-        size = math.prod(getattr(atom.aval, "shape", ()))
-        known = v.spec is not None and size > ON_EVERY_PE
-        repeated = not whole and ON_EVERY_PE < size < math.prod(shape)
-        if v.before is None and not v.static and (known or repeated):
+        own = getattr(atom.aval, "shape", ())
+        repeated = not whole and math.prod(own) < math.prod(shape)
+        fixed = (v.spec is not None or repeated) and not is_small(own, wafer)
+        if fixed and v.before is None and not v.static:
             return None
     return before.pop()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from wsekern.estimator.cost import Work, width_of
 from wsekern.estimator.links import around_defects, loads, price
-from wsekern.estimator.specs import ON_EVERY_PE, Spec, is_coarser, parts_along, tile_of
+from wsekern.estimator.specs import Spec, is_coarser, is_small, parts_along, tile_of
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
 
@@ -60,7 +60,7 @@ def spread_work(work: Work, shape: Sequence[int], spec: Spec | None, wafer: Wafe
     """
     pes, elements = wafer.size, math.prod(shape)
     # What lies whole on several PEs is worked through by each.
-    if elements <= ON_EVERY_PE:
+    if is_small(shape, wafer):
         share = 1.0
     elif spec is None:
         share = -(-elements // pes) / elements

@@ -210,7 +210,9 @@ class Schedule:
             return self._contraction(equation, operands)
         if name == "reshape":
             return [self._reshape(equation, operands[0])]
-        before = layouts.order_kept(equation, operands)
+        if name == "optimization_barrier":  # every result is an operand, and waits for all of them
+            return [v._replace(ready=ready) for v in operands]
+        before = layouts.order_kept(equation, operands, self.wafer)
         if before is None:
             anywhere = layouts.read_anywhere(equation)
             operands = [
@@ -238,7 +240,11 @@ class Schedule:
             state = state._replace(true_shape=true_shape)
         if before is not None and cost.size_of(equation.outvars[0]) > 1:
             state = state._replace(spec=None, before=before, assumed=any(assumed))
-        return [state] * len(equation.outvars)
+        shapes = [getattr(v.aval, "shape", ()) for v in equation.outvars]
+        return [
+            state if len(shape) == len(shapes[0]) else state._replace(spec=None, before=None)
+            for shape in shapes
+        ]
 
     def _reshape(self, equation: JaxprEqn, operand: VariableState) -> VariableState:
         """The state of a reshaped array. Nothing moves before an operation needs its new order."""

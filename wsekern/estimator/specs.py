@@ -11,9 +11,8 @@ from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
 
 Spec = tuple[tuple[str, ...], ...]  # for each dimension, the mesh axes that split it
-# An array of so few elements is assumed to lie whole on every PE: one instruction works through it
-# in the cycles that another one takes to start.
-ON_EVERY_PE = 16
+# An instruction works through so few elements in the cycles that another one takes to start.
+_FEW = 16
 
 
 def from_partition_spec(spec: Any, ndim: int) -> Spec:
@@ -22,10 +21,15 @@ def from_partition_spec(spec: Any, ndim: int) -> Spec:
     return tuple(entries) + ((),) * (ndim - len(entries))
 
 
+def is_small(shape: Sequence[int], wafer: Wafer) -> bool:
+    """Whether an array is assumed to lie whole on every PE: it has few elements, fewer than PEs."""
+    return math.prod(shape) <= max(1, min(_FEW, wafer.size - 1))
+
+
 def assumed_spec(shape: Sequence[int], wafer: Wafer) -> Spec:
     """How an array is assumed to lie whose layout is not known."""
     n = len(shape)
-    if math.prod(shape) <= ON_EVERY_PE:
+    if is_small(shape, wafer):
         return ((),) * n
     if n > 1 and shape[-2] >= wafer.height and shape[-1] >= wafer.width:
         return ((),) * (n - 2) + ((ROWS,), (COLS,))

@@ -11,6 +11,8 @@ import pathlib
 from collections import Counter
 from typing import Any
 
+from models.checkpoints.json_file import shown
+
 _MOST_GROWTH = 1000  # times as long; Unicode's compatibility forms alone make one letter 18
 _MOST_ADDED = 10_000  # characters, or tokens, to any text
 _MOST_STEPS = 1000
@@ -48,7 +50,8 @@ def check_growth(tokenizer: Any, file: pathlib.Path) -> None:
       file: for messages.
 
     Raises:
-      ValueError: a text may become 1,000 times as long, or get 10,000 characters or tokens more.
+      ValueError: a text may become 1,000 times as long, or get 10,000 characters or tokens more; or
+        the post-processor adds a token that it does not define.
     """
     for name, parts in (("normalizer", "normalizers"), ("decoder", "decoders")):
         steps = _steps(getattr(tokenizer, name), parts, f"{file}: its {name}")
@@ -57,10 +60,11 @@ def check_growth(tokenizer: Any, file: pathlib.Path) -> None:
             worth = _before(step, worth)
         _check(f"{file}: its {name}", worth.most, worth.added)
     times, added = 1.0, 0.0
-    for step in _steps(tokenizer.post_processor, "processors", f"{file}: its post_processor"):
-        texts, tokens = _frame(step)
+    where = f"{file}: its post_processor"
+    for step in _steps(tokenizer.post_processor, "processors", where):
+        texts, tokens = _frame(step, where)
         times, added = times * texts, added * texts + tokens
-    _check(f"{file}: its post_processor", times, added)
+    _check(where, times, added)
 
 
 def _check(where: str, times: float, added: float) -> None:
@@ -133,11 +137,13 @@ def _longest_replacement(table: str) -> int:
     return max(1, *map(len, texts))
 
 
-def _frame(step: dict[str, Any]) -> tuple[int, int]:
+def _frame(step: dict[str, Any], where: str) -> tuple[int, int]:
     """How often a step of a post-processor repeats the text, and how many tokens it adds."""
     match step:
         case {"type": "TemplateProcessing", "single": single, "special_tokens": tokens}:
             names = [piece["SpecialToken"]["id"] for piece in single if "SpecialToken" in piece]
+            if unknown := [name for name in names if name not in tokens]:
+                raise ValueError(f"{where} names {shown(unknown[0])}, which it does not define")
             return len(single) - len(names), sum(len(tokens[name]["ids"]) for name in names)
         case {"type": "BertProcessing" | "RobertaProcessing"}:
             return 1, 2

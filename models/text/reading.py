@@ -68,6 +68,7 @@ _NAMES_OF_CLASS = {
     "CodeLlamaTokenizer": _LLAMA_NAMES,
 }
 _MOST = 100_000_000  # bytes of a file; the largest vocabularies have a third of them
+_MOST_TOKENS = 2_000_000  # the largest vocabularies have an eighth of them
 _MOST_SPECIAL = 10_000  # special tokens that follow tiktoken's ranks; Llama 3 has 256
 # Of Llama 3's special tokens, those that have names.
 _LLAMA3_SPECIAL = {
@@ -119,6 +120,10 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
     if begin is not None:
         _begin_and_end(inner, special, source, begin)
     size = max(inner.get_vocab().values(), default=-1) + 1
+    if size > _MOST_TOKENS:  # `tokenizers` saves them with a step for each number
+        raise ValueError(
+            f"{source} numbers a token {size - 1:,}; at most {_MOST_TOKENS:,} are read"
+        )
     if outside := [token for token in _read(source, lambda: inner.encode("").ids) if token >= size]:
         raise ValueError(f"{source} adds token {outside[0]} to every text, and has {size} tokens")
     inner.encode_special_tokens = bool(settings.get("split_special_tokens", False))

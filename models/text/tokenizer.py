@@ -156,7 +156,10 @@ class Tokenizer:
             "add_generation_prompt": add_generation_prompt,
         }
         rendered = render(text, self.names | options | variables, self.source)
-        return self.encode(rendered, special=False)
+        try:
+            return self.encode(rendered, special=False)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def _template(self, template: str | None, tools: bool) -> str:
         named = ({} if self.template is None else {"default": self.template}) | self.templates

@@ -73,6 +73,27 @@ def test_decoders_and_frames_that_grow_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_frame_must_define_its_tokens(tmp_path):
+    frame = processors.TemplateProcessing(single=["a", "$A"], special_tokens=[("a", 1)])
+    save(tmp_path, post_processor=frame)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="its post_processor names 'a', which it does not define"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_number_far_beyond_the_others_is_refused_at_once(tmp_path):
+    save(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["xyz"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="tokenizer.json numbers a token 2,147,483,648; at most"):
+        load_tokenizer(tmp_path)
+    assert time.monotonic() - start < 2
+
+
 def test_a_pattern_that_goes_on_and_on_is_an_error_of_the_text(tmp_path):
     words = pre_tokenizers.Split(Regex("(a|a)*c|b"), "isolated")
     tokenizer = load_tokenizer(save(tmp_path, pre_tokenizer=words))

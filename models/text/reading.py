@@ -12,7 +12,7 @@ from typing import Any
 from models.checkpoints.hub import find
 from models.checkpoints.json_file import file_size, is_there, refuse_pointer, shown
 from models.text import bpe, sentencepiece_model
-from models.text.growth import check_growth
+from models.text.limits import check_growth, check_tokens
 from models.text.special_tokens import SpecialTokens, read_json, read_special_tokens
 from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 from wsekern.atomic_write import atomic_write
@@ -185,6 +185,8 @@ def _tokenizer_json(
 ) -> tuple[Any, SpecialTokens, bool | None]:
     from tokenizers import Tokenizer
 
+    _check_size(file)
+    check_tokens(file)
     inner = _read(file, lambda: Tokenizer.from_file(str(file)))
     kind = _tokenizer_class(special)
     if not special.settings.get("tokenizer_class"):

@@ -15,6 +15,9 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+from models.checkpoints.json_file import shown
+from models.text.limits import LONGEST
+
 _SPACE = "▁"  # how SentencePiece writes a space
 # Squares of the lengths of all pieces: finding the two pieces that each merges takes as long. The
 # largest vocabularies have 30 million.
@@ -88,6 +91,8 @@ def read_model(file: pathlib.Path) -> SentencePieceModel:
     [(piece, count)] = collections.Counter(model.pieces).most_common(1)
     if count > 1 or "" in model.pieces:
         raise ValueError(f"{file}: piece {piece if count > 1 else ''!r} is empty or there twice")
+    if (longest := max(model.pieces, key=len)) and len(longest) > LONGEST:
+        raise ValueError(f"{file}: piece {shown(longest)} has {len(longest):,} characters")
     if trainer.get(3, 1) not in (1, 2):
         raise ValueError(f"{file}: model_type {trainer[3]} is neither unigram (1) nor bpe (2)")
     if trainer.get(24, 0):

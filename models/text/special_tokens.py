@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from models.checkpoints import json_file
+from models.text.limits import LONGEST
 
 _NAMED = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
@@ -21,7 +22,6 @@ _SWITCHES = (
     "legacy",
     "split_special_tokens",
 )
-_LONGEST = 10_000  # characters of a token
 _MOST_ADDED = 100_000  # tokens; models of speech add 66,000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -200,7 +200,7 @@ def _token(value: Any, file: pathlib.Path, field: str, flags: dict[str, Any]) ->
 
 def _is_token(text: str) -> bool:
     """Whether the text can be a token: it is Unicode, and of a sensible length."""
-    return len(text) <= _LONGEST and (text.isascii() or _SURROGATE.search(text) is None)
+    return len(text) <= LONGEST and (text.isascii() or _SURROGATE.search(text) is None)
 
 
 def _check_count(file: pathlib.Path, field: str, tokens: dict[str, Any] | list[Any]) -> None:

@@ -154,7 +154,7 @@ def test_a_piece_that_would_take_minutes_is_refused(tmp_path):
     others = [(1, message((1, letter))) for letter in (b"b", b"c")]
     content = b"\x0a\xc4\x84\x3d" + piece + message(*others, (2, message((3, 2))))
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.model cannot be read: 3 pieces of up to 1,"):
+    with pytest.raises(ValueError, match="tokenizer.model: piece 'aa.* has 1,000,000 characters"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="1 tokens of up to 1,000,000 bytes split into too many"):
         merges_of_ranks({text: 0})

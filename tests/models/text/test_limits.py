@@ -1,5 +1,6 @@
 """What a tokenizer.json may make of a text is bounded, before it is given any."""
 
+import base64
 import json
 import time
 
@@ -71,6 +72,24 @@ def test_decoders_and_frames_that_grow_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="its post_processor may"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["a", '"', "\\", "é"])
+def test_a_piece_of_a_million_letters_is_refused_before_it_is_read(tmp_path, letter):
+    vocab = [["<unk>", 0.0], [letter * 1_000_000, -1.0]]
+    model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(ValueError, match="has 1,000,000 characters, not a token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_long_table_of_normalization_is_no_token(tmp_path):
+    table = base64.b64encode(bytes(30_000)).decode()
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
+    normalizer = {"type": "Replace", "pattern": {"String": table}, "content": ""}
+    fields = {"version": "1.0", "normalizer": normalizer, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert load_tokenizer(tmp_path).encode("a") == [1]
 
 
 def test_a_frame_must_define_its_tokens(tmp_path):

@@ -1,7 +1,8 @@
-"""Bound how much longer a tokenizer.json makes texts: ten replacements by ten letters are 10**10.
+"""Bound what a tokenizer costs: the length of its tokens, and how much longer it makes texts.
 
-A letter's worth is how long it can come to be in the steps that follow. It is found from the last
-step to the first: with `a -> bb` and then `b -> ccc`, "b" is worth 3 and "a" 6.
+Ten replacements by ten letters make a text 10**10 times as long. A letter's worth is how long it
+can come to be in the steps that follow. It is found from the last step to the first: with `a -> bb`
+and then `b -> ccc`, "b" is worth 3 and "a" 6.
 """
 
 import base64
@@ -11,8 +12,11 @@ import pathlib
 from collections import Counter
 from typing import Any
 
-from models.checkpoints.json_file import shown
+import numpy as np
 
+from models.checkpoints.json_file import parse_json, shown
+
+LONGEST = 10_000  # characters of a token; of a piece of text, most have 20
 _MOST_GROWTH = 1000  # times as long; Unicode's compatibility forms alone make one letter 18
 _MOST_ADDED = 10_000  # characters, or tokens, to any text
 _MOST_STEPS = 1000
@@ -40,6 +44,28 @@ class _Worth:
     @property
     def most(self) -> float:
         return max([self.other, *self.of.values()])
+
+
+def check_tokens(file: pathlib.Path) -> None:
+    """Checks that the tokens in a tokenizer.json are short, before `tokenizers` reads it.
+
+    It keeps the pieces of a unigram model in a tree, which it takes down by recursion: a piece of
+    a million letters ends the process.
+
+    Raises:
+      ValueError: a token has more than 10,000 characters.
+    """
+    content = np.frombuffer(file.read_bytes(), np.uint8)
+    ends = np.flatnonzero((content[1:] == ord('"')) & (content[:-1] != ord("\\")))
+    # No text is longer than the way from one quotation mark to the next. Long ones are rare.
+    if len(content) <= LONGEST or np.diff(ends, prepend=0, append=len(content)).max() <= LONGEST:
+        return
+    model = parse_json(content.tobytes(), str(file)).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    for entry in vocab if isinstance(vocab, dict | list) else ():
+        token = entry[0] if isinstance(entry, list) and entry else entry
+        if isinstance(token, str) and len(token) > LONGEST:
+            raise ValueError(f"{file}: {shown(token)} has {len(token):,} characters, not a token")
 
 
 def check_growth(tokenizer: Any, file: pathlib.Path) -> None:

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 import wsekern as wk
 from wsekern import fabric
-from wsekern.interrupts import end_at_interrupt
 
 PLATE = P("y", "x")
 
@@ -69,5 +68,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_at_interrupt("own_kernel.py")
-    main()
+    from where import run
+
+    run(main)

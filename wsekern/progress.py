@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-FIRST_SECONDS = 3.0  # what is over sooner says nothing
+# What is over sooner says nothing. Python and imports take about the second before.
+FIRST_SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def show_progress(doing: str, stream: TextIO | None = None) -> Iterator[None]:
-    """Prints `doing` and the seconds so far while the block runs, if that takes three seconds.
+    """Prints `doing` and the seconds so far while the block runs, if that takes two seconds.
 
     On a terminal one line counts the seconds, and is wiped at the end. Elsewhere, as in a log, a
-    line is printed after 3, 30, 300 ... seconds.
+    line is printed after 2, 20, 200 ... seconds.
 
     Args:
       doing: what the block does, such as "compiling the step".

@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.program is None:
             raise ValueError("name a program, as FILE.py:FUNCTION, or --validate")
         _estimate(arguments)
+    except BrokenPipeError:  # the reader has gone; `cli.main` ends quietly
+        raise
     except (ValueError, OSError, ImportError) as error:
         print_error("wsekern estimate", error)
         raise SystemExit(2) from None

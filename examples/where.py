@@ -83,10 +83,11 @@ def print_estimate(
     e = wk.estimate(program, *operands, wafer=wafer, launches=launches, trips=trips)
     print(e)
     chip, seconds = min(e.accelerators.items(), key=lambda item: item[1])
-    fast, slow = (chip, "the wafer") if seconds < e.seconds else ("the wafer", chip)
+    pes, chip = f"{wafer.height}x{wafer.width} PEs", f"one {chip} at its roofline"
+    fast, slow = (chip, pes) if seconds < e.seconds else (pes, chip)
     times = max(seconds, e.seconds) / min(seconds, e.seconds)
     many = f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
-    print(f"\n{slow} takes {many} times as long as {fast}, if {chip} reaches its roofline")
+    print(f"\n{fast}: {many} times as fast as {slow}")
 
 
 def run(main: Callable[[], None]) -> None:

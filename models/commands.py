@@ -26,6 +26,7 @@ from models.text.reading import copy_tokenizer, load_tokenizer
 from models.text.tokenizer import Tokenizer
 from wsekern.error_line import printable, without_controls
 from wsekern.estimator.pictures.output import check_new_folder
+from wsekern.progress import show_progress
 from wsekern.wafer.launch import find_devices, keep_compiled_programs, make_wafer
 from wsekern.wafer.wafer import Wafer
 
@@ -148,9 +149,13 @@ def _write(
 
     # A file or a program gets what the model says, a terminal nothing that it would obey.
     shown = without_controls if sys.stdout.isatty() else str
-    for piece in tokenizer.stream(tokens()):
+    pieces = tokenizer.stream(tokens())
+    with show_progress("compiling"):
+        piece: str | None = next(pieces, None)
+    while piece is not None:
         sys.stdout.write(shown(piece))
         sys.stdout.flush()
+        piece = next(pieces, None)
     sys.stdout.write("\n")
     for text in texts[1:]:
         sys.stdout.write(f"\n{shown(tokenizer.decode(text))}\n")

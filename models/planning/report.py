@@ -177,7 +177,7 @@ def _layouts(p: DeploymentPlan) -> Rows:
     rows: Rows = [("regions", "time", "tokens/s", *last)]
     for q in p.layouts:
         chosen = " (taken)" if q.regions == p.regions else ""
-        held = "none" if q.wafers_needed is None else f"{q.wafers_needed:,}"
+        held = "never fits" if q.wafers_needed is None else f"{q.wafers_needed:,}"
         rows.append(
             (f"{q.regions.down}x{q.regions.across} of {q.regions.side}x{q.regions.side}{chosen}",
              with_unit(q.seconds, "s"), _rate(q.tokens / q.seconds),

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 COMMANDS = {
-    "wsekern estimate": "from wsekern.cli import main; main(['estimate', 'examples/own_kernel.py:plain',"
-    " '--grid', '2x2', '--shapes', '8x8:float32'])",
+    "wsekern estimate": "from wsekern.cli import main; main(['estimate', 'examples/own_kernel.py:"
+    "plain', '--grid', '2x2', '--shapes', '8x8:float32'])",
     "wsekern": "from wsekern.cli import main; main(['info'])",
     "benchmarks": "from benchmarks.__main__ import main; main([])",
     "models": "from models.__main__ import main; main(['info', '--model', 'llama3-8b'])",

@@ -192,7 +192,7 @@ class Clocks:
         for key, n in new.items():
             self.totals.cycles[key] = before[key] + (n * longer / shared if shared else 0.0)
         if longer and not shared:
-            self.totals.cycles["trip", line] += longer
+            self.totals.cycles["trip of a loop", line] += longer
         self._counted += longer
 
     def finish(self, end: float) -> None:

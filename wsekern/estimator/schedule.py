@@ -399,7 +399,7 @@ class Schedule:
             outs = self._walk(body, [*constants, *carried, *scanned], in_kernel)
             # PEs meet once in a trip that moves anything; a trip that moves nothing is free.
             if clocks.totals.moves > moves:
-                clocks.set_up("trip", self._line(equation), self.constants.phase_start)
+                clocks.set_up("trip of a loop", self._line(equation), self.constants.phase_start)
             return outs
 
         carried, outs = self._repeat(equation, run_trip, carried, length)

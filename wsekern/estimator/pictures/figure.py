@@ -135,8 +135,10 @@ def inline_svg(figure: Figure, description: str) -> str:
 
 
 def engineering_ticks(axis: Axes, which: str, unit: str = "") -> None:
-    """Ticks of the axis `which` ("x" or "y") as 200k or 3M; with a unit as 1.5 ms."""
+    """Ticks of the axis `which` ("x" or "y") as 0.2, 200k or 3M; with a unit as 1.5 ms."""
     from matplotlib.ticker import EngFormatter
 
     formatter = EngFormatter(unit=unit, sep=" " if unit else "")
-    getattr(axis, f"{which}axis").set_major_formatter(formatter)
+    # A count or a share is not said in thousandths: 0.2, and not 200m.
+    write = formatter if unit else lambda n, at=None: f"{n:g}" if abs(n) < 1 else formatter(n, at)
+    getattr(axis, f"{which}axis").set_major_formatter(write)

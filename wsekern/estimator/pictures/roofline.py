@@ -154,10 +154,13 @@ def _name_programs(axes: Axes, programs: Sequence[RooflinePoint]) -> None:
         key = point.program, point.machine if point.estimated else ""
         if key not in lowest or point.flops < lowest[key].flops:
             lowest[key] = point
-    for (program, _), point in lowest.items():
+    near: dict[tuple[int, int], list[str]] = {}  # names by place, of points that almost touch
+    for (program, _), point in sorted(lowest.items(), key=lambda item: item[1].flops):
+        place = round(2 * np.log10(point.intensity)), round(2 * np.log10(point.flops))
+        near.setdefault(place, []).append(program)
         axes.annotate(
-            program, (point.intensity, point.flops), (0, -6), textcoords="offset points",
-            ha="center", va="top", fontsize="small",
+            program, (point.intensity, point.flops), (0, 4 - 10 * len(near[place])),
+            textcoords="offset points", ha="center", va="top", fontsize="small",
         )  # fmt: skip
 
 
@@ -165,7 +168,7 @@ def _name_roofs(axes: Axes, tops: Sequence[Roof], colors: Mapping[str, str]) -> 
     """Writes the roofs' names to their right, at least the height of a line apart."""
     named = sorted((top, roof.name, kind) for roof in tops for kind, top in roof.flops.items())
     least, most = np.log10(axes.get_ylim())
-    line, at = (most - least) / 20, -np.inf
+    line, at = (most - least) / 17, -np.inf
     for top, name, kind in named:
         at = max(np.log10(top), at + line)
         axes.annotate(

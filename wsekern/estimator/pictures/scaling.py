@@ -92,7 +92,6 @@ def draw_scaling(
 def _ticks(axes: Axes, numbers: list[float]) -> None:
     """Along x a tick at each number that has room for its label; along y round values."""
     from matplotlib.ticker import (
-        EngFormatter,
         LogLocator,
         MaxNLocator,
         NullFormatter,
@@ -106,7 +105,7 @@ def _ticks(axes: Axes, numbers: list[float]) -> None:
     # 1, 2, 5, 10 ... may be only one of the values between 7,000 and 12,000.
     round_values = LogLocator(subs=(1.0, 2.0, 5.0)) if most > 10 * least else MaxNLocator(6)
     axes.yaxis.set_major_locator(round_values)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.engineering_ticks(axes, "y")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

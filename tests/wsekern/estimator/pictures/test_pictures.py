@@ -153,7 +153,7 @@ def test_a_page_has_every_row_and_loads_nothing(e, tmp_path):
 def test_a_page_draws_only_what_there_is_to_see():
     """No map without a word on a link, no timeline without a cycle, no roof without a FLOP."""
     wafer = wk.Wafer.abstract(wk.WSE2, 1, 4)
-    a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    a = jax.ShapeDtypeStruct((16, 64), jnp.float32)
     idle = wk.estimate(lambda x: x, a, wafer=wafer)
     text = page.render_page(idle)
     assert text.count("<svg ") == 0 and "There is nothing to draw" in text

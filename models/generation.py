@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from numpy.typing import ArrayLike
 
 import wsekern as wk
+from models.auto_axes import to_auto_axes
 from models.decoder import Decoder, make_sequence, unstack_layers
 from models.layers import Attention, Sequence
 from models.sampling import Sampling, choose, sequence_keys
@@ -121,7 +122,9 @@ def generate(
     graph, params = nnx.split(model)
     texts = Texts(tokens=jnp.asarray(text), lengths=jnp.asarray(ends), ended=jnp.asarray(ended))
     stops = jnp.asarray(stop, jnp.int32)
-    return _slide(graph, params, texts, key, stops, max_new_tokens - cached, sampling)
+    operands, on_auto_axes = to_auto_axes((params, texts, key, stops))
+    with on_auto_axes():
+        return _slide(graph, *operands, max_new_tokens - cached, sampling)
 
 
 def stream(
@@ -173,15 +176,19 @@ def _steps(
     padded = np.zeros((len(lengths), min(_bucket(longest), limit)), np.int32)
     padded[:, :longest] = np.asarray(tokens)[:, :longest]
     capacity = min(_bucket(max(longest + max_new_tokens, padded.shape[1])), limit)
-    ends = jnp.asarray(stop, jnp.int32)
-    wafer = context.resolve(None)
-    state, outputs = prefill(
-        graph, params, padded, jnp.asarray(lengths, jnp.int32), key, ends, sampling, capacity, wafer
-    )
+    operands = params, jnp.asarray(lengths, jnp.int32), key, jnp.asarray(stop, jnp.int32)
+    (params, starts, key, ends), on_auto_axes = to_auto_axes(operands)
+    # Not around all of it: a generator's context would be its caller's too.
+    with on_auto_axes():
+        wafer = context.resolve(None)
+        state, outputs = prefill(
+            graph, params, padded, starts, key, ends, sampling, capacity, wafer
+        )
     # The devices run ahead of the host, except where `stop` may end the texts early.
     in_flight = [outputs]
     for _ in range(max_new_tokens - 1):
-        state, outputs = decode(graph, params, state, key, ends, sampling, wafer)
+        with on_auto_axes():
+            state, outputs = decode(graph, params, state, key, ends, sampling, wafer)
         in_flight.append(outputs)
         if len(in_flight) > _AHEAD or len(stop):
             step = _to_host(in_flight.pop(0))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import wsekern as wk
 from models import generation
@@ -17,6 +18,7 @@ from models.generation import generate, stream
 from models.presets import find_preset
 from models.sampling import Sampling, choose, sequence_keys
 from sharding.explain import explain_state
+from sharding.state import initialize, logical
 
 SMALL = DecoderConfig(
     vocab=11, d_model=16, d_ff=24, layers=2, heads=4, kv_heads=2, context=8, tied=True
@@ -45,6 +47,24 @@ def test_greedy_generation_takes_the_likeliest_token_each_time(full_wafer, likel
     with full_wafer:
         got = generate(model, tokens(2, 3), max_new_tokens=7)
     np.testing.assert_array_equal(got, text)
+
+
+def test_on_a_mesh_with_explicit_axes(likeliest):
+    """In a wafer of it, and without one: the model's arrays say enough."""
+    _, text = likeliest
+    mesh = jax.make_mesh((2, 2), ("a", "b"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    wafer = wk.Wafer.of(mesh, y="a", x="b")
+    make = lambda: Decoder(SMALL, rngs=nnx.Rngs(0))  # noqa: E731
+    with wafer:
+        model = logical(initialize(make, wafer))
+        inside = generate(model, tokens(2, 3), max_new_tokens=7)
+        (step, *_) = stream(model, tokens(2, 3), Sampling(), 2)
+    with jax.set_mesh(mesh):
+        outside = generate(model, tokens(2, 3), max_new_tokens=4, key=jax.random.key(0))
+        assert jax.sharding.get_mesh() == mesh
+    np.testing.assert_array_equal(inside, text)
+    np.testing.assert_array_equal(outside, text[:, :7])
+    np.testing.assert_array_equal(step.tokens, text[:, 3])
 
 
 @pytest.fixture(scope="module")

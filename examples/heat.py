@@ -7,6 +7,11 @@
 Needs the extra `viz`.
 """
 
+from wsekern.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt("heat.py")  # before slow imports
+
 import functools
 
 import numpy as np

@@ -3,6 +3,11 @@
 Run it as `python examples/own_kernel.py`; docs/own_kernel.md explains it line by line.
 """
 
+from wsekern.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt("own_kernel.py")  # before slow imports
+
 import functools
 
 import jax

@@ -8,6 +8,11 @@ The estimate is for as many iterations as one device takes; from 256 cells on, B
 the cells along a side, and multigrid's do not. Needs the extra `viz`.
 """
 
+from wsekern.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt("poisson.py")  # before slow imports
+
 import functools
 
 from where import check_out, flags, number, print_estimate, run, wafer_of

@@ -8,6 +8,11 @@ The terms are those of the demonstration of mpi4jax (D. Hafner and F. Vicentini,
 of v is included as it is there, with differences to u. Needs the extra `viz`.
 """
 
+from wsekern.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt("shallow_water.py")  # before slow imports
+
 import functools
 
 import numpy as np

@@ -11,6 +11,11 @@ The estimate is of the paper's own kernel, with a column of the ground on each P
 cells round a tile of this program is more than a PE can hold. Needs the extra `viz`.
 """
 
+from wsekern.interrupts import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt("wave.py")  # before slow imports
+
 import functools
 
 import numpy as np

@@ -10,7 +10,6 @@ import wsekern as wk
 from wsekern.closed_pipe import end_on_closed_pipe
 from wsekern.error_line import print_error
 from wsekern.estimator.pictures import figure, output
-from wsekern.interrupts import end_at_interrupt
 from wsekern.wafer.launch import make_wafer, parse_grid, prepare_devices
 
 _WHOLE = "720x720"  # most of a wafer
@@ -91,17 +90,10 @@ def print_estimate(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs the program; an option that cannot be served ends it with a sentence and status 2.
-
-    Ctrl-C ends it at once, with status 130.
-    """
-    name = pathlib.Path(sys.argv[0]).name
-    undo = end_at_interrupt(name)
+    """Runs the program; an option that cannot be served ends it with a sentence and status 2."""
     try:
         with end_on_closed_pipe():
             main()
     except (ValueError, OSError, ImportError) as error:
-        print_error(name, error)
+        print_error(pathlib.Path(sys.argv[0]).name, error)
         raise SystemExit(2) from None
-    finally:
-        undo()

@@ -80,6 +80,7 @@ _PASSES = {
     "threefry2x32": 116, "random_bits": 58, "random_fold_in": 58, "random_split": 58,
     "random_seed": 1,
 }  # fmt: skip
+RANDOM = frozenset("threefry2x32 random_bits random_gamma rng_bit_generator rng_uniform".split())
 _WINDOWS = frozenset(
     "reduce_window reduce_window_sum reduce_window_max reduce_window_min select_and_gather_add "
     "select_and_scatter select_and_scatter_add".split()
@@ -147,6 +148,8 @@ def equation_work(
         return Work()
     if name in PRODUCTS:
         return _product(equation, machine, constants, vectors_along_rows)
+    if not equation.outvars:  # such as a callback to the host
+        return Work()
     out = max((v.aval for v in equation.outvars), key=_size)
     n, reads = _size(out), [v.aval for v in equation.invars if size_of(v) > 1]
     instructions = 1

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import JaxprEqn
 
 from wsekern.estimator import trace
-from wsekern.estimator.cost import width_of
+from wsekern.estimator.cost import KNOWN, width_of
 from wsekern.estimator.layout_rules import PROGRAMS, RULES
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.relayout import shift_move, tile_move
@@ -151,7 +151,9 @@ def _elementwise(
     }
     same = [i for i, aval in arrays.items() if aval.shape == shape]
     repeated = {
-        i: aval for i, aval in arrays.items() if i not in same and not is_small(aval.shape, wafer)
+        i: aval
+        for i, aval in arrays.items()
+        if i not in same and not is_small(aval.shape, wafer) and equation.primitive.name in KNOWN
     }
     known = {i: spec for i in same if (spec := specs[i]) is not None}
     if not known and not repeated:
@@ -188,10 +190,12 @@ def order_kept(
       wafer: over which they are spread.
     """
     before = {v.before for v in operands if v.before is not None}
+    if len(before) != 1 or not equation.outvars:
+        return None
     name, out = equation.primitive.name, equation.outvars[0].aval
     rule, shape = RULES.get(name), getattr(out, "shape", ())
     whole = name.startswith(("reduce_", "arg")) and rule is not None and not shape
-    if len(before) != 1 or name == "sharding_constraint" or not (rule is None or whole):
+    if name == "sharding_constraint" or not (rule is None or whole):
         return None
     for atom, v in zip(equation.invars, operands, strict=True):
         own = getattr(atom.aval, "shape", ())
@@ -207,12 +211,13 @@ def read_anywhere(equation: JaxprEqn) -> Collection[int]:
 
     It moves as many words whether these were reshaped before or not.
     """
-    name, ndim = equation.primitive.name, len(getattr(equation.outvars[0].aval, "shape", ()))
+    name = equation.primitive.name
     if name in ("slice", "dynamic_slice"):
         source, out = (math.prod(v.aval.shape) for v in (equation.invars[0], equation.outvars[0]))  # type: ignore[attr-defined]
         return (0,) if 2 * out <= source else ()
     if name == "sort":
-        return range(len(equation.invars)) if ndim == 1 else ()
+        flat = len(equation.outvars[0].aval.shape) == 1  # type: ignore[attr-defined]
+        return range(len(equation.invars)) if flat else ()
     return (0, 1) if name == "gather" else (1, 2) if name.startswith("scatter") else ()
 
 

@@ -49,13 +49,16 @@ def move_anywhere(words: float, wafer: Wafer) -> price.PricedMove:
     )
 
 
-def spread_work(work: Work, shape: Sequence[int], spec: Spec | None, wafer: Wafer) -> Work:
+def spread_work(
+    work: Work, shape: Sequence[int], spec: Spec | None, assumed: bool, wafer: Wafer
+) -> Work:
     """The part of the busiest PE of work on whole arrays.
 
     Args:
       work: on all elements.
       shape: of the largest array of the operation.
       spec: how this lies; None: evenly spread.
+      assumed: whether that was assumed; then wafers share the array, too.
       wafer: over which it is spread.
     """
     pes, elements = wafer.size, math.prod(shape)
@@ -65,7 +68,8 @@ def spread_work(work: Work, shape: Sequence[int], spec: Spec | None, wafer: Wafe
     elif spec is None:
         share = -(-elements // pes) / elements
     else:
-        share = math.prod(tile_of(shape, spec, wafer)) / elements
+        tile = math.prod(tile_of(shape, spec, wafer))
+        share = -(-tile // (wafer.wafers if assumed else 1)) / elements
     # Each PE starts all instructions, however few elements it has.
     cycles = work.starts + (work.cycles - work.starts) * share
     # Operations are counted once, whoever repeats them.

@@ -117,7 +117,7 @@ class Schedule:
             ready = self._send(state.line, move, ready)
         if state.is_view and not moves:
             work = cost.copy_work(atom.aval, self.machine, self.constants)
-            work = relayout.spread_work(work, shape, state.spec, self.wafer)
+            work = relayout.spread_work(work, shape, state.spec, state.assumed, self.wafer)
             ready = self.clocks.compute("copy", state.line, work, ready)
         return ready
 
@@ -203,9 +203,11 @@ class Schedule:
     def _on_arrays(self, equation: JaxprEqn, operands: list[VariableState]) -> list[VariableState]:
         """An operation on whole arrays: evenly spread, after the moves that its layout asks for."""
         ready = max((v.ready for v in operands), default=0.0)
-        if all(v.static for v in operands) and not equation.effects:
-            return [VariableState(ready, static=True)] * len(equation.outvars)
         name, line = equation.primitive.name, self._line(equation)
+        fixed = all(v.static for v in operands) and not equation.effects
+        # Random numbers are drawn when the program runs, also those of a fixed key.
+        if fixed and name not in cost.RANDOM:
+            return [VariableState(ready, static=True)] * len(equation.outvars)
         if name in cost.PRODUCTS and self.wafer.size > 1:
             return self._contraction(equation, operands)
         if name == "reshape":
@@ -231,7 +233,8 @@ class Schedule:
         if not is_view:
             self._note_unknown(equation)
             shape, spec = layouts.largest_array(equation, specs, layout.spec, self.wafer)
-            work = relayout.spread_work(self._work(equation), shape, spec, self.wafer)
+            work = self._work(equation)
+            work = relayout.spread_work(work, shape, spec, layout.assumed, self.wafer)
             ready = self._compute(equation, work, ready)
         state = VariableState(ready, spec=layout.spec, assumed=layout.assumed, line=line)
         state = state._replace(is_view=is_view)

@@ -69,6 +69,8 @@ def inner_jaxpr(params: dict[str, Any]) -> Any:
     """The jaxpr that an equation calls; None if it calls none."""
     # A linear solve has four: its product, the transposed one, and both solutions. Only the
     # solution runs.
+    if "dimensions" in params or "window_dimensions" in params:
+        return None  # of a reduction: it says how to join two elements, and is no call
     solves = params.get("jaxprs")
     solve = getattr(solves, "solve", None)
     for value in (params.get("jaxpr"), params.get("call_jaxpr"), params.get("fun_jaxpr"), solve):

@@ -421,6 +421,27 @@ def test_names_of_jax_itself_are_not_shown():
     assert not wk.estimate(jnp.diagonal, array(64, 64), wafer=abstract(8)).unknown
 
 
+def test_random_numbers_are_drawn_when_the_program_runs():
+    """Also with a fixed key: 20 rounds of five operations for two words, then the bell."""
+    draw = lambda: jax.random.normal(jax.random.key(0), (64, 64))  # noqa: E731
+    assert wk.estimate(draw, wafer=abstract(8)).cycles > 64 * 64 / 64 * 100 / 2
+
+
+def test_what_is_printed_and_called_back_is_priced_around_it():
+    def printed(x):
+        jax.debug.print("{}", x[0, 0])
+        return jax.pure_callback(lambda x: x, x, x) * 2.0
+
+    e = wk.estimate(printed, array(64, 64), wafer=abstract(8))
+    assert e.cycles > 64 and "jax.pure_callback" in e.unknown
+
+    def within(x):
+        jax.debug.print("{}", x)
+        return x * 2.0
+
+    assert wk.estimate(on_grid(abstract(8), within), array(64, 64), wafer=abstract(8)).cycles > 64
+
+
 def test_no_trip_starts_before_its_condition_is_known():
     """A sum over the wafer decides; each trip waits for it."""
     trip = lambda c: c + 1.0  # noqa: E731

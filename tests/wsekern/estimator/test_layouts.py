@@ -132,6 +132,25 @@ def test_what_stays_in_its_tile_moves_nothing(function):
     assert e.moves == 0 and not e.words
 
 
+def test_a_reduction_of_ones_own_costs_what_a_sum_does():
+    join = lambda a, b: jnp.hypot(a, b)  # noqa: E731
+    own = estimate(lambda u: lax.reduce(u, jnp.float32(0), join, (0,)), FIELD)
+    assert own.words == estimate(lambda u: u.sum(0), FIELD).words and own.cycles > 20 * 30
+    window = estimate(
+        lambda u: lax.reduce_window(u, jnp.float32(0), join, (3, 3), (1, 1), "SAME"), FIELD
+    )
+    assert window.received >= 2 * 30 + 2 * 20 and window.cycles > 9 * 20 * 30
+
+
+def test_wafers_share_what_was_assumed():
+    two, one = (
+        wk.estimate(lambda u: u.T * 2.0, FIELD, wafer=wk.Wafer.abstract(wk.WSE3, 8, 8, n))
+        for n in (2, 1)
+    )
+    assert dict((n, c) for n, _, c in two.by_operation)["mul"] < 320 < 600
+    assert dict((n, c) for n, _, c in one.by_operation)["mul"] > 600
+
+
 @pytest.mark.parametrize("n", [20, 60, 8 * 8 + 1])
 @pytest.mark.parametrize("reduce", [jnp.sum, jnp.max, jax.nn.softmax, jnp.argmax, jnp.cumsum])
 def test_few_elements_lie_on_few_pes(reduce, n):

@@ -29,8 +29,9 @@ from wsekern.solvers.solution import (
 from wsekern.wafer.keywords import accept_jax_names
 
 _MOST = 1000
-# A direction whose slope is below this share of the steepest one lies in the null space.
-_FLAT = 1e-4
+# A direction whose slope is this many roundings of the steepest one lies in the null space. Sound
+# systems have slopes as small as the inverse of their condition number.
+_FLAT = 8
 
 
 @accept_jax_names("bicgstab", REQUIREMENTS, **JAX_NAMES, M="preconditioner")
@@ -131,7 +132,8 @@ def _step(
     anew = _Carry(r, r, r_square_new, r_square_new, r_square_new, steepest)
     carried = batched.where(lost, anew, continued)
     why = jnp.where(broke | ((tt == 0) & (fields.dot(s, s) > 0)), BREAKDOWN, GOES_ON)
-    why = jnp.where(slope <= _FLAT * steepest, INCONSISTENT, why)
+    flat = _FLAT * jnp.finfo(slope.dtype).eps * steepest
+    why = jnp.where(slope <= flat, INCONSISTENT, why)
     return x, r, carried, why
 
 

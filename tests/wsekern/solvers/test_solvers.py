@@ -298,6 +298,15 @@ def test_tells_an_inconsistent_system_from_a_consistent_one(solver, boundary):
     assert "inconsistent" in run(B + 0.5).why
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e16])
+def test_an_ill_conditioned_system_is_not_called_singular(scale):
+    """The ends of its spectrum are a factor of 27,000 apart."""
+    neighbors = lambda u: jnp.pad(u[1:], (0, 1)) + jnp.pad(u[:-1], (1, 0))  # noqa: E731
+    b = jnp.asarray(np.random.default_rng(0).standard_normal(256), jnp.float32)
+    run = jax.jit(lambda b, scale: wk.bicgstab(lambda u: scale * (2 * u - neighbors(u)), b))
+    assert "inconsistent" not in run(b, jnp.float32(scale)).why
+
+
 def test_says_why_it_stopped():
     indefinite = lambda u: poisson()(u) - 2.1 * u  # noqa: E731
     assert "indefinite" in jax.jit(lambda b: wk.cg(indefinite, b))(B).why

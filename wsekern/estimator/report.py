@@ -77,6 +77,8 @@ def figures(e: Estimate) -> list[tuple[str, str]]:
         sram += f": {e.sram_per_pe - e.sram_free:,.0f} too many; use more PEs or smaller tiles"
     energy = "not known" if e.energy is None else with_unit(e.energy, "J")
     busy = ", ".join(f"{lane} {share:.0%}" for lane, share in busy_shares(e).items())
+    if busy and e.bound == "memory":
+        busy += "; compute waits for memory"
     words = ", ".join(f"{lane} {n:,.0f}" for lane, n in e.words.items()) or "none"
     rows = [
         ("machine", f"{of_wafer(e)}, {e.clock_hz / 1e9:.3g} GHz"),

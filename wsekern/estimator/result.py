@@ -116,8 +116,10 @@ class Estimate:
         """
         if not self.cycles:
             return "latency"
-        engine = self.busy["compute"] / self.cycles
-        links = max((v for k, v in self.busy.items() if k != "compute"), default=0.0) / self.cycles
+        # As reports show them, in percent: a lane that is shown as half busy is.
+        shares = {lane: round(cycles / self.cycles, 2) for lane, cycles in self.busy.items()}
+        engine = shares.pop("compute")
+        links = max(shares.values(), default=0.0)
         if max(engine, links) < 0.5:
             return "latency"
         if links > engine:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import html
+import re
 
 import jax
 import jax.numpy as jnp
@@ -345,6 +346,39 @@ def test_what_bounds_a_program_is_said_once():
         shown = next(line for line in str(e).splitlines() if line.startswith("bound by"))
         assert f"bound by         {e.bound} (busy: compute " in shown and ", memory " in shown
         assert e.bound != "memory" or e.memory_share > 0.9 * e.busy["compute"] / e.cycles
+        assert ("; compute waits for memory" in shown) == (e.bound == "memory")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda c: jnp.where(c > 0, c * 2, c),
+        lambda c: jnp.where(c > 0, c.astype(jnp.float16), 0),
+        lambda c: c @ c,
+        lambda c: jnp.sort(c),
+        lambda c: c.sum(),
+        lambda c: c[:20].sum(),
+        lambda c: jnp.roll(c, 1, 0) + c,
+        lambda c: jnp.exp(c) + c.T,
+        lambda c: jnp.tanh(c) + c.T,
+        lambda c: lax.associative_scan(jnp.add, c),
+        lambda c: jax.nn.softmax(c, 0),
+    ],
+)
+@pytest.mark.parametrize("side", [8, 64, 320])
+def test_what_bounds_a_program_is_what_is_shown_as_busiest(function, side):
+    e = wk.estimate(function, array(side, side), wafer=abstract(8))
+    shown = next(line for line in str(e).splitlines() if line.startswith("bound by"))
+    percent = {lane: int(n) for lane, n in re.findall(r"(\w+) (\d+)%", shown)}
+    links = max((n for lane, n in percent.items() if lane in "NESW"), default=0)
+    busiest = max(percent["compute"], links)
+    if e.bound == "latency":
+        assert busiest < 50
+    elif e.bound == "fabric":
+        assert links >= max(50, percent["compute"])
+    else:
+        assert percent["compute"] >= max(50, links)
+        assert e.bound == "compute" or percent["memory"] >= percent["compute"] - 6
 
 
 def _nested(x):

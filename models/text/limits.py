@@ -47,25 +47,39 @@ class _Worth:
 
 
 def check_tokens(file: pathlib.Path) -> None:
-    """Checks that the tokens in a tokenizer.json are short, before `tokenizers` reads it.
+    """Checks that tokens and patterns in a tokenizer.json are short, before `tokenizers` reads it.
 
     It keeps the pieces of a unigram model in a tree, which it takes down by recursion: a piece of
-    a million letters ends the process.
+    a million letters ends the process. Each class of letters in a pattern takes 20 kB.
 
     Raises:
-      ValueError: a token has more than 10,000 characters.
+      ValueError: a token or a pattern has more than 10,000 characters.
     """
     content = np.frombuffer(file.read_bytes(), np.uint8)
     ends = np.flatnonzero((content[1:] == ord('"')) & (content[:-1] != ord("\\")))
     # No text is longer than the way from one quotation mark to the next. Long ones are rare.
     if len(content) <= LONGEST or np.diff(ends, prepend=0, append=len(content)).max() <= LONGEST:
         return
-    model = parse_json(content.tobytes(), str(file)).get("model")
+    fields = parse_json(content.tobytes(), str(file))
+    model = fields.pop("model", None)
     vocab = model.get("vocab") if isinstance(model, dict) else None
     for entry in vocab if isinstance(vocab, dict | list) else ():
-        token = entry[0] if isinstance(entry, list) and entry else entry
-        if isinstance(token, str) and len(token) > LONGEST:
-            raise ValueError(f"{file}: {shown(token)} has {len(token):,} characters, not a token")
+        _check_length(entry[0] if isinstance(entry, list) and entry else entry, "token", file)
+    waiting: list[Any] = [fields]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            _check_length(part.get("Regex"), "pattern", file)
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _check_length(text: Any, kind: str, file: pathlib.Path) -> None:
+    if isinstance(text, str) and len(text) > LONGEST:
+        raise ValueError(
+            f"{file}: the {kind} {shown(text)} has {len(text):,} characters, more than {LONGEST:,}"
+        )
 
 
 def check_growth(tokenizer: Any, file: pathlib.Path) -> None:

@@ -79,7 +79,17 @@ def test_a_piece_of_a_million_letters_is_refused_before_it_is_read(tmp_path, let
     vocab = [["<unk>", 0.0], [letter * 1_000_000, -1.0]]
     model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
-    with pytest.raises(ValueError, match="has 1,000,000 characters, not a token"):
+    with pytest.raises(ValueError, match="the token .* has 1,000,000 characters, more"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_pattern_of_many_classes_is_refused_before_it_is_read(tmp_path):
+    save(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    pattern = {"Regex": r"\p{L}" * 50_000}
+    fields["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="the pattern .* has 250,000 characters, more than 10,000"):
         load_tokenizer(tmp_path)
 
 

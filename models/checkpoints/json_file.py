@@ -68,6 +68,8 @@ def file_size(file: str | os.PathLike[str]) -> int:
         }
         kind = kinds.get(stat.S_IFMT(status.st_mode), "something else")
         raise ValueError(f"{os.fspath(file)} is {kind}, not a regular file")
+    if (real := os.path.realpath(file)).startswith("/proc/"):  # to read one may wait for ever
+        raise ValueError(f"{os.fspath(file)} is a link to {real}, which the system makes")
     return status.st_size
 
 

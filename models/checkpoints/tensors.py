@@ -136,7 +136,7 @@ def _open_index(index: pathlib.Path) -> SafeTensors:
         if pathlib.PurePath(name).name != name:  # a path could lead out of the folder
             raise ValueError(f"{index}: {shown(name)} is not a file beside it")
         if not is_there(folder / name):
-            raise ValueError(f"{folder / name} is missing; {index.name} names it")
+            raise ValueError(f"{index}: {shown(name)} is missing beside it")
     tensors = SafeTensors(folder / name for name in names)
     for name, file in file_of.items():
         if tensors.files.get(name) != folder / file:

@@ -469,7 +469,7 @@ def test_an_index_that_lies_is_refused(tmp_path):
     index = folder / tensors.INDEX
     for file_of, message in [
         ({"a": "../other.safetensors"}, "is not a file beside it"),
-        ({"a": "gone.safetensors"}, "gone.safetensors is missing"),
+        ({"a": "gone.safetensors"}, "gone.safetensors. is missing beside it"),
         ({"a": "some.safetensors"}, "has no 'a', which"),
         ({}, "its weight_map is empty"),
     ]:

@@ -57,6 +57,13 @@ def test_what_is_refused_at_once(case, tmp_path):
     assert str(file) in str(caught.value) and len(str(caught.value)) < 1000
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/kmsg"), reason="there is no such file")
+def test_files_that_the_system_makes_are_refused(tmp_path):
+    (tmp_path / "config.json").symlink_to("/proc/kmsg")
+    with pytest.raises(ValueError, match="config.json is a link to /proc/kmsg, which the system"):
+        read_json(tmp_path / "config.json")
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()

@@ -122,14 +122,19 @@ def _style_color(share: float, broken: bool) -> str:
 
 
 def _legend(least: float, most: float, unit: str, faulty: bool, colored: bool) -> Text:
-    line = Text(f"{least:,.4g} ")
+    line = Text(f"{_number(least)} ")
     for share in np.linspace(0, 1, 24):
         if colored:
             line.append("█", Style(color=_style_color(share, False)))
         else:
             line.append(_shade(share))
-    line.append(f" {most:,.6g} {unit}".rstrip())
+    line.append(f" {_number(most)} {unit}".rstrip())
     if faulty:
         line.append("  █" if colored else "  x", Style(color=_style_color(0, True)))
         line.append(" defect")
     return line
+
+
+def _number(value: float) -> str:
+    """The value with all digits before the point: 1,120,000, and 0.25."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

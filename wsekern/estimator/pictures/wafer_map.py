@@ -97,7 +97,7 @@ def draw_map(
     image = draw_on_axes(axes, shown, faulty, (y0, y1, x0, x1))
     axes.set_title("\n".join(title))
     axes.set_xlabel("x, west to east", loc="left")
-    axes.set_ylabel("y, north to south")
+    axes.set_ylabel("y, north to south" if high > side / 4 else "y")
     legend = axes.get_legend()
     if legend is not None:  # below the map, beside the label of the x axis
         legend.set_bbox_to_anchor((1.0, -0.2 / high))

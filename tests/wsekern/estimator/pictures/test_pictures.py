@@ -231,6 +231,13 @@ def test_a_terminal_map_has_colors_and_defects(e):
     assert "defect" in lines[-1] and "words" in lines[-1]
 
 
+def test_the_legend_of_a_terminal_map_has_plain_numbers():
+    for top, said in ((1.12e6, "1,120,000"), (0.25, "0.25"), (768.0, "768")):
+        stream = io.StringIO()
+        wk.terminal_map(np.full((2, 2), top), console=Console(file=stream, width=80))
+        assert stream.getvalue().splitlines()[-1].endswith(f" {said}")
+
+
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "e.json"
     path.write_text("before")

@@ -1,7 +1,8 @@
-"""Damaged tokenizers: flipped bits, cut files, and JSON values that make no sense.
+"""Damaged tokenizers: flipped bits, cut files, JSON values that make no sense; and bombs.
 
 Whatever the damage, the tokenizer either loads and works, or the error names the file; nothing
-takes long, and no error comes raw out of a library.
+takes long, and no error comes raw out of a library. Bombs would take all memory, or end the
+process, and are refused by name.
 """
 
 import contextlib
@@ -25,9 +26,37 @@ _LETTERS = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256)
 _TEXT = "the wafer <s> café </s><think>"
 
 
+_A_TO_MANY = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+_TWICE = {"single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2, "pair": []}
+_TWICE |= {"type": "TemplateProcessing", "special_tokens": {}}
+_LONG_PIECE = [["<unk>", 0.0], ["x" * 10**6, -1.0]]
+# What each puts in the place of a part of tokenizer.json.
+_BOMBS: dict[str, dict[str, Any]] = {
+    "replacements": {"normalizer": {"type": "Sequence", "normalizers": [_A_TO_MANY] * 9}},
+    "a text before each text": {"normalizer": {"type": "Prepend", "prepend": "a" * 10**6}},
+    "compatible forms": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 9}},
+    "many steps": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 10**4}},
+    "replacements back": {"decoder": {"type": "Sequence", "decoders": [_A_TO_MANY] * 9}},
+    "texts twice": {"post_processor": {"type": "Sequence", "processors": [_TWICE] * 40}},
+    "a frame without its tokens": {
+        "post_processor": _TWICE | {"single": [{"SpecialToken": {"id": "q", "type_id": 0}}]}
+    },
+    "a long piece": {"model": {"type": "Unigram", "unk_id": 0, "vocab": _LONG_PIECE}},
+    "a far number": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 2**31}, "merges": []}},
+    "many classes of letters": {
+        "pre_tokenizer": {
+            **{"type": "Split", "pattern": {"Regex": r"\p{L}" * 50_000}},
+            **{"behavior": "Isolated", "invert": False},
+        }
+    },
+}
+
+
 def cases(seed: int) -> list[Case]:
-    """`_COUNT` damaged copies of each of three folders, made from `seed`."""
+    """The bombs, and `_COUNT` damaged copies of each of three folders, made from `seed`."""
     return [
+        Case("tokenizer bombs", name, functools.partial(_bomb_is_refused, name)) for name in _BOMBS
+    ] + [
         Case(
             "damaged tokenizers",
             f"{name} {seed}.{i}",
@@ -40,6 +69,22 @@ def cases(seed: int) -> list[Case]:
         )
         for i in range(_COUNT)
     ]
+
+
+def _bomb_is_refused(name: str, folder: pathlib.Path) -> None:
+    _tokenizer_json(folder)
+    (folder / "added_tokens.json").unlink()  # which numbers tokens of the file as it was
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | _BOMBS[name]))
+    start = time.monotonic()
+    try:
+        load_tokenizer(folder)
+    except ValueError as error:
+        assert str(file) in str(error), f"{error} names no file"
+    else:
+        raise AssertionError("it is read")
+    taken = time.monotonic() - start
+    assert taken < _MOST_SECONDS, f"it took {taken:.0f} s"
 
 
 def _loads_or_is_refused(write: Any, seed: str, folder: pathlib.Path) -> None:

@@ -32,7 +32,7 @@ p { margin: 0.4rem 0; max-width: 46rem; } .soft { color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 0.6rem;
   margin: 1.2rem 0; }
 .cards div { background: var(--panel); border-radius: 0.5rem; padding: 0.6rem 0.8rem; }
-.cards b { display: block; font-size: 1.25rem; font-weight: 600; overflow-wrap: anywhere; }
+.cards b { display: block; font-size: 1.25rem; font-weight: 600; }
 .cards span { color: var(--soft); font-size: 0.85rem; }
 .bad b { color: #d55e00; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
@@ -164,8 +164,10 @@ def render_cards(cards: Iterable[tuple[str, str, str]]) -> str:
     Args:
       cards: for each, its class ("bad" or ""), the figure, and what it is.
     """
+    # A long figure may break after a comma.
     made = (
-        f'<div class="{kind}"><b>{_escape(value)}</b><span>{_escape(label)}</span></div>'
+        f'<div class="{kind}"><b>{_escape(value).replace(",", ",<wbr>")}</b>'
+        f"<span>{_escape(label)}</span></div>"
         for kind, value, label in cards
     )
     return f'<div class="cards">{"".join(made)}</div>'

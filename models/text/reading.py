@@ -97,7 +97,8 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
       ValueError: a package is missing (the extra `hf` has it), a file is not what its name says or
-        contradicts another, or the format is one that is not read.
+        contradicts another, the format is one that is not read, or the tokenizer could make a text
+        1,000 times as long or has 100,000 added tokens.
       FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
     path = find(checkpoint)

@@ -187,9 +187,13 @@ def _programs(sizes: Sizes, region: Wafer) -> Iterator[tuple[str, Callable, _Sha
         a = (K, M) if form == "tn" else (M, K)
         b = (N, K) if form == "nt" else (K, N)
         yield "wk.matmul", functools.partial(matmul, wafer=region, **transposed), a, b
+        if min(M, N) < max(region.height, region.width) and M > N:
+            # Rows are filled up to tiles otherwise than columns: the transposed product may be
+            # cheaper, and takes as much as that of the transposed factors.
+            yield "wk.matmul, transposed", functools.partial(matmul, wafer=region), (N, K), (K, M)
     # The most sums that a PE can hold are made in one round.
     rounds = -(-M * N * 4 // gather_limit(region))
-    if max(M, N, pes) < K and rounds <= N:
+    if max(M, N) < K and rounds <= N:
         length, run = _round_up(K, pes), functools.partial(_sliced, wafer=region)
         yield "a sum over slices of K", run, (M, length), (rounds, length, -(-N // rounds))
     few, many = sorted((M, N))

@@ -115,6 +115,14 @@ def test_a_long_common_dimension_is_cut_into_slices(M, N):
     assert e.cycles < 20 * (M * N * K / 64**2 / 8 + 2 * M * N)
 
 
+@pytest.mark.parametrize("shape", [(300, 5000, 8), (2000, 300, 40), (900, 900, 12)])
+def test_a_skinny_product_costs_no_more_than_its_transpose(shape):
+    M, K, N = shape
+    plain = estimate(lambda a, b: a @ b, array(M, K), array(K, N), grid=(64, 64))
+    turned = estimate(lambda a, b: a @ b, array(N, K), array(K, M), grid=(64, 64))
+    assert plain.cycles <= 1.01 * turned.cycles
+
+
 @pytest.mark.parametrize("shape", [(30, 100, 30), (100, 40, 1000), (4, 5000, 4)])
 @pytest.mark.parametrize("form", ["nn", "nt", "tn", "two", "gradient"])
 def test_padding_is_no_work(shape, form):

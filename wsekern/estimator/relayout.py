@@ -1,7 +1,7 @@
 """Moves of whole arrays outside kernels: changes of layout, shifts by cells, sums over PEs.
 
 A change of layout is charged where it costs most: at the links across the middle of the wafer.
-Elementwise work is spread evenly over all PEs. How an array lies is for `layouts` to say.
+Elementwise work is that of the busiest PE. How an array lies is for `layouts` to say.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class Schedule:
         return [VariableState(self._compute(equation, work, ready))] * len(equation.outvars)
 
     def _on_arrays(self, equation: JaxprEqn, operands: list[VariableState]) -> list[VariableState]:
-        """An operation on whole arrays: evenly spread, after the moves that its layout asks for."""
+        """An operation on whole arrays: spread as they lie, after the moves that this asks for."""
         ready = max((v.ready for v in operands), default=0.0)
         name, line = equation.primitive.name, self._line(equation)
         fixed = all(v.static for v in operands) and not equation.effects

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
@@ -43,6 +44,7 @@ def widen_for_backend(
     both factors are widened to the dtype of the sum; elsewhere they are returned as they are.
     """
     wafer = context.inside()
-    if wafer is None or wafer.platform != "cpu":
+    platform = jax.default_backend() if wafer is None else wafer.platform
+    if platform != "cpu":
         return a, b
     return a.astype(sum_dtype(a.dtype)), b.astype(sum_dtype(b.dtype))

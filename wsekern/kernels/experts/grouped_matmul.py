@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wsekern import fabric
 from wsekern.wafer import layout
+from wsekern.wafer.limits import widen_for_backend
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows
 
@@ -180,8 +181,7 @@ def weight_gradients(
         # Both sides: a row of the next group that is not finite would give 0 times NaN.
         return tuple(
             lax.dot_general(
-                jnp.where(in_group, a, 0),
-                jnp.where(in_group, b, 0),
+                *widen_for_backend(jnp.where(in_group, a, 0), jnp.where(in_group, b, 0)),
                 (((0,), (0,)), ((), ())),
                 precision=precision,
                 preferred_element_type=jnp.float32,

@@ -415,3 +415,20 @@ def test_refuses(options, message):
     q = jnp.ones((1, 8, 6, 4))
     with pytest.raises(ValueError, match=f"^attention: .*{message}"):
         wk.attention(q, q, q, wafer=wk.Wafer.devices(2, 2), **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_without_a_wafer(dtype):
+    """On CPUs too, which lack some of the products in 16 bits; with their gradients."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, 6, heads, 4)).astype(dtype)
+        for i, heads in enumerate((4, 2, 2))
+    )
+    for options in ({"causal": True}, {"causal": True, "soft_cap": 2.0}):
+        loss = lambda q, k, v, options=options: (  # noqa: E731
+            (wk.attention(q, k, v, **options).astype(jnp.float32) ** 2).sum()
+        )
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        got, want = run(q, k, v), run(*(x.astype(jnp.float32) for x in (q, k, v)))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(np.float32(x), y, rtol=0.05, atol=0.05 * np.abs(y).max())

@@ -115,7 +115,7 @@ def _check_signal(
     process = _start(run, *([] if resumes else _flags(_STEPS)), *flags, **cache)
     try:
         if text == "partial":
-            _wait_for(lambda: any(run.glob("checkpoints/*.partial")), process)
+            _wait_for(lambda: any(run.glob("checkpoints/[0-9]*.partial")), process)
         elif text.startswith("step"):
             _wait_for(lambda: len(_losses(run)) >= int(text.split()[1]), process)
         else:

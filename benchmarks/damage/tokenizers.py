@@ -27,8 +27,10 @@ _TEXT = "the wafer <s> café </s><think>"
 
 
 _A_TO_MANY = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
-_TWICE = {"single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2, "pair": []}
-_TWICE |= {"type": "TemplateProcessing", "special_tokens": {}}
+_TWICE = {
+    **{"type": "TemplateProcessing", "pair": [], "special_tokens": {}},
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+}
 _LONG_PIECE = [["<unk>", 0.0], ["x" * 10**6, -1.0]]
 # What each puts in the place of a part of tokenizer.json.
 _BOMBS: dict[str, dict[str, Any]] = {

@@ -44,5 +44,5 @@ def _is_explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def _auto(mesh: Mesh) -> Mesh:
+def _auto(mesh: Any) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))

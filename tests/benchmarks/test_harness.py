@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(flags
 
 
 def test_a_benchmark_needs_no_flag(monkeypatch):
-    called = []
+    called: list = []
     module = types.SimpleNamespace(main=called.append)
     monkeypatch.setattr("importlib.import_module", lambda name: module)
     assert main(["stencil"]) == 0 and called == [[]]

@@ -311,13 +311,15 @@ def test_what_is_no_text_and_no_token_is_refused(tmp_path):
     tokenizer = load_tokenizer(
         write(tmp_path, byte_level(), tokenizer_config={"chat_template": "x"})
     )
-    for text, message in ((5, "text is 5; it must be"), ("a\ud800", "at 1, which is no character")):
+    texts: tuple = (5, "text is 5; it must be"), ("a\ud800", "at 1, which is no character")
+    for text, message in texts:
         with pytest.raises(ValueError, match=message):
             tokenizer.encode(text)
     for number in (-1, 10**10):
         with pytest.raises(ValueError, match=f"token {number} is no number of a token"):
             tokenizer.decode([number])
-    for messages in (None, 5, "hello", {"role": "user"}):
+    no_messages: tuple = (None, 5, "hello", {"role": "user"})
+    for messages in no_messages:
         with pytest.raises(ValueError, match="it must be a list of messages"):
             tokenizer.chat(messages)
 

@@ -52,10 +52,10 @@ def test_what_models_have_is_read(tmp_path, normalizer):
 
 @pytest.mark.parametrize("message", BOMBS)
 def test_normalizers_that_grow_are_refused(tmp_path, message):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=rf"tokenizer.json: its normalizer .*({message})"):
         load_tokenizer(save(tmp_path, normalizer=BOMBS[message]))
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 4
 
 
 def test_decoders_and_frames_that_grow_are_refused(tmp_path):
@@ -117,10 +117,10 @@ def test_a_number_far_beyond_the_others_is_refused_at_once(tmp_path):
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     fields["model"]["vocab"]["xyz"] = 2**31
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match="tokenizer.json numbers a token 2,147,483,648; at most"):
         load_tokenizer(tmp_path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 4
 
 
 def test_a_pattern_that_goes_on_and_on_is_an_error_of_the_text(tmp_path):

@@ -383,10 +383,10 @@ def test_a_class_that_no_file_names_is_the_model_s(tmp_path, settings, model_typ
 def test_too_many_added_tokens_are_refused_at_once(tmp_path):
     many = {str(256 + i): {"content": f"<{i}>"} for i in range(200_000)}
     write(tmp_path, byte_level(), tokenizer_config={"added_tokens_decoder": many})
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match="added_tokens_decoder has 200,000 tokens, more than 100,"):
         load_tokenizer(tmp_path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 4
 
 
 def test_several_ends(tmp_path):

@@ -57,7 +57,7 @@ def cg(
     Args:
       operator: linear and symmetric.
       b: the right side: a field, or a pytree of fields, of floats.
-      x0: where to begin; by default at zero.
+      x0: where to begin; by default at zero, as where its residual is larger than b's norm.
       preconditioner: close to the operator's inverse, linear, symmetric and definite.
       tolerance: on the residual's norm, relative to b's.
       absolute: on the residual's norm, if larger.

@@ -134,7 +134,7 @@ def solve(
       method: its name, for messages.
       operator: linear.
       b: the right side.
-      x0: where to begin; None is at zero.
+      x0: where to begin; None is at zero, as where its residual is larger than b's norm.
       begin: what the method carries at first, from the system and a residual.
       step: one iteration, from the system, x, the residual and what the method carries: the new
         ones, and why it cannot go on, a place in `REASONS`, or -1.
@@ -155,7 +155,8 @@ def solve(
     else:
         # What is solved for is the correction of x0, whose right side may be far smaller than b.
         size = lax.stop_gradient(fields.mean_size(b))
-        right = fields.minus(b, operator(x0)), jnp.stack([jnp.ones_like(size), size])
+        x0, correction_b = _begin_at(operator, b, x0, size)
+        right = correction_b, jnp.stack([jnp.ones_like(size), size])
 
     def run(matvec: Callable[[_System], _System], right: _System) -> tuple[_System, tuple]:
         b, reference = right
@@ -172,9 +173,35 @@ def solve(
         return lax.custom_linear_solve(matvec, right, run, run, symmetric=symmetric, has_aux=True)
 
     (x, _), results = solve_for(_instantiate_tangents(right))
-    if x0 is not None:
-        x = fields.plus(x0, 1, x)
-    return Solution(x, *results)
+    if x0 is None:
+        return Solution(x, *results)
+    return _judge_sum(operator, b, Solution(fields.plus(x0, 1, x), *results), limits)
+
+
+def _begin_at(operator: Operator, b: Fields, x0: Fields, size: Scalar) -> tuple[Fields, Fields]:
+    """`x0`, or zero if that is nearer to the solution; and the right side of its correction.
+
+    Beside an x0 that is far too large, a correction would be lost in rounding.
+    """
+    r = fields.minus(b, operator(x0))
+    # An x0 that is not finite stays, and so shows.
+    is_far = ~(fields.mean_size(r) <= size) & jnp.isfinite(fields.largest(x0))
+    is_far = lax.stop_gradient(is_far)
+    zero = jax.tree.map(jnp.zeros_like, x0)
+    return batched.where(is_far, zero, x0), batched.where(is_far, b, r)
+
+
+def _judge_sum(operator: Operator, b: Fields, found: Solution, limits: Limits) -> Solution:
+    """The solution judged anew, after its correction was added to x0."""
+    x, right = lax.stop_gradient((found.x, b))
+    size = fields.mean_size(fields.minus(right, operator(x)))
+    root = math.sqrt(fields.cells(b))
+    absolute = jnp.asarray(limits.absolute, size.dtype) / root
+    target = jnp.maximum(limits.tolerance * fields.mean_size(right), absolute)
+    converged = size <= target
+    reason = jnp.where(found.reason == CONVERGED, STAGNATED, found.reason)
+    reason = jnp.where(converged, CONVERGED, reason).astype(jnp.int32)
+    return found._replace(residual=size * root, converged=converged, reason=reason)
 
 
 def _keep_devices(b: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -97,6 +97,30 @@ def test_a_first_guess_changes_neither_units_nor_derivatives(name):
                 np.testing.assert_allclose(x * scale, y * scale, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["cg", "bicgstab", "jacobi"])
+def test_a_first_guess_far_away_is_no_worse_than_none(name):
+    """A correction of it would be lost in rounding, and the residual that it carries says 0."""
+    run = jax.jit(lambda a, b, guess: SOLVERS[name](a, b, x0=guess))
+    for operator, scale in ((1.0, 1.0), (1e20, 1.0), (1.0, 1e-20)):
+        want = run(jnp.float32(operator), B * scale, 0 * B)
+        assert bool(want.converged)
+        for size in (1e3, 1e6, 1e20, 1e37):
+            got = run(jnp.float32(operator), B * scale, jnp.full_like(B, size))
+            np.testing.assert_array_equal(got.x, want.x)
+            assert bool(got.converged) and got.residual == want.residual
+
+
+def test_a_first_guess_is_judged_with_its_correction():
+    """The correction may be lost in the rounding of the sum."""
+    scales = jnp.float32([1, 1e-9])
+    got = jax.jit(lambda x0: wk.cg(lambda x: scales * x, jnp.ones(2), x0=x0))(
+        jnp.float32([1, 1e9 * (1 + 1e-4)])
+    )
+    true = np.linalg.norm(1 - np.float64(scales) * np.float64(got.x))
+    np.testing.assert_allclose(got.residual, true, rtol=0.1, atol=1e-7)
+    assert bool(got.converged) == (true <= 1e-5 * np.sqrt(2))
+
+
 def test_a_part_of_the_right_side_may_be_differentiated_alone():
     """JAX gives the other parts no derivative at all, rather than one of zeros."""
     operator = lambda f: {"u": 3 * f["u"], "v": 2 * f["v"]}  # noqa: E731

@@ -29,6 +29,8 @@ _CLASS_OF_MODEL_TYPE = {
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
 }
+# Classes whose settings count, and not those of their tokenizer.json.
+_CLASSES_OF_BYTES = (*filter(None, _SPLIT_OF_CLASS), "GPTNeoXTokenizer")
 # Models whose vocabulary means the same if no file names a class.
 _MODELS_OF_PAIRS = ("gpt_oss", "llama", *_CLASS_OF_MODEL_TYPE)
 _MODELS_OF_PIECES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
@@ -44,6 +46,7 @@ _NAMES_OF_CLASS = {
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _GPT2_END),
     "LlamaTokenizer": _LLAMA_NAMES,
     "CodeLlamaTokenizer": _LLAMA_NAMES,
+    "GPTNeoXTokenizer": _GPT2_NAMES | {"pad_token": "<|padding|>"},
 }
 _MOST = 100_000_000  # bytes of a file; the largest vocabularies have a third of them
 _MOST_SPECIAL = 10_000  # special tokens that follow tiktoken's ranks; Llama 3 has 256
@@ -60,19 +63,24 @@ _LLAMA3_SPECIAL = {
 }
 
 
-def build(
-    file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
-) -> tuple[Any, SpecialTokens, bool | None]:
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer of a vocabulary's file, before special tokens are added."""
+
+    inner: Any  # a `tokenizers.Tokenizer`
+    special: SpecialTokens  # with the names that the format adds
+    # Whether a text begins with `bos_token` if no file says so; None: `inner` has that in itself.
+    begins: bool | None = None
+    normalizer: Any = None  # takes the place of that of `inner`, and no file can hold it
+
+
+def build(file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]) -> Vocabulary:
     """The tokenizer of a vocabulary's file, before special tokens are added.
 
     Args:
       file: tokenizer.json, vocab.json (its merges beside it), or tokenizer.model.
       special: the special tokens that the files beside it name.
       model: the content of config.json.
-
-    Returns:
-      A `tokenizers.Tokenizer`; the special tokens, with the names that the format adds; and whether
-      a text begins with `bos_token` if no file says so (None: the tokenizer has that in itself).
 
     Raises:
       ValueError: the file is damaged, too large, or of a tokenizer that is not read.
@@ -106,7 +114,7 @@ def _check_size(file: pathlib.Path) -> None:
 
 def _tokenizer_json(
     file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
-) -> tuple[Any, SpecialTokens, bool | None]:
+) -> Vocabulary:
     from tokenizers import Tokenizer
 
     _check_size(file)
@@ -117,24 +125,46 @@ def _tokenizer_json(
         kind = _CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")), "")
     named = {} if inner.padding is None else {"pad_token": inner.padding["pad_token"]}
     for name, token in _NAMES_OF_CLASS.get(kind, {}).items():
-        if kind in _SPLIT_OF_CLASS or inner.token_to_id(token) is not None:
+        if kind in _CLASSES_OF_BYTES or inner.token_to_id(token) is not None:
             named[name] = token
     special = _with_names(special, named)
     words = inner.pre_tokenizer
-    if kind and kind in _SPLIT_OF_CLASS and type(words).__name__ == "ByteLevel":
+    if kind in _CLASSES_OF_BYTES and type(words).__name__ == "ByteLevel":
         # As in transformers: the class decides, and not its file.
         words.add_prefix_space = bool(special.settings.get("add_prefix_space", False))
         inner.pre_tokenizer = words
+    if kind == "GPTNeoXTokenizer":
+        _follow_gpt_neox(inner, special, file)
     inner.no_truncation()
     inner.no_padding()
     if getattr(inner.model, "dropout", None) is not None:
         inner.model.dropout = None
-    return inner, special, None
+    return Vocabulary(inner, special)
+
+
+def _follow_gpt_neox(inner: Any, special: SpecialTokens, file: pathlib.Path) -> None:
+    """Does what GPT-NeoX's class does, whatever the file says.
+
+    Raises:
+      ValueError: a token is to begin or end a text, which only some versions of the class add.
+    """
+    from tokenizers import normalizers
+
+    for name in ("add_bos_token", "add_eos_token"):
+        if special.settings.get(name):
+            raise ValueError(
+                f"{file.with_name('tokenizer_config.json')}: {name} is true, which transformers 4 "
+                "follows for GPTNeoXTokenizer and transformers 5 does not; set it to false, or "
+                "tokenizer_class to PreTrainedTokenizerFast, whose post_processor in "
+                "tokenizer.json may add the token"
+            )
+    inner.normalizer = normalizers.NFC()
+    inner.post_processor = None
 
 
 def _vocab_and_merges(
     file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
-) -> tuple[Any, SpecialTokens, bool | None]:
+) -> Vocabulary:
     """GPT-2's two files, or Qwen2's."""
     from tokenizers import normalizers
 
@@ -157,7 +187,7 @@ def _vocab_and_merges(
         inner.normalizer = normalizers.NFC()
     if kind or _GPT2_END in vocab:
         special = _with_names(special, _NAMES_OF_CLASS[kind or "GPT2Tokenizer"])
-    return inner, special, False
+    return Vocabulary(inner, special, False)
 
 
 def _merges(file: pathlib.Path) -> list[tuple[str, str]]:
@@ -174,7 +204,7 @@ def _merges(file: pathlib.Path) -> list[tuple[str, str]]:
 
 def _tokenizer_model(
     file: pathlib.Path, special: SpecialTokens, model: dict[str, Any]
-) -> tuple[Any, SpecialTokens, bool | None]:
+) -> Vocabulary:
     """Of SentencePiece, or of tiktoken."""
     _check_size(file)
     with file.open("rb") as stream:
@@ -200,15 +230,18 @@ def _tokenizer_model(
         pieces, pieces=tuple(renamed.get(i, name) for i, name in enumerate(pieces.pieces))
     )
     legacy = special.settings.get("legacy") is not False
+    normalizer = read_checked(
+        file, lambda: sentencepiece_model.exact_normalizer(pieces, legacy=legacy)
+    )
     inner = read_checked(file, lambda: sentencepiece_model.build(pieces, legacy=legacy))
     numbers = {"bos_token": pieces.begin, "eos_token": pieces.end, "unk_token": pieces.unknown}
     special = _with_names(special, {n: pieces.pieces[i] for n, i in numbers.items() if i >= 0})
     if pieces.dummy_prefix:
         special = special.matched_before_normalization()
-    return inner, special, pieces.begin >= 0
+    return Vocabulary(inner, special, pieces.begin >= 0, normalizer)
 
 
-def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> tuple[Any, SpecialTokens, bool | None]:
+def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> Vocabulary:
     """Llama 3's: the ranks of tokens, and after them 256 special tokens, or those of the files."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -239,7 +272,7 @@ def _tiktoken(file: pathlib.Path, special: SpecialTokens) -> tuple[Any, SpecialT
         special = _with_names(special, {"bos_token": names[first], "eos_token": names[first + 1]})
     tokens = [(special.numbers.get(i, name), i) for i, name in names.items()]
     inner = bpe.byte_level(vocab, merges, cut="llama3", special=tokens)
-    return inner, special, "bos_token" in special.names
+    return Vocabulary(inner, special, "bos_token" in special.names)
 
 
 def _tokenizer_class(special: SpecialTokens) -> str:

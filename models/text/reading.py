@@ -62,13 +62,14 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
         return bytes_tokenizer()
     _require_tokenizers(source)
     special, model = read_special_tokens(path), read_json(path / "config.json")
-    inner, special, begin = build(source, special, model)
+    vocabulary = build(source, special, model)
+    inner, special = vocabulary.inner, vocabulary.special
     check_growth(inner, source)
     room = model.get("vocab_size")
     unnumbered = special.add_to(inner, room if type(room) is int else None, source)
     settings = special.settings
-    if begin is not None:
-        _begin_and_end(inner, special, source, begin)
+    if vocabulary.begins is not None:
+        _begin_and_end(inner, special, source, vocabulary.begins)
     size = max(inner.get_vocab().values(), default=-1) + 1
     if size > _MOST_TOKENS:  # `tokenizers` saves them with a step for each number
         raise ValueError(
@@ -81,10 +82,14 @@ def load_tokenizer(checkpoint: str | os.PathLike[str]) -> Tokenizer:
     inner.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     # As in transformers, which cleans up after no byte-pair encoding.
     clean_up = type(inner.model).__name__ != "BPE" and settings.get("clean_up_tokenization_spaces")
+    codec = FastCodec(inner)
+    if vocabulary.normalizer is not None:
+        codec = FastCodec(inner, written=inner.to_str(pretty=True))
+        inner.normalizer = vocabulary.normalizer
     end = special.names.get("eos_token")
     templates = _templates(path, settings)
     return Tokenizer(
-        codec=FastCodec(inner),
+        codec=codec,
         ends=_ends(path, None if end in unnumbered else inner.token_to_id(end or "")),
         template=templates.pop("default", None),
         templates=templates,

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from models.checkpoints.json_file import shown
+from models.text.charsmap import read_charsmap
 from models.text.limits import LONGEST
 
 _SPACE = "▁"  # how SentencePiece writes a space
@@ -108,7 +109,8 @@ def read_model(file: pathlib.Path) -> SentencePieceModel:
 def build(model: SentencePieceModel, *, legacy: bool = True) -> Any:
     """A `tokenizers.Tokenizer` that encodes as the SentencePiece model does.
 
-    Control pieces are special tokens of it.
+    Control pieces are special tokens of it. If the model has a charsmap, `exact_normalizer` must
+    take the place of the normalizer.
 
     Args:
       model: the model.
@@ -117,17 +119,8 @@ def build(model: SentencePieceModel, *, legacy: bool = True) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(_unigram(model) if model.unigram else _byte_pairs(model))
-    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-    if model.remove_spaces:
-        # Spaces alone: SentencePiece keeps newlines.
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if model.escape_spaces:
-        steps.append(normalizers.Replace(" ", _SPACE))
-    if model.dummy_prefix and legacy:
-        # Metaspace leaves out the prefix of a text that begins with a space.
-        steps.append(normalizers.Replace(Regex(rf"\A{_SPACE}"), 2 * _SPACE))
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    charsmap = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    tokenizer.normalizer = _normalizer(charsmap, model, legacy)
     splits: list[Any] = []
     if model.dummy_prefix:
         scheme = "always" if legacy else "first"
@@ -148,6 +141,39 @@ def build(model: SentencePieceModel, *, legacy: bool = True) -> Any:
     control = model.of_kind(Kind.CONTROL)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in control])
     return tokenizer
+
+
+def exact_normalizer(model: SentencePieceModel, *, legacy: bool = True) -> Any | None:
+    """The normalizer that SentencePiece has, where that of `build` differs; else None.
+
+    No tokenizer.json can hold it.
+
+    Raises:
+      ValueError: the charsmap is damaged or too large.
+    """
+    from tokenizers import normalizers
+
+    if not model.charsmap:
+        return None
+    rewriter = read_charsmap(model.charsmap).rewriter(model.of_kind(Kind.USER_DEFINED))
+    return _normalizer([normalizers.Normalizer.custom(rewriter)], model, legacy)
+
+
+def _normalizer(charsmap: list[Any], model: SentencePieceModel, legacy: bool) -> Any:
+    """The steps of `charsmap`, and after them those for spaces."""
+    from tokenizers import Regex, normalizers
+
+    steps = list(charsmap)
+    if model.remove_spaces:
+        # Spaces alone: SentencePiece keeps newlines.
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if model.escape_spaces:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    if model.dummy_prefix and legacy:
+        # Metaspace leaves out the prefix of a text that begins with a space.
+        steps.append(normalizers.Replace(Regex(rf"\A{_SPACE}"), 2 * _SPACE))
+    return normalizers.Sequence(steps)
 
 
 def _unigram(model: SentencePieceModel) -> Any:

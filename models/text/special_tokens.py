@@ -14,6 +14,7 @@ from models.text.limits import LONGEST
 
 _NAMED = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
+_SPECIFIC = "model_specific_special_tokens"
 _SWITCHES = (
     "add_bos_token",
     "add_eos_token",
@@ -149,6 +150,15 @@ def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
             extra += [_token(one, config, key, flags) for one in value]
         else:
             raise _refusal(config, key, value, "a list of tokens")
+    specific = settings.get(_SPECIFIC) or {}
+    if not isinstance(specific, dict):
+        raise _refusal(config, _SPECIFIC, specific, "an object")
+    _check_count(config, _SPECIFIC, specific)
+    if names.keys() <= set(_NAMED):  # else these say the same, or nothing, as in transformers
+        names |= {
+            name: _token(one, config, f"{_SPECIFIC}.{name}", flags)
+            for name, one in specific.items()
+        }
     if numbered is None:
         special = {*names.values(), *extra}
         numbers |= _numbered_in(folder / "added_tokens.json", special, flags)

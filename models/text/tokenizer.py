@@ -189,7 +189,9 @@ class Tokenizer:
         """Writes tokenizer.json and tokenizer_config.json; nothing if tokens are bytes.
 
         If the tokenizer knows the tokens that end a text, it writes generation_config.json too.
-        Each file is written whole or not at all.
+        Each file is written whole or not at all. The normalizer of a SentencePiece model is written
+        as the one that `tokenizers` has, which loses accents after letters that it replaces: copy
+        tokenizer.model where texts may have them.
         """
         if not isinstance(self.codec, FastCodec):
             return
@@ -201,7 +203,7 @@ class Tokenizer:
         elif named:
             settings["chat_template"] = self.template
         texts = {
-            "tokenizer.json": self.codec.inner.to_str(pretty=True),
+            "tokenizer.json": self.codec.json,
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
         }
         if self.ends:
@@ -270,9 +272,14 @@ def _clean_length(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class FastCodec:
-    """A `tokenizers.Tokenizer`."""
+    """A `tokenizers.Tokenizer`.
+
+    `written` is the text of tokenizer.json if `inner` has a normalizer that no file can hold: with
+    one that is as near to it as `tokenizers` has.
+    """
 
     inner: Any
+    written: str | None = None
 
     @property
     def size(self) -> int:
@@ -282,7 +289,13 @@ class FastCodec:
     @property
     def definition(self) -> str:
         """A text that is equal for two codecs only if they make the same tokens."""
-        return self.inner.to_str() + ("split" if self.inner.encode_special_tokens else "")
+        text = self.inner.to_str() if self.written is None else f"{self.written}normalized"
+        return text + ("split" if self.inner.encode_special_tokens else "")
+
+    @property
+    def json(self) -> str:
+        """The text of tokenizer.json."""
+        return self.inner.to_str(pretty=True) if self.written is None else self.written
 
     def encode(self, text: str, special: bool) -> list[int]:
         """The tokens of a text; ValueError: the vocabulary lacks a character of it."""

@@ -77,6 +77,43 @@ def test_tokens_are_those_of_the_library(train, tmp_path, model_type, options):
     assert ours.ends == ((theirs.eos_id(),) if theirs.eos_id() >= 0 else ())
 
 
+LETTERS = [
+    "a\r\nb\r\n\r\nc \t\t d",
+    "\N{LATIN SMALL LIGATURE FI}\N{COMBINING ACUTE ACCENT}x",
+    "\N{FULLWIDTH LATIN CAPITAL LETTER A}\N{COMBINING CIRCUMFLEX ACCENT}",
+    "a\N{COMBINING DIAERESIS}\N{COMBINING ACUTE ACCENT}",
+    "\N{CIRCLED DIGIT ONE}\N{COMBINING ACUTE ACCENT}",
+    "\N{VULGAR FRACTION ONE HALF}\N{COMBINING ENCLOSING KEYCAP}",
+    "\N{HALFWIDTH KATAKANA LETTER KA}\N{HALFWIDTH KATAKANA VOICED SOUND MARK}",
+    "\u1100\u1161\u11a8 \u1100\u1161 \uac00\u11a8",
+    "\N{TRADE MARK SIGN}\ufe0f \ufdfa \u200bx \ufeffx \u00a0",
+    "A<X>a<x>\N{LATIN SMALL LIGATURE FI}<X>",
+]
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf"])
+def test_letters_are_normalized_as_the_library_does(train, tmp_path, rule):
+    options = {"normalization_rule_name": rule, "byte_fallback": True}
+    content = train(model_type="bpe", user_defined_symbols=["<X>"], **options)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    theirs = spm.SentencePieceProcessor(model_proto=content)
+    size = theirs.get_piece_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<\N{CIRCLED DIGIT ONE}>": size}))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in [*LETTERS, " ".join(LETTERS)]:
+        tokens = tokenizer.encode(text, special=False)
+        assert tokens == theirs.encode(text), ascii(text)
+        assert tokenizer.decode(tokens) == theirs.decode(tokens), ascii(text)
+    assert size in tokenizer.encode("x<\N{CIRCLED DIGIT ONE}>")
+    # A saved tokenizer has the nearest that tokenizer.json can say; it makes other tokens.
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert saved.encode("the fabric") == tokenizer.encode("the fabric")
+    assert saved.fingerprint != tokenizer.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
 @pytest.mark.parametrize(("legacy", "after"), [(None, "▁the"), (True, "▁the"), (False, "the")])
 def test_legacy_says_whether_a_space_follows_a_special_token(train, tmp_path, legacy, after):
     content = train(model_type="bpe", byte_fallback=True, user_defined_symbols=["the"])

@@ -120,6 +120,25 @@ def test_tokens_of_a_name_of_their_own_are_special(tmp_path):
     assert tokenizer.encode("<o><i>") == [257, 256] and tokenizer.decode([256, 257]) == ""
 
 
+@pytest.mark.parametrize(
+    ("others", "names"),
+    [
+        ({}, {"image_token": "<i>", "sound": "<s>"}),
+        ({"eos_token": "<e>"}, {"eos_token": "<e>", "image_token": "<i>", "sound": "<s>"}),
+        # These are all that transformers takes, where there are any.
+        ({"audio_token": "<o>"}, {"audio_token": "<o>"}),
+        ({"extra_special_tokens": {"audio_token": "<o>"}}, {"audio_token": "<o>"}),
+        ({"model_specific_special_tokens": None}, {}),
+    ],
+)
+def test_tokens_that_transformers_5_calls_specific_to_a_model(tmp_path, others, names):
+    specific = {"image_token": "<i>", "sound": {"__type": "AddedToken", "content": "<s>"}}
+    config = {"model_specific_special_tokens": specific} | others
+    tokenizer = load_tokenizer(write(tmp_path, byte_level(), tokenizer_config=config))
+    assert tokenizer.names == names
+    assert tokenizer.encode("".join(names.values())) == [256 + i for i in range(len(names))]
+
+
 def test_text_of_special_tokens_can_stay_text(tmp_path):
     write(tmp_path, byte_level(before=["<e>"]), tokenizer_config={"split_special_tokens": True})
     assert load_tokenizer(tmp_path).encode("<e>") == letters("<e>")
@@ -205,6 +224,14 @@ def test_a_class_brings_its_prefix_and_its_names(tmp_path, settings, tokens, nam
             "added_tokens_decoder is .*an object",
         ),
         ({"tokenizer_config": {"additional_special_tokens": 1}}, "additional_special_tokens is 1"),
+        (
+            {"tokenizer_config": {"model_specific_special_tokens": ["<i>"]}},
+            r"model_specific_special_tokens is \['<i>'\]; it must be an object",
+        ),
+        (
+            {"tokenizer_config": {"model_specific_special_tokens": {"image_token": None}}},
+            "model_specific_special_tokens.image_token is None; it must be a token",
+        ),
         ({"generation_config": {"eos_token_id": ["</s>"]}}, "generation_config.json: eos_token_id"),
         ({"config": {"eos_token_id": True}}, "config.json: eos_token_id is True"),
         ({"tokenizer_config": {"chat_template": [1]}}, "tokenizer_config.json: chat_template is"),
@@ -334,6 +361,27 @@ def test_files_that_would_not_end_are_refused(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(ValueError, match="chat_template.jinja has 1,099,511,627,776 bytes, more"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXTokenizer", "GPTNeoXTokenizerFast"])
+def test_gpt_neox_s_class_decides_and_not_its_file(tmp_path, name):
+    inner = byte_level(before=["<|endoftext|>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    settings = {"tokenizer_class": name, "add_prefix_space": True, "add_bos_token": False}
+    tokenizer = load_tokenizer(write(tmp_path, inner, tokenizer_config=settings))
+    assert tokenizer.encode("a") == [LETTERS.index(letter) for letter in ("Ġ", "a")]
+    assert tokenizer.encode("xe\N{COMBINING ACUTE ACCENT}") == tokenizer.encode("xé")
+    assert tokenizer.names["unk_token"] == "<|endoftext|>" and tokenizer.ends == (256,)
+    assert tokenizer.encode("<|padding|>") == [257]  # as in transformers 5
+    settings.pop("add_prefix_space")
+    without = load_tokenizer(write(tmp_path, tokenizer_config=settings))
+    assert without.encode("a") == [LETTERS.index("a")]
+    for switch in ("add_bos_token", "add_eos_token"):  # transformers 4 and 5 differ
+        write(tmp_path, tokenizer_config=settings | {switch: True})
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {switch} is true, which"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_class_with_other_rules_is_refused(tmp_path):

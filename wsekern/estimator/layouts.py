@@ -186,7 +186,7 @@ def order_kept(
 
     Args:
       equation: on whole arrays.
-      operands: what is known of them (`schedule.VariableState`).
+      operands: what is known of them (`VariableState`).
       wafer: over which they are spread.
     """
     before = {v.before for v in operands if v.before is not None}

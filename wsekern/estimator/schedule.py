@@ -9,44 +9,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from wsekern.estimator import contractions, cost, layouts, relayout, trace
+from wsekern.estimator import contractions, cost, layouts, loops, relayout, trace
 from wsekern.estimator.clocks import Clocks
 from wsekern.estimator.cost import Constants
 from wsekern.estimator.links import around_defects, roots
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.reshapes import spec_after_reshape
-from wsekern.estimator.specs import Spec, assumed_spec
+from wsekern.estimator.specs import assumed_spec
+from wsekern.estimator.variable_state import STATIC, VariableState
 from wsekern.hardware import Machine
 from wsekern.wafer.wafer import Wafer
 
 _PRODUCTS = "/kernels/matmul/"  # the folder of the library's products
-_WALKED_TRIPS = 12  # of a loop whose trips never come to take equally long
-
-
-class VariableState(NamedTuple):
-    """What the walk knows of a variable."""
-
-    ready: float = 0.0  # the cycle from which its value is there
-    # Whether only the PE's place and loop counters decide its value. That is known when the program
-    # is put on the wafer, and costs nothing when it runs.
-    static: bool = False
-    from_counter: bool = False  # whether a loop counter has a part in it
-    spec: Spec | None = None  # of a whole array: how it lies, if that is known
-    assumed: bool = False  # whether that follows from a layout that was assumed
-    line: str = ""  # of a whole array: the source line of the operation that made it
-    is_view: bool = False  # whether that only described an array in another way
-    true_shape: tuple[int, ...] | None = None  # of a padded array, before it was padded
-    # Of an array whose elements lie where they lay before a reshape: its shape and layout then.
-    before: tuple[tuple[int, ...], Spec] | None = None
-
-
-STATIC = VariableState(static=True)
-# By how much a trip of a loop moved the clock of each lane, and when each carried value is ready.
-_Pace = tuple[dict[str, float], list[float]]
 
 
 class Schedule:
@@ -109,11 +87,15 @@ class Schedule:
         state = self._lay_out(atom, state)
         ready = state.ready
         moves: list[PricedMove] = []
+        program = "transpose"
         if state.assumed:
             wanted = assumed_spec(shape, self.wafer)
             moves = layouts.lay_out_as(atom.aval, state.spec, True, wanted, self.wafer)
+        elif state.from_scan and state.spec is not None:
+            program, wanted = "scan", assumed_spec(shape, self.wafer)
+            moves = relayout.tile_move(atom.aval, state.spec, wanted, self.wafer)
         for move in moves:
-            self.assumed.setdefault("transpose as a relayout", state.line)
+            self.assumed.setdefault(f"{program} as a relayout", state.line)
             ready = self._send(state.line, move, ready)
         if state.is_view and not moves:
             work = cost.copy_work(atom.aval, self.machine, self.constants)
@@ -161,12 +143,12 @@ class Schedule:
             move = self._memoize(around_defects.price_move, equation, *grid)
             if move is not None:
                 return self._move(equation, move, operands)
-        loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
+        walks = {"scan": self._scan, "while": self._while, "cond": self._cond}
         inner = trace.inner_jaxpr(equation.params)
-        if name in loops or inner is not None:
+        if name in walks or inner is not None:
             with self._called_by(equation):
-                if name in loops:
-                    return loops[name](equation, operands, in_kernel)
+                if name in walks:
+                    return walks[name](equation, operands, in_kernel)
                 if name == "shard_map":
                     return self._kernel(equation, operands)
                 return self._walk(inner, trace.inner_operands(equation, operands), in_kernel)
@@ -237,7 +219,8 @@ class Schedule:
             work = relayout.spread_work(work, shape, spec, layout.assumed, self.wafer)
             ready = self._compute(equation, work, ready)
         state = VariableState(ready, spec=layout.spec, assumed=layout.assumed, line=line)
-        state = state._replace(is_view=is_view)
+        from_scan = not layout.assumed and any(v.from_scan for v in operands)
+        state = state._replace(is_view=is_view, from_scan=from_scan)
         if operands:
             true_shape = layouts.shape_before_padding(equation, operands[0].true_shape)
             state = state._replace(true_shape=true_shape)
@@ -259,6 +242,7 @@ class Schedule:
         new = spec_after_reshape(shape, out.shape, spec, self.wafer)
         before = (shape, spec) if new is None else None
         state = VariableState(operand.ready, spec=new, assumed=assumed, before=before)
+        state = state._replace(from_scan=operand.from_scan)
         return state._replace(line=self._line(equation), is_view=True)
 
     def _lay_out(self, atom: Any, state: VariableState) -> VariableState:
@@ -381,13 +365,25 @@ class Schedule:
         scanned = operands[consts + carry :]
         if length == 0:
             return [*carried, *([VariableState()] * (len(body.outvars) - carry))]
-        carried = self._static_in_every_trip(body, constants, carried, scanned)
+        carried = loops.static_in_every_trip(body, constants, carried, scanned)
+        laid_out: dict[Any, VariableState] = {}
+        if not in_kernel:
+            pairs = list(zip(equation.invars[consts + carry :], scanned, strict=True))
+            scanned = [self._lay_out_rows(atom, v, equation) for atom, v in pairs]
+            laid_out = {
+                atom: new for (atom, v), new in zip(pairs, scanned, strict=True) if new != v
+            }
         clocks, roots_before = self.clocks, self._flood_roots
         earliest, began = clocks.earliest_move, clocks.busy_until["compute"]
         self._flood_roots = length
         # A trip sees one entry of what is scanned.
         scanned = [
-            v._replace(from_counter=v.static, spec=None if v.assumed or not v.spec else v.spec[1:])
+            v._replace(
+                from_counter=v.static,
+                from_scan=False,
+                spec=None if v.assumed or not v.spec else v.spec[1:],
+                true_shape=v.true_shape and v.true_shape[1:],
+            )
             for v in scanned
         ]
 
@@ -400,76 +396,41 @@ class Schedule:
             clocks.earliest_move = max(earliest, began)
             began, moves = clocks.busy_until["compute"], clocks.totals.moves
             outs = self._walk(body, [*constants, *carried, *scanned], in_kernel)
+            if not in_kernel:  # a row that was reshaped is written in its new order
+                rows = zip(body.outvars[carry:], outs[carry:], strict=True)
+                outs[carry:] = [self._lay_out(atom, v) for atom, v in rows]
+                self._laid_out.clear()
             # PEs meet once in a trip that moves anything; a trip that moves nothing is free.
             if clocks.totals.moves > moves:
                 clocks.set_up("trip of a loop", self._line(equation), self.constants.phase_start)
             return outs
 
-        carried, outs = self._repeat(equation, run_trip, carried, length)
+        carried, outs = loops.repeat(clocks, self._line(equation), run_trip, carried, length)
         clocks.earliest_move, self._flood_roots = earliest, roots_before
         # Stacked results are whole only after the last trip.
         last = max([v.ready for v in carried] + [v.ready for v in outs[carry:]], default=0.0)
-        return [*carried, *(VariableState(last) for _ in outs[carry:])]
-
-    def _repeat(
-        self,
-        equation: JaxprEqn,
-        run_trip: Callable[[Sequence[VariableState]], list[VariableState]],
-        carried: Sequence[VariableState],
-        times: int,
-    ) -> tuple[list[VariableState], list[VariableState]]:
-        """What a loop carries out of its last trip, and all results of the last trip walked.
-
-        Trips are walked until one is like the trip before. For 100 trips whose clock stands at
-
-          130, 250, 370       after 1, 2 and 3 trips, trip 3 took as long as trip 2: 120 cycles
-          370 + 97 * 120      is the clock after all, and each total grows by its share of trip 3
-        """
-        outs = list(carried)
-        pace: _Pace | None = None
-        for trip in range(times):
-            totals, busy_until = self.clocks.totals.copy(), dict(self.clocks.busy_until)
-            outs = run_trip(carried)
-            now = self.clocks.busy_until
-            advance = {lane: cycle - busy_until.get(lane, 0.0) for lane, cycle in now.items()}
-            new = outs[: len(carried)]
-            later = [a.ready - b.ready for a, b in zip(new, carried, strict=True)]
-            carried = new
-            if _is_steady(pace, (advance, later)) or trip + 1 == _WALKED_TRIPS:
-                left = times - trip - 1
-                self.clocks.repeat(left, advance, totals, self._line(equation))
-                carried = [
-                    v._replace(ready=v.ready + by * left)
-                    for v, by in zip(carried, later, strict=True)
-                ]
-                break
-            pace = advance, later
-        return list(carried), outs
-
-    def _static_in_every_trip(
-        self,
-        body: Jaxpr,
-        constants: Sequence[VariableState],
-        carried: Sequence[VariableState],
-        scanned: Sequence[VariableState],
-    ) -> list[VariableState]:
-        """What is carried, marked static only if it stays so: a counter does, a tile does not.
-
-        A value that loses the mark can cost others theirs in the next trip, hence the loop:
-
-          (i, a, b) -> (i + 1, b, tile)   all start static, as zeros do
-          after one trip b is not         since it became a tile
-          after two trips a is not        since it became b
-        """
-        while True:
-            static = [v.static for v in (*constants, *carried, *scanned)]
-            outs = trace.static_results(body, static)[: len(carried)]
-            new = [
-                v._replace(static=v.static and out) for v, out in zip(carried, outs, strict=True)
+        stacked = [VariableState(last, line=self._line(equation)) for _ in outs[carry:]]
+        if not in_kernel and self.wafer.size > 1:
+            rows = zip(stacked, body.outvars[carry:], outs[carry:], strict=True)
+            stacked = [
+                loops.stack(state, atom.aval, row, length, self.wafer) for state, atom, row in rows
             ]
-            if new == list(carried):
-                return new
-            carried = new
+        self._laid_out |= laid_out  # a later scan, as that of a gradient, finds them so
+        return [*carried, *stacked]
+
+    def _lay_out_rows(self, atom: Any, state: VariableState, equation: JaxprEqn) -> VariableState:
+        """The state of a scanned array once every PE has its part of every row."""
+        if state.static:
+            return state
+        spec, moves = loops.lay_out_rows(atom.aval, state, self.wafer)
+        guessed = state.assumed or (state.spec is None and state.before is None)
+        if moves and guessed:
+            self.assumed.setdefault("scan as a relayout", self._line(equation))
+        for move in moves:
+            state = state._replace(ready=self._send_for(equation, move, state.ready))
+        if not moves:
+            return state
+        return state._replace(spec=spec, assumed=guessed, before=None, is_view=False)
 
     def _while(
         self, equation: JaxprEqn, operands: list[VariableState], in_kernel: bool
@@ -494,7 +455,7 @@ class Schedule:
             # Data decide when the loop ends, so that nothing it carries is known before it runs.
             return [v._replace(static=False) for v in outs]
 
-        return self._repeat(equation, run_trip, carried, self.trips)[0]
+        return loops.repeat(self.clocks, self._line(equation), run_trip, carried, self.trips)[0]
 
     def _cond(
         self, equation: JaxprEqn, operands: list[VariableState], in_kernel: bool
@@ -560,11 +521,3 @@ class Schedule:
         if key not in self._memo:
             self._memo[key] = function(of, *arguments)
         return self._memo[key]
-
-
-def _is_steady(before: _Pace | None, now: _Pace) -> bool:
-    if before is None or before[0].keys() != now[0].keys():
-        return False
-    pairs = [(before[0][lane], now[0][lane]) for lane in now[0]]
-    pairs += list(zip(before[1], now[1], strict=True))
-    return all(abs(a - b) <= 1e-6 * max(1.0, abs(a)) for a, b in pairs)

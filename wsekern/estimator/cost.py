@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from wsekern.estimator import trace
+from wsekern.estimator import factorizations, trace
 from wsekern.estimator.product_sizes import PRODUCTS, product_sizes
 from wsekern.hardware import Machine
 
@@ -69,6 +69,7 @@ _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax "
     "argmin cumsum cummax cummin cumprod cumlogsumexp".split()
 )
+_SEARCHES = frozenset(["top_k", "approx_top_k"])  # read all for a few results
 # Functions that have no instruction, by the number of passes over the vector that they take in
 # float32: a range reduction and a polynomial, or a first guess and Newton's steps.
 _PASSES = {
@@ -103,6 +104,7 @@ KNOWN = (
     | _WINDOWS
     | _PASSES.keys()
     | frozenset(PRODUCTS)
+    | factorizations.FACTORIZATIONS
     | {"fft"}
 )
 
@@ -148,6 +150,8 @@ def equation_work(
         return Work()
     if name in PRODUCTS:
         return _product(equation, machine, constants, vectors_along_rows)
+    if name in factorizations.FACTORIZATIONS:
+        return _factorization(equation, machine, constants)
     if not equation.outvars:  # such as a callback to the host
         return Work()
     out = max((v.aval for v in equation.outvars), key=_size)
@@ -159,7 +163,7 @@ def equation_work(
         n, reads = size_of(equation.invars[1]), [equation.invars[1].aval]
     elif name in ("concatenate", "stack", "pad"):
         instructions = len(equation.invars)
-    elif name in _REDUCTIONS:
+    elif name in _REDUCTIONS | _SEARCHES:
         n = max(map(_size, reads), default=1)
     elif name in _WINDOWS:
         windows = min(n, size_of(equation.invars[0])) if name.startswith("select") else n
@@ -171,6 +175,9 @@ def equation_work(
     passes_each = _PASSES.get(name, 1)
     if name == "fft":  # a butterfly of ten operations for every two elements, log2 times
         passes_each = math.ceil(5 * math.log2(max(2, math.prod(equation.params["fft_lengths"]))))
+    elif name == "sort":  # two lists are merged, log2 times
+        length = equation.outvars[0].aval.shape[equation.params["dimension"]]  # type: ignore[attr-defined]
+        passes_each = math.ceil(math.log2(max(2, length)))
     elif _is_complex(out):  # real and imaginary parts; of a product, four of them
         passes_each *= 4 if name in ("mul", "div", "integer_pow", "square") else 2
     passes = passes_each * instructions
@@ -259,6 +266,20 @@ def _product(
     cycles += elements * each
     # Each element reads a factor and the sum, and writes the sum back.
     return Work(cycles, 2.0 * elements, 3.0 * elements * width, width == 2)
+
+
+def _factorization(equation: JaxprEqn, machine: Machine, constants: Constants) -> Work:
+    matrix: Any = equation.invars[0].aval
+    width = width_of(matrix)
+    flops = factorizations.operation_count(equation)
+    if _is_complex(matrix):  # a product of complex numbers is four of their parts
+        flops, width = 4 * flops, 4
+    # Each step starts an instruction for each matrix; those of one matrix are not spread.
+    starts = factorizations.step_count(equation) * constants.vector_start
+    cycles = starts * max(1, math.prod(matrix.shape[:-2]))
+    each = _cycles_of_element(width, machine, constants.accumulate_float32)
+    cycles += flops / 2 * each
+    return Work(cycles, flops, 1.5 * flops * width, width == 2, starts)
 
 
 def user_term(name: str) -> str:

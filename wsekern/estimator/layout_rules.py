@@ -1,4 +1,7 @@
-"""What each operation on whole arrays moves, if its first operand lies in a given way."""
+"""What each operation on whole arrays moves, if its operand lies in a given way.
+
+That is the first operand, and of a triangular solve the right side.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,17 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from wsekern.estimator import trace
+from wsekern.estimator import factorizations, trace
 from wsekern.estimator.cost import width_of
 from wsekern.estimator.indexing import Rule, cycles_of, gather, scatter
 from wsekern.estimator.links.price import PricedMove
-from wsekern.estimator.relayout import relayout_move, shift_move, sum_move, tile_move
+from wsekern.estimator.relayout import (
+    flood_move,
+    relayout_move,
+    shift_move,
+    sum_move,
+    tile_move,
+)
 from wsekern.estimator.reshapes import spec_after_reshape
 from wsekern.estimator.specs import (
     Spec,
@@ -21,6 +30,7 @@ from wsekern.estimator.specs import (
     occupied_pes,
     part_count,
     parts_along,
+    tile_of,
 )
 from wsekern.wafer.wafer import Wafer
 
@@ -243,7 +253,34 @@ def _reshape(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     return new, [relayout_move(after, wafer)] if new is None else []
 
 
-# Each is given an equation, how its first operand lies, and the wafer.
+def _factorize(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
+    """In each step, PEs that have a part of the same matrix get the row that the step works with.
+
+    Cholesky's factor of [1024, 1024] on 64 x 64 PEs   1024 floods of 16 words, one after another
+    1000 matrices [4, 4], each on a PE of its own      no floods
+    """
+    place = 1 if equation.primitive.name == "triangular_solve" else 0
+    operand: Any = equation.invars[place].aval
+    out: Any = equation.outvars[0].aval
+    new = spec if out.shape == operand.shape else None
+    steps, tile = factorizations.step_count(equation), tile_of(operand.shape, spec, wafer)
+    # Where the unknowns run along x, a row of them is a column of the right side.
+    rows = len(tile) - (1 if equation.params.get("left_side", True) is False else 2)
+    words = math.prod(n for d, n in enumerate(tile) if d != rows) * width_of(operand) / 4
+    flood = flood_move(words, {axis for entry in spec[-2:] for axis in entry}, wafer)
+    if flood is None or not steps:
+        return new, [], ON_A_TILE
+    move = flood._replace(
+        words=steps * flood.words,
+        busy={way: steps * load for way, load in flood.busy.items()},
+        latency=steps * flood.latency,
+        hops=steps * flood.hops,
+        tile=steps * flood.tile,
+    )
+    return new, [move], "n steps, each a flood of a row"
+
+
+# Each is given an equation, how its operand lies, and the wafer.
 RULES: Mapping[str, Callable[[JaxprEqn, Spec, Wafer], Rule]] = {
     "transpose": _transpose, "broadcast_in_dim": _broadcast, "squeeze": _squeeze,
     "reshape": _reshape, "rev": _reverse, "slice": _slice, "split": _split, "unstack": _unstack,
@@ -261,9 +298,12 @@ RULES: Mapping[str, Callable[[JaxprEqn, Spec, Wafer], Rule]] = {
 } | {
     f"reduce_window_{kind}": _window for kind in ("sum", "max", "min")
 } | {
+    name: _factorize for name in factorizations.FACTORIZATIONS
+} | {
     f"scatter{kind}": scatter
     for kind in ("", "-add", "-mul", "-min", "-max", "_add", "_mul", "_min", "_max", "-sub", "_sub")
 }  # fmt: skip
+ON_A_TILE = "n steps on a PE"  # what a factorization is that needs no other PEs
 # What the moves of these do follows from a layout that was assumed; reports say so.
 PROGRAMS = {"reshape": "a relayout", "tile": "a relayout", "rev": "a relayout",
              "concatenate": "a relayout", "broadcast_in_dim": "a flood",

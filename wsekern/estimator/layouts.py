@@ -17,7 +17,8 @@ from jax.extend.core import JaxprEqn
 
 from wsekern.estimator import trace
 from wsekern.estimator.cost import KNOWN, width_of
-from wsekern.estimator.layout_rules import PROGRAMS, RULES
+from wsekern.estimator.factorizations import FACTORIZATIONS
+from wsekern.estimator.layout_rules import ON_A_TILE, PROGRAMS, RULES
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.relayout import shift_move, tile_move
 from wsekern.estimator.specs import (
@@ -79,7 +80,7 @@ def result_layout(
     if not equation.outvars or not hasattr(equation.outvars[0].aval, "shape"):
         return ResultLayout(None, [])
     if wafer.size == 1:  # one PE has all of every array
-        return ResultLayout(None, [])
+        return ResultLayout(None, [], program=ON_A_TILE if name in FACTORIZATIONS else "")
     if name == "sharding_constraint":
         out: Any = equation.outvars[0].aval
         wanted = from_partition_spec(equation.params["sharding"].spec, len(out.shape))
@@ -87,14 +88,15 @@ def result_layout(
     rule = RULES.get(name)
     if rule is None:
         return _elementwise(equation, specs, assumed, wafer)
-    # The operand that is read elsewhere is the first one.
-    spec, guessed = specs[0], specs[0] is None or assumed[0]
+    # The operand that is read elsewhere is the first one; a solution lies as its right side does.
+    first = 1 if name == "triangular_solve" else 0
+    spec, guessed = specs[first], specs[first] is None or assumed[first]
     if guessed and name == "concatenate":
         # The first part may be a rim; the whole says how its parts lie.
         whole: Any = equation.outvars[0].aval
         spec = assumed_spec(whole.shape, wafer)
     elif spec is None:
-        operand: Any = equation.invars[0].aval
+        operand: Any = equation.invars[first].aval
         spec = assumed_spec(operand.shape, wafer)
     new, moves, *program = rule(equation, spec, wafer)
     named = program[0] if any(program) else PROGRAMS.get(name, "") if guessed and moves else ""

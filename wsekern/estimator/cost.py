@@ -269,14 +269,14 @@ def _product(
 
 
 def _factorization(equation: JaxprEqn, machine: Machine, constants: Constants) -> Work:
-    matrix: Any = equation.invars[0].aval
-    width = width_of(matrix)
+    operand: Any = equation.invars[factorizations.place_of_operand(equation.primitive.name)].aval
+    width = width_of(operand)
     flops = factorizations.operation_count(equation)
-    if _is_complex(matrix):  # a product of complex numbers is four of their parts
+    if _is_complex(operand):  # a product of complex numbers is four of their parts
         flops, width = 4 * flops, 4
     # Each step starts an instruction for each matrix; those of one matrix are not spread.
     starts = factorizations.step_count(equation) * constants.vector_start
-    cycles = starts * max(1, math.prod(matrix.shape[:-2]))
+    cycles = starts * max(1, math.prod(operand.shape[:-2]))
     each = _cycles_of_element(width, machine, constants.accumulate_float32)
     cycles += flops / 2 * each
     return Work(cycles, flops, 1.5 * flops * width, width == 2, starts)

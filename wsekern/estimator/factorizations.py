@@ -1,7 +1,9 @@
-"""Operations and steps of the factorizations of matrices, and of triangular solves.
+"""Operations and steps of the factorizations of matrices, and of triangular and tridiagonal solves.
 
 Counts are those of Golub and Van Loan, "Matrix Computations", 4th edition, 2013; each addition and
 each product is one operation. JAX's own algorithms differ from machine to machine, and iterate.
+Tridiagonal systems are solved by cyclic reduction: Zhang, Cohen and Owens, "Fast Tridiagonal
+Solvers on the GPU", 2010.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from jax.extend.core import JaxprEqn
 
 def operation_count(equation: JaxprEqn) -> float:
     """The operations on all matrices of an equation that is one of `FACTORIZATIONS`."""
-    matrix: Any = equation.invars[0].aval
-    *batch, m, n = matrix.shape
     name = equation.primitive.name
-    if name == "triangular_solve":
-        right: Any = equation.invars[1].aval
-        return float(n * math.prod(right.shape))
+    operand: Any = equation.invars[place_of_operand(name)].aval
+    matrix: Any = equation.invars[0].aval
+    if name in _RIGHT_SIDES:
+        each = 17 if name == "tridiagonal_solve" else matrix.shape[-1]
+        return float(each * math.prod(operand.shape))
+    *batch, m, n = matrix.shape
     long, short = max(m, n), min(m, n)
     return math.prod(batch) * _COUNTS[name](long, short)
 
@@ -28,7 +31,19 @@ def operation_count(equation: JaxprEqn) -> float:
 def step_count(equation: JaxprEqn) -> int:
     """The steps, each of which needs the step before it."""
     matrix: Any = equation.invars[0].aval
+    if equation.primitive.name == "tridiagonal_solve":
+        return 2 * math.ceil(math.log2(max(2, matrix.shape[-1]))) - 1
     return min(matrix.shape[-2:])
+
+
+def steps_term(name: str) -> str:
+    """How many steps an operation takes, as reports say it."""
+    return "2 log2 n steps" if name == "tridiagonal_solve" else "n steps"
+
+
+def place_of_operand(name: str) -> int:
+    """The place of the operand that says where an operation runs: of a solve, its right side."""
+    return _RIGHT_SIDES.get(name, 0)
 
 
 def _qr(m: int, n: int) -> float:
@@ -59,4 +74,5 @@ _COUNTS: Mapping[str, Callable[[int, int], float]] = {
     "hessenberg": lambda m, n: 10 * n**3 / 3,
     "tridiagonal": lambda m, n: 4 * n**3 / 3,
 }
-FACTORIZATIONS = frozenset(_COUNTS) | {"triangular_solve"}
+_RIGHT_SIDES = {"triangular_solve": 1, "tridiagonal_solve": 3}  # their places among the operands
+FACTORIZATIONS = _COUNTS.keys() | _RIGHT_SIDES.keys()

@@ -1,6 +1,6 @@
 """What each operation on whole arrays moves, if its operand lies in a given way.
 
-That is the first operand, and of a triangular solve the right side.
+That is the first operand, and of a solve the right side.
 """
 
 from __future__ import annotations
@@ -259,8 +259,8 @@ def _factorize(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     Cholesky's factor of [1024, 1024] on 64 x 64 PEs   1024 floods of 16 words, one after another
     1000 matrices [4, 4], each on a PE of its own      no floods
     """
-    place = 1 if equation.primitive.name == "triangular_solve" else 0
-    operand: Any = equation.invars[place].aval
+    name = equation.primitive.name
+    operand: Any = equation.invars[factorizations.place_of_operand(name)].aval
     out: Any = equation.outvars[0].aval
     new = spec if out.shape == operand.shape else None
     steps, tile = factorizations.step_count(equation), tile_of(operand.shape, spec, wafer)
@@ -269,7 +269,7 @@ def _factorize(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
     words = math.prod(n for d, n in enumerate(tile) if d != rows) * width_of(operand) / 4
     flood = flood_move(words, {axis for entry in spec[-2:] for axis in entry}, wafer)
     if flood is None or not steps:
-        return new, [], ON_A_TILE
+        return new, [], steps_on_a_tile(name)
     move = flood._replace(
         words=steps * flood.words,
         busy={way: steps * load for way, load in flood.busy.items()},
@@ -277,7 +277,14 @@ def _factorize(equation: JaxprEqn, spec: Spec, wafer: Wafer) -> Rule:
         hops=steps * flood.hops,
         tile=steps * flood.tile,
     )
-    return new, [move], "n steps, each a flood of a row"
+    return new, [move], f"{factorizations.steps_term(name)}, each a flood of a row"
+
+
+def steps_on_a_tile(name: str) -> str:
+    """What a factorization is assumed to be that needs no other PEs; "" for other operations."""
+    if name not in factorizations.FACTORIZATIONS:
+        return ""
+    return f"{factorizations.steps_term(name)} on a PE"
 
 
 # Each is given an equation, how its operand lies, and the wafer.
@@ -303,7 +310,6 @@ RULES: Mapping[str, Callable[[JaxprEqn, Spec, Wafer], Rule]] = {
     f"scatter{kind}": scatter
     for kind in ("", "-add", "-mul", "-min", "-max", "_add", "_mul", "_min", "_max", "-sub", "_sub")
 }  # fmt: skip
-ON_A_TILE = "n steps on a PE"  # what a factorization is that needs no other PEs
 # What the moves of these do follows from a layout that was assumed; reports say so.
 PROGRAMS = {"reshape": "a relayout", "tile": "a relayout", "rev": "a relayout",
              "concatenate": "a relayout", "broadcast_in_dim": "a flood",

@@ -17,8 +17,8 @@ from jax.extend.core import JaxprEqn
 
 from wsekern.estimator import trace
 from wsekern.estimator.cost import KNOWN, width_of
-from wsekern.estimator.factorizations import FACTORIZATIONS
-from wsekern.estimator.layout_rules import ON_A_TILE, PROGRAMS, RULES
+from wsekern.estimator.factorizations import place_of_operand
+from wsekern.estimator.layout_rules import PROGRAMS, RULES, steps_on_a_tile
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.relayout import shift_move, tile_move
 from wsekern.estimator.specs import (
@@ -80,7 +80,7 @@ def result_layout(
     if not equation.outvars or not hasattr(equation.outvars[0].aval, "shape"):
         return ResultLayout(None, [])
     if wafer.size == 1:  # one PE has all of every array
-        return ResultLayout(None, [], program=ON_A_TILE if name in FACTORIZATIONS else "")
+        return ResultLayout(None, [], program=steps_on_a_tile(name))
     if name == "sharding_constraint":
         out: Any = equation.outvars[0].aval
         wanted = from_partition_spec(equation.params["sharding"].spec, len(out.shape))
@@ -89,7 +89,7 @@ def result_layout(
     if rule is None:
         return _elementwise(equation, specs, assumed, wafer)
     # The operand that is read elsewhere is the first one; a solution lies as its right side does.
-    first = 1 if name == "triangular_solve" else 0
+    first = place_of_operand(name)
     spec, guessed = specs[first], specs[first] is None or assumed[first]
     if guessed and name == "concatenate":
         # The first part may be a rim; the whole says how its parts lie.

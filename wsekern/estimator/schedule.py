@@ -16,8 +16,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from wsekern.estimator import contractions, cost, layouts, loops, relayout, trace
 from wsekern.estimator.clocks import Clocks
 from wsekern.estimator.cost import Constants
-from wsekern.estimator.factorizations import FACTORIZATIONS
-from wsekern.estimator.layout_rules import ON_A_TILE
+from wsekern.estimator.layout_rules import steps_on_a_tile
 from wsekern.estimator.links import around_defects, roots
 from wsekern.estimator.links.price import PricedMove
 from wsekern.estimator.reshapes import spec_after_reshape
@@ -181,8 +180,8 @@ class Schedule:
             from_counter = any(v.from_counter for v in operands)
             return [VariableState(ready, static, from_counter)] * len(equation.outvars)
         self._note_unknown(equation)
-        if name in FACTORIZATIONS:
-            self.assumed.setdefault(f"{name} as {ON_A_TILE}", self._line(equation))
+        if program := steps_on_a_tile(name):
+            self.assumed.setdefault(f"{name} as {program}", self._line(equation))
         work = self._work(equation, accumulates=product == "mul")
         return [VariableState(self._compute(equation, work, ready))] * len(equation.outvars)
 

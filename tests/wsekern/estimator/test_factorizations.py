@@ -61,6 +61,14 @@ def test_a_triangular_solve_takes_a_step_for_each_unknown(left):
     assert e.cycles > N * (7 + 7 + 14) and f"triangular_solve as {FLOODS}" in e.assumed
 
 
+def test_a_tridiagonal_solve_takes_steps_by_the_logarithm_of_its_size():
+    diagonal, right = array(4096), array(4096, RIGHT)
+    e = estimate(lax.linalg.tridiagonal_solve, diagonal, diagonal, diagonal, right)
+    assert e.flops == pytest.approx(17 * 4096 * RIGHT) and not e.unknown
+    assert "tridiagonal_solve as 2 log2 n steps, each a flood of a row" in e.assumed
+    assert e.cycles > (2 * 12 - 1) * (7 + 7 + 14)
+
+
 def test_a_linear_solve_is_a_factorization_and_two_solves():
     e = estimate(jnp.linalg.solve, MATRIX, array(N))
     assert e.flops == pytest.approx(2 * N**3 / 3 + 2 * N * N, rel=0.1)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from models.checkpoints.json_file import parse_json
+from models.checkpoints.json_file import parse_json, shown
 from wsekern.error_line import print_error
 from wsekern.wafer.launch import Platform, parse_grid
 
@@ -52,6 +52,12 @@ class GenerateCommand:
             raise ValueError("system is only said in a chat; add --chat")
         if self.template_options and not self.chat:
             raise ValueError("chat_options are for a chat; add --chat")
+        if "messages" in self.template_options:
+            raise ValueError("chat_options has 'messages', but each prompt is one; leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed={shown(self.seed)} does not fit; it must be from 0 to 2**32 - 1"
+            )
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
         if self.wafer is not None:

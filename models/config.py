@@ -162,7 +162,10 @@ class DecoderConfig:
         if any(self.sparse_layers) and self.experts is None:
             raise ValueError("sparse_layers needs experts=ExpertsConfig(..)")
         if self.positions == "rotary" and self.d_head % 2:
-            raise ValueError(f"rotary positions need an even head size, it is {self.d_head}")
+            given = f"head_size={self.head_size}"
+            if self.head_size is None:
+                given = f"d_model={self.d_model} / heads={self.heads} is {self.d_head}"
+            raise ValueError(f"{given}: rotary positions need an even head size")
 
     @property
     def d_head(self) -> int:

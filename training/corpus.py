@@ -128,14 +128,19 @@ def read_text(path: pathlib.Path) -> str:
         raise ValueError(
             f"data={str(path)!r} is a folder that cannot be read; mend its permissions"
         )
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"data={str(path)!r} cannot be read: it is a link to {os.readlink(path)!r}, which "
+            "leads to no file; mend the link or leave it out"
+        )
     if path.exists() and not path.is_file():
         raise ValueError(f"data={str(path)!r} is a pipe or a device; give a file")
     try:
         content = path.read_bytes()
     except OSError as error:
+        mend = "mend its permissions or " if isinstance(error, PermissionError) else ""
         raise ValueError(
-            f"data={str(path)!r} cannot be read ({error.strerror}); mend its permissions or leave "
-            "it out"
+            f"data={str(path)!r} cannot be read ({error.strerror}); {mend}leave it out"
         ) from None
     if not content:
         raise ValueError(f"data={str(path)!r} is empty; give a file with text")
@@ -154,7 +159,7 @@ def _matches(item: str) -> list[Source]:
     path = pathlib.Path(os.path.expanduser(item))  # of an unknown user it stays as it is
     if path.is_dir():
         return [Source(inside, False) for inside in _files_below(path)]
-    if path.exists():
+    if path.exists() or path.is_symlink():
         return [Source(path, True)]
     matches = _expand(path)
     if not matches:

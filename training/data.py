@@ -136,7 +136,7 @@ def open_corpus(
     corpus = _open_cached(folder)
     if corpus is None:
         with show_progress(f"tokenizing {name}"):
-            documents, skipped = read_documents(files, name)
+            documents, skipped = read_documents(files, " + ".join(data) or name)
             parts = split_documents(documents, validation_fraction)
             alphabet = _alphabet(documents, tokens)
             about: dict[str, Any] = {"name": name, "skipped": skipped, "alphabet": alphabet}

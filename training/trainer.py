@@ -5,6 +5,7 @@ Making a `Trainer` checks the whole configuration and makes the devices, the dat
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -27,7 +28,7 @@ from training.header import find_peak, header
 from training.initial_model import InitialModel, find_initial_model
 from training.loop import RunResult, TrainingLoop
 from training.metrics import read_metrics
-from training.plan import make_plan
+from training.plan import RunPlan, make_plan
 from training.programs import compile_programs
 from training.run_folder import (
     CHECKPOINTS,
@@ -57,22 +58,44 @@ class Trainer:
           RuntimeError: jax has already started with fewer CPU devices than PEs.
         """
         prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
-        start = find_initial_model(config)
-        wafer = make_wafer(config.wafer, config.platform, virtual=config.virtual)
-        self.config = config = resolve_config(config, start.context)
+        self.config = config
+        # A finished run needs neither its text nor the checkpoint that it started from, so they are
+        # read only when they are asked for.
+        known = config.context if config.resume else None
+        self.config = config = resolve_config(config, known or self.start.context)
+        self.wafer = make_wafer(config.wafer, config.platform, virtual=config.virtual)
         changed = self._check_run_folder(self.open_checkpoints())
-        self.corpus = open_corpus(
+        if not self._is_finished(changed):
+            _ = self.prompt, self.plan  # what is wrong with them comes up before any work
+            self.open_checkpoints().check_writable(self.plan.shapes)
+
+    @functools.cached_property
+    def start(self) -> InitialModel:
+        """The model that the run starts from."""
+        return find_initial_model(self.config)
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        """The data; a finished run needs none."""
+        config = self.config
+        return open_corpus(
             config.data or None,
-            tokens=_token_kind(config, start),
-            context=config.context or start.context,
+            tokens=_token_kind(config, self.start),
+            context=config.context or self.start.context,
             validation_fraction=config.validation_fraction,
         )
-        self.prompt = _prompt_tokens(config, self.corpus)
-        sizes, read = model_sizes(config, self.corpus, start.sizes), start.read_params
-        self.start = start
-        self.plan = make_plan(config, sizes, wafer, None if read is None else lambda: read(wafer))
-        if not self._is_finished(changed):
-            self.open_checkpoints().check_writable(self.plan.shapes)
+
+    @functools.cached_property
+    def prompt(self) -> Int[np.ndarray, " T"]:
+        """The tokens that the run's sample goes on from."""
+        return _prompt_tokens(self.config, self.corpus)
+
+    @functools.cached_property
+    def plan(self) -> RunPlan:
+        """The shapes, layouts and functions of the run."""
+        wafer, read = self.wafer, self.start.read_params
+        sizes = model_sizes(self.config, self.corpus, self.start.sizes)
+        return make_plan(self.config, sizes, wafer, None if read is None else lambda: read(wafer))
 
     def open_checkpoints(self) -> Checkpoints:
         """The checkpoints of this run; close them, or use them in a `with`."""

@@ -5,11 +5,13 @@ published work turns the same cycles into seconds at 0.85 and at 1.1 GHz.
 """
 
 import dataclasses
+import numbers
 
 KIB = 1024
 MIB = 1024 * KIB
 GB = 10**9
 TERA = 1e12
+_FASTEST_HZ = 1e12  # of the clocks that a plan or an estimate takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,3 +251,28 @@ def accelerator(device_kind: str) -> Accelerator | None:
       device_kind: such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
     """
     return next((chip for chip in ACCELERATORS if chip.kind in device_kind.lower()), None)
+
+
+def check_clock(name: str, clock_hz: float) -> None:
+    """Raises ValueError unless a clock is a number from 1 Hz to 1,000 GHz.
+
+    Args:
+      name: the argument, for the message.
+      clock_hz: cycles a second.
+    """
+    is_number = isinstance(clock_hz, numbers.Real) and not isinstance(clock_hz, bool)
+    if not is_number or not 1 <= clock_hz <= _FASTEST_HZ:  # NaN is not
+        raise ValueError(f"{name}={clock_hz!r} must be a number from 1 to 1e12, in Hz")
+
+
+def clock_from_ghz(clock: float | None) -> float | None:
+    """The clock that a flag `--clock` gives in GHz, in Hz; None stays None.
+
+    Raises:
+      ValueError: it is not from 1e-9 (1 Hz) to 1,000.
+    """
+    if clock is None:
+        return None
+    if not 1 <= clock * 1e9 <= _FASTEST_HZ:
+        raise ValueError(f"clock={clock!r} must be a number from 1e-9 to 1,000, in GHz")
+    return clock * 1e9

@@ -269,6 +269,13 @@ def decoder(fields: dict[str, Any], **family: Any) -> DecoderConfig:
         )
     if fields.get("head_dim") is None and width % heads:
         raise ValueError(f"hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    head_size = whole(fields, "head_dim", default=None)
+    if (head_size or width // heads) % 2:
+        given = f"head_dim={head_size}"
+        if head_size is None:
+            given = f"hidden_size={width} and num_attention_heads={heads} make heads of "
+            given += str(width // heads)
+        raise ValueError(f"{given}, but rotary positions need an even head size")
     sizes: dict[str, Any] = {
         "vocab": whole(fields, "vocab_size"),
         "d_model": width,
@@ -277,7 +284,7 @@ def decoder(fields: dict[str, Any], **family: Any) -> DecoderConfig:
         "heads": heads,
         "kv_heads": kv_heads,
         "context": whole(fields, "max_position_embeddings"),
-        "head_size": whole(fields, "head_dim", default=None),
+        "head_size": head_size,
         "norm_eps": number(fields, "rms_norm_eps", 1e-6),
         "tied": flag(fields, "tie_word_embeddings", False),
         "weights": "out_in",

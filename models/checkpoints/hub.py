@@ -17,11 +17,11 @@ def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
       checkpoint: a folder, a GGUF file, or the id of a model; the local cache is tried first.
 
     Raises:
-      ValueError: it is a FIFO, a device or the like.
+      ValueError: it is a FIFO, a device or the like, or a link that leads nowhere.
       FileNotFoundError: there is no such folder or file, and no such model on the hub.
     """
     path = pathlib.Path(checkpoint)
-    if path.exists():
+    if path.exists() or path.is_symlink():
         return path if path.is_dir() else _regular(path)
     name = str(checkpoint)
     if not _ID.fullmatch(name) or name.startswith("."):
@@ -49,5 +49,5 @@ def find(checkpoint: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _regular(path: pathlib.Path) -> pathlib.Path:
-    file_size(path)  # refuses what is no regular file
+    file_size(path)  # refuses what is no regular file, and a link to none
     return path

@@ -127,13 +127,15 @@ def _open_gguf(file: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
 def _open_folder(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
     fields = read_fields(path)
     quantization = fields.get("quantization_config")
-    if quantization not in (None, {}):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method != "mxfp4":
-            raise ValueError(
-                f"{path / _CONFIG}: the weights are quantized by {shown(method)}, only 'mxfp4' is "
-                "decoded; load the original, or save it dequantized"
-            )
+    if not isinstance(quantization, dict | None):
+        raise ValueError(
+            f"{path / _CONFIG}: quantization_config={shown(quantization)} is not an object"
+        )
+    if quantization and (method := quantization.get("quant_method")) != "mxfp4":
+        raise ValueError(
+            f"{path / _CONFIG}: quantization_config says that the weights are quantized by "
+            f"{shown(method)}, only 'mxfp4' is decoded; load the original, or save it dequantized"
+        )
     return fields, Mxfp4(open_folder(path))
 
 

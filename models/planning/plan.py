@@ -17,12 +17,13 @@ from models.planning import memory
 from models.planning.chips import Chips, chips_of
 from models.planning.parts import BYTES, Mode, Part, parts_of
 from models.planning.regions import Regions, candidates, of_side
-from wsekern.hardware import ACCELERATORS, Machine
+from wsekern.hardware import ACCELERATORS, Machine, check_clock
 from wsekern.moved import moved_names
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of this module
     __getattr__ = moved_names(__name__)
 
+_MOST_BATCH = 2**31 - 1  # sequences
 _PASSES = 3  # transfers of a training step: weights forward, weights backward, gradients back
 
 
@@ -131,6 +132,8 @@ def plan(
     """
     context = min(config.context, 4096) if context is None else context
     check(wafers=wafers, context=context, batch=1 if batch is None else batch, most=config.context)
+    if clock_hz is not None:
+        check_clock("clock_hz", clock_hz)
     fitting, lacking = [], {}
     for regions in candidates(machine) if side is None else [of_side(machine, side)]:
         parts = parts_of(config, mode, machine, regions.side, context, batch or 1)
@@ -138,7 +141,7 @@ def plan(
         if lacking[regions] <= 0:
             fitting.append(
                 _price(config, name, parameters, mode, machine, wafers, context, batch,
-                       clock_hz or machine.clock_hz, regions, tuple(parts))
+                       machine.clock_hz if clock_hz is None else clock_hz, regions, tuple(parts))
             )  # fmt: skip
     if not fitting:
         near = min(lacking, key=lambda r: lacking[r])
@@ -153,11 +156,10 @@ def plan(
 
 def check(*, wafers: int, context: int, batch: int, most: int) -> None:
     """Raises ValueError if a number is out of range; `most` is the model's context."""
-    limits = {"wafers": (wafers, 2048), "context": (context, most), "batch": (batch, None)}
+    limits = {"wafers": (wafers, 2048), "context": (context, most), "batch": (batch, _MOST_BATCH)}
     for name, (value, limit) in limits.items():
-        if value < 1 or (limit is not None and value > limit):
-            allowed = "1 or more" if limit is None else f"from 1 to {limit:,}"
-            raise ValueError(f"{name}={value} must be {allowed}")
+        if not 1 <= value <= limit:
+            raise ValueError(f"{name}={value} must be from 1 to {limit:,}")
 
 
 def scale_out(plan: DeploymentPlan) -> list[tuple[int, float, float]]:

@@ -26,7 +26,7 @@ from models.presets import PRESETS
 from wsekern.estimator.command import machine_called
 from wsekern.estimator.pictures import figure, output, page, scaling
 from wsekern.estimator.report import with_unit
-from wsekern.hardware import ACCELERATORS, CLUSTERS, GB, Accelerator, Machine
+from wsekern.hardware import ACCELERATORS, CLUSTERS, GB, Accelerator, Machine, clock_from_ghz
 from wsekern.progress import show_progress
 
 Rows = list[tuple[str, ...]]
@@ -35,6 +35,7 @@ Rows = list[tuple[str, ...]]
 def run(command: PlanCommand) -> int:
     """Prints the plan that `command` asks for; returns the exit status."""
     machine, wafers = _machine(command.machine)
+    clock_hz = clock_from_ghz(command.clock)
     if command.html is not None:
         output.check_writable(command.html)
         figure.check_installed()
@@ -53,7 +54,7 @@ def run(command: PlanCommand) -> int:
             context=command.context,
             batch=command.batch,
             side=command.side,
-            clock_hz=command.clock and command.clock * 1e9,
+            clock_hz=clock_hz,
         )
     if command.json:
         print(json.dumps(as_json(chosen), indent=2))

@@ -111,6 +111,7 @@ class Tokenizer:
 
     def chat(
         self,
+        /,
         messages: Sequence[Any],
         *,
         tools: Sequence[Any] | None = None,
@@ -136,8 +137,11 @@ class Tokenizer:
           options: further variables of the template.
 
         Raises:
-          ValueError: there is no template, it fails, or there are no messages.
+          ValueError: there is no template, it fails, there are no messages, or an option is none of
+            a template's variables.
         """
+        if "self" in options:
+            raise ValueError("chat has no option 'self': in a template, it means the template")
         if foreign := sorted(_NOT_OPTIONS & options.keys()):
             raise ValueError(
                 f"chat has no option {foreign[0]!r}: it returns the tokens of one chat"
@@ -164,6 +168,8 @@ class Tokenizer:
     def _template(self, template: str | None, tools: bool) -> str:
         named = ({} if self.template is None else {"default": self.template}) | self.templates
         if template is not None:
+            if not isinstance(template, str):
+                raise ValueError(f"chat_template is {shown(template)}; it must be a text")
             return named.get(template, template)
         if tools and "tool_use" in named:
             return named["tool_use"]

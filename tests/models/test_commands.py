@@ -12,6 +12,7 @@ from tiny_checkpoints import CONFIGS, make
 
 import models
 from models.__main__ import main
+from models.arguments import GenerateCommand
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -106,6 +107,11 @@ def test_an_error_is_one_line(folder, arguments, message, capsys):
             ["generate", "--model", "a", "--prompt", "a", "--chat-options", "[]"],
             "not a JSON object",
         ),
+        (
+            ["generate", "--model", "a", "--prompt", "a", "--chat"]
+            + ["--chat-options", '{"messages": []}'],
+            "chat_options has 'messages'",
+        ),
         (["generate", "--prompt", "a"], "--model"),
         (["speak"], "speak"),
     ],
@@ -117,3 +123,15 @@ def test_a_wrong_flag_ends_with_status_2_before_jax_is_imported(arguments, messa
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT
     )
     assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63) - 1, 2**32, 10**20 - 1])
+def test_a_seed_that_does_not_fit_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed={seed} does not fit; it must be from 0 to"):
+        GenerateCommand(model="a", prompt=("a",), seed=seed)
+
+
+def test_a_model_that_is_a_link_to_nothing_is_named(tmp_path, capsys):
+    (tmp_path / "link").symlink_to("gone")
+    assert main(["info", "--model", str(tmp_path / "link")]) == 2
+    assert f"{tmp_path / 'link'} is a link to 'gone', which is not there" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import functools
 import glob
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -388,3 +389,15 @@ def test_a_token_that_is_no_byte_has_no_text(texts, cache):
     assert (
         opened.decode(np.array([97, 256 + 98, 50_000, 99, 0xC3])) == "ac\N{REPLACEMENT CHARACTER}"
     )
+
+
+def test_a_link_to_nothing_is_named_as_it_was_given(tmp_path, cache):
+    for folder, target in (("one", "nowhere"), ("two", "link")):
+        link = tmp_path / folder / "link"
+        link.parent.mkdir()
+        link.symlink_to(target)
+        message = re.escape(f"data={str(link)!r} cannot be read: it is a link to {target!r}, which")
+        for given in (link, link.parent, tmp_path / folder / "*"):
+            with pytest.raises(ValueError, match=message) as caught:
+                data.open_corpus(str(given), context=8)
+            assert repr(str(given)) in str(caught.value) and "permission" not in str(caught.value)

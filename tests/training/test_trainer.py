@@ -21,7 +21,7 @@ import models
 from models.text.characters import save_characters
 from training.__main__ import _what_is_lost
 from training.arrays import write_arrays
-from training.config import TrainingConfig, save_config
+from training.config import TrainingConfig, load_config, save_config
 from training.loop import Diverged, TrainingLoop
 from training.metrics import read_metrics
 from training.run_folder import RunFolderGone
@@ -360,6 +360,17 @@ def test_a_finished_run_resumed_takes_no_step_and_keeps_its_figures(config, caps
     assert len(sample.encode()) > len(first.sample.encode())
     with pytest.raises(ValueError, match="steps=4: the run in .* is at step 6 already"):
         Trainer(dataclasses.replace(config, resume=True, steps=4))
+
+
+def test_a_finished_run_whose_text_is_gone_is_finished(config, capsys):
+    first = Trainer(dataclasses.replace(config, steps=1)).fit()
+    for path in config.data:
+        pathlib.Path(path).rename(f"{path}.moved")
+    saved = load_config(config.run_dir / "config.json")
+    assert Trainer(dataclasses.replace(saved, resume=True)).fit() == first
+    assert "is finished, at step 1 of 1" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="is no file, directory or pattern"):
+        Trainer(dataclasses.replace(saved, resume=True, steps=2))
 
 
 def test_a_resumed_run_may_find_its_data_elsewhere(config, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import pathlib
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from wsekern.error_line import print_error
-from wsekern.hardware import MACHINES, Machine
+from wsekern.hardware import MACHINES, Machine, clock_from_ghz
 from wsekern.progress import show_progress
 from wsekern.wafer.launch import parse_height_width
 
@@ -114,10 +115,11 @@ def machine_called(name: str) -> Machine:
 
 def _estimate(arguments: argparse.Namespace) -> None:
     machine = machine_called(arguments.machine)
-    function, file_shapes = _load_program(arguments.program)
-    shapes = (
-        file_shapes if arguments.shapes is None else [_shape(text) for text in arguments.shapes]
-    )
+    clock_hz = clock_from_ghz(arguments.clock)
+    function, shapes = _load_program(arguments.program)
+    if arguments.shapes is not None:
+        shapes = [_shape(text) for text in arguments.shapes]
+    _check_operands(arguments.program, function, shapes)
 
     from wsekern.estimator.estimate import estimate
     from wsekern.wafer.placement.defects import Defects
@@ -126,10 +128,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
     height, width = parse_height_width(arguments.grid) if arguments.grid else (None, None)
     defects = None if arguments.pe_yield is None else Defects.random(machine, arguments.pe_yield)
     wafer = Wafer.abstract(machine, height, width, arguments.wafers, defects=defects)
-    clock = arguments.clock and arguments.clock * 1e9
     options = {name: getattr(arguments, name) for name in ("trips", "density", "launches")}
     with show_progress("wsekern estimate: tracing and walking the program"):
-        e = estimate(function, *shapes, wafer=wafer, clock_hz=clock, **options)
+        e = estimate(function, *shapes, wafer=wafer, clock_hz=clock_hz, **options)
     _draw(e, arguments)
     if not arguments.json:
         return print(e)
@@ -227,6 +228,25 @@ def _load_program(program: str) -> tuple[Callable, Sequence[Any]]:
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(functions)}"
         raise ValueError(f"{path} has no function {name!r}; {hint}")
     return function, names.get("SHAPES", ())
+
+
+def _check_operands(program: str, function: Callable, shapes: Any) -> None:
+    """Raises ValueError if SHAPES is no list, or the function takes more or fewer operands."""
+    if not isinstance(shapes, list | tuple):
+        raise ValueError(
+            f"{program}: the variable SHAPES is {shapes!r}; it must be a list or tuple of operands"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function that does not say what it takes
+        return
+    try:
+        signature.bind(*shapes)
+    except TypeError:
+        raise ValueError(
+            f"{program}{signature} cannot be called with {len(shapes)} operands; give the shape of "
+            "each, as --shapes 4096x4096:float16, or in the variable SHAPES of its file"
+        ) from None
 
 
 def _shape(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ from wsekern.estimator import memory, trace
 from wsekern.estimator.cost import DEFAULT, Constants, size_of, width_of
 from wsekern.estimator.result import Estimate
 from wsekern.estimator.schedule import Schedule
-from wsekern.hardware import ACCELERATORS
+from wsekern.hardware import ACCELERATORS, check_clock
 from wsekern.wafer.wafer import Wafer
+
+_MOST_COUNT = 2**53  # to which each whole number is a float too
 
 
 def estimate(
@@ -59,19 +62,17 @@ def estimate(
 
     Raises:
       ValueError: there is no wafer; the wafer consists of devices, which have no cycles to count;
-        a while loop has no `trips`; `density` is not from 0 to 1; `launches` is less than 1.
+        a while loop has no `trips`, or they are less than 0; `density` is not from 0 to 1;
+        `launches` is less than 1; `clock_hz` is not from 1 to 1e12; a count is not whole.
     """
-    if not 0 <= density <= 1:
-        raise ValueError(f"estimate: density={density} must be from 0 to 1")
-    if launches < 1:
-        raise ValueError(f"estimate: launches={launches} must be 1 or more")
+    _check(clock_hz, trips, density, launches)
     jaxpr, wafer = trace.trace_program("estimate", function, operands, wafer)
     if wafer.machine is None:
         raise ValueError(
             f"estimate: {wafer!r} is of devices, which have no cycles to count; give "
             f"wafer=wk.Wafer.abstract(wk.WSE3, {wafer.height}, {wafer.width})"
         )
-    clock_hz = clock_hz or wafer.machine.clock_hz
+    clock_hz = wafer.machine.clock_hz if clock_hz is None else clock_hz
     walk = Schedule(wafer, constants, clock_hz, trips, density)
     walk.run(jaxpr)
     return _result(walk, jaxpr, launches)
@@ -139,3 +140,19 @@ def _bytes(v: Any) -> float:
     if trace.is_literal(v) or not hasattr(v.aval, "shape"):
         return 0.0
     return size_of(v) * width_of(v.aval)
+
+
+def _check(clock_hz: float | None, trips: int | None, density: float, launches: int) -> None:
+    if clock_hz is not None:
+        check_clock("estimate: clock_hz", clock_hz)
+    if not isinstance(density, numbers.Real) or not 0 <= density <= 1:  # NaN is not
+        raise ValueError(f"estimate: density={density!r} must be from 0 to 1")
+    for name, count, least in (("trips", trips, 0), ("launches", launches, 1)):
+        if count is None and name == "trips":
+            continue
+        whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+        if not whole or not least <= count <= _MOST_COUNT:
+            raise ValueError(
+                f"estimate: {name}={count!r} must be {least} or more, a whole number, and at most "
+                "2**53"
+            )

@@ -26,6 +26,7 @@ from wsekern.wafer.placement.place import Placement, check_fits, place_on
 from wsekern.wafer.specs import Specs, check_divides, check_inside, tile_at
 
 TILED = P(ROWS, COLS)
+_MOST_WAFERS = 2048  # of a cluster of CS-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,11 +208,14 @@ class Wafer:
 
         Raises:
           ValueError: the grid is not positive; or it does not fit the machine's usable rectangle,
-            or what the defects leave of it (the message gives the largest grid that fits).
+            or what the defects leave of it (the message gives the largest grid that fits); there
+            are more than 2,048 wafers.
         """
         height = machine.usable_height if height is None else height
         width = machine.usable_width if width is None else width
         check_fits("Wafer.abstract", machine, height, width)
+        if wafers > _MOST_WAFERS:
+            raise ValueError(f"Wafer.abstract: wafers={wafers} must be from 1 to {_MOST_WAFERS:,}")
         wafer = _with_own_axes(
             cls(backend="abstract", height=height, width=width, wafers=wafers, machine=machine)
         )

@@ -100,7 +100,7 @@ def test_chips_read_their_weights_once_a_token():
     [
         ({"wafers": 0}, "wafers=0 must be from 1 to 2,048"),
         ({"context": 10**7}, "context=10000000 must be from 1 to 131,072"),
-        ({"batch": 0}, "batch=0 must be 1 or more"),
+        ({"batch": 0}, "batch=0 must be from 1 to"),
         ({"side": 900}, "side=900: a square region of WSE-2 has from 1 to 750"),
         ({"mode": "train", "side": 64}, "a PE lacks .* bytes for train of 1,024 tokens"),
     ],
@@ -152,3 +152,22 @@ def test_andromeda_is_sixteen_wafers(capsys):
 def test_the_command_refuses_and_suggests(words, message, capsys):
     assert main(["plan", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["clock", "batch", "context", "wafers", "side"])
+def test_a_number_out_of_range_is_refused_by_its_flag(flag, capsys):
+    nonsense = ["inf", "-1", "nan", "0", "1e300"] if flag == "clock" else ["-1", "0", "9" * 20]
+    machines = ["cs-3", "andromeda"] + ["h100"] * (flag not in ("clock", "side"))
+    for value in nonsense:
+        for machine in machines:
+            for mode in ("decode", "prefill", "train"):
+                words = ["nano", "--machine", machine, "--mode", mode, f"--{flag}", value]
+                assert main(["plan", *words]) == 2
+                [line] = capsys.readouterr().err.splitlines()
+                assert f"{flag}=" in line
+
+
+def test_a_clock_out_of_range_is_refused():
+    for clock_hz in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="clock_hz=.* must be a number from 1 to 1e12"):
+            plan_small(clock_hz=clock_hz)

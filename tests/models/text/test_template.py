@@ -185,6 +185,10 @@ def test_options_reach_the_template():
     )
     with pytest.raises(ValueError, match="chat has no option 'padding'"):
         tokenizer.chat(USER, padding=True)
+    with pytest.raises(ValueError, match="chat has no option 'self'"):
+        tokenizer.chat(USER, self=3)
+    with pytest.raises(ValueError, match=r"chat_template is \[3\]; it must be a text"):
+        tokenizer.chat(USER, chat_template=[3])
     with pytest.raises(ValueError, match="messages has none"):
         tokenizer.chat([])
     with pytest.raises(ValueError, match="messages holds 'hi'; a message is a dict"):

@@ -273,6 +273,15 @@ def test_only_products_skip_zeros():
     full, half = (wk.estimate(wk.matmul, a, a, wafer=wafer, density=d) for d in (1.0, 0.5))
     assert half.flops == full.flops / 2 and half.words == full.words
     assert full.cycles / 2 < half.cycles < 0.6 * full.cycles
+    for name, values in (
+        ("clock_hz", (0, -1.0, float("nan"), float("inf"), "fast", True)),
+        ("trips", (-1, 2.5, float("nan"), 10**20, "3")),
+        ("launches", (0, -1, 1.5, float("inf"), 10**20, None)),
+        ("density", (-0.1, float("nan"), "half", None)),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=f"estimate: {name}={value!r} must be"):
+                wk.estimate(None, **{name: value})
     with pytest.raises(ValueError, match="density=1.5 must be from 0 to 1"):
         wk.estimate(wk.matmul, a, a, wafer=wafer, density=1.5)
 

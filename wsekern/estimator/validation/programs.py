@@ -223,10 +223,11 @@ def _wave(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     """A float32 product: the baseline that the SpMM benchmarks publish, or the best one here."""
-    M, K, N = _product_sizes(point)
+    # In those benchmarks, N x K times K x M.
+    M, K, N = _sizes(point, "NKM" if _is_baseline(point) else "MKN")
     dtype = _dtype(point, jnp.float32)
     a, b = (jax.ShapeDtypeStruct(s, dtype) for s in ((M, K), (K, N)))
-    run = gemm.dense if "baseline" in point.workload.lower() else matmul
+    run = gemm.dense if _is_baseline(point) else matmul
     flops = 2.0 * M * K * N
 
     def on(height: int, width: int) -> ProgramPart:
@@ -242,7 +243,7 @@ def _product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 
 def _mesh_product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
-    sizes, dtype = _product_sizes(point), _dtype(point, jnp.float16)
+    sizes, dtype = _sizes(point, "MKN"), _dtype(point, jnp.float16)
 
     def on(side: int) -> ProgramPart:
         wafer = Wafer.abstract(machine, side, side)
@@ -256,7 +257,7 @@ def _mesh_product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
 
 
 def _vector_product(point: PublishedPoint, machine: Machine) -> PublishedProgram:
-    K, N = _sizes_in_name(point, 2)
+    K, N = _sizes(point, "MN" if "M" in _lettered_sizes(point) else "KN")
     dtype = _dtype(point, jnp.float16)
 
     def on(side: int) -> ProgramPart:
@@ -288,29 +289,49 @@ def _on_a_square(
     return PublishedProgram((fitting[best],), quantity, f"on {best}x{best}, the best grid")
 
 
-def _product_sizes(point: PublishedPoint) -> tuple[int, int, int]:
-    """Rows, meeting dimension and columns: of the parameters N, K and M, or else of the name."""
-    if re.search(r"\bN[ =]\d", point.parameters):
-        N, K, M = (_number(point, name) for name in ("N", "K", "M"))
-        return N, K, M
-    M, K, N = _sizes_in_name(point, 3)
-    return M, K, N
+def _is_baseline(point: PublishedPoint) -> bool:
+    """Whether a product is the dense one beside which the SpMM benchmarks publish sparse ones."""
+    return re.search(r"\b(dense|baseline)\b", point.workload.lower()) is not None
 
 
-def _sizes_in_name(point: PublishedPoint, count: int) -> list[int]:
-    """The sizes in a workload's name: "4096 x 4096 x 64", "16K x 16K"; one size for all: "8192"."""
-    found = re.search(_SIZES, point.workload) or re.search(_SIZES, point.parameters)
+def _sizes(point: PublishedPoint, letters: str) -> list[int]:
+    """A product's sizes in the order of `letters`, from the parameters or else from the name.
+
+    Parameters give each by its letter, "M=64 N=768 K=768", or one for all, "n=16384". A name has
+    them in order, "4096 x 4096 x 64" or "16K x 16K", or one for all, "8192 x 8192".
+    """
+    lettered = _lettered_sizes(point)
+    if set(letters) <= set(lettered):
+        return [lettered[letter] for letter in letters]
+    found = _SIZES.search(point.workload) or _SIZES.search(point.parameters)
     if found is None:
-        raise ValueError(f"workload {point.workload!r} has no sizes like 4096 x 4096")
-    sizes = [
-        int(text.rstrip("kK")) * (1024 if text[-1] in "kK" else 1)
-        for text in re.split(r"\s*x\s*", found[0])
-    ]
+        if set(lettered) == {"N"}:
+            return [lettered["N"]] * len(letters)
+        raise ValueError(
+            f"workload {point.workload!r} has no sizes like 4096 x 4096, and parameters "
+            f"{point.parameters!r} give none of n=4096 or {' '.join(f'{n}=4096' for n in letters)}"
+        )
+    sizes = [_size(text) for text in re.split(r"\s*x\s*", found[0])]
     if len(set(sizes)) == 1:
-        return sizes[:1] * count
-    if len(sizes) != count:
-        raise ValueError(f"workload {point.workload!r} has {len(sizes)} sizes, it needs {count}")
+        return sizes[:1] * len(letters)
+    if len(sizes) != len(letters):
+        raise ValueError(
+            f"workload {point.workload!r} has {len(sizes)} sizes, it needs {len(letters)}"
+        )
     return sizes
+
+
+def _lettered_sizes(point: PublishedPoint) -> dict[str, int]:
+    """The sizes M, N and K that the parameters give: "M=N=64; k=16K" has all three."""
+    sizes: dict[str, int] = {}
+    pattern = r"\b((?:[mnk]\s*=\s*|[mnk]\s+)+)(\d+k?)\b"
+    for names, size in re.findall(pattern, point.parameters, re.IGNORECASE):
+        sizes |= {name.upper(): _size(size) for name in re.findall("[a-zA-Z]", names)}
+    return sizes
+
+
+def _size(text: str) -> int:
+    return int(text.rstrip("kK")) * (1024 if text[-1] in "kK" else 1)
 
 
 def _dtype(point: PublishedPoint, default: Any) -> Any:
@@ -329,7 +350,9 @@ def _figure(point: PublishedPoint, flops: float, cycles: float) -> float:
 
 def _broadcast(point: PublishedPoint, machine: Machine) -> PublishedProgram:
     words = int(_text_in(point, r"broadcast of (\d+) words"))
-    cycles = flood_cost(*parse_height_width(point.grid), words).cycles(machine)
+    # A row of PEs, unless the table has another grid.
+    grid = point.grid if point.states_grid else "1x" + _text_in(point, r"along (\d+) PEs")
+    cycles = flood_cost(*parse_height_width(grid), words).cycles(machine)
     return PublishedProgram((), lambda: _time(point, cycles))
 
 
@@ -357,16 +380,16 @@ def _square(text: str) -> int:
 
 
 def _number(point: PublishedPoint, name: str, default: int | None = None) -> int:
-    match = re.search(rf"\b{name}[ =](\d+)", point.parameters)
+    match = re.search(rf"\b{name}\s*[ =]\s*(\d+k?)\b", point.parameters, re.IGNORECASE)
     if match:
-        return int(match[1])
+        return _size(match[1])
     if default is None:
         raise ValueError(f"parameters {point.parameters!r} have no {name}")
     return default
 
 
 def _text_in(point: PublishedPoint, pattern: str) -> str:
-    match = re.search(pattern, f"{point.workload}; {point.parameters}")
+    match = re.search(pattern, f"{point.workload}; {point.parameters}", re.IGNORECASE)
     if not match:
         raise ValueError(f"parameters {point.parameters!r} have nothing like {pattern!r}")
     return match[1]

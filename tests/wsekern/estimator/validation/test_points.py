@@ -151,11 +151,41 @@ base,WSE-2,dense GEMM fp32 baseline 768 x 768 x 64,16x12,,mean cycles,476866,cyc
 
 
 @pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        ("broadcast of 1000 words along 100 PEs,,", "broadcast of 1000 words along 100 PEs,1x100,"),
+        ("Broadcast of 9 words along 7 PEs,unknown,", "broadcast of 9 words along 7 PEs,1x7,"),
+        ("MeshGEMV n x n fp16,240x240,n=4096", "MeshGEMV 4096 x 4096 fp16,240x240,"),
+        ("MeshGEMV fp16,240x240,N = 4K", "MeshGEMV 4096 x 4096 fp16,240x240,"),
+        ("MeshGEMV fp16,240x240,K=480 N=960", "MeshGEMV 480 x 960 fp16,240x240,"),
+        ("MeshGEMV fp16,240x240,M=480; N=960", "MeshGEMV 480 x 960 fp16,240x240,"),
+        ("SGEMM fp32 n x n x n,64x64,n=1024", "SGEMM fp32 1024 x 1024 x 1024,64x64,"),
+        ("SGEMM fp32 n x n x n,64x64,M=N=K=1024", "SGEMM fp32 1024 x 1024 x 1024,64x64,"),
+        ("SGEMM fp32,64x64,M=512 N=256 K=1024", "SGEMM fp32 512 x 1024 x 256,64x64,"),
+        ("MeshGEMM,64x64,M=512 N=256 K=1024; fp16", "MeshGEMM 512 x 1024 x 256 fp16,64x64,"),
+        (
+            "dense GEMM fp32 768 x 768 x 64,16x12,",
+            "dense GEMM fp32 baseline,16x12,N=768 K=768 M=64",
+        ),
+        ("dense GEMM fp32,16x12,M=64 N=768 K=768", "GEMM fp32 baseline 768 x 768 x 64,16x12,"),
+    ],
+)
+def test_sizes_may_be_parameters_and_a_grid_may_be_a_name(tmp_path, row, same):
+    table = tmp_path / "mine.csv"
+    lines = [f"{n},WSE-2,{text},time,1,us,1.1,me" for n, text in enumerate((row, same))]
+    table.write_text("\n".join([COLUMNS, *lines]))
+    v = points.validate(table)
+    assert not v.skipped and v.rows[0].predicted == v.rows[1].predicted
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ("x,WSE-2,foo,4x4,,time,1,s,,me", "workload 'foo' is none of those"),
         ("x,WSE-9,SGEMM fp32 8 x 8,4x4,,time,1,s,,me", "machine 'WSE-9' is not one of"),
         ("x,WSE-2,SGEMM fp32,4x4,,time,1,s,,me", "has no sizes like 4096 x 4096"),
+        ("x,WSE-2,SGEMM n x n,4x4,K=8 M=4,time,1,s,,me", "give none of n=4096 or M=4096 K=4096"),
+        ("x,WSE-2,broadcast of 9 words,,,time,1,s,,me", "have nothing like 'along"),
         ("x,WSE-2,MeshGEMV 8 x 4 x 8,4x4,,time,1,s,,me", "has 3 sizes, it needs 2"),
         ("x,WSE-2,SGEMM fp32 8 x 8,4x4,,time,1,ft,,me", "unit 'ft' is not one of"),
         ("x,WSE-2,MeshGEMM 8 x 8,4x5,,time,1,s,,me", "grid '4x5' is not square"),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import html
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -267,21 +268,26 @@ def test_refuses_a_loop_of_unknown_length_and_a_wafer_without_cycles():
         wk.estimate(jnp.sin, array(8, 8), wafer=wk.Wafer.devices(2, 2))
 
 
+def test_refuses_numbers_out_of_range():
+    cases: dict[str, tuple] = {
+        "clock_hz": (0, -1.0, float("nan"), float("inf"), "fast", True),
+        "trips": (-1, 2.5, float("nan"), 10**20, "3"),
+        "launches": (0, -1, 1.5, float("inf"), 10**20, None),
+        "density": (-0.1, float("nan"), "half", None),
+    }
+    for name, values in cases.items():
+        for value in values:
+            option: dict[str, Any] = {name: value}
+            with pytest.raises(ValueError, match=f"estimate: {name}={value!r} must be"):
+                wk.estimate(jnp.sin, **option)
+
+
 def test_only_products_skip_zeros():
     a = jax.ShapeDtypeStruct((512, 512), jnp.float16)
     wafer = wk.Wafer.abstract(wk.WSE3, 8, 8)
     full, half = (wk.estimate(wk.matmul, a, a, wafer=wafer, density=d) for d in (1.0, 0.5))
     assert half.flops == full.flops / 2 and half.words == full.words
     assert full.cycles / 2 < half.cycles < 0.6 * full.cycles
-    for name, values in (
-        ("clock_hz", (0, -1.0, float("nan"), float("inf"), "fast", True)),
-        ("trips", (-1, 2.5, float("nan"), 10**20, "3")),
-        ("launches", (0, -1, 1.5, float("inf"), 10**20, None)),
-        ("density", (-0.1, float("nan"), "half", None)),
-    ):
-        for value in values:
-            with pytest.raises(ValueError, match=f"estimate: {name}={value!r} must be"):
-                wk.estimate(None, **{name: value})
     with pytest.raises(ValueError, match="density=1.5 must be from 0 to 1"):
         wk.estimate(wk.matmul, a, a, wafer=wafer, density=1.5)
 

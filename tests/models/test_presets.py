@@ -52,7 +52,7 @@ def test_an_unknown_preset_gets_a_suggestion():
         ({"layers": 0}, "layers=0 must be 1 or more"),
         ({"d_model": 130}, "d_model=130 is not a multiple of heads=4"),
         ({"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
-        ({"d_model": 132}, "even head size, it is 33"),
+        ({"d_model": 132}, "d_model=132 / heads=4 is 33: rotary positions need an even head size"),
         ({"positions": "rope"}, "positions='rope' is not one of"),
         ({"norm": "batch"}, "norm='batch' is not one of"),
         ({"head_size": 0}, "head_size=0 must be 1 or more"),

@@ -23,9 +23,10 @@ def where(condition: Bool[Array, ""], a: State, b: State) -> State:
     """`a` if the condition holds, else `b`: pytrees of arrays of one structure."""
 
     def choose(x: Array, y: Array) -> Array:
-        sharding = jax.typeof(y).sharding
-        if not any(sharding.spec):
+        split = [s for s in (jax.typeof(x).sharding, jax.typeof(y).sharding) if any(s.spec)]
+        if not split:
             return jnp.where(condition, x, y)
+        sharding = split[0]
         return jnp.where(jnp.broadcast_to(condition, y.shape, out_sharding=sharding), x, y)
 
     return jax.tree.map(choose, a, b)

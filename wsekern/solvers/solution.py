@@ -403,6 +403,6 @@ def _judge(s: _LoopState, scaled: _Scaled, target: Scalar) -> tuple[Fields, tupl
     # Zeros would look like a solution, and a gradient cannot say that it is none. An x that is too
     # large says so itself.
     known = is_finite | ~jnp.isfinite(fields.largest(x))
-    x = batched.where(known, x, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), x))
+    x = batched.where(known, x, jax.tree.map(lambda x: x + jnp.asarray(jnp.nan, x.dtype), x))
     residuals, size = fields.times_power((s.residuals, size), scaled.of_b)
     return x, (s.k, residuals, size, converged, reason)

@@ -61,7 +61,7 @@ def _keep_in_gradient_jvp(
     if tangent.dtype == jax.dtypes.float0:
         return operand, tangent
     # Always true, which XLA knows and JAX does not.
-    read = jnp.any(jnp.isfinite(operand)) | True
+    read = jnp.isfinite(operand) | True
     return operand, jnp.where(read, tangent, jnp.zeros_like(tangent))
 
 

@@ -39,8 +39,9 @@ def norm(a: Fields) -> Scalar:
 
 def mean_size(a: Fields) -> Scalar:
     """The root of the mean square over all fields: of any numbers, as they are."""
-    power = exponent(a)
-    return times_power(norm(times_power(a, -power)) / math.sqrt(cells(a)), power)
+    power = exponent_of_any(a)
+    unit = times_power_exactly(a, -power)
+    return times_power(norm(unit) / math.sqrt(cells(a)), power)
 
 
 def largest(a: Fields) -> Scalar:
@@ -56,16 +57,33 @@ def cells(a: Fields) -> int:
 
 
 def exponent(a: Fields) -> Power:
-    """The power of two above the largest number of all fields; 0 if that is 0 or not finite."""
+    """The power of two above the largest number of all fields; 0 if that is 0 or not finite.
+
+    A subnormal number may count as 0.
+    """
+    most = largest(a)
+    return jnp.where(jnp.isfinite(most) & (most > 0), jnp.frexp(most)[1], 0)
+
+
+def exponent_of_any(a: Fields) -> Power:
+    """The same, of subnormal numbers too."""
     # If all numbers are subnormal, only larger multiples of them can be measured.
     most, lift = largest(a), 64
-    lifted = largest(times_power(a, jnp.int32(lift)))
-    power = jnp.where(most == 0, jnp.frexp(lifted)[1] - lift, jnp.frexp(most)[1])
-    return jnp.where(jnp.isfinite(most) & (lifted > 0), power, 0)
+    lifted = exponent(times_power_exactly(a, jnp.int32(lift)))
+    return jnp.where(most == 0, jnp.where(lifted == 0, 0, lifted - lift), exponent(a))
 
 
 def times_power(a: Fields, power: Power) -> Fields:
-    """`a * 2**power`, in the dtypes of `a`: exact where the result is in their range."""
+    """`a * 2**power`, in the dtypes of `a`: exact where both are normal numbers."""
+
+    def scale(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return _times_halves(x.astype(sum_dtype(x)), power).astype(x.dtype)
+
+    return jax.tree.map(scale, a)
+
+
+def times_power_exactly(a: Fields, power: Power) -> Fields:
+    """The same, of subnormal numbers too."""
 
     def scale(x: Float[Array, "..."]) -> Float[Array, "..."]:
         wide = x.astype(sum_dtype(x))

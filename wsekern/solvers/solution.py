@@ -244,8 +244,8 @@ class _Scaled(NamedTuple):
 def _scale(
     operator: Operator, preconditioner: Operator | None, is_inverse: bool, b: Fields
 ) -> _Scaled:
-    of_b = fields.exponent(b)
-    unit = fields.times_power(b, -of_b)
+    of_b = fields.exponent_of_any(b)
+    unit = fields.times_power_exactly(b, -of_b)
     gain = _gain(operator, unit)
     if preconditioner is None:
         precondition: Operator = lambda r: r  # noqa: E731

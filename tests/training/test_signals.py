@@ -1,18 +1,15 @@
 """Stopping a run by signals."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from signaling import BUSY, READY, ROOT, run_and_signal
 
 from training.signals import KILLED, STOPPED, StopSignals
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_signal_is_recorded_and_the_old_handlers_come_back():
@@ -65,32 +62,15 @@ def test_a_second_ctrl_c_ends_the_process():
     assert "Ctrl-C again ends at once" in errors
 
 
-# Inside one call into C, as inside XLA, Python runs no handler.
-BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)\n"
-READY = "print('ready', flush=True)\n"
-
-
-def run_and_signal(script, *numbers):
-    """The status and the errors of a script that gets signals once it says "ready"."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from training.signals import StopSignals, end_at_once\n{script}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def run(script, *numbers):
+    return run_and_signal(
+        f"from training.signals import StopSignals, end_at_once\n{script}", *numbers
     )
-    with process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        for number in numbers:
-            process.send_signal(number)
-            time.sleep(0.1)  # equal signals would else be one
-        _, errors = process.communicate(timeout=30)
-    return process.returncode, errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_a_run_a_signal_ends_the_process_at_once(number):
-    status, _ = run_and_signal(f"end_at_once()\n{READY}{BUSY}", number)
+    status, _ = run(f"end_at_once()\n{READY}{BUSY}", number)
     assert status == 128 + number
 
 
@@ -99,7 +79,7 @@ def test_before_a_run_that_can_be_resumed_the_status_says_so(tmp_path):
     (tmp_path / "checkpoints" / "3" / "manifest.json").touch()
     script = "import pathlib\nend_at_once()\n"
     script += f"end_at_once(pathlib.Path({str(tmp_path)!r}))\n{READY}{BUSY}"
-    assert run_and_signal(script, signal.SIGTERM)[0] == STOPPED
+    assert run(script, signal.SIGTERM)[0] == STOPPED
 
 
 @pytest.mark.parametrize("resumable", [False, True])
@@ -110,7 +90,7 @@ def test_work_with_nothing_to_save_ends_at_once_though_python_runs_no_handler(nu
         f"with StopSignals() as signals, signals.end_at_once('compiling', lambda: {resumable}):\n"
         f"    {READY}    {BUSY}"
     )
-    status, errors = run_and_signal(script, number)
+    status, errors = run(script, number)
     assert status == (STOPPED if resumable else 128 + number)
     rest = "go on with --resume" if resumable else "nothing was saved yet"
     assert f"stopped by {number.name} while compiling; {rest}" in errors
@@ -124,7 +104,7 @@ def test_a_signal_from_before_ends_that_work_as_it_begins():
         "    with signals.end_at_once('sampling', lambda: True):\n"
         f"        {BUSY}"
     )
-    status, errors = run_and_signal(script, signal.SIGTERM)
+    status, errors = run(script, signal.SIGTERM)
     assert status == STOPPED and "stopped by SIGTERM while sampling" in errors
 
 
@@ -139,14 +119,14 @@ def test_a_signal_from_before_ends_that_work_as_it_begins():
 def test_while_a_run_saves_only_ctrl_c_ends_it(numbers, status):
     save = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**6)"
     script = f"end_at_once()\nwith StopSignals() as signals:\n    {READY}    {save}\n    {save}\n"
-    assert run_and_signal(script, *numbers)[0] == status
+    assert run(script, *numbers)[0] == status
 
 
 def test_nohup_is_respected():
     script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does\n"
     script += f"end_at_once()\nwith StopSignals() as signals:\n    {READY}"
     script += "    import time; time.sleep(0.3); assert signals.received is None"
-    assert run_and_signal(script, signal.SIGHUP)[0] == 0
+    assert run(script, signal.SIGHUP)[0] == 0
 
 
 def test_a_program_that_trains_is_not_ended():

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from estimating import array
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -24,10 +25,6 @@ FREE = Constants(
     accumulate_float32=1.0,
 )
 GRID = P("y", "x")
-
-
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def abstract(height, width=None, machine=wk.WSE2):

@@ -1,8 +1,8 @@
 """Factorizations, triangular solves and searches: published counts, and a flood for each step."""
 
-import jax
 import jax.numpy as jnp
 import pytest
+from estimating import array, estimate, wafer
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -10,18 +10,6 @@ import wsekern as wk
 
 N, RIGHT = 64, 32
 FLOODS = "n steps, each a flood of a row"
-
-
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def wafer(height=8, width=8):
-    return wk.Wafer.abstract(wk.WSE2, height, width)
-
-
-def estimate(function, *operands):
-    return wk.estimate(function, *operands, wafer=wafer())
 
 
 MATRIX = array(N, N)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from estimating import array
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -12,10 +13,6 @@ from wsekern.estimator import layouts, specs
 H, W = 160, 240  # on 8 x 8 PEs: tiles of 20 x 30
 GRID = P("y", "x")
 SUMMED = "scatter-add as a sum over the PEs"
-
-
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def estimate(function, *operands):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from estimating import array, estimate, wafer
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -11,18 +12,6 @@ import wsekern as wk
 T, D = 160, 240  # rows of as many elements, over 8 x 8 PEs
 MIDDLE = 2 * 8  # links that cross the middle of the wafer, both ways
 SCAN = "scan as a relayout"
-
-
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def wafer(height=8, width=8):
-    return wk.Wafer.abstract(wk.WSE2, height, width)
-
-
-def estimate(function, *operands):
-    return wk.estimate(function, *operands, wafer=wafer())
 
 
 def total(x):

@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import os
 import pathlib
+import signal
 
 from wsekern.wafer.launch import emulate_devices
 
@@ -33,6 +34,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wsekern"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+
+# What a shell starts in the background ignores Ctrl-C; tests that send it must not inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes many small objects that live on: looking for garbage less often saves a tenth.
 gc.set_threshold(200_000, 20, 50)

@@ -1,5 +1,6 @@
 """Scripts that get signals: what tests of Ctrl-C and of stopped runs share."""
 
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -11,13 +12,14 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)\n"
 READY = "print('ready', flush=True)\n"
 
 
-def run_and_signal(script, *numbers, within=30):
+def run_and_signal(script, *numbers, within=30, lines=("ready",)):
     """The status and the errors of a script that gets signals once it says "ready".
 
     Args:
-      script: a program, which prints a line "ready".
+      script: a program.
       numbers: of the signals, one after another.
       within: seconds from the last signal in which the script has to end.
+      lines: what the script prints before it gets each of the first signals.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -27,9 +29,12 @@ def run_and_signal(script, *numbers, within=30):
         text=True,
     )
     with process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        for place, number in enumerate(numbers):
-            time.sleep(0.1 * (place > 0))  # equal signals would else be one
+        assert process.stdout is not None
+        for line, number in itertools.zip_longest(lines, numbers):
+            if line is None:
+                time.sleep(0.1)  # equal signals would else be one
+            else:
+                assert process.stdout.readline() == f"{line}\n"
             process.send_signal(number)
         try:
             _, errors = process.communicate(timeout=within)

@@ -2,12 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
-from signaling import BUSY, READY, ROOT, run_and_signal
+from signaling import BUSY, READY, run_and_signal
 
 from training.signals import KILLED, STOPPED, StopSignals
 
@@ -45,20 +43,9 @@ def test_a_second_ctrl_c_ends_the_process():
         "        if signals.received:\n"
         "            print('recorded', flush=True)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    with process:
-        for line in ("ready\n", "recorded\n"):
-            assert process.stdout.readline() == line
-            process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == KILLED
+    twice = signal.SIGINT, signal.SIGINT
+    status, errors = run_and_signal(script, *twice, lines=("ready", "recorded"))
+    assert status == KILLED
     assert "Ctrl-C again ends at once" in errors
 
 

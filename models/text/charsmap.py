@@ -87,6 +87,17 @@ class Rewriter:
         return start + 1, None
 
 
+def longest_replacement(table: bytes) -> int:
+    """Bytes of the longest text that a table puts in another's place."""
+    return max(map(len, _split(table)[1].split(b"\0")))
+
+
+def _split(table: bytes) -> tuple[int, bytes]:
+    """The length of a table's trie in bytes, as it says, and the texts after it."""
+    size = int.from_bytes(table[:4], "little")
+    return size, table[4 + size :]
+
+
 def read_charsmap(table: bytes) -> Charsmap:
     """The table of a SentencePiece model.
 
@@ -95,11 +106,10 @@ def read_charsmap(table: bytes) -> Charsmap:
     """
     if len(table) > _MOST_BYTES:
         raise ValueError(f"its precompiled_charsmap has {len(table):,} bytes, over {_MOST_BYTES:,}")
-    size = int.from_bytes(table[:4], "little")
-    texts = table[4 + size :]
+    size, texts = _split(table)
     if not 0 < size <= len(table) - 4 or size % 4 or not texts.endswith(b"\0"):
         raise ValueError("its precompiled_charsmap is damaged: its trie is cut short")
-    if (longest := max(map(len, texts.split(b"\0")))) > _MOST_GROWTH:
+    if (longest := longest_replacement(table)) > _MOST_GROWTH:
         raise ValueError(
             f"its precompiled_charsmap puts {longest:,} bytes in a text's place, over "
             f"{_MOST_GROWTH:,}"

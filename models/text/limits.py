@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.checkpoints.json_file import parse_json, shown
+from models.text.charsmap import longest_replacement
 
 LONGEST = 10_000  # characters of a token; of a piece of text, most have 20
 _MOST_GROWTH = 1000  # times as long; Unicode's compatibility forms alone make one letter 18
@@ -154,7 +155,7 @@ def _before(step: dict[str, Any], after: _Worth) -> _Worth:
                 after.added + worth,
             )
         case {"type": "Precompiled", "precompiled_charsmap": str(table)}:
-            times = _longest_replacement(table)
+            times = max(1, longest_replacement(base64.b64decode(table)))
         case {"type": kind}:
             times = _GROWTH_OF_TYPE.get(kind, max(_GROWTH_OF_TYPE.values()))
     return after if times == 1 else _Worth({}, times * after.most, after.added)
@@ -167,14 +168,6 @@ def _takes_something(pattern: str) -> bool:
     if any(sign in pattern for sign in _BETWEEN):
         return False
     return normalizers.Replace(Regex(pattern), "x").normalize_str("") == ""
-
-
-def _longest_replacement(table: str) -> int:
-    """Bytes of the longest text that a SentencePiece normalizer puts in a character's place."""
-    # The table is a length, a trie of this length, and the texts, which end in zeros.
-    content = base64.b64decode(table)
-    texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
-    return max(1, *map(len, texts))
 
 
 def _frame(step: dict[str, Any], where: str) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def cg(
     Args:
       operator: linear and symmetric.
       b: the right side: a field, or a pytree of fields, of floats.
-      x0: where to begin; by default at zero, as where its residual is larger than b's norm.
+      x0: where to begin; zero by default, and if the residual of `x0` is larger than `b`.
       preconditioner: close to the operator's inverse, linear, symmetric and definite.
       tolerance: on the residual's norm, relative to b's.
       absolute: on the residual's norm, if larger.

@@ -54,7 +54,7 @@ def jacobi(
     Args:
       operator: linear; its transpose has the same diagonal.
       b: the right side: a field, or a pytree of fields, of floats.
-      x0: where to begin; by default at zero, as where its residual is larger than b's norm.
+      x0: where to begin; zero by default, and if the residual of `x0` is larger than `b`.
       diagonal: the operator's own: a number, or an array that broadcasts to each field of `b`.
       damping: of each step, above 0.
       tolerance: on the residual's norm, relative to b's.

@@ -24,7 +24,7 @@ REASONS = (
     "breakdown: the operator is not what the method needs (indefinite, or not symmetric)",
     "inconsistent: the operator is singular, and b has a part that it cannot make",
     "not finite",
-    "diverged: the residual grows; multigrid's operators must have their walls at one place",
+    "diverged: the residual grows (multigrid needs operators with their walls at one place)",
 )
 CONVERGED, OUT_OF_ITERATIONS, STAGNATED, BREAKDOWN, INCONSISTENT, NOT_FINITE, DIVERGED = range(
     len(REASONS)
@@ -134,7 +134,7 @@ def solve(
       method: its name, for messages.
       operator: linear.
       b: the right side.
-      x0: where to begin; None is at zero, as where its residual is larger than b's norm.
+      x0: where to begin; zero if it is None, or if its residual is larger than `b`.
       begin: what the method carries at first, from the system and a residual.
       step: one iteration, from the system, x, the residual and what the method carries: the new
         ones, and why it cannot go on, a place in `REASONS`, or -1.

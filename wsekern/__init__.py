@@ -10,8 +10,8 @@
 
 The names, by what they are for:
 
-- the machine: `Wafer`; `WSE1`, `WSE2`, `WSE3` (each a `Machine`); `A100`, `H100`, `H200`, `TPU_V5E`
-  (each an `Accelerator`); `emulate_devices`, `memory`, `Defects`, `Placement`;
+- the machine: `Wafer`; `WSE1`, `WSE2`, `WSE3` (each a `Machine`); `A100`, `H100`, `H200`, `TPU_V5E`,
+  `TPU_V5P`, `TPU_V6E`, `TPU_7X` (each an `Accelerator`); `emulate_devices`, `memory`, `Defects`, `Placement`;
 - models: `matmul`, `gemv`, `attention`, `decode_attention`, `KVCache`, `experts`,
   `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`, `cross_entropy`;
 - fields on a grid: `stencil`, `halo_exchange`, `Sources`, `Receivers`, the limits on a time step;
@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from wsekern.hardware import A100 as A100
     from wsekern.hardware import H100 as H100
     from wsekern.hardware import H200 as H200
+    from wsekern.hardware import TPU_7X as TPU_7X
     from wsekern.hardware import TPU_V5E as TPU_V5E
+    from wsekern.hardware import TPU_V5P as TPU_V5P
+    from wsekern.hardware import TPU_V6E as TPU_V6E
     from wsekern.hardware import WSE1 as WSE1
     from wsekern.hardware import WSE2 as WSE2
     from wsekern.hardware import WSE3 as WSE3
@@ -108,7 +111,10 @@ _HOMES = {
     "Receivers": "kernels.stencil.sources",
     "Solution": "solvers.solution",
     "Sources": "kernels.stencil.sources",
+    "TPU_7X": "hardware",
     "TPU_V5E": "hardware",
+    "TPU_V5P": "hardware",
+    "TPU_V6E": "hardware",
     "Traffic": "estimator.traffic",
     "WSE1": "hardware",
     "WSE2": "hardware",

@@ -122,6 +122,8 @@ class Accelerator:
     power_watts: float | None  # limit of the board; None: not published
     cache_bytes: int = 0  # shared by the chip's cores; data that stay in it are not read again
     launch_seconds: float = 0.0  # what each kernel takes beside the time it runs
+    link_bytes_per_second: float | None = None  # of one link, in one direction; None: not published
+    clock_hz: float | None = None  # of the cycles that its compiler counts; None: it counts none
 
     def memory_traffic(self, data: float, launches: int) -> float:
         """Bytes that cross the memory if each of `launches` kernels reads and writes `data` bytes.
@@ -188,7 +190,8 @@ WSE3 = Machine(
 )
 
 # NVIDIA's data sheets for the SXM boards, dense figures; level-2 caches by its white papers of the
-# A100 and the H100 architecture. A launch is one from a CUDA graph: kernels of 2.9 us came every
+# A100 and the H100 architecture. A chip's NVLinks
+# together are one link to a switch. A launch is one from a CUDA graph: kernels of 2.9 us came every
 # 3.4 us (A. Gray, "Getting Started with CUDA Graphs", NVIDIA, 2019, on a V100).
 _GRAPH_LAUNCH = 0.5e-6
 A100 = Accelerator(
@@ -201,6 +204,7 @@ A100 = Accelerator(
     cache_bytes=40 * MIB,
     launch_seconds=_GRAPH_LAUNCH,
     power_watts=400.0,
+    link_bytes_per_second=300 * GB,
 )
 H100 = Accelerator(
     name="H100 SXM",
@@ -212,6 +216,7 @@ H100 = Accelerator(
     cache_bytes=50 * MIB,
     launch_seconds=_GRAPH_LAUNCH,
     power_watts=700.0,
+    link_bytes_per_second=450 * GB,
 )
 H200 = Accelerator(
     name="H200 SXM",
@@ -223,12 +228,18 @@ H200 = Accelerator(
     cache_bytes=50 * MIB,
     launch_seconds=_GRAPH_LAUNCH,
     power_watts=700.0,
+    link_bytes_per_second=450 * GB,
 )
-# Google Cloud's documentation of TPU v5e; JAX calls the chip "TPU v5 lite". Its vector memory by
-# the documentation of Pallas. A program's loops run on the chip, so that a step launches nothing.
+# Google Cloud's documentation of each TPU (system architecture), read in November 2026; JAX calls
+# v5e "TPU v5 lite", v6e "TPU v6 lite" and v5p "TPU v5". The vector memory by the documentation of
+# Pallas. A program's loops run on the chip, so that a step launches nothing. Links: the published
+# bandwidth of a chip counts both directions of all its ports, four on v5e and v6e, six on v5p and
+# TPU7x. The clock follows from the peak: an MXU of 128 x 128 (256 x 256 from v6e on) multiplies and
+# adds once a cell and cycle, and four of them a core make 1.5 and 1.75 GHz. From v6e on a core has
+# two, and the clock would be 3.5 and 4.4 GHz: so a cell is taken to do it twice a cycle.
 TPU_V5E = Accelerator(
     name="TPU v5e",
-    kind="v5 lite",
+    kind="tpu v5 lite",
     bfloat16_flops=197 * TERA,
     float32_flops=None,
     memory_bytes=16 * GB,
@@ -236,12 +247,54 @@ TPU_V5E = Accelerator(
     cache_bytes=128 * MIB,
     launch_seconds=0.0,
     power_watts=None,
+    link_bytes_per_second=50 * GB,
+    clock_hz=1.5e9,
+)
+TPU_V6E = Accelerator(
+    name="TPU v6e",
+    kind="tpu v6 lite",
+    bfloat16_flops=918 * TERA,
+    float32_flops=None,
+    memory_bytes=32 * GB,
+    memory_bytes_per_second=1.64 * TERA,
+    cache_bytes=128 * MIB,
+    launch_seconds=0.0,
+    power_watts=None,
+    link_bytes_per_second=100 * GB,
+    clock_hz=1.75e9,
+)
+TPU_V5P = Accelerator(
+    name="TPU v5p",
+    kind="tpu v5",
+    bfloat16_flops=459 * TERA,
+    float32_flops=None,
+    memory_bytes=95 * GB,
+    memory_bytes_per_second=2.765 * TERA,
+    cache_bytes=2 * 64 * MIB,
+    launch_seconds=0.0,
+    power_watts=None,
+    link_bytes_per_second=100 * GB,
+    clock_hz=1.75e9,
+)
+# JAX shows a chip as two devices; the figures are of one of them.
+TPU_7X = Accelerator(
+    name="TPU7x, half a chip",
+    kind="tpu7x",
+    bfloat16_flops=2307 / 2 * TERA,
+    float32_flops=None,
+    memory_bytes=192 * GB // 2,
+    memory_bytes_per_second=7.38 / 2 * TERA,
+    cache_bytes=64 * MIB,
+    launch_seconds=0.0,
+    power_watts=None,
+    link_bytes_per_second=100 * GB,
+    clock_hz=2.2e9,
 )
 
 MACHINES = (WSE1, WSE2, WSE3)
 # Systems of several wafers, by name. Andromeda: N. Dey et al., "Cerebras-GPT", 2023.
 CLUSTERS = {"Andromeda": (WSE2, 16)}
-ACCELERATORS = (A100, H100, H200, TPU_V5E)
+ACCELERATORS = (A100, H100, H200, TPU_V5E, TPU_V6E, TPU_V5P, TPU_7X)
 
 
 def accelerator(device_kind: str) -> Accelerator | None:
@@ -250,7 +303,8 @@ def accelerator(device_kind: str) -> Accelerator | None:
     Args:
       device_kind: such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
     """
-    return next((chip for chip in ACCELERATORS if chip.kind in device_kind.lower()), None)
+    named = [chip for chip in ACCELERATORS if chip.kind in device_kind.lower()]
+    return max(named, key=lambda chip: len(chip.kind), default=None)  # "tpu v5" is in "tpu v5 lite"
 
 
 def check_clock(name: str, clock_hz: float) -> None:

@@ -69,7 +69,12 @@ def freeze(kernel: Callable) -> Callable:
 
 
 def never_runs(wafer: "Wafer", operation: str) -> ValueError:
-    """The error to raise if an abstract wafer is asked to compute."""
+    """The error to raise if a wafer that has no devices is asked to compute."""
+    if wafer.compile_only:
+        return ValueError(
+            f"{operation}: the chips of {wafer} are not there, so that programs are compiled for "
+            "it and never run; see wsekern.compile, or run on a wafer of Wafer.devices"
+        )
     return ValueError(
         f"{operation}: {wafer} is only traced over, never run on; use jax.eval_shape or "
         "jax.make_jaxpr, or a virtual wafer to compute"
@@ -98,10 +103,12 @@ class _Program:
     def __call__(self, *operands: Any) -> Any:
         specs = broadcast_specs(self.specs.in_specs, operands, "in_specs")
         leaves = jax.tree.leaves(operands)
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        if not is_traced and self.wafer.compile_only:
+            raise never_runs(self.wafer, "Wafer.map")
         for operand, spec in zip(leaves, specs, strict=True):
             check_divides(self.wafer, "Wafer.map", operand, spec)
             on_devices.check_placed(self.wafer, operand)
-        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         shares_memory = self.wafer.backend == "virtual" and _in_one_memory(self.wafer)
         if shares_memory and not is_traced:
             kinds = ((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)

@@ -24,6 +24,7 @@ from wsekern.wafer.placement import failed_devices
 from wsekern.wafer.placement.defects import Defects
 from wsekern.wafer.placement.place import Placement, check_fits, place_on
 from wsekern.wafer.specs import Specs, check_divides, check_inside, tile_at
+from wsekern.wafer.topology import AxisLinks, Topology, find_devices, is_compile_only, links_of
 
 TILED = P(ROWS, COLS)
 _MOST_WAFERS = 2048  # of a cluster of CS-3
@@ -34,7 +35,8 @@ class Wafer:
     """A grid of PEs and the backend of the programs on it; immutable, equal by value.
 
     Make one with `Wafer.devices` (real or emulated devices), `Wafer.of` (a mesh that you have),
-    `Wafer.virtual` (many PEs on few devices) or `Wafer.abstract` (to estimate, never to run).
+    `Wafer.virtual` (many PEs on few devices), `Wafer.abstract` (to estimate, never to run) or
+    `Wafer.topology` (chips that are not there, to compile for).
     Inside `with wafer:` it is the wafer of every operation that is given none.
     """
 
@@ -224,6 +226,50 @@ class Wafer:
         placement = place_on(machine, height, width, defects, folded)
         return dataclasses.replace(wafer, mesh=mesh, placement=placement)
 
+    @classmethod
+    def topology(
+        cls,
+        name: str,
+        height: int | None = None,
+        width: int | None = None,
+        wafers: int | None = None,
+    ) -> "Wafer":
+        """A wafer of chips that are not there: programs are compiled for it, and never run.
+
+        The chips' own compiler runs to the end, on any machine: see `wsekern.compile`. Rows and
+        columns follow the sides of the slice, a third side makes wafers, and on chips that show two
+        devices (v4, TPU7x) the two are neighbors along x. `links` says how far neighbors are.
+
+        Args:
+          name: the kind of chip and the sides of the slice: "v5e:4x4", "v6e:16x16", "v5p:4x4x4",
+            "tpu7x:4x4x4", "v4:4x4x4", or GPUs that one switch joins, "h100:2x4".
+          height: rows of the grid; by default the last side but one.
+          width: columns; by default the last side.
+          wafers: how many grids work together; by default 1 where height and width are given.
+            Another grid of as many devices runs along the sides there and back: "v5p:4x4x4" with
+            height 4 and width 16 has neighbors one hop apart.
+
+        Raises:
+          ValueError: the topology is unknown, or the grid does not fit it.
+          ImportError: the compiler is missing (the extra `tpu`; for GPUs `jax[cuda12]`), or too old
+            for the jax at hand.
+        """
+        slice_ = Topology.parse(name)
+        grid = slice_.grid
+        if (height, width, wafers) != (None, None, None):
+            # What is left out follows from the number of devices.
+            count = 1 if wafers is None else wafers
+            height = height or slice_.size // ((width or grid[2]) * count)
+            width = width or slice_.size // (height * count) if height else width
+            grid = count, height or 1, width or 1
+        wafers, height, width = grid
+        devices = find_devices(slice_, grid)
+        axes = AXES if wafers > 1 else (ROWS, COLS)
+        shape = grid if wafers > 1 else grid[1:]
+        mesh = Mesh(devices.reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
+        wafer = cls(backend="devices", height=height, width=width, wafers=wafers, mesh=mesh)
+        return dataclasses.replace(wafer, names=_same_names(axes))
+
     def region(self, y: int, x: int, height: int, width: int) -> "Wafer":
         """The PEs of a sub-rectangle as a wafer, for one of several programs at a time.
 
@@ -308,6 +354,25 @@ class Wafer:
         if isinstance(self.mesh, Mesh):
             return self.mesh.devices.flat[0]
         return getattr(self.mesh, "abstract_device", None) or jax.devices()[0]
+
+    @property
+    def compile_only(self) -> bool:
+        """Whether its chips are not there, so that programs are compiled for it and never run."""
+        return isinstance(self.mesh, Mesh) and is_compile_only(self._device)
+
+    @property
+    def links(self) -> dict[str, AxisLinks] | None:
+        """How far neighbors along each axis are in the machine, and the two ends of the axis.
+
+        Counted in links between TPUs; None for other devices.
+        """
+        if not isinstance(self.mesh, Mesh) or self.backend != "devices":
+            return None
+        found = links_of(self.mesh.devices)
+        if found is None:
+            return None
+        names = self.mesh.axis_names
+        return {axis: found[names.index(name)] for axis, name in self.names if name in names}
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -414,7 +479,7 @@ class Wafer:
             return jnp.asarray(array)
         if isinstance(array, jax.core.Tracer):
             return on_devices.constrain(self, array, spec)
-        if self.backend == "abstract":
+        if self.backend == "abstract" or self.compile_only:
             raise program.never_runs(self, "Wafer.shard")
         return jax.device_put(array, self.sharding(spec))
 
@@ -446,6 +511,8 @@ class Wafer:
             if self.backend == "virtual" and self.mesh
             else ""
         )
+        if self.compile_only:
+            of = f" of {self.device_kind}, to compile for"
         return f"<Wafer {self.backend} {_grid_text(self)}{of}{on}>"
 
     def _repr_html_(self) -> str:

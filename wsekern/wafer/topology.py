@@ -227,6 +227,8 @@ class AxisLinks(NamedTuple):
     ends: int  # between the first and the last, where a ring closes
 
     def __str__(self) -> str:
+        if not self.furthest:
+            return "one device"
         neighbors = f"neighbors at most {self.furthest} hop{'s' * (self.furthest != 1)} apart"
         return f"{neighbors}, the two ends {self.ends}"
 
@@ -344,7 +346,7 @@ def links_of(devices: np.ndarray) -> dict[int, AxisLinks] | None:
       devices: real ones, or those of a topology.
     """
     first = devices.flat[0]
-    if not hasattr(first, "coords"):
+    if first.platform != "tpu":
         return None
     coords = np.array([[*d.coords, d.core_on_chip] for d in devices.flat])
     sides = coords.max(0) + 1

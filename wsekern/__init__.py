@@ -10,14 +10,16 @@
 
 The names, by what they are for:
 
-- the machine: `Wafer`; `WSE1`, `WSE2`, `WSE3` (each a `Machine`); `A100`, `H100`, `H200`, `TPU_V5E`,
-  `TPU_V5P`, `TPU_V6E`, `TPU_7X` (each an `Accelerator`); `emulate_devices`, `memory`, `Defects`, `Placement`;
+- the machine: `Wafer`; `WSE1`, `WSE2`, `WSE3` (each a `Machine`); `A100`, `H100`, `H200`,
+  `TPU_V5E`, `TPU_V5P`, `TPU_V6E`, `TPU_7X` (each an `Accelerator`); `emulate_devices`, `memory`,
+  `Defects`, `Placement`;
 - models: `matmul`, `gemv`, `attention`, `decode_attention`, `KVCache`, `experts`,
   `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`, `cross_entropy`;
 - fields on a grid: `stencil`, `halo_exchange`, `Sources`, `Receivers`, the limits on a time step;
 - linear systems: `cg`, `bicgstab`, `jacobi`, `multigrid`;
 - costs: `estimate` (an `Estimate`), `traffic` (a `Traffic`), `explain_matmul` (an `Explanation`),
   and pictures: `roofline`, `scaling`, `wafer_map`, `terminal_map`;
+- accelerators, present or not: `Wafer.topology`, `compile` (a `Compilation`);
 - kernels of your own: `fabric` (moves between PEs), `layout` (specs, padding, cropping).
 
 Sizes have the same letters everywhere: M K N of a matrix product; B T S N K H of attention (batch,
@@ -34,6 +36,8 @@ from wsekern.public_names import lazy_names
 
 if TYPE_CHECKING:
     from wsekern import fabric as fabric
+    from wsekern.compiler.compile import compile as compile
+    from wsekern.compiler.result import Compilation as Compilation
     from wsekern.estimator.estimate import estimate as estimate
     from wsekern.estimator.pictures.roofline import roofline as roofline
     from wsekern.estimator.pictures.scaling import scaling as scaling
@@ -99,6 +103,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "A100": "hardware",
     "Accelerator": "hardware",
+    "Compilation": "compiler.result",
     "Defects": "wafer.placement.defects",
     "Estimate": "estimator.result",
     "Explanation": "wafer.explanation",
@@ -124,6 +129,7 @@ _HOMES = {
     "bicgstab": "solvers.bicgstab",
     "cg": "solvers.conjugate_gradient",
     "check_time_step": "kernels.stencil.finite_differences",
+    "compile": "compiler.compile",
     "crop": "kernels.stencil.halo",
     "cross_entropy": "kernels.dense.cross_entropy",
     "decode_attention": "kernels.attention.decode",

@@ -1,4 +1,4 @@
-"""The `wsekern` command: what this machine offers, what a program costs, and the benchmarks.
+"""The `wsekern` command: what this machine offers, what a program costs, the benchmarks.
 
 Jax is loaded only when a command needs it, so that every `--help` answers at once.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from wsekern.closed_pipe import end_on_closed_pipe
+from wsekern.compiler import compile_command
 from wsekern.estimator import command
 from wsekern.hardware import (
     ACCELERATORS,
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with end_on_closed_pipe():
         if name == "estimate":
             return command.run(arguments)
+        if name == "compile":
+            return compile_command.run(arguments)
         return info() if name else parser.print_help()
 
 
@@ -89,6 +92,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, list[str]]:
     text = "prints the devices that jax finds, the grid they make, and figures of known machines"
     commands.add_parser("info", help=text, description=text)
     command.add_parser(commands)
+    compile_command.add_parser(commands)
     text = "lists the benchmarks of a checkout, or runs one of them"
     usage = "wsekern bench [-h] [NAME [OPTION ...]]"
     bench_parser = commands.add_parser("bench", help=text, usage=usage)

@@ -72,7 +72,7 @@ def test_the_grid_takes_all_devices(count, grid):
     ("words", "message"),
     [
         (["ifno"], "'ifno' is not a command; did you mean 'info'?"),
-        (["serve"], "'serve' is not a command; commands are info, estimate, bench"),
+        (["serve"], "'serve' is not a command; commands are info, estimate, compile, bench"),
         (["info", "--all"], "unrecognized arguments: --all"),
         (["--verson", "info"], "unrecognized arguments: --verson"),
     ],

@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 
 from wsekern import hardware
-from wsekern.hardware import A100, H100, H200, MACHINES, TPU_V5E, WSE1, WSE2, WSE3
+from wsekern.hardware import (
+    A100,
+    H100,
+    H200,
+    MACHINES,
+    TPU_7X,
+    TPU_V5E,
+    TPU_V5P,
+    TPU_V6E,
+    WSE1,
+    WSE2,
+    WSE3,
+)
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
@@ -63,7 +75,10 @@ def test_refuses_a_program_larger_than_the_wafer(side):
         ("NVIDIA H200", H200),
         ("NVIDIA A100-SXM4-80GB", A100),
         ("TPU v5 lite", TPU_V5E),
-        ("TPU v5p", None),
+        ("TPU v5", TPU_V5P),
+        ("TPU v6 lite", TPU_V6E),
+        ("TPU7x", TPU_7X),
+        ("TPU v4", None),
         ("NVIDIA A10", None),
         ("cpu", None),
     ],

@@ -162,8 +162,10 @@ def test_its_gradient_is_the_plain_ones_program(name):
 
 def test_every_operation_of_the_library_is_here():
     """A new one joins the table above."""
-    machines = {"A100", "H100", "H200", "TPU_V5E", "WSE1", "WSE2", "WSE3"}
+    machines = {"A100", "H100", "H200", "WSE1", "WSE2", "WSE3"}
+    machines |= {"TPU_7X", "TPU_V5E", "TPU_V5P", "TPU_V6E"}
     others = {"Wafer", "emulate_devices", "estimate", "explain_matmul", "traffic"}
+    others |= {"Compilation", "compile"}
     others |= {"KVCache", "decode_attention"}  # jax.nn has no cache, and copies a plain one
     # What a stencil computes is the user's own update.
     others |= {"Receivers", "Sources", "crop", "halo_exchange", "halo_tile", "stencil"}

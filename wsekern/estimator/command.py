@@ -116,10 +116,10 @@ def machine_called(name: str) -> Machine:
 def _estimate(arguments: argparse.Namespace) -> None:
     machine = machine_called(arguments.machine)
     clock_hz = clock_from_ghz(arguments.clock)
-    function, shapes = _load_program(arguments.program)
+    function, shapes = load_program(arguments.program)
     if arguments.shapes is not None:
-        shapes = [_shape(text) for text in arguments.shapes]
-    _check_operands(arguments.program, function, shapes)
+        shapes = [parse_shape(text) for text in arguments.shapes]
+    check_operands(arguments.program, function, shapes)
 
     from wsekern.estimator.estimate import estimate
     from wsekern.wafer.placement.defects import Defects
@@ -207,7 +207,7 @@ def _validate(table: str, as_json: bool, plot: str | None) -> None:
         print(", ".join(f"{name} {error:.1%}" for name, error in errors.items()))
 
 
-def _load_program(program: str) -> tuple[Callable, Sequence[Any]]:
+def load_program(program: str) -> tuple[Callable, Sequence[Any]]:
     """The function that FILE.py:FUNCTION names, and the variable SHAPES of its file."""
     path, _, name = program.rpartition(":")
     if not path:
@@ -230,7 +230,7 @@ def _load_program(program: str) -> tuple[Callable, Sequence[Any]]:
     return function, names.get("SHAPES", ())
 
 
-def _check_operands(program: str, function: Callable, shapes: Any) -> None:
+def check_operands(program: str, function: Callable, shapes: Any) -> None:
     """Raises ValueError if SHAPES is no list, or the function takes more or fewer operands."""
     if not isinstance(shapes, list | tuple):
         raise ValueError(
@@ -249,7 +249,12 @@ def _check_operands(program: str, function: Callable, shapes: Any) -> None:
         ) from None
 
 
-def _shape(text: str) -> Any:
+def parse_shape(text: str) -> Any:
+    """The `jax.ShapeDtypeStruct` that "4096x4096:float16" names.
+
+    Raises:
+      ValueError: the text is not of this form, or the dtype is unknown.
+    """
     match = re.fullmatch(r"(\d+(?:x\d+)*|):(\w+)", text)
     if not match:
         raise ValueError(f"shape {text!r} is not like 4096x4096:float16, or :float32 for a scalar")

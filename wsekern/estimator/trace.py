@@ -9,7 +9,7 @@ import pathlib
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,6 +166,21 @@ def line_of(equation: JaxprEqn) -> SourceLine:
         elif _is_of_user(name):
             return SourceLine(_line(name, frame.line_num), library, direct=not library)
     return SourceLine("", library, direct=False)
+
+
+def line_of_frames(frames: Iterable[tuple[str, int]]) -> str:
+    """The innermost line of the user's in a stack, as "file.py:12"; else the library's, or "".
+
+    Args:
+      frames: file names with line numbers, innermost first.
+    """
+    library = ""
+    for name, number in frames:
+        if name.startswith(_LIBRARY):
+            library = library or _line(name, number)
+        elif _is_of_user(name):
+            return _line(name, number)
+    return library
 
 
 def asked_by(equation: JaxprEqn, folder: str) -> bool:

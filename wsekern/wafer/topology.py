@@ -46,7 +46,7 @@ _TPUS = {
 }
 _GPUS = {"h100": _Kind("H100 SXM", (1, 2, 3), None)}
 _KINDS = _TPUS | _GPUS
-_EXAMPLES = 'v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:4x4x4, v4:2x2x2 (TPUs), h100:2x4 (GPUs)'
+_EXAMPLES = "v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:4x4x4, v4:2x2x2 (TPUs), h100:2x4 (GPUs)"
 
 # What XLA must know of a GPU, as the text of its GpuTargetConfigProto: NVIDIA's figures of an H100.
 _H100 = """
@@ -132,7 +132,7 @@ class Topology:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(wafers, height, width) of a wafer that follows the torus: the last two sides are its own."""
+        """(wafers, height, width) of a wafer that follows the torus: its own are the last sides."""
         sides = [side for side in self.sides if side > 1] or [1]
         *_, height, width = (1, 1, *sides)
         cores = _KINDS[self.kind].cores
@@ -386,7 +386,7 @@ def _factors(side: int, size: int) -> Iterator[tuple[_Factor, ...]]:
 
 
 def _there_and_back(sizes: Sequence[int]) -> list[np.ndarray]:
-    """For each size the counts along a line over all of them, in which each step changes one by 1."""
+    """The counts of each size on a line over all of them: each step changes one of them by 1."""
     total = math.prod(sizes)
     counts, inner = [], total
     for size in sizes:

@@ -29,8 +29,8 @@ def flops_by_kernel(jaxpr: Any) -> dict[str, float]:
 def _kernel(params: dict[str, Any]) -> tuple[str, float]:
     source = params.get("name_and_src_info")
     name = getattr(source, "name", None) or params.get("name") or "kernel"
-    stated = params.get("cost_estimate")
-    if stated is not None and getattr(stated, "flops", 0):
+    stated: Any = params.get("cost_estimate")
+    if stated is not None and stated.flops:
         return name, float(stated.flops)
     grid: Any = params["grid_mapping"].grid
     places = math.prod(side if isinstance(side, int) else 1 for side in grid)

@@ -35,6 +35,7 @@ class Explanation:
     wafer: Wafer | None
     by_auto: bool = True  # or the caller named the algorithm
     candidates: Mapping[str, Candidate] = dataclasses.field(default_factory=dict)
+    detail: str = ""  # one more line: what computes a PE's part, and why
 
     @property
     def _title(self) -> str:
@@ -54,18 +55,20 @@ class Explanation:
         return name, f"{c.words:,.0f}", f"{c.steps:,}", held, cycles, remark
 
     def __str__(self) -> str:
+        head = [self._title, *([self.detail] if self.detail else [])]
         if not self.candidates:
-            return self._title
+            return "\n".join(head)
         rows = [_COLUMNS, *self._rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join([self._title, "", *lines])
+        return "\n".join([*head, "", *lines])
 
     def _repr_html_(self) -> str:
         def row(cells: tuple[str, ...], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         title = f"<p>{html.escape(self._title)}</p>"
+        title += f"<p>{html.escape(self.detail)}</p>" if self.detail else ""
         if not self.candidates:
             return title
         body = "".join(row(cells, "td") for cells in self._rows)

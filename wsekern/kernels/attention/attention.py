@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from wsekern import fabric
 from wsekern.kernels.attention import operands, ring, tile, ulysses, vendor, zigzag
 from wsekern.kernels.attention.explain import explain
+from wsekern.kernels.attention.implementation import Implementation
 from wsekern.kernels.attention.mask import Keys, Rows
 from wsekern.kernels.attention.operands import Floats, Segments
 from wsekern.kernels.attention.plan import (
@@ -23,7 +24,6 @@ from wsekern.kernels.attention.plan import (
     Algorithm,
     AttentionOptions,
     AttentionPlan,
-    cudnn_serves,
     fewest_blocks,
     plan_attention,
 )
@@ -31,6 +31,7 @@ from wsekern.wafer import context
 from wsekern.wafer.axes import ROWS, WAFERS
 from wsekern.wafer.explanation import explained_by
 from wsekern.wafer.keywords import accept_jax_names
+from wsekern.wafer.platforms import Platform, platforms_of
 from wsekern.wafer.wafer import Wafer
 
 
@@ -49,6 +50,7 @@ def attention(
     segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     bias: Float[Array, "..."] | None = None,
     algorithm: Algorithm = "auto",
+    implementation: Implementation = "auto",
     precision: lax.PrecisionLike = None,
     wafer: Wafer | None = None,
     is_causal: bool | None = None,
@@ -79,6 +81,14 @@ def attention(
       divide and there is no bias; else `ring`. CPU devices take `ulysses` from 1 MiB of keys and
       values on, where it can be. `attention.explain` tells, with each one's cost.
 
+    A PE's tiles are computed by the kernel that serves them on the platform that the program is
+    compiled for, forward and backward; `attention.explain` says which one, and why:
+
+    - on a TPU, JAX's splash attention, from 128 rows a tile on. Lengths are padded to multiples of
+      128. In bfloat16 the scaled queries are rounded, and each tile's gradients.
+    - on a GPU, in 16 bits, cuDNN's where a row's keys make one tile.
+    - elsewhere, and for a bias or a precision, blocks in jnp, which no scores outlive.
+
     Segment ids travel with their rows. Gradients of `sinks`, and of a `bias` that is the same along
     an axis, end with an all-reduce along it.
 
@@ -98,17 +108,18 @@ def attention(
         it that are its own, and all columns. A score below -1e30 with its bias is not seen: -inf
         hides a key, for a whole row too.
       algorithm: "auto", "ring", "allgather" or "ulysses".
-      precision: of every product, forward and backward, as in `jax.lax.dot_general`. cuDNN's
-        kernel, which takes GPU tiles in 16 bits, cannot be told and ignores it.
-      wafer: where to run; by default the current wafer. Without one it is
-        `jax.nn.dot_product_attention`, or one PE's blocked kernel where that means another thing or
+      implementation: of the tiles: "auto", "splash", "cudnn", "pallas", or "xla" for blocks in jnp.
+        On a CPU, "splash" is interpreted, slowly.
+      precision: of every product, forward and backward, as in `jax.lax.dot_general`.
+      wafer: where to run; by default the current wafer. Without one a CPU takes
+        `jax.nn.dot_product_attention`, or one PE's blocks in jnp where that means another thing or
         lacks an option: with a bias, sinks, a soft cap, a precision or two arrays of segment ids.
       is_causal: JAX's name for `causal`; give one of the two.
 
     Raises:
       ValueError: shapes do not fit one another, dtypes differ, `window` is below 1 or not causal,
-        `soft_cap` is not positive, `algorithm` is unknown or cannot serve the grid, or `causal` and
-        `is_causal` differ.
+        `soft_cap` is not positive, `algorithm` is unknown or cannot serve the grid,
+        `implementation` is unknown or cannot serve the tiles, or `causal` and `is_causal` differ.
     """
     options = AttentionOptions(
         causal=causal,
@@ -117,42 +128,78 @@ def attention(
         soft_cap=soft_cap,
         precision=precision,
         algorithm=algorithm,
+        implementation=implementation,
     )
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)
+    platforms = platforms_of(wafer, q)
     wafer = context.resolve(wafer)
-    if wafer is None and _plain_serves(floats, segments, options):
-        return _plain(floats, segments.q, options)
-    plan, _ = plan_attention(floats, options, wafer)
+    if len(platforms) == 1:
+        return _on_platform(floats, segments, options, wafer, platforms[0])
+    return _on_any_platform(floats, segments, options, platforms)
+
+
+def _on_any_platform(
+    floats: Floats, segments: Segments, options: AttentionOptions, platforms: tuple[Platform, ...]
+) -> Float[Array, "B T N H"]:
+    """Attention without a wafer for the platform that JAX lowers the program for."""
+    runs, refusals = {}, []
+    for platform in platforms:
+        try:
+            plan_attention(floats, segments, options, None, platform)
+        except ValueError as error:
+            refusals.append(error)
+            continue
+        run = functools.partial(_on_platform, options=options, wafer=None, platform=platform)
+        runs[_LOWERED_AS.get(platform, platform)] = run
+    if not runs:
+        raise refusals[0]
+    return lax.platform_dependent(floats, segments, **runs)
+
+
+_LOWERED_AS = {"gpu": "cuda"}  # what `lax.platform_dependent` calls them
+
+
+def _on_platform(
+    floats: Floats,
+    segments: Segments,
+    options: AttentionOptions,
+    wafer: Wafer | None,
+    platform: Platform,
+) -> Float[Array, "B T N H"]:
+    plan = plan_attention(floats, segments, options, wafer, platform).plan
+    if wafer is None and _plain_serves(floats, segments, options, plan):
+        return _plain(floats, segments.q, options, plan)
+    shape = floats.q.shape
     padded = operands.pad(floats, segments, plan.sizes, plan.order, wafer)
-    return operands.crop(_attention(*padded, plan, wafer), q.shape, wafer)
+    return operands.crop(_attention(*padded, plan, wafer), shape, wafer)
 
 
-def _plain_serves(floats: Floats, segments: Segments, options: AttentionOptions) -> bool:
-    """Whether `jax.nn.dot_product_attention` can do what is asked.
+def _plain_serves(
+    floats: Floats, segments: Segments, options: AttentionOptions, plan: AttentionPlan
+) -> bool:
+    """Whether `jax.nn.dot_product_attention` is the thing to call.
 
     It gives a row that sees no key the mean of all values, or NaN. So it serves where every row
-    sees a key whatever the numbers are: without a bias, and if the last row's window has a key.
+    sees a key whatever the numbers are.
     """
+    if plan.rule.implementation == "cudnn":
+        return True  # its own gradient keeps the log-sum-exps as they are
     without = options.soft_cap is None and options.precision is None
     without = without and floats.sinks is None and floats.bias is None
     # There jax.nn asks for a product that XLA's CPU backend lacks.
-    without = without and not (floats.q.dtype == jnp.float16 and jax.default_backend() == "cpu")
-    T, S, window = floats.q.shape[1], floats.k.shape[1], options.window
-    last_sees_a_key = window is None or T < S + window
-    return without and segments.q is segments.k and last_sees_a_key
+    without = without and floats.q.dtype != jnp.float16
+    # Elsewhere all scores would be in memory at once.
+    on_cpu = plan.rule.platform == "cpu" and plan.rule.implementation == "xla"
+    return on_cpu and without and plan.rows_see_keys and options.implementation == "auto"
 
 
 def _plain(
-    floats: Floats, segments: Int[Array, "B T"] | None, options: AttentionOptions
+    floats: Floats,
+    segments: Int[Array, "B T"] | None,
+    options: AttentionOptions,
+    plan: AttentionPlan,
 ) -> Float[Array, "B T N H"]:
     q, k, v = floats.q, floats.k, floats.v
-    # jax.nn takes cuDNN's kernel only when told to, and refuses where that does not serve.
-    cudnn = (
-        jax.default_backend() == "gpu"
-        and cudnn_serves(q.dtype, q.shape[-1])
-        and (q.shape[1] == k.shape[1] or not options.causal)
-        and segments is None
-    )
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q,
@@ -162,7 +209,7 @@ def _plain(
         is_causal=options.causal,
         scale=options.scale,
         local_window_size=None if options.window is None else (options.window - 1, 0),
-        implementation="cudnn" if cudnn else None,
+        implementation="cudnn" if plan.rule.implementation == "cudnn" else None,
     )
 
 
@@ -170,24 +217,45 @@ def _plain(
 def _attention(
     floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer | None
 ) -> Float[Array, "B T N H"]:
-    return _fwd(floats, segments, plan, wafer)[0]
+    return _forward(floats, segments, plan, wafer, for_gradients=False)[0]
 
 
-Residuals = tuple[Floats, Segments, Float[Array, "B T N H"], Float[Array, "_ _ _"]]
+Lse = Float[Array, "_ _ _"] | None  # the rows' log-sum-exps, where the kernel gives them
+Residuals = tuple[Floats, Segments, Float[Array, "B T N H"], Lse]
 
 
 # Plain autodiff would keep every block of scores.
 def _fwd(
     floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer | None
 ) -> tuple[Float[Array, "B T N H"], Residuals]:
-    if wafer is None:
-        out, lse = _local(floats, segments, plan)
-        return out, (floats, segments, out, lse)
-    kernel = functools.partial(_per_pe, plan=plan)
-    specs = operands.specs(floats, segments, plan.order)
-    result_specs = (operands.HEADS, operands.lse_spec(plan.order))
-    out, lse = wafer.map(kernel, in_specs=specs, out_specs=result_specs)(floats, segments)
+    out, lse = _forward(floats, segments, plan, wafer, for_gradients=True)
     return out, (floats, segments, out, lse)
+
+
+def _forward(
+    floats: Floats,
+    segments: Segments,
+    plan: AttentionPlan,
+    wafer: Wafer | None,
+    *,
+    for_gradients: bool,
+) -> tuple[Float[Array, "B T N H"], Lse]:
+    # The blocks in jnp give the log-sum-exps anyway: one program then serves both calls.
+    with_lse = plan.gives_lse and (for_gradients or plan.rule.implementation == "xla")
+    if wafer is None:
+        return _local(floats, segments, plan, with_lse)
+    kernel = functools.partial(_per_pe, plan=plan, with_lse=with_lse)
+    specs = operands.specs(floats, segments, plan.order)
+    result_specs = (operands.HEADS, operands.lse_spec(plan.order) if with_lse else None)
+    run = wafer.map(
+        kernel, in_specs=specs, out_specs=result_specs, replicated_by_construction=_opaque(plan)
+    )
+    return run(floats, segments)
+
+
+def _opaque(plan: AttentionPlan) -> bool:
+    """Whether JAX's check of replication cannot see through the kernel: Pallas lacks the types."""
+    return plan.rule.implementation in ("splash", "pallas")
 
 
 def _bwd(
@@ -198,9 +266,12 @@ def _bwd(
         return _local_gradients(floats, segments, out, lse, dout, plan), None
     kernel = functools.partial(_per_pe_gradients, plan=plan)
     float_specs, segment_specs = operands.specs(floats, segments, plan.order)
-    row_specs = (operands.HEADS, operands.lse_spec(plan.order), operands.HEADS)
+    lse_spec = None if lse is None else operands.lse_spec(plan.order)
     run = wafer.map(
-        kernel, in_specs=(float_specs, segment_specs, *row_specs), out_specs=float_specs
+        kernel,
+        in_specs=(float_specs, segment_specs, operands.HEADS, lse_spec, operands.HEADS),
+        out_specs=float_specs,
+        replicated_by_construction=_opaque(plan),
     )
     return run(floats, segments, out, lse, dout), None
 
@@ -209,29 +280,35 @@ _attention.defvjp(_fwd, _bwd)
 
 
 def _per_pe(
-    floats: Floats, segments: Segments, plan: AttentionPlan
-) -> tuple[Float[Array, "B Tt Nt H"], Float[Array, "_ _ _"]]:
+    floats: Floats, segments: Segments, plan: AttentionPlan, with_lse: bool
+) -> tuple[Float[Array, "B Tt Nt H"], Lse]:
     rows, keys = _start(floats, segments, plan)
-    if plan.order == "zigzag":
-        running = zigzag.zigzag_attention(rows, keys, plan.rule)
-    elif plan.order == "ring":
-        running = ring.ring_attention(rows, keys, plan.rule, plan.ring_tiles)
-    else:
-        running = vendor.absorb(None, rows, keys, plan.rule, _tile_kind(plan))
     K, G = rows.q.shape[2:4]
     sinks = None if floats.sinks is None else floats.sinks.astype(jnp.float32).reshape(K, G)
-    out, lse = tile.finish(running, sinks, floats.q.dtype)
+    if plan.merges:
+        if plan.order == "zigzag":
+            running = zigzag.zigzag_attention(rows, keys, plan.rule)
+        else:
+            running = ring.ring_attention(rows, keys, plan.rule, plan.ring_tiles)
+        out, lse = tile.finish(running, sinks, floats.q.dtype)
+    else:
+        needed = with_lse or not plan.rows_see_keys
+        kind = _tile_kind(plan)
+        out, lse = vendor.attend(rows, keys, plan.rule, kind, sinks, with_lse=needed)
+    out = _restore_order(tile.unblock_queries(out), plan)
+    if not with_lse:
+        return out, None
+    assert lse is not None
     n, B, K, G, c = lse.shape
-    out, lse = tile.unblock_queries(out), lse.transpose(1, 2, 3, 0, 4).reshape(B, K * G, n * c)
     # The log-sum-exps stay in the algorithm's order: only the gradient reads them.
-    return _restore_order(out, plan), lse
+    return out, lse.transpose(1, 2, 3, 0, 4).reshape(B, K * G, n * c)
 
 
 def _per_pe_gradients(
     floats: Floats,
     segments: Segments,
     out: Float[Array, "B Tt Nt H"],
-    lse: Float[Array, "_ _ _"],
+    lse: Lse,
     dout: Float[Array, "B Tt Nt H"],
     plan: AttentionPlan,
 ) -> Floats:
@@ -242,24 +319,19 @@ def _per_pe_gradients(
     elif plan.order == "ring":
         grads = ring.ring_gradients(rows, keys, plan.rule, plan.ring_tiles)
     else:
-        # The vendor's kernel computes the log-sum-exp of one tile again, without the sinks.
-        kind = _tile_kind(plan) if floats.sinks is None else "any"
-        grads = vendor.gradients(rows, keys, plan.rule, kind)
-    dkv = grads.dkv
-    # After a gather, a PE has gradients for all keys: sum each tile's at the PE that owns it.
-    if plan.order == "allgather":
-        dkv = tile.split_blocks(dkv, plan.k_blocks * fabric.axis_size(ROWS))
-        dkv = fabric.reduce_scatter(dkv, ROWS)
+        grads = vendor.gradients(rows, keys, plan.rule, _tile_kind(plan))
+    dkv = _sum_at_home(grads.dkv, plan) if plan.order == "allgather" else grads.dkv
     dk, dv = tile.unblock_keys(dkv.astype(floats.k.dtype))
     # The queries were scaled before the products, so their gradient is scaled after them.
-    dq = (grads.dq * plan.query_scale).astype(floats.q.dtype).transpose(0, 1, 2, 4, 5, 3)
+    dq = vendor.gradient_of_queries(grads, plan.rule) * plan.query_scale
+    dq = dq.astype(floats.q.dtype)
     tiles = _restore_order((tile.unblock_queries(dq), dk, dv), plan)
     dbias = _bias_gradient(floats.bias, grads.dbias, plan)
     return Floats(*tiles, dbias, _sink_gradient(floats, rows, plan))
 
 
 # Without a wafer, outside jit, the kernel is one program, and not one for each operation.
-_local = jax.jit(_per_pe, static_argnums=2, inline=True)
+_local = jax.jit(_per_pe, static_argnums=(2, 3), inline=True)
 _local_gradients = jax.jit(_per_pe_gradients, static_argnums=5, inline=True)
 
 
@@ -267,8 +339,7 @@ def _start(
     floats: Floats,
     segments: Segments,
     plan: AttentionPlan,
-    for_gradients: tuple[Float[Array, "B _ _"], Float[Array, "B Tt Nt H"], Float[Array, "B Tt Nt"]]
-    | None = None,
+    for_gradients: tuple[Lse, Float[Array, "B Tt Nt H"], Float[Array, "B Tt Nt"]] | None = None,
 ) -> tuple[Rows, Keys]:
     """This PE's rows and keys in blocks, after the moves that come before the first product.
 
@@ -327,6 +398,19 @@ def _tile_kind(plan: AttentionPlan) -> vendor.TileKind:
     square = plan.sizes.queries == plan.sizes.keys and not plan.starts_at_place
     exact = square and plan.rule.window is None and plan.rule.keys is None
     return "diagonal" if exact else "any"
+
+
+def _sum_at_home(
+    dkv: Float[Array, "_ 2 B K _ H"], plan: AttentionPlan
+) -> Float[Array, "nk 2 B K s H"]:
+    """The gradient of a PE's own tile of keys, from every PE's gradient of all gathered ones."""
+    dkv = tile.split_blocks(dkv, plan.k_blocks * fabric.axis_size(ROWS))
+    if dkv.dtype == jnp.float32:
+        return fabric.reduce_scatter(dkv, ROWS)
+    # A reduce-scatter would round each partial sum to 16 bits. The same bytes, summed afterwards.
+    parts = fabric.all_to_all(dkv, ROWS, 0, 0)
+    parts = parts.reshape(fabric.axis_size(ROWS), plan.k_blocks, *dkv.shape[1:])
+    return parts.astype(jnp.float32).sum(0)
 
 
 def _merge_gathered(

@@ -8,12 +8,13 @@ import jax
 from jaxtyping import Float, Int
 
 from wsekern.kernels.attention import operands
+from wsekern.kernels.attention.implementation import Implementation
 from wsekern.kernels.attention.operands import Described, Floats, Segments
 from wsekern.kernels.attention.plan import (
     REQUIREMENTS,
     Algorithm,
     AttentionOptions,
-    AttentionPlan,
+    Choice,
     plan_attention,
     ulysses_refused,
     zigzag_refused,
@@ -21,6 +22,7 @@ from wsekern.kernels.attention.plan import (
 from wsekern.wafer import context
 from wsekern.wafer.explanation import Candidate, Explanation
 from wsekern.wafer.keywords import accept_jax_names
+from wsekern.wafer.platforms import Platform, platforms_of
 from wsekern.wafer.wafer import Wafer
 
 
@@ -40,6 +42,7 @@ def explain(
     | None = None,
     bias: Float[Described, "..."] | None = None,
     algorithm: Algorithm = "auto",
+    implementation: Implementation = "auto",
     precision: jax.lax.PrecisionLike = None,
     wafer: Wafer | None = None,
     is_causal: bool | None = None,
@@ -50,7 +53,8 @@ def explain(
     queries), "allgather" and "ulysses": the 32-bit words that a PE receives for the result (a
     gradient costs about twice that), the steps that wait for one another, the bytes of other PEs'
     tiles that it holds at a time, or why the algorithm cannot serve. Where there is one PE or no
-    wafer, the algorithm is "plain" and the table is empty.
+    wafer, the algorithm is "plain" and the table is empty. A line above the table says what
+    computes a PE's tiles, and why.
 
     Args:
       q: queries, or their `jax.ShapeDtypeStruct`; so for all arrays.
@@ -64,6 +68,7 @@ def explain(
       segment_ids: of the rows of queries and keys.
       bias: added to the scores.
       algorithm: "auto", "ring", "allgather" or "ulysses".
+      implementation: "auto", "xla", "splash", "cudnn" or "pallas".
       precision: of every product; it changes no cost.
       wafer: where it would run; by default the current wafer.
       is_causal: JAX's name for `causal`; give one of the two.
@@ -78,24 +83,31 @@ def explain(
         soft_cap=soft_cap,
         precision=precision,
         algorithm=algorithm,
+        implementation=implementation,
     )
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)
+    platform = platforms_of(wafer, q)[0]
     wafer = context.resolve(wafer)
-    plan, why = plan_attention(floats, asked, wafer)
-    if wafer is None:
-        return Explanation(operation="attention", algorithm="plain", why=why, wafer=None)
+    choice = plan_attention(floats, segments, asked, wafer, platform)
+    algorithm = "plain" if wafer is None else choice.plan.order
+    candidates = {} if wafer is None else _candidates(floats, segments, asked, wafer, platform)
     return Explanation(
         operation="attention",
-        algorithm=plan.order,
-        why=why,
+        algorithm=algorithm,
+        why=choice.why,
         wafer=wafer,
         by_auto=asked.algorithm == "auto",
-        candidates=_candidates(floats, segments, asked, wafer),
+        candidates=candidates,
+        detail=choice.tiles,
     )
 
 
 def _candidates(
-    floats: Floats, segments: Segments, options: AttentionOptions, wafer: Wafer
+    floats: Floats,
+    segments: Segments,
+    options: AttentionOptions,
+    wafer: Wafer,
+    platform: Platform,
 ) -> dict[str, Candidate]:
     # "ring" asked for is one of two: in order, or in zig-zag order where that serves.
     no_zigzag = zigzag_refused(floats, options)
@@ -105,20 +117,23 @@ def _candidates(
         "allgather": "",
         "ulysses": ulysses_refused(floats, wafer),
     }
-    return {
-        name: Candidate(refused=reason)
-        if reason
-        else _cost(floats, segments, _plan_of(name, floats, options, wafer), wafer)
-        for name, reason in refused.items()
-    }
+
+    def candidate(name: str) -> Candidate:
+        if refused[name]:
+            return Candidate(refused=refused[name])
+        algorithm = "ring" if name == "zigzag" else name
+        asked = dataclasses.replace(options, algorithm=algorithm)
+        try:
+            choice = plan_attention(floats, segments, asked, wafer, platform)
+        except ValueError as error:  # its tiles are not served by what is asked for
+            return Candidate(refused=str(error).removeprefix("attention: "))
+        return _cost(floats, segments, choice, wafer)
+
+    return {name: candidate(name) for name in refused}
 
 
-def _plan_of(name: str, floats: Floats, options: AttentionOptions, wafer: Wafer) -> AttentionPlan:
-    algorithm = "ring" if name == "zigzag" else name
-    return plan_attention(floats, dataclasses.replace(options, algorithm=algorithm), wafer)[0]
-
-
-def _cost(floats: Floats, segments: Segments, plan: AttentionPlan, wafer: Wafer) -> Candidate:
+def _cost(floats: Floats, segments: Segments, choice: Choice, wafer: Wafer) -> Candidate:
+    plan = choice.plan
     p, tiles = wafer.height, plan.ring_tiles
     B, _, _, H = floats.q.shape
     B = -(-B // wafer.wafers)

@@ -38,8 +38,8 @@ class Rule:
     skips_blocks: bool = True
     scores_at_once: int | None = None  # size of a block of scores that fits the cache; None: any
     precision: lax.PrecisionLike = None  # of every product
-    # The `implementation` of jax.nn.dot_product_attention to hand whole tiles to; None: our own.
-    vendor: Literal["xla", "cudnn"] | None = None
+    implementation: Literal["xla", "splash", "cudnn", "pallas"] = "xla"  # what takes a tile
+    platform: str | None = None  # that the program is compiled for; None: an abstract wafer
 
     @property
     def masks_positions(self) -> bool:

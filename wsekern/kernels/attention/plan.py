@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsekern.kernels.attention import vendor
+from wsekern.kernels.attention.implementation import (
+    Implementation,
+    Kernel,
+    TileTask,
+    choose_implementation,
+    refused,
+)
 from wsekern.kernels.attention.mask import Rule
 from wsekern.kernels.attention.operands import (
     Floats,
     Order,
     PaddedSizes,
+    Segments,
     bias_shared_along,
 )
 from wsekern.wafer.axes import COLS, WAFERS
 from wsekern.wafer.keywords import Requirement
 from wsekern.wafer.limits import fits_gathered
+from wsekern.wafer.platforms import Platform
 from wsekern.wafer.wafer import Wafer
 
 Algorithm = Literal["auto", "ring", "allgather", "ulysses"]
@@ -29,6 +37,7 @@ _BLOCK = 512  # rows of a block inside a PE
 _GATHERED_ON_CPUS = 2**20  # bytes; beyond, copying them costs more than one more collective
 _NARROW = 128  # a product with fewer rows than this runs at a worse rate
 _BAND = _BLOCK * _BLOCK // _NARROW  # keys that _NARROW rows meet at once: a block's worth of scores
+_KERNEL_ROWS = 128  # a Pallas kernel's tile is a multiple of so many rows
 
 # Of keywords with two names; `AttentionOptions` checks the others.
 REQUIREMENTS = {
@@ -43,8 +52,8 @@ class AttentionOptions:
     """What the caller asks for, apart from the operands.
 
     Raises:
-      ValueError: `algorithm` is unknown, `window` is below 1 or not causal, or `soft_cap` is not
-        positive.
+      ValueError: `algorithm` or `implementation` is unknown, `window` is below 1 or not causal, or
+        `soft_cap` is not positive.
     """
 
     causal: bool = False
@@ -53,11 +62,13 @@ class AttentionOptions:
     soft_cap: float | None = None
     precision: lax.PrecisionLike = None
     algorithm: str = "auto"
+    implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
-        if self.algorithm not in get_args(Algorithm):
-            known = ", ".join(map(repr, get_args(Algorithm)))
-            raise ValueError(f"attention: algorithm={self.algorithm!r} is not one of {known}")
+        for name, kind in (("algorithm", Algorithm), ("implementation", Implementation)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                known = ", ".join(map(repr, get_args(kind)))
+                raise ValueError(f"attention: {name}={value!r} is not one of {known}")
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"attention: window={self.window} must be 1 or more: it counts the query's own key"
@@ -83,45 +94,90 @@ class AttentionPlan:
     k_blocks: int  # blocks of keys of one PE, before it gathers others
     ring_tiles: int  # tiles of keys that a PE meets in the ring, its own included
     bias_shared: tuple[str, ...]  # axes along which all PEs hold the same part of the bias
+    rows_see_keys: bool  # every row sees a key, whatever the numbers are
 
     @property
     def starts_at_place(self) -> bool:
         """Whether a PE's queries are a part of the sequence; if not, they begin at position 0."""
         return self.order in ("allgather", "ring")
 
+    @property
+    def merges(self) -> bool:
+        """Whether a row's result is made of several tiles."""
+        return self.order in ("ring", "zigzag")
+
+    @property
+    def gives_lse(self) -> bool:
+        """Whether the kernel gives the rows' log-sum-exps; if not, the gradient needs none."""
+        return self.rule.implementation != "cudnn"
+
+
+class Choice(NamedTuple):
+    """A plan, why it has its algorithm, and what computes its tiles and why."""
+
+    plan: AttentionPlan
+    why: str
+    tiles: str
+
 
 def plan_attention(
-    floats: Floats, options: AttentionOptions, wafer: Wafer | None
-) -> tuple[AttentionPlan, str]:
-    """The plan, and why it has this algorithm.
+    floats: Floats,
+    segments: Segments,
+    options: AttentionOptions,
+    wafer: Wafer | None,
+    platform: Platform,
+) -> Choice:
+    """The plan, and why it is so.
 
     Raises:
-      ValueError: the algorithm asked for cannot serve the grid.
+      ValueError: the algorithm asked for cannot serve the grid, or the implementation the tiles.
     """
+    task = TileTask(
+        floats=floats,
+        segments=segments,
+        causal=options.causal,
+        window=options.window,
+        soft_cap=options.soft_cap,
+        precise=options.precision is not None,
+        order="local",
+        wafer=wafer,
+        platform=platform,
+    )
+    order, why = _choose_order(task, options)
+    kernel, tiles = choose_implementation(
+        dataclasses.replace(task, order=order), options.implementation
+    )
+    return Choice(_plan_tiles(task, options, order, kernel), why, tiles)
+
+
+def _plan_tiles(
+    task: TileTask, options: AttentionOptions, order: Order, kernel: Kernel
+) -> AttentionPlan:
+    floats, wafer, platform = task.floats, task.wafer, task.platform
     q, k = floats.q, floats.k
     T, S = q.shape[1], k.shape[1]
-    order, why = _choose_order(floats, options, wafer)
     height, width = (1, 1) if wafer is None else (wafer.height, wafer.width)
     halves = 2 if order == "zigzag" else 1
-    band = _band(options.window)
+    band = _band(options.window) if kernel == "xla" else None
     # Queries with a narrow window meet only a band of keys, so they come in short blocks, and the
     # keys that bands are cut from stay in one.
     block = _BLOCK if band is None else _NARROW
-    rows, q_blocks = _blocks(T, height * halves, block)
-    columns, k_blocks = _blocks(S, height * halves, block)
+    cut = _tiles if kernel in ("splash", "pallas") else functools.partial(_blocks, block=block)
+    rows, q_blocks = cut(T, height * halves)
+    columns, k_blocks = cut(S, height * halves)
     k_blocks, k_block = (k_blocks, _BLOCK) if band is None else (1, columns)
-    if order in ("ulysses", "local"):
+    if kernel in ("splash", "pallas"):
+        k_block = columns
+    elif order in ("ulysses", "local"):
         q_blocks = fewest_blocks(height * q_blocks, rows, block)
         k_blocks = fewest_blocks(height * k_blocks, columns, k_block)
     repeats, kv_heads = _heads(q.shape[2], k.shape[2], width)
     # A causal query never sees the padding of the keys, unless there are more queries than keys.
     padding_seen = columns > S and (not options.causal or T > S)
-    implementation = _vendor(floats, order, wafer)
-    query_scale, score_scale = _scales(floats, options.scale, implementation)
+    query_scale, score_scale = _scales(floats, options.scale, kernel)
     one_pair = order not in ("ring", "zigzag") and (
         band is not None or (q_blocks == 1 and columns <= _BLOCK)
     )
-    platform = jax.default_backend() if wafer is None else wafer.platform
     rule = Rule(
         scale=score_scale,
         causal=options.causal,
@@ -132,7 +188,8 @@ def plan_attention(
         skips_blocks=not one_pair and (wafer is None or wafer.backend != "virtual"),
         scores_at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
         precision=options.precision,
-        vendor=implementation,
+        implementation=kernel,
+        platform=platform,
     )
     return AttentionPlan(
         order=order,
@@ -150,7 +207,10 @@ def plan_attention(
         k_blocks=k_blocks * halves,
         ring_tiles=_ring_tiles(options.window, rows, columns, height),
         bias_shared=bias_shared_along(floats.bias, order),
-    ), why
+        rows_see_keys=floats.bias is None
+        and task.segments.q is task.segments.k
+        and (options.window is None or T < S + options.window),
+    )
 
 
 def fewest_blocks(blocks: int, length: int, longest: int) -> int:
@@ -179,14 +239,13 @@ def zigzag_refused(floats: Floats, options: AttentionOptions) -> str:
     return "" if floats.bias is None else "a bias is served by the ring in order"
 
 
-def _choose_order(
-    floats: Floats, options: AttentionOptions, wafer: Wafer | None
-) -> tuple[Order, str]:
+def _choose_order(task: TileTask, options: AttentionOptions) -> tuple[Order, str]:
+    floats, wafer = task.floats, task.wafer
     if wafer is None:
         return "local", "there is one PE, or no wafer"
     algorithm, why = options.algorithm, "asked for"
     if algorithm == "auto":
-        algorithm, why = _choose_algorithm(floats, wafer)
+        algorithm, why = _choose_algorithm(task, options, wafer)
     if algorithm == "ulysses":
         if ulysses_refused(floats, wafer):
             heads, pes = floats.k.shape[2], wafer.height * wafer.width
@@ -201,16 +260,22 @@ def _choose_order(
     return "ring" if zigzag_refused(floats, options) else "zigzag", why
 
 
-def _choose_algorithm(floats: Floats, wafer: Wafer) -> tuple[str, str]:
-    k = floats.k
+def _choose_algorithm(task: TileTask, options: AttentionOptions, wafer: Wafer) -> tuple[str, str]:
+    floats, k = task.floats, task.floats.k
+    asked = options.implementation
+    if asked not in ("auto", "xla"):
+        return _algorithm_served_by(asked, task, options)
     gathered = 2 * k.size * k.dtype.itemsize
     gathered //= math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
     size = f"{gathered / 2**20:.3g} MiB of keys and values"
     pes = wafer.height * wafer.width
-    refused = ulysses_refused(floats, wafer)
+    undealt = ulysses_refused(floats, wafer)
     on_cpus = wafer.machine is None and wafer.platform == "cpu"
-    if on_cpus and gathered > _GATHERED_ON_CPUS and floats.bias is None and not refused:
+    if on_cpus and gathered > _GATHERED_ON_CPUS and floats.bias is None and not undealt:
         return "ulysses", f"each of {pes} CPU devices would copy {size}, and the heads divide"
+    whole, part = (dataclasses.replace(task, order=o) for o in ("ulysses", "allgather"))
+    if not undealt and not refused("cudnn", whole) and refused("cudnn", part):
+        return "ulysses", f"cuDNN serves whole sequences, and {k.shape[2]} heads divide by {pes}"
     if fits_gathered(gathered, wafer):
         return "allgather", f"a PE may gather {size} on this machine"
     size = f"{size} are too much for a PE to gather"
@@ -218,37 +283,36 @@ def _choose_algorithm(floats: Floats, wafer: Wafer) -> tuple[str, str]:
         return "ring", f"{size}, and on a wafer only neighbors are near"
     if floats.bias is not None:
         return "ring", f"{size}, and in a ring it needs only its own rows of the bias"
-    if refused:
-        return "ring", f"{size}, and {refused}"
+    if undealt:
+        return "ring", f"{size}, and {undealt}"
     return "ulysses", f"{size}, and {k.shape[2]} heads divide by {pes} PEs"
 
 
-def _vendor(floats: Floats, order: Order, wafer: Wafer | None) -> Literal["cudnn"] | None:
-    """The `implementation` of jax.nn's attention that takes a PE's whole tiles, if one does."""
-    q = floats.q
-    # A sink is merged like one more tile.
-    merges = floats.sinks is not None or order in ("ring", "zigzag")
-    if merges and not vendor.can_merge(q.dtype):
-        return None
-    platform = None if wafer is None or wafer.backend == "virtual" else wafer.platform
-    return "cudnn" if platform == "gpu" and cudnn_serves(q.dtype, q.shape[-1]) else None
+def _algorithm_served_by(
+    kernel: Kernel, task: TileTask, options: AttentionOptions
+) -> tuple[str, str]:
+    """The first algorithm whose tiles the kernel asked for serves."""
+    assert task.wafer is not None
+    ring: Order = "ring" if zigzag_refused(task.floats, options) else "zigzag"
+    for name, order in (("allgather", "allgather"), ("ulysses", "ulysses"), ("ring", ring)):
+        impossible = order == "ulysses" and ulysses_refused(task.floats, task.wafer)
+        if not impossible and not refused(kernel, dataclasses.replace(task, order=order)):
+            return name, f"its tiles are served by {kernel}, which is asked for"
+    return "allgather", f"{kernel} is asked for"
 
 
-def cudnn_serves(dtype: jnp.dtype, head_size: int) -> bool:
-    """Whether cuDNN's attention takes queries of this dtype and head size."""
-    return dtype in (jnp.float16, jnp.bfloat16) and head_size % 8 == 0 and head_size <= 128
-
-
-def _scales(floats: Floats, scale: float | None, implementation: str | None) -> tuple[float, float]:
+def _scales(floats: Floats, scale: float | None, kernel: Kernel) -> tuple[float, float]:
     """What to multiply the queries by, and the scores; one of the two is 1.
 
     Queries are fewer than scores, so scale those, but only where it rounds nothing: in float32, or
-    in 16 bits by a power of two. A vendor's kernel scales by itself.
+    in 16 bits by a power of two. Kernels for GPUs scale the scores. Splash attention does not scale
+    at all, so there a query in bfloat16 is rounded once more.
     """
     q = floats.q
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     exact = q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5
-    return (scale, 1.0) if implementation is None and exact else (1.0, scale)
+    of_queries = kernel == "splash" or (kernel == "xla" and exact)
+    return (scale, 1.0) if of_queries else (1.0, scale)
 
 
 def _band(window: int | None) -> int | None:
@@ -263,6 +327,14 @@ def _blocks(length: int, parts: int, block: int) -> tuple[int, int]:
     rows = -(-length // parts)
     blocks = -(-rows // block)
     return parts * blocks * -(-rows // blocks), blocks
+
+
+def _tiles(length: int, parts: int) -> tuple[int, int]:
+    """A length padded so that each of `parts` is one block of whole lanes."""
+    rows = -(-length // parts)
+    # Where rows are added anyway, add as many as let a Pallas kernel take long blocks.
+    unit = _KERNEL_ROWS if rows % _KERNEL_ROWS == 0 or rows < 8 * _BLOCK else _BLOCK
+    return parts * -(-rows // unit) * unit, 1
 
 
 def _heads(N: int, K: int, width: int) -> tuple[int, int]:

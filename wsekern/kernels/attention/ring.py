@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from wsekern import fabric
-from wsekern.kernels.attention import tile, tile_gradients, vendor
+from wsekern.kernels.attention import tile, vendor
 from wsekern.kernels.attention.mask import Keys, Rows, Rule
 from wsekern.kernels.attention.tile_gradients import Gradients
 from wsekern.wafer.axes import ROWS
@@ -33,8 +33,7 @@ def ring_attention(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> tile.Runni
 
     def visit(running: tile.RunningSoftmax, keys: Keys, distance: Distance) -> tile.RunningSoftmax:
         keys = _set_start(keys, distance)
-        kind: vendor.TileKind = "any" if rule.masks_positions else "full"
-        return vendor.absorb(running, rows, keys, rule, kind)
+        return vendor.absorb(running, rows, keys, rule, _kind(rule))
 
     return travel(visit, visit, tile.empty_softmax(rows.q), keys, tiles)
 
@@ -47,11 +46,11 @@ def ring_gradients(rows: Rows, keys: Keys, rule: Rule, tiles: int) -> Gradients:
     """
 
     def visit(sums: Gradients, keys: Keys, distance: Distance) -> Gradients:
-        return tile_gradients.add(sums, rows, _set_start(keys, distance), rule)
+        keys = _set_start(keys, distance)
+        return vendor.add_gradients(sums, rows, keys, rule, _kind(rule))
 
-    return travel_with_gradients(
-        visit, visit, tile_gradients.zero_gradients(rows, keys), keys, tiles
-    )
+    sums = vendor.zero_gradients(rows, keys, rule)
+    return travel_with_gradients(visit, visit, sums, keys, tiles)
 
 
 def travel(
@@ -105,6 +104,10 @@ def travel_with_gradients(
         return sums
     # After the last visit a tile's gradient is `tiles - 1` places from home: one shift, that far.
     return sums._replace(dkv=fabric.shift(sums.dkv, ROWS, 1 - tiles))
+
+
+def _kind(rule: Rule) -> vendor.TileKind:
+    return "any" if rule.masks_positions else "full"
 
 
 def _shift(keys: Keys) -> Keys:

@@ -1,96 +1,140 @@
-"""Choose the kernel for a tile of attention: the vendor's, or our blocked one.
+"""Tiles of attention by the kernel that the plan took: the platform's, or our own blocks in jnp.
 
-Public per-PE functions, without communication. A kernel for one backend, for example one in
-Pallas, would join `absorb` here. It must return a tile's result and the log-sum-exp of each row's
-scores.
+Public per-PE functions, without communication. A kernel for one platform joins them here. It must
+return a tile's result and the log-sum-exp of each row's scores in float32, or serve only rows that
+have one tile, as cuDNN's does.
 """
 
 from __future__ import annotations
 
-import functools
+from types import ModuleType
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from wsekern.kernels.attention import tile, tile_gradients
-from wsekern.kernels.attention.mask import Keys, Rows, Rule
+from wsekern import fabric
+from wsekern.kernels.attention import splash, tile, tile_gradients
+from wsekern.kernels.attention.mask import LOWEST, Keys, Rows, Rule
 from wsekern.kernels.attention.tile_gradients import Gradients
 
-# "full": every query sees every key. "diagonal": as many keys as queries, query t sees keys 0 to t.
+# "full": every query sees every key. "diagonal": query and key t of the tile have one position.
 TileKind = Literal["full", "diagonal", "any"]
+
+_KERNELS: dict[str, ModuleType] = {"splash": splash}
+
+
+def attend(
+    rows: Rows,
+    keys: Keys,
+    rule: Rule,
+    kind: TileKind,
+    sinks: Float[Array, "K G"] | None,
+    *,
+    with_lse: bool,
+) -> tuple[Float[Array, "nq B K G c H"], Float[Array, "nq B K G c"] | None]:
+    """The result of rows that see the keys of one tile only, and the log-sum-exp of their scores.
+
+    Args:
+      rows: queries.
+      keys: all keys that they see.
+      rule: how they are scored.
+      kind: how the tile lies.
+      sinks: a score for each head that counts as one more key, without a value.
+      with_lse: whether the log-sum-exps are needed, or a row may see no key. Without them some
+        kernels do less. cuDNN's never gives them.
+    """
+    if rule.implementation == "cudnn":
+        return _by_cudnn(rows, keys, rule, kind), None
+    if rule.implementation in _KERNELS and sinks is None and not with_lse:
+        kernel = _KERNELS[rule.implementation]
+        return kernel.attend(rows, keys, _rule_of(rule, kind), with_lse=False)
+    return tile.finish(absorb(None, rows, keys, rule, kind), sinks, rows.q.dtype)
 
 
 def absorb(
     running: tile.RunningSoftmax | None, rows: Rows, keys: Keys, rule: Rule, kind: TileKind
 ) -> tile.RunningSoftmax:
-    """The softmax with one more tile of keys in it; None stands for one over no keys.
+    """The softmax with one more tile of keys in it; None stands for one over no keys."""
+    rule = _rule_of(rule, kind)
+    if rule.implementation not in _KERNELS:
+        return tile.absorb(running, rows, keys, rule)
+    out, lse = _KERNELS[rule.implementation].attend(rows, keys, rule, with_lse=True)
+    return _merge(running, out.astype(jnp.float32), lse)
 
-    The vendor's kernel is `jax.nn.dot_product_attention`'s, for tiles that are full or exactly
-    causal. Its cuDNN side has not been run: there was no GPU to run it on.
-    """
-    if _vendor_serves(rows, rule, kind):
-        return _merge(running, *_vendor_attention(rows, keys, rule, kind == "diagonal"))
-    return tile.absorb(running, rows, keys, rule.without_positions() if kind == "full" else rule)
+
+def zero_gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
+    """Gradients of zero in float32, for `add_gradients`."""
+    zeros = tile_gradients.zero_gradients(rows, keys)
+    if rule.implementation not in _KERNELS:
+        return zeros
+    return zeros._replace(dq=fabric.varying(jnp.zeros(rows.q.shape, jnp.float32)))
+
+
+def add_gradients(sums: Gradients, rows: Rows, keys: Keys, rule: Rule, kind: TileKind) -> Gradients:
+    """The gradients with the contribution of one tile of queries and one of keys added."""
+    rule = _rule_of(rule, kind)
+    if rule.implementation not in _KERNELS:
+        return tile_gradients.add(sums, rows, keys, rule)
+    new = _KERNELS[rule.implementation].gradients(rows, keys, rule)
+    dq, dkv = (x.astype(jnp.float32) for x in (new.dq, new.dkv))
+    return Gradients(sums.dq + dq, sums.dkv + dkv, None)
 
 
 def gradients(rows: Rows, keys: Keys, rule: Rule, kind: TileKind) -> Gradients:
-    """The gradients of a tile of queries and of the only tile of keys that they see, in float32."""
-    if not _vendor_serves(rows, rule, kind):
-        return tile_gradients.add(tile_gradients.zero_gradients(rows, keys), rows, keys, rule)
-    assert rows.dout is not None
-    causal, kv_heads = kind == "diagonal", rows.q.shape[2]
-    q, dout = tile.unblock_queries(rows.q), tile.unblock_queries(rows.dout)
-    operands = q, *tile.unblock_keys(keys.kv)
-    # Its vjp computes the forward pass again, hence the log-sum-exp of this one tile: that is the
-    # row's own only because the queries see no other tile.
-    _, pullback = jax.vjp(lambda q, k, v: _kernel(q, k, v, rule, causal)[0], *operands)
-    dq, dk, dv = (x.astype(jnp.float32) for x in pullback(dout.astype(q.dtype)))
-    dq = tile.block_queries(dq, kv_heads, rows.q.shape[0]).transpose(0, 1, 2, 5, 3, 4)
-    return Gradients(dq, tile.block_keys(dk, dv, keys.kv.shape[0]), None)
+    """The gradients of queries and of the only tile of keys that they see.
 
-
-def can_merge(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether the log-sum-exp that jax.nn's attention returns is exact enough to merge tiles by.
-
-    jax 0.10 to 0.12 round it to the operands' dtype. In 16 bits, weights would be off by percents.
+    A platform's kernel gives them in the operands' dtype, our own blocks in float32.
     """
-    x = jax.ShapeDtypeStruct((1, 8, 1, 8), dtype)
-    attention = functools.partial(jax.nn.dot_product_attention, return_residual=True)
-    return jax.eval_shape(attention, x, x, x)[1].dtype == jnp.float32
+    if rule.implementation == "cudnn":
+        return _by_cudnn_gradients(rows, keys, rule, kind)
+    if rule.implementation in _KERNELS:
+        return _KERNELS[rule.implementation].gradients(rows, keys, _rule_of(rule, kind))
+    return add_gradients(tile_gradients.zero_gradients(rows, keys), rows, keys, rule, kind)
 
 
-def _vendor_serves(rows: Rows, rule: Rule, kind: TileKind) -> bool:
-    plain = rows.segments is None and rows.bias is None and rule.soft_cap is None
-    return rule.vendor is not None and plain and kind != "any"
+def gradient_of_queries(grads: Gradients, rule: Rule) -> Float[Array, "nq B K G c H"]:
+    """`grads.dq` with its axes as those of the queries, in float32."""
+    dq = grads.dq.astype(jnp.float32)
+    # The blocks in jnp leave it transposed.
+    return dq.transpose(0, 1, 2, 4, 5, 3) if rule.implementation == "xla" else dq
 
 
-def _vendor_attention(
-    rows: Rows, keys: Keys, rule: Rule, causal: bool
-) -> tuple[Float[Array, "nq B K G c H"], Float[Array, "nq B K G c"]]:
-    kv_heads, blocks = rows.q.shape[2], rows.q.shape[0]
-    q = tile.unblock_queries(rows.q)
-    out, lse = _kernel(q, *tile.unblock_keys(keys.kv), rule, causal)
-    out, lse = (tile.block_queries(x, kv_heads, blocks) for x in (out, lse[..., None]))
-    return out.astype(jnp.float32), lse[..., 0].astype(jnp.float32)
+def _rule_of(rule: Rule, kind: TileKind) -> Rule:
+    return rule.without_positions() if kind == "full" else rule
 
 
-def _kernel(
+def _by_cudnn(rows: Rows, keys: Keys, rule: Rule, kind: TileKind) -> Float[Array, "nq B K G c H"]:
+    operands = tile.unblock_queries(rows.q), *tile.unblock_keys(keys.kv)
+    return tile.block_queries(_cudnn(*operands, rule, kind), rows.q.shape[2], len(rows.q))
+
+
+def _by_cudnn_gradients(rows: Rows, keys: Keys, rule: Rule, kind: TileKind) -> Gradients:
+    assert rows.dout is not None
+    operands = tile.unblock_queries(rows.q), *tile.unblock_keys(keys.kv)
+    # The vjp computes the forward pass again, for a log-sum-exp that is not rounded.
+    _, pullback = jax.vjp(lambda q, k, v: _cudnn(q, k, v, rule, kind), *operands)
+    dq, dk, dv = pullback(tile.unblock_queries(rows.dout))
+    dq = tile.block_queries(dq, rows.q.shape[2], len(rows.q))
+    return Gradients(dq, tile.block_keys(dk, dv, len(keys.kv)), None)
+
+
+def _cudnn(
     q: Float[Array, "B Tt Nt H"],
     k: Float[Array, "B St Kt H"],
     v: Float[Array, "B St Kt H"],
     rule: Rule,
-    causal: bool,
-) -> tuple[Float[Array, "B Tt Nt H"], Float[Array, "B Tt Nt"]]:
+    kind: TileKind,
+) -> Float[Array, "B Tt Nt H"]:
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
         scale=rule.scale,
-        is_causal=causal,
-        implementation=rule.vendor,
-        return_residual=True,
+        is_causal=kind == "diagonal",
+        local_window_size=None if rule.window is None else (rule.window - 1, 0),
+        implementation="cudnn",
     )
 
 
@@ -99,11 +143,13 @@ def _merge(
     out: Float[Array, "nq B K G c H"],
     lse: Float[Array, "nq B K G c"],
 ) -> tile.RunningSoftmax:
-    # `out` is normalized: as a running softmax its weights sum to one, at a peak of `lse`.
+    # `out` is normalized: as a running softmax its weights sum to one, at a peak of `lse`. Of a row
+    # that saw no key the log-sum-exp is -inf, and the weight 0.
+    peak = jnp.maximum(lse, LOWEST if running is None else running.peak)
+    weight = jnp.exp(lse - peak)
     if running is None:
-        return tile.RunningSoftmax(out, jnp.ones_like(lse), lse)
-    peak = jnp.maximum(running.peak, lse)
-    fade, weight = jnp.exp(running.peak - peak), jnp.exp(lse - peak)
+        return tile.RunningSoftmax(out, weight, peak)
+    fade = jnp.exp(running.peak - peak)
     return tile.RunningSoftmax(
         running.out * fade[..., None] + out * weight[..., None],
         running.total * fade + weight,

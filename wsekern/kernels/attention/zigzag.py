@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
 from wsekern import fabric
-from wsekern.kernels.attention import ring, tile, tile_gradients, vendor
+from wsekern.kernels.attention import ring, tile, vendor
 from wsekern.kernels.attention.mask import Keys, Rows, Rule
 from wsekern.kernels.attention.ring import Distance
 from wsekern.kernels.attention.tile_gradients import Gradients
@@ -99,26 +99,28 @@ def zigzag_gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
 
     p - 1 shifts of keys and values, and p of their gradient.
     """
-    sums = _split_chunks(tile_gradients.zero_gradients(rows, keys))
+    sums = _split_chunks(vendor.zero_gradients(rows, keys, rule))
     rows, keys = _split_chunks(rows), _split_chunks(keys)
 
-    def add(sums: Gradients, queries: Chunk, visitor: Chunk, keys: Keys, rule: Rule) -> Gradients:
+    def add(
+        sums: Gradients, queries: Chunk, visitor: Chunk, keys: Keys, kind: vendor.TileKind
+    ) -> Gradients:
         dq, dkv, _ = sums
         of_chunks = Gradients(_chunk(dq, queries), _chunk(dkv, visitor), None)
         operands = _chunk(rows, queries), _chunk(keys, visitor)
-        of_chunks = tile_gradients.add(of_chunks, *operands, rule)
+        of_chunks = vendor.add_gradients(of_chunks, *operands, rule, kind)
         return Gradients(_put(dq, of_chunks.dq, queries), _put(dkv, of_chunks.dkv, visitor), None)
 
     def first(sums: Gradients, keys: Keys, _: Distance) -> Gradients:
-        sums = add(sums, EARLY, EARLY, keys, rule)
-        sums = add(sums, LATE, EARLY, keys, rule.without_positions())
-        return add(sums, LATE, LATE, keys, rule)
+        sums = add(sums, EARLY, EARLY, keys, "diagonal")
+        sums = add(sums, LATE, EARLY, keys, "full")
+        return add(sums, LATE, LATE, keys, "diagonal")
 
     def visit(sums: Gradients, keys: Keys, distance: Distance) -> Gradients:
         # Every visible pair is visible completely: no mask, and no positions needed.
-        sums = add(sums, LATE, EARLY, keys, rule.without_positions())
+        sums = add(sums, LATE, EARLY, keys, "full")
         chunk = _second_pair(distance)
-        return add(sums, chunk, chunk, keys, rule.without_positions())
+        return add(sums, chunk, chunk, keys, "full")
 
     sums = ring.travel_with_gradients(first, visit, sums, keys, fabric.axis_size(ROWS))
     return _join_chunks(sums)

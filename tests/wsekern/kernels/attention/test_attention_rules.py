@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wsekern as wk
-from wsekern.kernels.attention import plan, vendor
+from wsekern.kernels.attention import plan
 
 every = pytest.mark.parametrize("algorithm", ["ring", "allgather", "ulysses"])
 NAMES = ("q", "k", "v", "bias", "sinks")
@@ -217,22 +217,6 @@ def test_lengths_that_blocks_do_not_divide_need_no_wafer(monkeypatch):
     monkeypatch.setattr(plan, "_BLOCK", 8)
     options = {"causal": True, "soft_cap": 2.0}
     assert_right(operands(1, 17, 17, 2, 1, 4, sinks=True), None, "auto", **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [4, 512])
-def test_the_vendors_tiles_merge_into_the_same(monkeypatch, rows):
-    """The path that cuDNN takes, with jax.nn's plain kernel in its place."""
-    monkeypatch.setattr(plan, "_vendor", lambda floats, order, wafer: "xla")
-    monkeypatch.setattr(plan, "_BLOCK", rows)
-    for algorithm, grid in (("ring", (2, 2)), ("ulysses", (2, 2)), ("allgather", (1, 4))):
-        wafer = wk.Wafer.devices(*grid)
-        assert_right(operands(1, 32, 32, 8, 4, 4), wafer, algorithm, causal=True)
-
-
-def test_tiles_of_16_bits_are_not_merged_by_a_rounded_sum():
-    assert vendor.can_merge(jnp.dtype("float32"))
-    assert not vendor.can_merge(jnp.dtype("bfloat16"))
 
 
 def test_a_window_sends_only_what_it_sees():

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
 _MOST_DEVICES = 9216  # of the largest slice that is sold, TPU7x
 
@@ -267,6 +266,9 @@ def _devices_of(topology: Topology) -> tuple[Any, ...]:
 
 
 def _tpus(topology: Topology) -> tuple[Any, ...]:
+    # Imported only where it is needed: `platforms` takes it as a sign that such chips are in use.
+    from jax.experimental import topologies
+
     _check_libtpu()
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
         # Without a TPU, libtpu would ask the network what it runs on, and wait. A second process
@@ -330,6 +332,8 @@ def _gpus(topology: Topology) -> tuple[Any, ...]:
             f"install 'jax[cuda12]=={jax.__version__}' (5.5 GB); no GPU is needed"
         )
     # One host has all of them; XLA asks for slices x hosts x devices.
+    from jax.experimental import topologies
+
     found = topologies.get_topology_desc(
         platform="cuda",
         topology_name=topology.name,

@@ -6,6 +6,7 @@ Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from wsekern import fabric
-from wsekern.kernels.attention import operands, ring, tile, ulysses, vendor, zigzag
+from wsekern.kernels.attention import operands, plain, ring, tile, ulysses, vendor, zigzag
 from wsekern.kernels.attention.explain import explain
 from wsekern.kernels.attention.implementation import Implementation
 from wsekern.kernels.attention.mask import Keys, Rows
@@ -81,13 +82,10 @@ def attention(
       divide and there is no bias; else `ring`. CPU devices take `ulysses` from 1 MiB of keys and
       values on, where it can be. `attention.explain` tells, with each one's cost.
 
-    A PE's tiles are computed by the kernel that serves them on the platform that the program is
-    compiled for, forward and backward; `attention.explain` says which one, and why:
-
-    - on a TPU, JAX's splash attention, from 128 rows a tile on. Lengths are padded to multiples of
-      128. In bfloat16 the scaled queries are rounded, and each tile's gradients.
-    - on a GPU, in 16 bits, cuDNN's where a row's keys make one tile.
-    - elsewhere, and for a bias or a precision, blocks in jnp, which no scores outlive.
+    A PE's tiles are computed by a kernel for the platform that the program is compiled for: on a
+    TPU by splash attention, from 128 rows a tile on, which in bfloat16 rounds the scaled queries
+    and each tile's gradients; on a GPU in 16 bits by cuDNN, where a row's keys make one tile; else,
+    and with a bias or a precision, by blocks in jnp. `attention.explain` says which, and why.
 
     Segment ids travel with their rows. Gradients of `sinks`, and of a `bias` that is the same along
     an axis, end with an all-reduce along it.
@@ -121,42 +119,47 @@ def attention(
         `soft_cap` is not positive, `algorithm` is unknown or cannot serve the grid,
         `implementation` is unknown or cannot serve the tiles, or `causal` and `is_causal` differ.
     """
+    # fmt: off
     options = AttentionOptions(
-        causal=causal,
-        window=window,
-        scale=scale,
-        soft_cap=soft_cap,
-        precision=precision,
-        algorithm=algorithm,
-        implementation=implementation,
+        causal=causal, window=window, scale=scale, soft_cap=soft_cap, precision=precision,
+        algorithm=algorithm, implementation=implementation,
     )
+    # fmt: on
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)
-    platforms = platforms_of(wafer, q)
+    return _run(floats, segments, options, wafer)
+
+
+def _run(
+    floats: Floats, segments: Segments, options: AttentionOptions, wafer: Wafer | None
+) -> Float[Array, "B T N H"]:
+    platforms = platforms_of(wafer, floats.q)
     wafer = context.resolve(wafer)
     if len(platforms) == 1:
         return _on_platform(floats, segments, options, wafer, platforms[0])
-    return _on_any_platform(floats, segments, options, platforms)
-
-
-def _on_any_platform(
-    floats: Floats, segments: Segments, options: AttentionOptions, platforms: tuple[Platform, ...]
-) -> Float[Array, "B T N H"]:
-    """Attention without a wafer for the platform that JAX lowers the program for."""
+    # Lowering knows the platform, and takes what was traced for it. Autodiff keeps the residuals of
+    # all: none may be as large as all scores, as those of jax.nn's attention are.
+    by_platform = dict.fromkeys(platforms, options)
+    if options.implementation == "auto" and "cpu" in platforms:
+        by_platform["cpu"] = dataclasses.replace(options, implementation="xla")
     runs, refusals = {}, []
-    for platform in platforms:
+    for platform, asked in by_platform.items():
         try:
-            plan_attention(floats, segments, options, None, platform)
+            plan_attention(floats, segments, asked, None, platform)
         except ValueError as error:
             refusals.append(error)
             continue
-        run = functools.partial(_on_platform, options=options, wafer=None, platform=platform)
-        runs[_LOWERED_AS.get(platform, platform)] = run
+        run = functools.partial(_on_lowered, options=asked, platform=platform)
+        runs["cuda" if platform == "gpu" else platform] = run
     if not runs:
         raise refusals[0]
-    return lax.platform_dependent(floats, segments, **runs)
+    ids = segments[:1] if segments.q is segments.k else segments
+    return lax.platform_dependent(floats, *ids, **runs)
 
 
-_LOWERED_AS = {"gpu": "cuda"}  # what `lax.platform_dependent` calls them
+def _on_lowered(
+    floats: Floats, *ids: Int[Array, "B _"] | None, options: AttentionOptions, platform: Platform
+) -> Float[Array, "B T N H"]:
+    return _on_platform(floats, Segments(ids[0], ids[-1]), options, None, platform)
 
 
 def _on_platform(
@@ -167,50 +170,11 @@ def _on_platform(
     platform: Platform,
 ) -> Float[Array, "B T N H"]:
     plan = plan_attention(floats, segments, options, wafer, platform).plan
-    if wafer is None and _plain_serves(floats, segments, options, plan):
-        return _plain(floats, segments.q, options, plan)
+    if wafer is None and plain.serves(floats, segments, options, plan):
+        return plain.plain_attention(floats, segments.q, options, plan)
     shape = floats.q.shape
     padded = operands.pad(floats, segments, plan.sizes, plan.order, wafer)
     return operands.crop(_attention(*padded, plan, wafer), shape, wafer)
-
-
-def _plain_serves(
-    floats: Floats, segments: Segments, options: AttentionOptions, plan: AttentionPlan
-) -> bool:
-    """Whether `jax.nn.dot_product_attention` is the thing to call.
-
-    It gives a row that sees no key the mean of all values, or NaN. So it serves where every row
-    sees a key whatever the numbers are.
-    """
-    if plan.rule.implementation == "cudnn":
-        return True  # its own gradient keeps the log-sum-exps as they are
-    without = options.soft_cap is None and options.precision is None
-    without = without and floats.sinks is None and floats.bias is None
-    # There jax.nn asks for a product that XLA's CPU backend lacks.
-    without = without and floats.q.dtype != jnp.float16
-    # Elsewhere all scores would be in memory at once.
-    on_cpu = plan.rule.platform == "cpu" and plan.rule.implementation == "xla"
-    return on_cpu and without and plan.rows_see_keys and options.implementation == "auto"
-
-
-def _plain(
-    floats: Floats,
-    segments: Int[Array, "B T"] | None,
-    options: AttentionOptions,
-    plan: AttentionPlan,
-) -> Float[Array, "B T N H"]:
-    q, k, v = floats.q, floats.k, floats.v
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=options.causal,
-        scale=options.scale,
-        local_window_size=None if options.window is None else (options.window - 1, 0),
-        implementation="cudnn" if plan.rule.implementation == "cudnn" else None,
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

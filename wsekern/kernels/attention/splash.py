@@ -107,16 +107,10 @@ def gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
         **options,
     )
 
-    def one_sequence(
-        *operands: Any,
-    ) -> tuple[Float[Array, "N T H"], Float[Array, "K S H"], Float[Array, "K S H"]]:
-        q, k, v, segments, lse, dout, delta = operands
-        operands = (q, k, v, segments, None, lse, dout, delta)
-        _, dk, dv = dkv_of(*operands)
-        return dq_of(*operands), dk, dv
-
-    segments = _segments(rows, keys, rule)
-    dq, dk, dv = jax.vmap(one_sequence)(q, k, v, segments, lse, dout, delta)
+    # None stands for the sinks, which have no part in these gradients.
+    operands = q, k, v, _segments(rows, keys, rule), None, lse, dout, delta
+    dq = jax.vmap(dq_of)(*operands)
+    _, dk, dv = jax.vmap(dkv_of)(*operands)
     return Gradients(dq.reshape(rows.q.shape), jnp.stack([dk, dv])[None], None)
 
 
@@ -199,7 +193,7 @@ def _mask_of_rows(rows: Rows, keys: Keys, rule: Rule, blocks: _Blocks) -> Any:
     else:
         first_seen = jnp.maximum((first - rule.window + 1) // blocks.k, 0)
         steps = min(n, (length + rule.window - 2) // blocks.k + 2)
-    block = first_seen[:, None] + jnp.arange(steps)
+    block = first_seen[:, None] + jnp.arange(steps)[None]
     sees = block <= last_seen[:, None]
     # In place of a block that is not seen, the kernel fetches the one that is needed next.
     following = jnp.roll(first_seen, -1)[:, None]
@@ -222,9 +216,9 @@ def _mask_of_keys(rows: Rows, keys: Keys, rule: Rule, blocks: _Blocks) -> Any:
         last_seen = (first + length + rule.window - 2) // blocks.q
         last_seen = jnp.minimum(last_seen, n - 1)
         steps = min(n, (length + rule.window - 2) // blocks.q + 2)
-        block = first_seen + jnp.arange(steps)[:, None]
-    sees = (block >= first_seen) & (block <= last_seen)
-    block = jnp.where(sees, block, jnp.minimum(first_seen, n - 1))
+        block = first_seen[None] + jnp.arange(steps)[:, None]
+    sees = (block >= first_seen[None]) & (block <= last_seen[None])
+    block = jnp.where(sees, block, jnp.minimum(first_seen, n - 1)[None])
     return _mask(block, sees, rows, keys)
 
 

@@ -46,7 +46,13 @@ def with_gradients(run):
     return call
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if "zigzag" in name else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_results_and_gradients_are_those_of_the_blocks(case):
     algorithm, grid, options, more = case
     wafer = None if grid is None else wk.Wafer.devices(*grid)

@@ -44,6 +44,8 @@ def loss(
     targets: jax.Array,
     config: DecoderConfig,
     constrain: Constrain,
+    *,
+    remat: bool = False,
 ) -> jax.Array:
     """The mean cross-entropy, in nats a token.
 
@@ -51,8 +53,9 @@ def loss(
       params: the state of a `Decoder` with config `config`, in the dtype to compute in.
       tokens: int `[B, T]`.
       targets: int `[B, T]`, the token after each of `tokens`.
-      config: RMSNorm, rotary positions, SwiGLU, a tied head.
+      config: RMSNorm, rotary positions, SwiGLU, one kind of layer.
       constrain: lays out an activation, given its kind: "residual", "gathered", "wide" or "heads".
+      remat: whether the backward pass recomputes a layer from its input.
     """
     x = constrain(jnp.take(params["embedding"][...], tokens, axis=0), "residual")
     angles = rotary_angles(config, tokens.shape[1])
@@ -60,9 +63,11 @@ def loss(
     def layer(x, block):
         return _block(x, block, config, angles, constrain), None
 
+    layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     x, _ = jax.lax.scan(layer, x, params["stages"][0]["blocks"][0])
     x = _rms_norm(x, params["norm"]["scale"][...], config.norm_eps)
-    logits = constrain(x, "gathered") @ params["embedding"][...].T
+    head = params["embedding"][...].T if config.tied else params["head"][...]
+    logits = constrain(x, "gathered") @ head
     logits = constrain(logits, "wide").astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 

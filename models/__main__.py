@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with end_on_closed_pipe():
             return _run(parse(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print_error("python -m models", error)
         return 2
 

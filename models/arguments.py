@@ -112,10 +112,27 @@ class PlanCommand:
     """Cut the wafer into regions of SIDE x SIDE PEs. None: the fastest size."""
     clock: float | None = None
     """Clock in GHz. None: the machine's."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
+    """Instead of wafers: compile the real program for TPUs or GPUs that need not be there, such as
+    v6e:16x16 or h100:2x4."""
+    layouts: tuple[str, ...] = ()
+    """With --target: grids of the same chips to compare, such as 16x16 8x32 4x8x8."""
+    largest_batch: bool = False
+    """With --target: find the largest batch that fits, by bisection from --batch."""
     html: pathlib.Path | None = None
     """Write a report to this file as a web page. None: no report."""
     json: bool = False
     """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        if self.target is None and (self.layouts or self.largest_batch):
+            raise ValueError("layouts and largest_batch are of a compilation; give --target too")
+        for grid in self.layouts:
+            parse_grid(grid)
+        for name in ("batch", "context"):
+            value = getattr(self, name)
+            if self.target is not None and value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
 
 
 Command = (

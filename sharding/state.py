@@ -39,6 +39,23 @@ def lay_out(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
     return _map_leaves(sharding_of, state)
 
 
+def unpadded_sharding(leaf: Any, wafer: Wafer | None) -> jax.sharding.Sharding:
+    """The sharding of one leaf that is not padded: a dimension that does not divide stays whole.
+
+    Args:
+      leaf: an nnx variable, or an array.
+      wafer: where it goes; None for one device.
+    """
+    if wafer is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape = leaf.get_value().shape if isinstance(leaf, nnx.Variable) else leaf.shape
+    entries = [
+        entry if entry is None or size % wafer.axis_size(entry) == 0 else None
+        for size, entry in zip(shape, tuple(layout_of(leaf)) + (None,) * len(shape), strict=False)
+    ]
+    return wafer.sharding(P(*entries))
+
+
 def layout_of(leaf: Any, home: Home = "wafer") -> P:
     """The spec of one leaf of a state; `P()`, whole on every PE, if it names no dimensions.
 

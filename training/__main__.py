@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0: done. 1: the loss diverged, the run folder was removed, or the last step or the model could
     not be saved. 2: the configuration was refused. 75: stopped by a signal, and --resume goes on.
+    With --compile-only: 0 if the step fits the chips, 1 if not.
     130, 143: stopped by Ctrl-C or SIGTERM before anything was saved.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -37,6 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     if __name__ == "__main__":
         end_at_once(config.run_dir)
     try:
+        if config.compile_only:
+            prepare_devices(1, "cpu")
+            from training.compile_only import compile_step
+
+            return compile_step(config)
         prepare_devices(config.devices, config.platform, needed_by=f"wafer={config.wafer!r}")
         from training.loop import Diverged
         from training.run_folder import RunFolderGone
@@ -48,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         except (Diverged, RunFolderGone) as error:
             print_error(_COMMAND, error)
             return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print_error(_COMMAND, error)
         return 2
     except KeyboardInterrupt:

@@ -49,7 +49,9 @@ MAY_CHANGE = frozenset(
     }
 )
 # Fields about how this process was started, not about the run: neither saved nor compared.
-_OF_THE_CALL = frozenset({"resume", "config"})
+_OF_THE_CALL = frozenset(
+    {"resume", "config", "compile_only", "target", "layouts", "largest_batch", "html"}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,9 +138,22 @@ class TrainingConfig:
     """Temperature of the sample. 0: always the likeliest token."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl, and of output if it is not a terminal."""
+    compile_only: bool = False
+    """Compile the step for the chips of --target, report what their compiler makes of it, and end.
+    No chip is needed, and no data."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
+    """With --compile-only: the chips, such as v5e:16x16, v5p:4x4x4 or h100:2x4. The grid is theirs,
+    unless --wafer is another one of as many."""
+    layouts: Annotated[Sequence[str], tyro.conf.arg(metavar="GRID")] = ()
+    """With --compile-only: grids of the same chips to compare, such as 16x16 8x32 4x8x8."""
+    largest_batch: bool = False
+    """With --compile-only: find the largest batch that fits, by bisection from --batch."""
+    html: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """With --compile-only: write the report to this file as a web page."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", _paths(self.data))
+        object.__setattr__(self, "layouts", _paths(self.layouts))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         for name, empty in (("data", "" in self.data), ("init", self.init == "")):
@@ -146,6 +161,7 @@ class TrainingConfig:
                 raise ValueError(f"{name}='' is empty; name a file or a folder, or leave it out")
         _check_ranges(self)
         _check_batch(self)
+        _check_compile_only(self)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -397,6 +413,21 @@ def _check_ranges(config: TrainingConfig) -> None:
             f"tokens={wrong!r} with init={config.init!r}: "
             + ("name the checkpoint with --init" if config.init is None else "it knows its own")
         )
+
+
+def _check_compile_only(config: TrainingConfig) -> None:
+    if config.compile_only:
+        if config.target is None:
+            raise ValueError("compile_only needs chips to compile for; give --target v5e:4x4")
+        if config.virtual:
+            raise ValueError("virtual: chips are compiled for with a PE on each; leave it out")
+        for grid in config.layouts:
+            parse_grid(grid)
+        return
+    for name, flag in (("target", "target"), ("layouts", "layouts"), ("html", "html"),
+                       ("largest_batch", "largest-batch")):  # fmt: skip
+        if getattr(config, name):
+            raise ValueError(f"{name} is of a compilation; add --compile-only, or drop --{flag}")
 
 
 def _check_batch(config: TrainingConfig) -> None:

@@ -54,18 +54,28 @@ class Programs:
         return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
-def compile_programs(plan: RunPlan) -> Programs:
-    """Compiles the step and the evaluation ahead of the first step."""
-    graph, wafer, shapes = plan.graph, plan.wafer, plan.shapes
+def step_program(plan: RunPlan) -> tuple[Callable, tuple[Any, ...], dict[str, Any]]:
+    """The step of a plan: the function, the shapes of its operands, and its options for `jax.jit`.
+
+    So it can be compiled for chips that are not there: see `wsekern.compile`.
+    """
     batch = (plan.config.batch, plan.context)
     tokens = jax.ShapeDtypeStruct(batch, np.int32, sharding=_batch_sharding(plan))
+    options = {
+        "out_shardings": (lay_out(plan.shapes, plan.wafer), plan.wafer.sharding(P())),
+        "donate_argnums": (0,),
+    }
+    function = train_step(plan.graph, plan.optimizer, plan.config.passes)
+    return function, (plan.shapes, tokens, tokens), options
+
+
+def compile_programs(plan: RunPlan) -> Programs:
+    """Compiles the step and the evaluation ahead of the first step."""
+    graph, wafer = plan.graph, plan.wafer
+    function, operands, options = step_program(plan)
+    shapes, tokens, _ = operands
     with wafer:
-        step = _compile(
-            train_step(graph, plan.optimizer, plan.config.passes),
-            (shapes, tokens, tokens),
-            out_shardings=(lay_out(shapes, wafer), wafer.sharding(P())),
-            donate_argnums=0,
-        )
+        step = _compile(function, operands, **options)
         evaluate = _compile(
             evaluation(graph, plan.config.passes), (shapes["params"], tokens, tokens)
         )

@@ -279,7 +279,7 @@ TPU_V5P = Accelerator(
 )
 # JAX shows a chip as two devices; the figures are of one of them.
 TPU_7X = Accelerator(
-    name="TPU7x, half a chip",
+    name="half a TPU7x",
     kind="tpu7x",
     bfloat16_flops=2307 / 2 * TERA,
     float32_flops=None,

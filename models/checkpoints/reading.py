@@ -35,7 +35,7 @@ from models.checkpoints.tensors import Tensors, open_folder
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.presets import FAMILIES, find_family
-from sharding.state import layout_of, named_leaves
+from sharding.state import named_leaves, unpadded_sharding
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
@@ -239,7 +239,7 @@ def _read_parameter(
     """One parameter; each device's part is read from the file into its place."""
     shape = leaf.shape
     stacked = pieces[0].period is not None
-    sharding = _sharding(leaf, wafer)
+    sharding = unpadded_sharding(leaf, wafer)
     parts: dict[Any, Any] = {}
     arrays = []
     places: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
@@ -278,18 +278,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + _ALIGNED, np.uint8)
     start = -raw.ctypes.data % _ALIGNED
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _sharding(leaf: nnx.Variable, wafer: Wafer | None) -> jax.sharding.Sharding:
-    """The layout of a parameter; a dimension that the grid does not divide is not split."""
-    if wafer is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    spec = layout_of(leaf)
-    entries = [
-        entry if entry is None or size % wafer.axis_size(entry) == 0 else None
-        for size, entry in zip(leaf.shape, tuple(spec) + (None,) * leaf.ndim, strict=False)
-    ]
-    return wafer.sharding(jax.sharding.PartitionSpec(*entries))
 
 
 def _ignore() -> None:

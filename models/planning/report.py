@@ -19,6 +19,7 @@ from models.arguments import PlanCommand
 from models.checkpoints.reading import read_config
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.planning import compiled
 from models.planning.chips import chips_of
 from models.planning.memory import capacity
 from models.planning.plan import DeploymentPlan, check, plan, scale_out
@@ -34,6 +35,8 @@ Rows = list[tuple[str, ...]]
 
 def run(command: PlanCommand) -> int:
     """Prints the plan that `command` asks for; returns the exit status."""
+    if command.target is not None:
+        return compiled.run(command, _config(command.model))
     machine, wafers = _machine(command.machine)
     clock_hz = clock_from_ghz(command.clock)
     if command.html is not None:
@@ -305,7 +308,8 @@ def _machine(name: str) -> tuple[Machine | Accelerator, int]:
         if plain == cluster.lower():
             return machine, wafers
     for chip in ACCELERATORS:
-        if plain in (chip.kind.replace(" ", ""), chip.name.split()[0].lower()):
+        names = (chip.kind.replace(" ", ""), chip.name.lower().replace(" ", ""))
+        if plain in (*names, *(n.removeprefix("tpu") for n in names), chip.name.split()[0].lower()):
             return chip, 1
     known = [*(c.lower() for c in CLUSTERS), *(chip.kind for chip in ACCELERATORS)]
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from wsekern.compiler.mesh_axes import MeshAxes
 from wsekern.compiler.pallas_calls import flops_by_kernel
 from wsekern.compiler.result import Compilation, MemoryUse
 from wsekern.estimator.estimate import estimate
+from wsekern.estimator.memory import LiveArray, live_at_peak
 from wsekern.estimator.trace import line_of_frames
 from wsekern.hardware import WSE3, Accelerator, accelerator
 from wsekern.wafer import context, layout
@@ -78,7 +80,10 @@ def compile(  # noqa: A001  the field's word for it
             executable, refusal = None, str(error)
     compile_seconds = time.perf_counter() - began
     cost, why_no_schedule = None, refusal and "it does not fit, and so there is no program"
-    if executable is not None:
+    largest: tuple[LiveArray, ...] = ()
+    if executable is None:
+        largest = live_at_peak(traced.jaxpr.jaxpr, wafer, _argument_bytes(shapes))
+    else:
         cost, why_no_schedule = _price(executable, traced, wafer, chip)
     return Compilation(
         name=name or getattr(function, "__name__", type(function).__name__),
@@ -87,7 +92,8 @@ def compile(  # noqa: A001  the field's word for it
         trace_seconds=trace_seconds,
         compile_seconds=compile_seconds,
         memory=_memory_of(executable, refusal),
-        argument_bytes=_argument_bytes(shapes),
+        argument_bytes=sum(_argument_bytes(shapes)),
+        largest_arrays=largest,
         cost=cost,
         why_no_schedule=why_no_schedule,
         roofline_seconds=_roofline(function, shapes, wafer, chip) if roofline else None,
@@ -133,13 +139,14 @@ def _dividing(spec: P, shape: tuple[int, ...], wafer: Wafer) -> P:
     return P(*(e if divides(e, size) else None for e, size in zip(spec, shape, strict=True)))
 
 
-def _argument_bytes(shapes: Any) -> int:
-    """Bytes of a chip's part of all operands."""
-    total = 0
-    for leaf in jax.tree.leaves(shapes):
-        tile = leaf.sharding.shard_shape(leaf.shape)
-        total += int(np.prod(tile)) * np.dtype(leaf.dtype).itemsize
-    return total
+def _argument_bytes(shapes: Any) -> list[int]:
+    """Bytes of a chip's part of each operand."""
+
+    def bytes_of(leaf: jax.ShapeDtypeStruct) -> int:
+        tile = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(tile) * leaf.dtype.itemsize
+
+    return [bytes_of(leaf) for leaf in jax.tree.leaves(shapes)]
 
 
 def _memory_of(executable: jax.stages.Compiled | None, refusal: str) -> MemoryUse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING, Any
 
 from wsekern.estimator.report import html_table, with_unit
@@ -16,11 +17,14 @@ _LONGEST = 12  # operations that a table names
 def table(c: Compilation) -> str:
     """The figures, what is sent, the kernels, the longest operations, and what is left out."""
     lines = [f"{name:<16} {value}" for name, value in figures(c)]
+    if arrays := array_rows(c):
+        titles = ("each, estimated", "live at the peak", "made by", "line")
+        lines += ["", *columns([titles, *arrays], flush_right=(0,))]
     if transfers := sent_rows(c):
         head = ("collective", "along", "times", "bytes", "waited for", "")
-        lines += ["", *_columns([head, *transfers])]
+        lines += ["", *columns([head, *transfers])]
     if longest := longest_rows(c):
-        lines += ["", *_columns([("time", "operation", "line"), *longest], flush_right=(0,))]
+        lines += ["", *columns([("time", "operation", "line"), *longest], flush_right=(0,))]
     lines += ["", *(f"{name:<16} {text}" for name, text in left_out(c))]
     return "\n".join(lines)
 
@@ -75,9 +79,11 @@ def _time_rows(c: Compilation) -> list[tuple[str, str]]:
 def _chips(c: Compilation) -> str:
     wafers, height, width = c.wafer.grid
     grid = f"{height}x{width}" if wafers == 1 else f"{wafers}x{height}x{width}"
-    links = c.wafer.links or {}
-    text = "; ".join(f"along {axis} {link}" for axis, link in links.items())
-    return f"{grid} of {c.chip.name}" + (f"; {text}" if text else "")
+    along: dict[str, list[str]] = {}
+    for axis, link in (c.wafer.links or {}).items():
+        along.setdefault(str(link), []).append(axis)
+    text = "".join(f"; along {' and '.join(axes)} {link}" for link, axes in along.items())
+    return f"{grid} of {c.chip.name}{text}"
 
 
 def _memory(c: Compilation) -> str:
@@ -86,7 +92,7 @@ def _memory(c: Compilation) -> str:
         return f"{size(total)} of {size(limit)} ({total / limit:.1%}): it fits"
     if not total:
         return f"it does not fit {size(limit)}"
-    return f"{size(total)}: it does not fit {size(limit)}"
+    return f"{size(total)}, {size(total - limit)} more than the {size(limit)} of a chip"
 
 
 def _waited(c: Compilation) -> str:
@@ -114,6 +120,21 @@ def sent_rows(c: Compilation) -> list[tuple[str, ...]]:
     ]
 
 
+def array_rows(c: Compilation) -> list[tuple[str, ...]]:
+    """The largest arrays of a program that does not fit: (bytes, shape, operation, line)."""
+    alike = collections.Counter(c.largest_arrays)
+    ordered = sorted(alike.items(), key=lambda item: -item[0].bytes * item[1])[:_LONGEST]
+    return [
+        (
+            size(array.bytes),
+            f"{count} x {array.dtype}[{','.join(map(str, array.shape))}]",
+            array.made_by,
+            array.line,
+        )
+        for array, count in ordered
+    ]
+
+
 def longest_rows(c: Compilation) -> list[tuple[str, ...]]:
     """The operations that take longest: (time, operation, line)."""
     if c.cost is None:
@@ -126,6 +147,11 @@ def left_out(c: Compilation) -> list[tuple[str, str]]:
     """What the figures do not say, as (subject, text)."""
     link = c.chip.link_bytes_per_second
     rows = [("not measured", "nothing ran; the time is a model of the compiled schedule.")]
+    if c.largest_arrays:
+        rows.append(
+            ("arrays", "estimated by this library's own live ranges, of whole arrays as far as "
+             "their layout is known; the compiler names none.")
+        )  # fmt: skip
     if c.cost is None:
         return rows
     if c.chip.clock_hz:
@@ -171,6 +197,7 @@ def as_json(c: Compilation) -> dict[str, Any]:
             "code": c.memory.code,
         },
         "compiler": c.memory.refusal,
+        "largest_arrays_estimated": [array._asdict() for array in c.largest_arrays],
         "compile_seconds": c.compile_seconds,
         "trace_seconds": c.trace_seconds,
         "schedule": c.why_no_schedule or "read",
@@ -214,7 +241,8 @@ def seconds(value: float) -> str:
     return with_unit(value, "s")
 
 
-def _columns(rows: list[tuple[str, ...]], flush_right: tuple[int, ...] = (2, 3, 4)) -> list[str]:
+def columns(rows: list[tuple[str, ...]], flush_right: tuple[int, ...] = (2, 3, 4)) -> list[str]:
+    """Rows of cells as lines of text; the columns `flush_right` are so."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def cell(i: int, text: str) -> str:

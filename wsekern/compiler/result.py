@@ -10,6 +10,7 @@ import jax
 
 from wsekern.compiler import report
 from wsekern.compiler.schedule import Cost
+from wsekern.estimator.memory import LiveArray
 from wsekern.hardware import Accelerator
 from wsekern.wafer.wafer import Wafer
 
@@ -51,6 +52,8 @@ class Compilation:
     cost: Cost | None  # by the model; None where the schedule cannot be read
     why_no_schedule: str = ""
     roofline_seconds: float | None = None  # of all chips at their peaks; None: not known
+    # Of a program that does not fit: what is live where its memory is fullest, by our own estimate.
+    largest_arrays: tuple[LiveArray, ...] = ()
     executable: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
@@ -22,7 +22,23 @@ from wsekern.estimator.specs import Spec, part_count
 from wsekern.wafer.wafer import Wafer
 
 _IN_PLACE = cost.ELEMENTWISE | {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
+_ARGUMENT = "argument"
 _Specs = dict[Any, Spec | None]  # how whole arrays lie, by variable
+
+
+class LiveArray(NamedTuple):
+    """An array that a PE, or a chip, holds when its memory is fullest."""
+
+    bytes: float  # its part of the array
+    shape: tuple[int, ...]  # of the array; inside a kernel of the PE's tile
+    dtype: str
+    made_by: str  # "dot_general"; "argument"
+    line: str  # "model.py:12"; "" for an argument
+
+
+class _Peak(NamedTuple):
+    bytes: float
+    live: tuple[LiveArray, ...] = ()  # at that moment; empty unless they are recorded
 
 
 def high_water(jaxpr: Jaxpr, wafer: Wafer, stand_ins: Mapping[int, StandIn] | None = None) -> float:
@@ -34,7 +50,24 @@ def high_water(jaxpr: Jaxpr, wafer: Wafer, stand_ins: Mapping[int, StandIn] | No
       stand_ins: the programs of its contractions, by their equations' ids.
     """
     beside = {key: _bytes_beside(s) for key, s in (stand_ins or {}).items()}
-    return _peak(jaxpr, [False] * len(jaxpr.invars), (), wafer, in_kernel=False, beside=beside)
+    walk = _LiveRanges(wafer, beside, records=False)
+    return walk.peak(jaxpr, [False] * len(jaxpr.invars), (), in_kernel=False).bytes
+
+
+def live_at_peak(
+    jaxpr: Jaxpr, wafer: Wafer, argument_bytes: Sequence[float]
+) -> tuple[LiveArray, ...]:
+    """The arrays that a PE holds when its memory is fullest, largest first.
+
+    Args:
+      jaxpr: about whole arrays.
+      wafer: over which these are spread.
+      argument_bytes: bytes of a PE's part of each argument.
+    """
+    walk = _LiveRanges(wafer, {}, records=True)
+    walk.known = dict(zip(jaxpr.invars, argument_bytes, strict=True))
+    live = walk.peak(jaxpr, [False] * len(jaxpr.invars), (), in_kernel=False).live
+    return tuple(sorted(live, key=lambda array: -array.bytes))
 
 
 def _bytes_beside(stand_in: StandIn) -> float:
@@ -44,112 +77,141 @@ def _bytes_beside(stand_in: StandIn) -> float:
     return max(0.0, high_water(jaxpr, wafer) - own)
 
 
-def _peak(
-    jaxpr: Jaxpr,
-    static_ins: Sequence[bool],
-    owned: Collection[Any],
-    wafer: Wafer,
-    in_kernel: bool,
-    beside: Mapping[int, float],
-) -> float:
-    """The most bytes at a time, operands among them.
+class _LiveRanges:
+    """Walks a program and keeps track of what lives."""
 
-    Args:
-      jaxpr: about a PE's tiles if `in_kernel`, else about whole arrays.
-      static_ins: whether each operand is part of the PE's program, and takes no memory.
-      owned: operands whose memory the jaxpr may reuse; the others stay to the end.
-      wafer: over which whole arrays are spread.
-      in_kernel: whether the jaxpr is a kernel's.
-      beside: bytes that equations take beside operands and results, by their ids.
-    """
-    # Constants of a kernel are part of its program; those of a whole program are arrays.
-    static: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, in_kernel)
-    static |= dict(zip(jaxpr.invars, static_ins, strict=True))
-    specs: _Specs = {}
-    fusions = cost.find_fusions(jaxpr)
-    home = _homes(jaxpr)
-    last = _last_uses(jaxpr, home, owned)
-    size: dict[Any, float] = {
-        v: 0.0 if static[v] else _bytes(v, specs.get(v), wafer, in_kernel)
-        for v in (*jaxpr.invars, *jaxpr.constvars)
-    }
-    most = live = sum(size.values())
-    used = trace.used_equations(jaxpr)
-    for place, equation in enumerate(jaxpr.eqns):
-        if place not in used:
-            static |= dict.fromkeys(equation.outvars, True)
-            continue
-        ins = [trace.is_literal(v) or static[v] for v in equation.invars]
-        _note(equation, ins, static, specs, in_kernel)
-        # A product that the next sum takes in is never stored.
-        new = {
-            v: _bytes(v, specs.get(v), wafer, in_kernel)
-            for v in equation.outvars
-            if home[v] is v and not static[v] and v not in fusions.products
-        }
-        dying = {
-            home[v]
-            for v in equation.invars
-            if not trace.is_literal(v) and last.get(home[v]) == place
-        }
-        # x * 2.0, where nothing reads x afterwards, is written over x: the result is fresh memory
-        # only as far as it is larger than the operands that die.
-        fresh = sum(new.values())
-        if equation.primitive.name in _IN_PLACE or place in fusions.sums:
-            fresh = max(0.0, fresh - sum(size.get(v, 0.0) for v in dying))
-        inner = _inner_peak(equation, ins, wafer, in_kernel, beside)
-        most = max(most, live + fresh + inner)
-        live += sum(new.values()) - sum(size.pop(v, 0.0) for v in dying)
-        size |= new
-        # Of several results of one equation, some may have no reader.
-        unused = [v for v in new if last.get(v, -1) <= place]
-        live -= sum(size.pop(v) for v in unused)
-    return most
+    def __init__(self, wafer: Wafer, beside: Mapping[int, float], records: bool) -> None:
+        """A walk over programs on `wafer`.
 
+        Args:
+          wafer: over which whole arrays are spread.
+          beside: bytes that equations take beside operands and results, by their ids.
+          records: whether to keep the arrays that live at the peak.
+        """
+        self.wafer, self.beside, self.records = wafer, beside, records
+        self.known: dict[Any, float] = {}  # bytes of variables whose layout is known otherwise
 
-def _inner_peak(
-    equation: JaxprEqn, ins: list[bool], wafer: Wafer, in_kernel: bool, beside: Mapping[int, float]
-) -> float:
-    """Bytes that the jaxprs called by an equation take beside its operands and results."""
-    name, params = equation.primitive.name, equation.params
-    if name == "cond":
-        branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
-        return max(
-            _peak_beside(branch, ins[1:], (), wafer, in_kernel, beside) for branch in branches
-        )
-    if name == "while":
-        body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
-        skip = params["cond_nconsts"]
-        carried = body.invars[params["body_nconsts"] :]
-        return _peak_beside(body, ins[skip:], carried, wafer, in_kernel, beside)
-    inner = trace.inner_jaxpr(params)
-    if inner is None:
-        return beside.get(id(equation), 0.0)
-    ins = trace.inner_operands(equation, ins)
-    if name == "scan":
-        parts = trace.scan_parts(equation)
-        carried = inner.invars[parts.consts : parts.consts + parts.carry]
-        return _peak_beside(inner, ins, carried, wafer, in_kernel, beside)
-    return _peak_beside(inner, ins, (), wafer, in_kernel or name == "shard_map", beside)
+    def peak(
+        self,
+        jaxpr: Jaxpr,
+        static_ins: Sequence[bool],
+        owned: Collection[Any],
+        in_kernel: bool,
+    ) -> _Peak:
+        """The most bytes at a time, operands among them.
 
+        Args:
+          jaxpr: about a PE's tiles if `in_kernel`, else about whole arrays.
+          static_ins: whether each operand is part of the PE's program, and takes no memory.
+          owned: operands whose memory the jaxpr may reuse; the others stay to the end.
+          in_kernel: whether the jaxpr is a kernel's.
+        """
+        # Constants of a kernel are part of its program; those of a whole program are arrays.
+        static: dict[Any, bool] = dict.fromkeys(jaxpr.constvars, in_kernel)
+        static |= dict(zip(jaxpr.invars, static_ins, strict=True))
+        specs: _Specs = {}
+        fusions = cost.find_fusions(jaxpr)
+        home = _homes(jaxpr)
+        last = _last_uses(jaxpr, home, owned)
+        size: dict[Any, float] = {
+            v: 0.0 if static[v] else _bytes(v, specs.get(v), self.wafer, in_kernel)
+            for v in (*jaxpr.invars, *jaxpr.constvars)
+        } | self.known
+        self.known = {}  # of the outermost program alone
+        maker: dict[Any, JaxprEqn] = {}
+        live = sum(size.values())
+        most = _Peak(live, self._named(size, maker))
+        used = trace.used_equations(jaxpr)
+        for place, equation in enumerate(jaxpr.eqns):
+            if place not in used:
+                static |= dict.fromkeys(equation.outvars, True)
+                continue
+            ins = [trace.is_literal(v) or static[v] for v in equation.invars]
+            _note(equation, ins, static, specs, in_kernel)
+            # A product that the next sum takes in is never stored.
+            new = {
+                v: _bytes(v, specs.get(v), self.wafer, in_kernel)
+                for v in equation.outvars
+                if home[v] is v and not static[v] and v not in fusions.products
+            }
+            dying = {
+                home[v]
+                for v in equation.invars
+                if not trace.is_literal(v) and last.get(home[v]) == place
+            }
+            # x * 2.0, where nothing reads x afterwards, is written over x: the result is fresh
+            # memory only as far as it is larger than the operands that die.
+            fresh = sum(new.values())
+            if equation.primitive.name in _IN_PLACE or place in fusions.sums:
+                fresh = max(0.0, fresh - sum(size.get(v, 0.0) for v in dying))
+            inner = self._inner(equation, ins, in_kernel)
+            maker |= dict.fromkeys(new, equation)
+            if live + fresh + inner.bytes > most.bytes:
+                # Of what is written over operands, those stand for both.
+                held = size | new if fresh == sum(new.values()) else size
+                most = _Peak(live + fresh + inner.bytes, inner.live + self._named(held, maker))
+            live += sum(new.values()) - sum(size.pop(v, 0.0) for v in dying)
+            size |= new
+            # Of several results of one equation, some may have no reader.
+            unused = [v for v in new if last.get(v, -1) <= place]
+            live -= sum(size.pop(v) for v in unused)
+        return most
 
-def _peak_beside(
-    jaxpr: Jaxpr,
-    static_ins: Sequence[bool],
-    owned: Collection[Any],
-    wafer: Wafer,
-    in_kernel: bool,
-    beside: Mapping[int, float],
-) -> float:
-    """`_peak`, less the operands and results, which the caller counts."""
-    outs = [v for v in jaxpr.outvars if not trace.is_literal(v)]
-    static = dict(zip(jaxpr.invars, static_ins, strict=True))
-    whole = _peak(jaxpr, static_ins, owned, wafer, in_kernel, beside)
-    operands = sum(_bytes(v, None, wafer, in_kernel) for v in jaxpr.invars if not static[v])
-    # What a loop carries out lies where it was carried in, and is counted there.
-    new = set(outs) - set(static)
-    results = 0.0 if owned else sum(_bytes(v, None, wafer, in_kernel) for v in new)
-    return max(0.0, whole - operands - results)
+    def _inner(self, equation: JaxprEqn, ins: list[bool], in_kernel: bool) -> _Peak:
+        """What the jaxprs called by an equation take beside its operands and results."""
+        name, params = equation.primitive.name, equation.params
+        if name == "cond":
+            branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
+            peaks = [self._peak_beside(branch, ins[1:], (), in_kernel) for branch in branches]
+            return max(peaks, key=lambda peak: peak.bytes)
+        if name == "while":
+            body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
+            skip = params["cond_nconsts"]
+            carried = body.invars[params["body_nconsts"] :]
+            return self._peak_beside(body, ins[skip:], carried, in_kernel)
+        inner = trace.inner_jaxpr(params)
+        if inner is None:
+            return _Peak(self.beside.get(id(equation), 0.0))
+        ins = trace.inner_operands(equation, ins)
+        if name == "scan":
+            parts = trace.scan_parts(equation)
+            carried = inner.invars[parts.consts : parts.consts + parts.carry]
+            return self._peak_beside(inner, ins, carried, in_kernel)
+        return self._peak_beside(inner, ins, (), in_kernel or name == "shard_map")
+
+    def _peak_beside(
+        self, jaxpr: Jaxpr, static_ins: Sequence[bool], owned: Collection[Any], in_kernel: bool
+    ) -> _Peak:
+        """`peak`, less the operands and results, which the caller counts."""
+        outs = [v for v in jaxpr.outvars if not trace.is_literal(v)]
+        static = dict(zip(jaxpr.invars, static_ins, strict=True))
+        whole = self.peak(jaxpr, static_ins, owned, in_kernel)
+
+        def sum_of(variables: Collection[Any]) -> float:
+            return sum(_bytes(v, None, self.wafer, in_kernel) for v in variables)
+
+        operands = sum_of([v for v in jaxpr.invars if not static[v]])
+        # What a loop carries out lies where it was carried in, and is counted there.
+        results = 0.0 if owned else sum_of(set(outs) - set(static))
+        made = tuple(array for array in whole.live if array.made_by != _ARGUMENT)
+        return _Peak(max(0.0, whole.bytes - operands - results), made)
+
+    def _named(
+        self, size: Mapping[Any, float], maker: Mapping[Any, JaxprEqn]
+    ) -> tuple[LiveArray, ...]:
+        if not self.records:
+            return ()
+        named = []
+        for v, count in size.items():
+            equation = maker.get(v)
+            made_by, line = _ARGUMENT, ""
+            if equation is not None:
+                made_by = equation.primitive.name
+                source = trace.line_of(equation)
+                line = source.user or source.library
+            shape = tuple(getattr(v.aval, "shape", ()))
+            named.append(LiveArray(count, shape, str(getattr(v.aval, "dtype", "")), made_by, line))
+        return tuple(named)
 
 
 def _homes(jaxpr: Jaxpr) -> dict[Any, Any]:

@@ -71,6 +71,8 @@ def inner_jaxpr(params: dict[str, Any]) -> Any:
     # solution runs.
     if "dimensions" in params or "window_dimensions" in params:
         return None  # of a reduction: it says how to join two elements, and is no call
+    if "grid_mapping" in params:
+        return None  # of a Pallas kernel: its operands are references to memory
     solves = params.get("jaxprs")
     solve = getattr(solves, "solve", None)
     for value in (params.get("jaxpr"), params.get("call_jaxpr"), params.get("fun_jaxpr"), solve):

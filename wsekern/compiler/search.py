@@ -1,0 +1,90 @@
+"""Compile one program several times: at other sizes, to find the largest that fits, or on grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from wsekern.compiler.report import columns, seconds, size
+from wsekern.compiler.result import Compilation
+
+_MOST_DOUBLINGS = 24
+
+
+def largest_that_fits(
+    compile_at: Callable[[int], Compilation], start: int, unit: int = 1
+) -> tuple[int | None, dict[int, Compilation]]:
+    """The largest size at which a program fits, and all compilations on the way there.
+
+    From `start` the size is doubled or halved until one fits and one does not; then the middle is
+    tried, until they are neighbors. Each try takes a compilation.
+
+    Args:
+      compile_at: compiles the program at a size.
+      start: the size to try first, a multiple of `unit`.
+      unit: sizes are multiples of this.
+
+    Returns:
+      The size, None if none fits; and the compilations by size.
+
+    Raises:
+      ValueError: `start` is not a positive multiple of `unit`.
+    """
+    if start < 1 or start % unit:
+        raise ValueError(f"the size {start} must be a positive multiple of {unit}")
+    tried: dict[int, Compilation] = {}
+
+    def fits(units: int) -> bool:
+        if units * unit not in tried:
+            tried[units * unit] = compile_at(units * unit)
+        return tried[units * unit].fits
+
+    good, bad = 0, start // unit
+    for _ in range(_MOST_DOUBLINGS):
+        if not fits(bad):
+            break
+        good, bad = bad, 2 * bad
+    else:
+        return good * unit, tried
+    # Below `start` the sizes are halved: the smallest may fit although `start` is far too large.
+    while good == 0 and bad > 1:
+        middle = bad // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    while good and good + 1 < bad:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return (good * unit if good else None), tried
+
+
+def comparison(heading: str, compilations: Mapping[str, Compilation | str]) -> str:
+    """Compilations side by side, as a table of text.
+
+    Args:
+      heading: of the first column, such as "grid".
+      compilations: by name; a text says why there is none.
+    """
+    head = (heading, "fits", "memory", "temporaries", "time", "waited for", "sent", "compiled in")
+    rows: list[tuple[str, ...]] = [head]
+    for name, c in compilations.items():
+        if isinstance(c, str):
+            rows.append((name, c, *[""] * 6))
+            continue
+        known = c.cost is not None and c.seconds is not None
+        rows.append(
+            (
+                name,
+                "yes" if c.fits else "no",
+                size(c.memory.total) if c.memory.total else "-",
+                size(c.memory.temporaries) if c.fits else "-",
+                seconds(c.seconds) if known and c.seconds is not None else "-",
+                size(c.waited_bytes) if known else "-",
+                size(c.sent_bytes) if known else "-",
+                f"{c.compile_seconds:.0f} s",
+            )
+        )
+    return "\n".join(columns(rows, flush_right=(2, 3, 4, 5, 6, 7)))

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -113,20 +112,11 @@ def _compile_step(step: Callable, cache: Any, operands: tuple, rows: tuple[int, 
     """`step(cache, *operands)`, which returns the next cache first; the cache is donated."""
     import jax
 
-    begun = time.perf_counter()
-    program = jax.jit(step, donate_argnums=0).lower(cache, *operands).compile()
-    seconds = time.perf_counter() - begun
-    cell = [cache]
-
-    def run():
-        cell[0], out = program(cell[0], *operands)
-        return out
-
-    memory = program.memory_analysis()
+    program = harness.compile_in_place(step, cache, *operands)
     return _Step(
-        run=run,
-        compile_seconds=seconds,
-        temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+        run=program.run,
+        compile_seconds=program.compile_seconds,
+        temp_bytes=program.temp_bytes,
         cache_bytes=sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache)),
         rows=f"{rows[0]} to {rows[1]}",
     )

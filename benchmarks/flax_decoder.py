@@ -1,4 +1,4 @@
-"""The decoder of `models` on one device in plain Flax nnx: the peer that `accelerator` times."""
+"""The decoder of `models` on one device in plain Flax nnx: the peer of training in `card`."""
 
 import functools
 

@@ -40,6 +40,7 @@ class CompiledProgram:
     run: Callable[[], Any]
     compile_seconds: float
     temp_bytes: int | None  # per device; None where the backend does not say
+    text: Callable[[], str | None] | None = None  # gives the scheduled HLO; None: it was not kept
 
     def __call__(self) -> Any:
         return self.run()
@@ -84,6 +85,35 @@ def compile_program(function: Callable, *operands: Any, **options: Any) -> Compi
         run=lambda: program(*operands),
         compile_seconds=seconds,
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+        text=program.as_text,
+    )
+
+
+def compile_in_place(step: Callable, state: Any, *operands: Any) -> CompiledProgram:
+    """`step(state, *operands)` compiled: each call goes on from the state that the last one left.
+
+    Args:
+      step: returns the next state first, then what a call returns.
+      state: where the first call begins; its memory is taken.
+      operands: the same in every call.
+    """
+    import jax
+
+    begun = time.perf_counter()
+    program = jax.jit(step, donate_argnums=0).lower(state, *operands).compile()
+    seconds = time.perf_counter() - begun
+    cell = [state]
+
+    def run() -> Any:
+        cell[0], result = program(cell[0], *operands)
+        return result
+
+    memory = program.memory_analysis()
+    return CompiledProgram(
+        run=run,
+        compile_seconds=seconds,
+        temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+        text=program.as_text,
     )
 
 
@@ -93,6 +123,7 @@ def compare(
     *,
     rounds: int = 11,
     notes: Mapping[str, str] | None = None,
+    queued: bool = False,
 ) -> list[Timing]:
     """The time of each candidate and its ratio to the baseline's, in the order given.
 
@@ -104,6 +135,8 @@ def compare(
       baseline: name of the candidate whose time the others' are divided by.
       rounds: how often each candidate is timed.
       notes: remarks on candidates, by name.
+      queued: wait for the last call of a sample, not for each: an accelerator then has its next
+        call while it works, as in a real program. CPU devices would run calls beside one another.
 
     Raises:
       ValueError: `baseline` is not a candidate, or `rounds` is not positive.
@@ -114,12 +147,12 @@ def compare(
         )
     if rounds < 1:
         raise ValueError(f"compare: rounds is {rounds}, it must be 1 or more")
-    calls = {name: _calls_in_a_sample(run) for name, run in candidates.items()}
+    calls = {name: _calls_in_a_sample(run, queued) for name, run in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds):
         order = list(candidates)[:: -1 if round_ % 2 else 1]
         for name in order:
-            times[name].append(_sample(candidates[name], calls[name]))
+            times[name].append(_sample(candidates[name], calls[name], queued))
     return [
         _timing(name, run, times[name], times[baseline], (notes or {}).get(name, ""))
         for name, run in candidates.items()
@@ -207,18 +240,21 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=_PIPED_WIDTH)
 
 
-def _calls_in_a_sample(run: Callable[[], Any]) -> int:
+def _calls_in_a_sample(run: Callable[[], Any], queued: bool) -> int:
     """Warms `run` up; returns how many calls of it make one sample."""
-    _sample(run, 1)
-    return max(1, round(_SAMPLE_SECONDS / max(_sample(run, 1), 1e-7)))
+    _sample(run, 1, queued)
+    return max(1, round(_SAMPLE_SECONDS / max(_sample(run, 1, queued), 1e-7)))
 
 
-def _sample(run: Callable[[], Any], calls: int) -> float:
+def _sample(run: Callable[[], Any], calls: int, queued: bool) -> float:
     import jax
 
     begun = time.perf_counter()
     for _ in range(calls):
-        jax.block_until_ready(run())
+        result = run()
+        if not queued:
+            jax.block_until_ready(result)
+    jax.block_until_ready(result)
     return (time.perf_counter() - begun) / calls
 
 

@@ -1,0 +1,1 @@
+"""The sections of `python -m benchmarks card`: what is checked and timed on a real card."""

@@ -20,7 +20,7 @@ _STEPS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class CheckedCall:
     """One call of an operation."""
 
     operation: str  # its public name
@@ -33,7 +33,7 @@ class Case:
     gradient: bool = True
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool) -> list[CheckedCall]:
     """All of them, in the order in which they are checked."""
     rng = np.random.default_rng(0)
 
@@ -45,15 +45,17 @@ def cases(small: bool) -> list[Case]:
     return [case for make in makers for case in make(normal, scale)]
 
 
-def _products(normal: Callable, scale: int) -> Iterator[Case]:
+def _products(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     M, K, N = 768 // scale, 1024 // scale, 512 // scale
     a, b, bias = normal(M, K), normal(K, N) / K**0.5, normal(N)
     whole = np.clip(np.round(normal(K, N) * 40), -127, 127).astype(np.int8)
     scales = np.abs(normal(N)) / 40 / K**0.5
 
-    def case(name: str, operands: tuple, ours: Callable, plain: Callable, **more: Any) -> Case:
+    def case(
+        name: str, operands: tuple, ours: Callable, plain: Callable, **more: Any
+    ) -> CheckedCall:
         operation = "gemv" if name.startswith("gemv") else "matmul"
-        return Case(
+        return CheckedCall(
             operation=operation,
             name=name.removeprefix("gemv").strip(),
             operands=operands,
@@ -103,7 +105,7 @@ def _products(normal: Callable, scale: int) -> Iterator[Case]:
     )
 
 
-def _attention(normal: Callable, scale: int) -> Iterator[Case]:
+def _attention(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     B, T, N, K, H = 2, 1024 // scale, 8, 2, 128 // scale
     q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
     segments = np.sort(np.random.default_rng(1).integers(0, 5, (B, T))).astype(np.int32)
@@ -120,7 +122,7 @@ def _attention(normal: Callable, scale: int) -> Iterator[Case]:
         "bias": ((q, k, v, normal(1, N, T, T)), {}),
     }
 
-    def case(name: str, operands: tuple, options: dict, **more: Any) -> Case:
+    def case(name: str, operands: tuple, options: dict, **more: Any) -> CheckedCall:
         fourth = {"segments": "segment_ids", "sinks": "sinks", "bias": "bias"}.get(name)
 
         def call(function: Callable, *operands: Any, **more: Any) -> Any:
@@ -128,7 +130,7 @@ def _attention(normal: Callable, scale: int) -> Iterator[Case]:
             return function(*operands[:3], **named, **options, **more)
 
         algorithm = more.pop("algorithm", "auto")
-        return Case(
+        return CheckedCall(
             operation="attention",
             name=name if algorithm == "auto" else f"{name} by {algorithm}",
             operands=operands,
@@ -146,7 +148,7 @@ def _attention(normal: Callable, scale: int) -> Iterator[Case]:
             yield case(name, *variants[name], algorithm=algorithm, wafers=(VIRTUAL,))
 
 
-def _decoding(normal: Callable, scale: int) -> Iterator[Case]:
+def _decoding(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     B, S, N, K, H = 3, 512 // scale, 8, 2, 128 // scale
     window = S // 4
     q, k, v = normal(B, 2, N, H), normal(B, S, K, H), normal(B, S, K, H)
@@ -169,7 +171,7 @@ def _decoding(normal: Callable, scale: int) -> Iterator[Case]:
     }
     for name, (sinks, options) in variants.items():
         extra = () if sinks is None else (sinks,)
-        yield Case(
+        yield CheckedCall(
             operation="decode_attention",
             name=name,
             operands=(q, k, v, *extra),
@@ -181,16 +183,16 @@ def _decoding(normal: Callable, scale: int) -> Iterator[Case]:
         )
 
 
-def _dense(normal: Callable, scale: int) -> Iterator[Case]:
+def _dense(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     B, T, D, V = 2, 512 // scale, 1024 // scale, 8192 // scale
     x, factor, bias = normal(B, T, D), normal(D), normal(D)
     words = np.random.default_rng(2).integers(0, V, (B, T)).astype(np.int32)
 
-    def case(operation: str, operands: tuple, plain: Callable, **more: Any) -> Case:
+    def case(operation: str, operands: tuple, plain: Callable, **more: Any) -> CheckedCall:
         def ours(wafer: Wafer | None, *operands: Any) -> Any:
             return getattr(wk, operation)(*operands, wafer=wafer)
 
-        return Case(operation=operation, operands=operands, ours=ours, plain=plain, **more)
+        return CheckedCall(operation=operation, operands=operands, ours=ours, plain=plain, **more)
 
     yield case("rms_norm", (x, factor), references.rms_norm)
     yield case("layer_norm", (x, factor, bias), references.layer_norm)
@@ -199,7 +201,7 @@ def _dense(normal: Callable, scale: int) -> Iterator[Case]:
     yield case("rotary", (normal(B, T, 8, 64),), references.rotary)
 
 
-def _experts(normal: Callable, scale: int) -> Iterator[Case]:
+def _experts(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     B, T, D, F, E, k = 2, 256 // scale, 512 // scale, 256 // scale, 8, 2
     x, scores = normal(B, T, D), normal(B, T, E)
     weights = normal(E, D, F) / D**0.5, normal(E, D, F) / D**0.5, normal(E, F, D) / F**0.5
@@ -216,9 +218,11 @@ def _experts(normal: Callable, scale: int) -> Iterator[Case]:
     def plain(x: Any, chosen: Any, shares: Any, *weights: Any) -> Any:
         return references.experts(x, chosen, shares, weights, swiglu)
 
-    yield Case(operation="experts", operands=(x, chosen, shares, *weights), ours=ours, plain=plain)
+    yield CheckedCall(
+        operation="experts", operands=(x, chosen, shares, *weights), ours=ours, plain=plain
+    )
     probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    yield Case(
+    yield CheckedCall(
         operation="load_balance_loss",
         operands=(probabilities, chosen),
         ours=lambda wafer, *operands: wk.load_balance_loss(*operands),
@@ -227,12 +231,12 @@ def _experts(normal: Callable, scale: int) -> Iterator[Case]:
     )
 
 
-def _stencils(normal: Callable, scale: int) -> Iterator[Case]:
+def _stencils(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     size = 1024 // scale
     u = normal(size, size)
 
-    def case(name: str, operands: tuple, ours: Callable, plain: Callable) -> Case:
-        return Case(
+    def case(name: str, operands: tuple, ours: Callable, plain: Callable) -> CheckedCall:
+        return CheckedCall(
             operation="stencil", name=name, operands=operands, ours=ours, plain=plain,
             dtypes=("float32",),
         )  # fmt: skip
@@ -294,14 +298,14 @@ def _stencils(normal: Callable, scale: int) -> Iterator[Case]:
     speeds = 0.1 + 0.1 * np.abs(np.tanh(u))
     operands = (u, speeds, normal(_STEPS, len(at)))
     yield case("wave, sources and receivers", operands, of_wave, plain_wave)
-    yield Case(
+    yield CheckedCall(
         operation="halo_exchange",
         operands=(u,),
         ours=lambda wafer, u: wk.halo_exchange(u, 2, boundary="periodic", wafer=wafer),
         plain=lambda u: jnp.pad(u, 2, mode="wrap"),
         wafers=(ALONE, ONE_PE),
     )
-    yield Case(
+    yield CheckedCall(
         operation="halo_exchange",
         name="and crop",
         operands=(u,),
@@ -311,7 +315,7 @@ def _stencils(normal: Callable, scale: int) -> Iterator[Case]:
     )
 
 
-def _solvers(normal: Callable, scale: int) -> Iterator[Case]:
+def _solvers(normal: Callable, scale: int) -> Iterator[CheckedCall]:
     """Solves for `b`, applies the operator to the solution: that must be `b` again."""
     b = normal(256 // scale, 256 // scale)
 
@@ -327,13 +331,13 @@ def _solvers(normal: Callable, scale: int) -> Iterator[Case]:
 
     options: dict[str, Any] = {"tolerance": 1e-5, "max_iterations": 4000}
 
-    def case(operation: str, solve: Callable) -> Case:
+    def case(operation: str, solve: Callable) -> CheckedCall:
         def ours(wafer: Wafer | None, b: Any) -> Any:
             operator = functools.partial(laplacian, wafer=wafer)
             x, matrix = solve(operator, b)
             return matrix(x)
 
-        return Case(
+        return CheckedCall(
             operation=operation, operands=(b,), ours=ours, plain=lambda b: b, dtypes=("float32",)
         )
 

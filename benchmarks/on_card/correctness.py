@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import wsekern as wk
-from benchmarks.on_card.cases import ALONE, ONE_PE, VIRTUAL, Case, cases
+from benchmarks.on_card.cases import ALONE, ONE_PE, VIRTUAL, CheckedCall, cases
 from benchmarks.on_card.row import Row
 from benchmarks.on_card.session import Session
 from wsekern.wafer.wafer import Wafer
@@ -44,7 +44,9 @@ def run(session: Session) -> None:
     session.measure_together(checks, _COST, threads)
 
 
-def _choose(all_cases: Sequence[Case], small: bool) -> Iterator[tuple[Case, str, str]]:
+def _choose(
+    all_cases: Sequence[CheckedCall], small: bool
+) -> Iterator[tuple[CheckedCall, str, str]]:
     """What to check: a case, a dtype and a wafer.
 
     On a wafer of one PE the program is the one without a wafer, so one case of each operation is
@@ -64,7 +66,7 @@ def _choose(all_cases: Sequence[Case], small: bool) -> Iterator[tuple[Case, str,
 
 def _check(
     name: str,
-    case: Case,
+    case: CheckedCall,
     dtype: str,
     wafer: str,
     references: dict[tuple[str, str, str], list[np.ndarray]],
@@ -116,7 +118,7 @@ def _results(
 
 
 def _compare(
-    name: str, case: Case, dtype: str, results: list[np.ndarray], reference: list[np.ndarray]
+    name: str, case: CheckedCall, dtype: str, results: list[np.ndarray], reference: list[np.ndarray]
 ) -> Row:
     tolerance, of_worst = TOLERANCES[dtype]
     status, worst, notes = "done", 0.0, []

@@ -17,7 +17,7 @@ import pytest
 import wsekern as wk
 from benchmarks import card
 from benchmarks.on_card import correctness, race
-from benchmarks.on_card.cases import ALONE, VIRTUAL, Case, cases
+from benchmarks.on_card.cases import ALONE, VIRTUAL, CheckedCall, cases
 from benchmarks.on_card.row import Row, quantity
 from benchmarks.on_card.session import TERMINATED, Ceilings, Session, failure
 
@@ -67,7 +67,7 @@ def test_right_results_pass(operation, dtype, wafer):
 def wrong(change):
     """A case whose result is that of the reference, but for `change`."""
     x = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
-    return Case(
+    return CheckedCall(
         operation="tanh",
         operands=(x,),
         ours=lambda wafer, x: change(jnp.tanh(x)),

@@ -104,24 +104,32 @@ def _theirs(
     steps: dict[tuple[str, int], float],
 ) -> Iterator[Row]:
     try:
-        import torch
-
-        model = make_model()
-    except ImportError as error:
-        yield failure(_name(preset, batch), error, "transformers")
+        seconds = _their_step(make_model, _prompts(config, batch), _new(session))
+    except Exception as error:  # a peer that cannot be had here says nothing about wsekern
+        row = failure(_name(preset, batch), error, "transformers")
+        yield dataclasses.replace(row, status="missing")
         return
-    new = _new(session)
-    short = new // 4
-    prompts = torch.tensor(_prompts(config, batch)).long().to(model.device)
+    row = _row(session, config, preset, batch, "transformers", seconds)
+    ours = steps.get((preset, batch))
+    note = "" if ours is None else f"wsekern takes {ours / seconds:.2f} of its time"
+    yield dataclasses.replace(row, note=note)
 
-    def seconds_of(tokens: int) -> float:
+
+def _their_step(make_model: Callable[[], Any], tokens: np.ndarray, new: int) -> float:
+    """Seconds of a step of transformers: what `new` tokens take beyond a quarter of them."""
+    import torch
+
+    model = make_model()
+    prompts = torch.tensor(tokens).long().to(model.device)
+
+    def seconds_of(count: int) -> float:
         begun = time.perf_counter()
         with torch.inference_mode():
             model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
+                max_new_tokens=count,
+                min_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
             )
@@ -129,13 +137,10 @@ def _theirs(
             torch.cuda.synchronize()
         return time.perf_counter() - begun
 
+    short = new // 4
     seconds_of(short)
     apart = [(seconds_of(new) - seconds_of(short)) / (new - short) for _ in range(_REPEATS)]
-    seconds = max(statistics.median(apart), 1e-9)
-    row = _row(session, config, preset, batch, "transformers", seconds)
-    ours = steps.get((preset, batch))
-    note = "" if ours is None else f"wsekern takes {ours / seconds:.2f} of its time"
-    yield dataclasses.replace(row, note=note)
+    return max(statistics.median(apart), 1e-9)
 
 
 def _their_model(config: DecoderConfig) -> Any:

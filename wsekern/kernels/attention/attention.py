@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +86,9 @@ def attention(
 
     A PE's tiles are computed by a kernel for the platform that the program is compiled for: on a
     TPU by splash attention, from 128 rows a tile on, which in bfloat16 rounds the scaled queries
-    and each tile's gradients; on a GPU in 16 bits by cuDNN, where a row's keys make one tile; else,
-    and with a bias or a precision, by blocks in jnp. `attention.explain` says which, and why.
+    and each tile's gradients; on a GPU in 16 bits by cuDNN where a row's keys make one tile, else
+    by a Pallas kernel; else, and with a bias or a precision, by blocks in jnp. `attention.explain`
+    says which, and why.
 
     Segment ids travel with their rows. Gradients of `sinks`, and of a `bias` that is the same along
     an axis, end with an all-reduce along it.
@@ -141,7 +144,8 @@ def _run(
     by_platform = dict.fromkeys(platforms, options)
     if options.implementation == "auto" and "cpu" in platforms:
         by_platform["cpu"] = dataclasses.replace(options, implementation="xla")
-    runs, refusals = {}, []
+    runs: dict[str, Callable[..., Any]] = {}
+    refusals = []
     for platform, asked in by_platform.items():
         try:
             plan_attention(floats, segments, asked, None, platform)
@@ -149,7 +153,7 @@ def _run(
             refusals.append(error)
             continue
         run = functools.partial(_on_lowered, options=asked, platform=platform)
-        runs["cuda" if platform == "gpu" else platform] = run
+        runs["cuda" if platform == "gpu" else str(platform)] = run
     if not runs:
         raise refusals[0]
     ids = segments[:1] if segments.q is segments.k else segments
@@ -174,7 +178,13 @@ def _on_platform(
         return plain.plain_attention(floats, segments.q, options, plan)
     shape = floats.q.shape
     padded = operands.pad(floats, segments, plan.sizes, plan.order, wafer)
-    return operands.crop(_attention(*padded, plan, wafer), shape, wafer)
+    if plan.rule.implementation == "cudnn" and plan.order == "ulysses":
+        # cuDNN's own gradient reads the log-sum-exps of its forward pass. Ours cannot see them, and
+        # would run that again.
+        out, _ = _forward(*padded, plan, wafer, for_gradients=False)
+    else:
+        out = _attention(*padded, plan, wafer)
+    return operands.crop(out, shape, wafer)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -254,11 +264,14 @@ def _per_pe(
             running = zigzag.zigzag_attention(rows, keys, plan.rule)
         else:
             running = ring.ring_attention(rows, keys, plan.rule, plan.ring_tiles)
-        out, lse = tile.finish(running, sinks, floats.q.dtype)
+        result: tuple[Float[Array, "nq B K G c H"], Lse] = tile.finish(
+            running, sinks, floats.q.dtype
+        )
     else:
         needed = with_lse or not plan.rows_see_keys
         kind = _tile_kind(plan)
-        out, lse = vendor.attend(rows, keys, plan.rule, kind, sinks, with_lse=needed)
+        result = vendor.attend(rows, keys, plan.rule, kind, sinks, with_lse=needed)
+    out, lse = result
     out = _restore_order(tile.unblock_queries(out), plan)
     if not with_lse:
         return out, None

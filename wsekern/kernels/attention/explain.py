@@ -89,11 +89,10 @@ def explain(
     platform = platforms_of(wafer, q)[0]
     wafer = context.resolve(wafer)
     choice = plan_attention(floats, segments, asked, wafer, platform)
-    algorithm = "plain" if wafer is None else choice.plan.order
     candidates = {} if wafer is None else _candidates(floats, segments, asked, wafer, platform)
     return Explanation(
         operation="attention",
-        algorithm=algorithm,
+        algorithm="plain" if wafer is None else choice.plan.order,
         why=choice.why,
         wafer=wafer,
         by_auto=asked.algorithm == "auto",

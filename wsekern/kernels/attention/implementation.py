@@ -69,7 +69,7 @@ def choose_implementation(task: TileTask, asked: Implementation) -> tuple[Kernel
                 "that can"
             )
         return asked, f"tiles by {_IN_WORDS[asked]}: asked for"
-    reasons = []
+    reasons: list[str] = []
     for kernel in _PREFERRED.get(task.platform, ()):
         reason = refused(kernel, task)
         if not reason:
@@ -125,7 +125,15 @@ def _cudnn_refused(task: TileTask) -> str:
 
 
 def _pallas_refused(task: TileTask) -> str:
-    return "not there yet"
+    q = task.floats.q
+    if task.platform not in ("gpu", "cpu"):  # on a CPU it is interpreted, for tests
+        return f"it is a kernel for GPUs, and this is a {task.platform}"
+    # In float32 a GPU's tensor cores would round the operands.
+    if q.dtype not in (jnp.float16, jnp.bfloat16) and task.platform == "gpu":
+        return f"{q.dtype}, not 16 bits"
+    if q.shape[-1] > 128:
+        return f"heads of {q.shape[-1]}, more than 128"
+    return _too_few_rows(task) or _precision_refused(task)
 
 
 def _too_few_rows(task: TileTask) -> str:

@@ -263,7 +263,7 @@ def _choose_order(task: TileTask, options: AttentionOptions) -> tuple[Order, str
 def _choose_algorithm(task: TileTask, options: AttentionOptions, wafer: Wafer) -> tuple[str, str]:
     floats, k = task.floats, task.floats.k
     asked = options.implementation
-    if asked not in ("auto", "xla"):
+    if asked != "auto" and asked != "xla":
         return _algorithm_served_by(asked, task, options)
     gathered = 2 * k.size * k.dtype.itemsize
     gathered //= math.prod(wafer.axis_size(axis) for axis in (WAFERS, COLS))
@@ -294,7 +294,8 @@ def _algorithm_served_by(
     """The first algorithm whose tiles the kernel asked for serves."""
     assert task.wafer is not None
     ring: Order = "ring" if zigzag_refused(task.floats, options) else "zigzag"
-    for name, order in (("allgather", "allgather"), ("ulysses", "ulysses"), ("ring", ring)):
+    orders: dict[str, Order] = {"allgather": "allgather", "ulysses": "ulysses", "ring": ring}
+    for name, order in orders.items():
         impossible = order == "ulysses" and ulysses_refused(task.floats, task.wafer)
         if not impossible and not refused(kernel, dataclasses.replace(task, order=order)):
             return name, f"its tiles are served by {kernel}, which is asked for"

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from wsekern import fabric
-from wsekern.kernels.attention import splash, tile, tile_gradients
+from wsekern.kernels.attention import flash, splash, tile, tile_gradients
 from wsekern.kernels.attention.mask import LOWEST, Keys, Rows, Rule
 from wsekern.kernels.attention.tile_gradients import Gradients
 
 # "full": every query sees every key. "diagonal": query and key t of the tile have one position.
 TileKind = Literal["full", "diagonal", "any"]
 
-_KERNELS: dict[str, ModuleType] = {"splash": splash}
+_CUDNN: Literal["cudnn", "xla"] = "cudnn"  # jax.nn's name for it
+
+_KERNELS: dict[str, ModuleType] = {"splash": splash, "pallas": flash}
 
 
 def attend(
@@ -134,7 +136,7 @@ def _cudnn(
         scale=rule.scale,
         is_causal=kind == "diagonal",
         local_window_size=None if rule.window is None else (rule.window - 1, 0),
-        implementation="cudnn",
+        implementation=_CUDNN,
     )
 
 

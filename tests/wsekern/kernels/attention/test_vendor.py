@@ -1,4 +1,4 @@
-"""Tiles by splash attention, interpreted: every algorithm against one PE's blocks in jnp."""
+"""Tiles by the kernels of platforms, interpreted, against one PE's blocks in jnp."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import wsekern as wk
-from wsekern.kernels.attention import splash
+from wsekern.kernels.attention import implementation, splash, vendor
 
 # algorithm -> (grid, wafers, options, whether with segments and sinks)
 CASES = {
@@ -46,6 +46,7 @@ def with_gradients(run):
     return call
 
 
+@pytest.mark.parametrize("kernel", ["splash", "pallas"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -53,7 +54,7 @@ def with_gradients(run):
         for name, case in CASES.items()
     ],
 )
-def test_results_and_gradients_are_those_of_the_blocks(case):
+def test_results_and_gradients_are_those_of_the_blocks(case, kernel):
     algorithm, grid, options, more = case
     wafer = None if grid is None else wk.Wafer.devices(*grid)
     arrays, ids = operands(2, 300 if not options else 512 if algorithm == "ring" else 256, 4, 2, 8)
@@ -62,9 +63,28 @@ def test_results_and_gradients_are_those_of_the_blocks(case):
         extra = {"sinks": sinks, "segment_ids": ids} if more else {}
         return wk.attention(q, k, v, **extra, **options, **kind)
 
-    kind = {"implementation": "splash", "algorithm": algorithm, "wafer": wafer}
+    kind = {"implementation": kernel, "algorithm": algorithm, "wafer": wafer}
     got = with_gradients(functools.partial(attend, **kind))(*arrays)
     want = with_gradients(functools.partial(attend, implementation="xla"))(*arrays)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "causal"), [("ulysses", False), ("ulysses", True), ("allgather", False)]
+)
+def test_whole_tiles_of_cudnn_are_moved_rightly(monkeypatch, algorithm, causal):
+    """The path that cuDNN takes, with jax.nn's plain kernel in its place."""
+    monkeypatch.setattr(vendor, "_CUDNN", "xla")
+    monkeypatch.setattr(implementation, "_cudnn_refused", lambda task: "")
+    arrays, _ = operands(2, 32, 8, 4, 8)
+
+    def attend(q, k, v, sinks, **kind):
+        return wk.attention(q, k, v, causal=causal, **kind)
+
+    kind = {"implementation": "cudnn", "algorithm": algorithm, "wafer": wk.Wafer.devices(2, 2)}
+    got = with_gradients(functools.partial(attend, **kind))(*arrays)
+    want = with_gradients(attend)(*arrays)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=5e-6, rtol=1e-5)
 
@@ -77,10 +97,11 @@ def test_the_result_alone_computes_no_log_sum_exps():
     np.testing.assert_allclose(jax.jit(run)(q, k, v), wk.attention(q, k, v, causal=True), atol=2e-6)
 
 
-def test_a_row_that_sees_no_key_is_zero():
+@pytest.mark.parametrize("kernel", ["splash", "pallas"])
+def test_a_row_that_sees_no_key_is_zero(kernel):
     (q, k, v, *_), _ = operands(1, 128, 2, 2, 8)
     ids = jnp.zeros((1, 128), jnp.int32).at[:, :5].set(7), jnp.zeros((1, 128), jnp.int32)
-    run = functools.partial(wk.attention, segment_ids=ids, implementation="splash")
+    run = functools.partial(wk.attention, segment_ids=ids, implementation=kernel)
     out, pullback = jax.vjp(jax.jit(run), q, k, v)
     dq, *_ = pullback(jnp.ones_like(out))
     for x in (out, dq):
@@ -107,7 +128,7 @@ def test_bfloat16_is_as_near_as_its_digits():
 
 @pytest.mark.refuses
 @pytest.mark.parametrize(
-    ("implementation", "options", "message"),
+    ("asked", "options", "message"),
     [
         ("splash", {"bias": jnp.zeros((1, 1))}, "cannot serve: a bias"),
         ("splash", {"precision": "highest"}, "cannot serve: it cannot be told a precision"),
@@ -117,11 +138,11 @@ def test_bfloat16_is_as_near_as_its_digits():
         ("flash", {}, "implementation='flash' is not one of 'auto', 'xla', 'splash', 'cudnn'"),
     ],
 )
-def test_refuses_an_implementation_that_cannot_serve(implementation, options, message):
+def test_refuses_an_implementation_that_cannot_serve(asked, options, message):
     (q, k, v, *_), _ = operands(1, 256, 4, 2, 8)
     for call in (wk.attention, wk.attention.explain):
         with pytest.raises(ValueError, match=f"^attention: .*{message}"):
-            call(q, k, v, implementation=implementation, **options)
+            call(q, k, v, implementation=asked, **options)
 
 
 def test_explain_says_what_computes_the_tiles():

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from wsekern.kernels.attention.mask import LOWEST, Keys, Rows, Rule
 from wsekern.kernels.attention.operands import Described
@@ -336,7 +336,7 @@ class _Call:
         segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
         outputs: list[Spec],
         warps: int,
-    ) -> list[Array]:
+    ) -> list[Shaped[Array, "..."]]:
         pallas, triton = _pallas(), _triton()
         inputs = [(self.offset, pallas.BlockSpec((2,), lambda i, h, b: (0,))), *inputs]
         for ids in segments or ():

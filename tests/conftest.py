@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -90,6 +91,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    if importlib.util.find_spec("libtpu") is None:
+        for item in items:
+            if item.get_closest_marker("tpu"):
+                item.add_marker(pytest.mark.skip(reason="needs libtpu: the extra tpu"))
     if not config.getoption("--one-of-each"):
         return
     candidates: dict[tuple, list[pytest.Item]] = {}

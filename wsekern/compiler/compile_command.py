@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _compile(arguments: argparse.Namespace) -> bool:
     # No device of this machine is needed, and libtpu would look for TPUs.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
     from wsekern.compiler.compile import compile as compile_program
     from wsekern.estimator.pictures import output
     from wsekern.wafer.wafer import Wafer
@@ -82,10 +84,15 @@ def _compile(arguments: argparse.Namespace) -> bool:
     if arguments.shapes is not None:
         shapes = [parse_shape(text) for text in arguments.shapes]
     check_operands(arguments.program, function, shapes)
+    name = pathlib.Path(arguments.program).name
     with show_progress(f"wsekern compile: compiling for {arguments.target}"):
-        compilation = compile_program(
-            function, *shapes, wafer=wafer, name=pathlib.Path(arguments.program).name
-        )
+        try:
+            compilation = compile_program(function, *shapes, wafer=wafer, name=name)
+        except jax.errors.JaxRuntimeError as error:
+            lines = " ".join(str(error).split())
+            raise ValueError(
+                f"the compiler of {arguments.target} refuses {name}: {lines}"
+            ) from None
     if arguments.html is not None:
         compilation.html(arguments.html)
     if arguments.json:

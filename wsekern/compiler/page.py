@@ -67,10 +67,12 @@ def render_page(c: Compilation, title: str | None = None) -> str:
 
 
 def _cards(c: Compilation) -> str:
-    share = c.memory.total / c.chip.memory_bytes
-    fits = "of a chip's memory: " + ("it fits" if c.fits else "it does not fit")
-    used = f"{share:.1%}" if c.memory.total else "more"
-    cards = [("" if c.fits else "bad", used, fits)]
+    limit = report.size(c.chip.memory_bytes)
+    if c.fits:
+        cards = [("", f"{c.memory.total / c.chip.memory_bytes:.1%}", f"of a chip's {limit}")]
+    else:
+        needed = report.size(c.memory.total) if c.memory.total else "more"
+        cards = [("bad", needed, f"needed; a chip has {limit}")]
     if c.cost is not None:
         cards.append(("", report.seconds(c.cost.seconds), "modelled time"))
         if c.sent_bytes:

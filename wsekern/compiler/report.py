@@ -81,7 +81,8 @@ def _chips(c: Compilation) -> str:
     grid = f"{height}x{width}" if wafers == 1 else f"{wafers}x{height}x{width}"
     along: dict[str, list[str]] = {}
     for axis, link in (c.wafer.links or {}).items():
-        along.setdefault(str(link), []).append(axis)
+        if link.furthest:
+            along.setdefault(str(link), []).append(axis)
     text = "".join(f"; along {' and '.join(axes)} {link}" for link, axes in along.items())
     return f"{grid} of {c.chip.name}{text}"
 

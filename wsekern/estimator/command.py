@@ -223,7 +223,7 @@ def load_program(program: str) -> tuple[Callable, Sequence[Any]]:
         sys.path.remove(folder)
     function = names.get(name)
     if not callable(function):
-        functions = [n for n, v in names.items() if callable(v) and not n.startswith("_")]
+        functions = [n for n, v in names.items() if callable(v) and n != "SHAPES" and n[0] != "_"]
         near = difflib.get_close_matches(name, functions, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(functions)}"
         raise ValueError(f"{path} has no function {name!r}; {hint}")

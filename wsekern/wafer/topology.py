@@ -7,6 +7,7 @@ knows which of its sides wrap around, and lays a grid out on it so that neighbor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -45,7 +46,10 @@ _TPUS = {
 }
 _GPUS = {"h100": _Kind("H100 SXM", (1, 2, 3), None)}
 _KINDS = _TPUS | _GPUS
-_EXAMPLES = "v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:4x4x4, v4:2x2x2 (TPUs), h100:2x4 (GPUs)"
+_EXAMPLES = (
+    "v5e:4x4 (16 chips) to v5e:16x16 (256), v6e:4x4 to v6e:16x16, v5p:2x2x1 (4) to v5p:4x4x4 (64) "
+    "and more, tpu7x:4x4x4 (64, 128 devices), v4:4x4x4, and GPUs, h100:2x4 (8)"
+)
 
 # What XLA must know of a GPU, as the text of its GpuTargetConfigProto: NVIDIA's figures of an H100.
 _H100 = """
@@ -80,13 +84,13 @@ class Topology:
         """
         match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name.strip().lower())
         if match is None or match[1] not in _KINDS:
-            raise ValueError(f"topology {name!r} is not known; those that are: {_EXAMPLES}")
+            raise ValueError(f"topology {name!r} is not known; known are {_EXAMPLES}")
         kind, sides = _KINDS[match[1]], tuple(int(side) for side in match[2].split("x"))
         if len(sides) not in kind.sides or min(sides) < 1:
             dimensions = " or ".join(map(str, kind.sides))
             raise ValueError(
-                f"topology {name!r}: {kind.chip} is given {dimensions} sides of 1 chip or more, as "
-                f"in {_EXAMPLES}"
+                f"topology {name!r}: {kind.chip} is given {dimensions} sides of 1 chip or more; "
+                f"known are {_EXAMPLES}"
             )
         topology = cls(match[1], sides)
         if topology.size > _MOST_DEVICES:
@@ -278,18 +282,44 @@ def _tpus(topology: Topology) -> tuple[Any, ...]:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        with _flags_that_libtpu_knows() as hidden:
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology.name
+            ).devices
+            if hidden:  # it reads them when it compiles for the first time
+                where = jax.sharding.SingleDeviceSharding(found[0])
+                number = jax.ShapeDtypeStruct((), "float32", sharding=where)
+                jax.jit(lambda x: x).lower(number).compile()
     except Exception as error:
         if "INVALID_ARGUMENT" in str(error):
             raise ValueError(
-                f"topology {topology.name!r} is not one that libtpu knows ({error}); those that "
-                f"are: {_EXAMPLES}"
+                f"topology {topology.name!r} is not one that libtpu knows ({error}); known "
+                f"are {_EXAMPLES}"
             ) from None
         raise ImportError(
             f"libtpu {importlib.metadata.version('libtpu')} cannot make {topology.name} with jax "
             f"{jax.__version__} ({error}); pip install -U '{_libtpu_wanted()}'"
         ) from error
     return tuple(found)
+
+
+@contextlib.contextmanager
+def _flags_that_libtpu_knows() -> Iterator[bool]:
+    """Hides XLA's flags for other platforms, on which libtpu would end the process.
+
+    Gives whether there are any.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    others = ("--xla_cpu_", "--xla_gpu_")
+    kept = [flag for flag in flags.split() if not flag.startswith(others)]
+    if len(kept) == len(flags.split()):
+        yield False
+        return
+    os.environ["XLA_FLAGS"] = " ".join(kept)
+    try:
+        yield True
+    finally:
+        os.environ["XLA_FLAGS"] = flags
 
 
 def _check_libtpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -23,6 +24,7 @@ from wsekern.estimator.trace import line_of_frames
 from wsekern.hardware import WSE3, Accelerator, accelerator
 from wsekern.wafer import context, layout
 from wsekern.wafer.specs import axes_of
+from wsekern.wafer.topology import kept_out_of_cache
 from wsekern.wafer.wafer import Wafer
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -73,7 +75,8 @@ def compile(  # noqa: A001  the field's word for it
         trace_seconds = time.perf_counter() - began
         began = time.perf_counter()
         try:
-            executable, refusal = lowered.compile(), ""
+            with kept_out_of_cache() if wafer.compile_only else contextlib.nullcontext():
+                executable, refusal = lowered.compile(), ""
         except jax.errors.JaxRuntimeError as error:
             if _OUT_OF_MEMORY not in str(error):
                 raise

@@ -259,6 +259,21 @@ def find_devices(topology: Topology, grid: tuple[int, int, int]) -> np.ndarray:
     return np.array(chosen, object).reshape(grid)
 
 
+@contextlib.contextmanager
+def kept_out_of_cache() -> Iterator[None]:
+    """Compiles without writing to JAX's cache on disk.
+
+    It would keep a program for chips that are not there, and could not read it again.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 def is_compile_only(device: Any) -> bool:
     """Whether a device exists for a compiler only, so that no program runs on it."""
     return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
@@ -289,7 +304,8 @@ def _tpus(topology: Topology) -> tuple[Any, ...]:
             if hidden:  # it reads them when it compiles for the first time
                 where = jax.sharding.SingleDeviceSharding(found[0])
                 number = jax.ShapeDtypeStruct((), "float32", sharding=where)
-                jax.jit(lambda x: x).lower(number).compile()
+                with kept_out_of_cache():
+                    jax.jit(lambda x: x).lower(number).compile()
     except Exception as error:
         if "INVALID_ARGUMENT" in str(error):
             raise ValueError(

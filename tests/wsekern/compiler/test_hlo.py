@@ -50,9 +50,9 @@ def test_a_line_break_in_the_metadata_of_a_kernel_ends_no_instruction():
         '}}, metadata={op_name="jit(f)/pallas_call" stack_frame_id=7}\n'
         "}\n"
     )
-    kernel = hlo.parse(text).main.by_name["splash.1"]
-    assert kernel.target == "tpu_custom_call" and kernel.operands == ("a",)
-    assert kernel.operation == "jit(f)/pallas_call" and kernel.frame == 7
+    call = hlo.parse(text).main.by_name["splash.1"]
+    assert call.target == "tpu_custom_call" and call.operands == ("a",)
+    assert call.operation == "jit(f)/pallas_call" and call.frame == 7
 
 
 def test_formats_below_a_byte_count_as_parts_of_one():

@@ -16,7 +16,7 @@ def compiler(limit):
 @pytest.mark.parametrize("start", [1, 16, 200])
 def test_the_largest_size_that_fits_is_found(limit, start):
     size, tried = largest_that_fits(compiler(limit), start)
-    assert size == limit and len(tried) < 24
+    assert size is not None and size == limit and len(tried) < 24
     assert tried[size].fits and not tried[size + 1].fits
 
 

@@ -145,6 +145,7 @@ def _attention(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
     from jax.sharding import PartitionSpec as P
 
     import wsekern as wk
+    from benchmarks import public_ring, public_splash
 
     split = wafer.sharding(P(None, "y", "x", None))
     alone = functools.partial(jax.nn.dot_product_attention, is_causal=True)
@@ -160,7 +161,12 @@ def _attention(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
             for name in ("auto", "ring", "ulysses", "allgather")
         }
         text = f"causal attention, {length} tokens, 32 heads (8 of keys) of 128"
-        functions = {"jit alone": constrained} | ours
+        peers: dict[str, Callable] = {"jit alone": constrained}
+        if wafer.platform == "tpu":
+            peers["JAX's splash attention"] = public_splash.find(wafer, length, 32, 8)
+        if (ring := public_ring.find(wafer, causal=True)) is not None:
+            peers["ringattention"] = functools.partial(_with_all_heads, ring)
+        functions = peers | ours
         yield (
             text,
             {name: lambda f=f, q=q, k=k: (f, (q, k, k), {}) for name, f in functions.items()},
@@ -174,12 +180,21 @@ def _attention(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
         )
 
 
+def _with_all_heads(function: Callable, q: Any, k: Any, v: Any) -> Any:
+    """Attention with keys and values repeated for the queries that share a head of them."""
+    import jax.numpy as jnp
+
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    return function(q, k, v)
+
+
 def _decode(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
 
     import wsekern as wk
+    from models.planning.compiled import lay_out_cache
 
     def ours(cache: wk.KVCache, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         cache = cache.append(k, v)
@@ -204,9 +219,8 @@ def _decode(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
         def cache(keys: Any = keys) -> Any:
             B, S, K, H = keys.shape
             sizes = {"batch": B, "capacity": S, "kv_heads": K, "head_size": H, "heads": 32}
-            return jax.eval_shape(
-                lambda: wk.KVCache.empty(**sizes, dtype=jnp.bfloat16, wafer=wafer)
-            )
+            empty = functools.partial(wk.KVCache.empty, **sizes, dtype=jnp.bfloat16, wafer=wafer)
+            return lay_out_cache(jax.eval_shape(empty), wafer)
 
         yield f"decoding, {batch} sequences, room for {length}", {
             "jit alone": lambda keys=keys, q=q, k=k, at=at: (
@@ -224,7 +238,7 @@ def _stencil(wafer: Wafer) -> Iterator[Any]:
     from jax.sharding import PartitionSpec as P
 
     import wsekern as wk
-    from benchmarks import plain_stencil
+    from benchmarks import plain_stencil, public_halo
 
     field = jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=wafer.sharding(P("y", "x")))
     for name in ("5-point", "9-point"):
@@ -233,13 +247,15 @@ def _stencil(wafer: Wafer) -> Iterator[Any]:
         ours = functools.partial(
             wk.stencil, update=update, radius=1, boundary="periodic", steps=100
         )
-        yield (
-            f"{name} stencil, 8192^2, 100 steps",
-            {
-                "jnp.roll under jit": lambda f=roll: (f, (field,), {"donate_argnums": (0,)}),
-                "wk.stencil": lambda f=ours: (f, (field,), {"donate_argnums": (0,)}),
-            },
-        )
+        functions: dict[str, Callable] = {"jnp.roll under jit": roll}
+        if (public := public_halo.step_by_exchange(wafer, name, 100, 1)) is not None:
+            functions["jaxdecomp"] = public
+        functions["wk.stencil"] = ours
+        candidates = {
+            candidate: lambda f=f: (f, (field,), {"donate_argnums": (0,)})
+            for candidate, f in functions.items()
+        }
+        yield f"{name} stencil, 8192^2, 100 steps", candidates
 
 
 def _training(wafer: Wafer, presets: tuple[str, ...]) -> Iterator[Any]:

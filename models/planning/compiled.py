@@ -134,12 +134,12 @@ def program(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state
     )
     if inside is not None:
-        caches = [_laid_out(cache, wafer) for cache in state.caches]
+        caches = [lay_out_cache(cache, wafer) for cache in state.caches]
         state = dataclasses.replace(state, caches=caches)
     return run_decode, (params, state, key, ends)
 
 
-def _laid_out(cache: wk.KVCache, wafer: wk.Wafer) -> wk.KVCache:
+def lay_out_cache(cache: wk.KVCache, wafer: wk.Wafer) -> wk.KVCache:
     """The shapes of a cache with the shardings that it has on a wafer."""
 
     def shape(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:

@@ -125,7 +125,7 @@ def _laid_out(leaf: Any, wafer: Wafer) -> jax.ShapeDtypeStruct:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
     shape = np.shape(leaf)
     if not on_mesh and (sharding is None or isinstance(leaf, jax.Array)):
-        spec = layout.tiled(len(shape)) if len(shape) > 1 else P()
+        spec = layout.tiled(len(shape)) if len(shape) > 1 else P(*[None] * len(shape))
         sharding = wafer.sharding(_dividing(spec, shape, wafer))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 

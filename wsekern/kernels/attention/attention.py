@@ -297,8 +297,17 @@ def _per_pe_gradients(
         grads = ring.ring_gradients(rows, keys, plan.rule, plan.ring_tiles)
     else:
         grads = vendor.gradients(rows, keys, plan.rule, _tile_kind(plan))
-    dkv = _sum_at_home(grads.dkv, plan) if plan.order == "allgather" else grads.dkv
-    dk, dv = tile.unblock_keys(dkv.astype(floats.k.dtype))
+    if isinstance(grads.dkv, tuple):
+        dk, dv = grads.dkv[0]
+        if plan.order == "allgather":
+            dk, dv = _sum_at_home(dk), _sum_at_home(dv)
+        dk, dv = (x.swapaxes(1, 2).astype(floats.k.dtype) for x in (dk, dv))
+    else:
+        dkv = grads.dkv
+        if plan.order == "allgather":
+            dkv = tile.split_blocks(dkv, plan.k_blocks * fabric.axis_size(ROWS))
+            dkv = fabric.reduce_scatter(dkv, ROWS)
+        dk, dv = tile.unblock_keys(dkv.astype(floats.k.dtype))
     # The queries were scaled before the products, so their gradient is scaled after them.
     dq = vendor.gradient_of_queries(grads, plan.rule) * plan.query_scale
     dq = dq.astype(floats.q.dtype)
@@ -337,12 +346,7 @@ def _start(
     q, k, v, dout, delta = moved
     if plan.query_scale != 1:
         q = q * plan.query_scale
-    kv = tile.block_keys(k, v, plan.k_blocks)
-    k_segments = operands.block_segments(segments.k, plan.k_blocks)
-    if plan.order == "allgather":
-        kv, k_segments = fabric.all_gather((kv, k_segments), ROWS)
-        kv, k_segments = _merge_gathered(kv, k_segments, plan.k_block)
-    heads = kv.shape[3]
+    heads = k.shape[2]
     block = functools.partial(tile.block_queries, kv_heads=heads, blocks=plan.q_blocks)
 
     def block_rows(x: Float[Array, "B Tt Nt"] | None) -> Float[Array, "nq B K G c"] | None:
@@ -358,7 +362,28 @@ def _start(
         block_rows(None if lse is None else lse.transpose(0, 2, 1)),
         block_rows(delta),
     )
-    return rows, Keys(kv, tile.block_starts(kv, 0), k_segments)
+    return rows, _start_keys(k, v, segments.k, plan)
+
+
+def _start_keys(
+    k: Float[Array, "B St Kt H"],
+    v: Float[Array, "B St Kt H"],
+    segments: Int[Array, "B St"] | None,
+    plan: AttentionPlan,
+) -> Keys:
+    if plan.whole_tiles and not plan.merges:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if plan.order == "allgather":
+            k, v = fabric.all_gather((k, v), ROWS, 2)
+            segments = fabric.all_gather(segments, ROWS, 1)
+        start = jnp.zeros(1, jnp.int32)
+        return Keys(((k, v),), start, operands.block_segments(segments, 1))
+    kv = tile.block_keys(k, v, plan.k_blocks)
+    of_blocks = operands.block_segments(segments, plan.k_blocks)
+    if plan.order == "allgather":
+        kv, of_blocks = fabric.all_gather((kv, of_blocks), ROWS)
+        kv, of_blocks = _merge_gathered(kv, of_blocks, plan.k_block)
+    return Keys(kv, tile.block_starts(kv, 0), of_blocks)
 
 
 def _restore_order(tiles: zigzag.Tree, plan: AttentionPlan) -> zigzag.Tree:
@@ -377,17 +402,15 @@ def _tile_kind(plan: AttentionPlan) -> vendor.TileKind:
     return "diagonal" if exact else "any"
 
 
-def _sum_at_home(
-    dkv: Float[Array, "_ 2 B K _ H"], plan: AttentionPlan
-) -> Float[Array, "nk 2 B K s H"]:
-    """The gradient of a PE's own tile of keys, from every PE's gradient of all gathered ones."""
-    dkv = tile.split_blocks(dkv, plan.k_blocks * fabric.axis_size(ROWS))
-    if dkv.dtype == jnp.float32:
-        return fabric.reduce_scatter(dkv, ROWS)
+def _sum_at_home(x: Float[Array, "B K _ H"]) -> Float[Array, "B K s H"]:
+    """The sum over PEs of the rows that this PE owns, in float32, where each PE has all rows."""
+    if x.dtype == jnp.float32:
+        return fabric.reduce_scatter(x, ROWS, 2)
     # A reduce-scatter would round each partial sum to 16 bits. The same bytes, summed afterwards.
-    parts = fabric.all_to_all(dkv, ROWS, 0, 0)
-    parts = parts.reshape(fabric.axis_size(ROWS), plan.k_blocks, *dkv.shape[1:])
-    return parts.astype(jnp.float32).sum(0)
+    B, K, S, H = x.shape
+    p = fabric.axis_size(ROWS)
+    parts = x.reshape(B, K, p, S // p, H).transpose(2, 0, 1, 3, 4)
+    return fabric.all_to_all(parts, ROWS, 0, 0).astype(jnp.float32).sum(0)
 
 
 def _merge_gathered(

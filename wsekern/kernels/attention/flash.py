@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from wsekern.kernels.attention.mask import LOWEST, Keys, Rows, Rule
+from wsekern.kernels.attention.mask import LOWEST, Keys, KeysAndValues, Rows, Rule
 from wsekern.kernels.attention.operands import Described
-from wsekern.kernels.attention.tile_gradients import Gradients
 
 Spec = tuple[Any, Any]  # an array, and the part of it that a program gets
 Slice = Any  # of rows or keys, as Pallas takes it
@@ -67,7 +66,9 @@ def attend(
     return out, lse[None] if with_lse else None
 
 
-def gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
+def gradients(
+    rows: Rows, keys: Keys, rule: Rule
+) -> tuple[Float[Array, "1 B K G c H"], KeysAndValues]:
     """What one tile of queries and one of keys add to the gradients, rounded to their dtype.
 
     The rows' log-sum-exps and deltas are those over all their keys, in this tile and in others.
@@ -97,7 +98,7 @@ def gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
         warps=4,
     )
     size = rows.q.shape[-1]
-    return Gradients(dq[None, ..., :size], jnp.stack([dk, dv])[None, ..., :size], None)
+    return dq[None, ..., :size], (dk[..., :size], dv[..., :size])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,10 +305,11 @@ class _Call:
         segments = None
         if rows.segments is not None and keys.segments is not None:
             segments = rows.segments[0], keys.segments[0]
+        k, v = keys.kv[0]
         return cls(
             q=_pad_heads(rows.q[0]),
-            k=_pad_heads(keys.kv[0, 0]),
-            v=_pad_heads(keys.kv[0, 1]),
+            k=_pad_heads(k),
+            v=_pad_heads(v),
             segments=segments,
             offset=jnp.stack([rows.start[0] - first, limit]).astype(jnp.int32),
             rule=rule,

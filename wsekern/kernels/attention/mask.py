@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -66,10 +66,17 @@ class Rows(NamedTuple):
     delta: Float[Array, "nq B K G c"] | None = None  # dot product of the result and `dout`
 
 
-class Keys(NamedTuple):
-    """Keys and values as one array, in nk blocks."""
+KeysAndValues = tuple[Float[Array, "B K s H"], Float[Array, "B K s H"]]
 
-    kv: Float[Array, "nk 2 B K s H"]
+
+class Keys(NamedTuple):
+    """Keys and values in nk blocks, `[nk, 2, B, K, s, H]`.
+
+    They are one array, so that one send moves both. A Pallas kernel takes each alone: of a tile
+    that does not travel, `kv` is `((keys, values),)`, which spares the copies.
+    """
+
+    kv: Any
     start: Int[Array, " nk"]  # position of each block's first key
     segments: Int[Array, "nk B s"] | None = None
 

@@ -107,6 +107,11 @@ class AttentionPlan:
         return self.order in ("ring", "zigzag")
 
     @property
+    def whole_tiles(self) -> bool:
+        """Whether a tile is one block, which a Pallas kernel cuts by itself."""
+        return self.rule.implementation in ("splash", "pallas")
+
+    @property
     def gives_lse(self) -> bool:
         """Whether the kernel gives the rows' log-sum-exps; if not, the gradient needs none."""
         return self.rule.implementation != "cudnn"

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from wsekern.kernels.attention.mask import LOWEST, Keys, Rows, Rule
-from wsekern.kernels.attention.tile_gradients import Gradients
+from wsekern.kernels.attention.mask import LOWEST, Keys, KeysAndValues, Rows, Rule
 
 LANES = 128  # rows of a block are a multiple of this
 
@@ -75,7 +74,9 @@ def attend(
     return out.reshape(rows.q.shape), lse.reshape(rows.q.shape[:-1])
 
 
-def gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
+def gradients(
+    rows: Rows, keys: Keys, rule: Rule
+) -> tuple[Float[Array, "1 B K G c H"], KeysAndValues]:
     """What one tile of queries and one of keys add to the gradients, rounded to their dtype.
 
     The rows' log-sum-exps and deltas are those over all their keys, in this tile and in others.
@@ -111,7 +112,7 @@ def gradients(rows: Rows, keys: Keys, rule: Rule) -> Gradients:
     operands = q, k, v, _segments(rows, keys, rule), None, lse, dout, delta
     dq = jax.vmap(dq_of)(*operands)
     _, dk, dv = jax.vmap(dkv_of)(*operands)
-    return Gradients(dq.reshape(rows.q.shape), jnp.stack([dk, dv])[None], None)
+    return dq.reshape(rows.q.shape), (dk, dv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,12 @@ def _operands(
     rows: Rows, keys: Keys
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
     _, B, K, G, T, H = rows.q.shape
-    return rows.q.reshape(B, K * G, T, H), keys.kv[0, 0], keys.kv[0, 1]
+    k, v = keys.kv[0]
+    return rows.q.reshape(B, K * G, T, H), k, v
+
+
+def _length(keys: Keys) -> int:
+    return keys.kv[0][0].shape[-2]
 
 
 def _segments(rows: Rows, keys: Keys, rule: Rule) -> Any:
@@ -170,8 +176,8 @@ def _segments(rows: Rows, keys: Keys, rule: Rule) -> Any:
     if of_rows is None and rule.keys is None:
         return None
     if of_rows is None or of_keys is None:
-        B, T, S = rows.q.shape[1], rows.q.shape[-2], keys.kv.shape[-2]
-        of_rows, of_keys = jnp.zeros((1, B, T), jnp.int32), jnp.zeros((1, B, S), jnp.int32)
+        B, T = rows.q.shape[1], rows.q.shape[-2]
+        of_rows, of_keys = (jnp.zeros((1, B, n), jnp.int32) for n in (T, _length(keys)))
     of_rows, of_keys = of_rows[0].astype(jnp.int32), of_keys[0].astype(jnp.int32)
     if rule.keys is not None:
         position = keys.start[0] + jnp.arange(of_keys.shape[1])
@@ -184,7 +190,7 @@ def _mask_of_rows(rows: Rows, keys: Keys, rule: Rule, blocks: _Blocks) -> Any:
     """Which blocks of keys each block of rows meets, for the result and the gradient of queries."""
     if not rule.causal:
         return _no_mask()
-    T, S = rows.q.shape[-2], keys.kv.shape[-2]
+    T, S = rows.q.shape[-2], _length(keys)
     n, length = S // blocks.k, blocks.q
     first = rows.start[0] - keys.start[0] + jnp.arange(0, T, length)
     last_seen = jnp.minimum((first + length - 1) // blocks.k, n - 1)
@@ -205,7 +211,7 @@ def _mask_of_keys(rows: Rows, keys: Keys, rule: Rule, blocks: _Blocks) -> Any:
     """Which blocks of rows each block of keys meets, for the gradient of keys and values."""
     if not rule.causal:
         return _no_mask()
-    T, S = rows.q.shape[-2], keys.kv.shape[-2]
+    T, S = rows.q.shape[-2], _length(keys)
     n, length = T // blocks.q, blocks.k
     first = keys.start[0] - rows.start[0] + jnp.arange(0, S, length)
     first_seen = jnp.maximum(first // blocks.q, 0)

@@ -7,7 +7,7 @@ Faster Attention with Better Parallelism and Work Partitioning", 2023.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
     """Sums of gradients so far, in float32."""
 
     dq: Float[Array, "nq B K H G c"]  # transposed, as the product that makes it leaves it
-    dkv: Float[Array, "nk 2 B K s H"]
+    dkv: Any  # as `Keys.kv`
     dbias: Float[Array, "nq _ _ _ _ _"] | None
 
 

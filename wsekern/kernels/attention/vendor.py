@@ -79,20 +79,22 @@ def add_gradients(sums: Gradients, rows: Rows, keys: Keys, rule: Rule, kind: Til
     rule = _rule_of(rule, kind)
     if rule.implementation not in _KERNELS:
         return tile_gradients.add(sums, rows, keys, rule)
-    new = _KERNELS[rule.implementation].gradients(rows, keys, rule)
-    dq, dkv = (x.astype(jnp.float32) for x in (new.dq, new.dkv))
-    return Gradients(sums.dq + dq, sums.dkv + dkv, None)
+    dq, dkv = _KERNELS[rule.implementation].gradients(rows, keys, rule)
+    dkv = jnp.stack(dkv)[None].astype(jnp.float32)
+    return Gradients(sums.dq + dq.astype(jnp.float32), sums.dkv + dkv, None)
 
 
 def gradients(rows: Rows, keys: Keys, rule: Rule, kind: TileKind) -> Gradients:
     """The gradients of queries and of the only tile of keys that they see.
 
-    A platform's kernel gives them in the operands' dtype, our own blocks in float32.
+    A platform's kernel gives them in the operands' dtype, our own blocks in float32. A Pallas
+    kernel gives those of keys and of values apart, as it takes them.
     """
     if rule.implementation == "cudnn":
         return _by_cudnn_gradients(rows, keys, rule, kind)
     if rule.implementation in _KERNELS:
-        return _KERNELS[rule.implementation].gradients(rows, keys, _rule_of(rule, kind))
+        dq, dkv = _KERNELS[rule.implementation].gradients(rows, keys, _rule_of(rule, kind))
+        return Gradients(dq, (dkv,), None)
     return add_gradients(tile_gradients.zero_gradients(rows, keys), rows, keys, rule, kind)
 
 

@@ -134,8 +134,11 @@ def _append_one(kv: KV, new: _Entry, before: Lengths, after: Lengths, balance: B
 
 def _entries(kv: KV, slot: Int[Array, " B"]) -> _Entry:
     """What one slot of each sequence holds."""
-    take = jax.vmap(lambda x, slot: lax.dynamic_index_in_dim(x, slot, 1, keepdims=False))
-    return jnp.stack([take(x, slot) for x in kv])
+    B, K, slots, H = kv[0].shape
+    # As rows of a matrix. Gathered in four dimensions, a TPU would bring the heads together first,
+    # and copy the whole cache for it.
+    rows = (jnp.arange(B)[:, None] * K + jnp.arange(K)[None]) * slots + slot[:, None]
+    return jnp.stack([jnp.take(x.reshape(-1, H), rows, axis=0, mode="clip") for x in kv])
 
 
 def _write(x: Slots, entry: Float[Array, "B K H"], slot: Int[Array, " B"]) -> Slots:

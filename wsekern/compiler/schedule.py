@@ -109,6 +109,8 @@ def price(
 
 
 class _Walk:
+    """The costs of a program's computations, each of which is walked once."""
+
     def __init__(
         self,
         program: Program,
@@ -119,126 +121,16 @@ class _Walk:
     ) -> None:
         self.program, self.mesh, self.chip = program, mesh, chip
         self.user_line, self.kernel_flops = user_line, kernel_flops
-        self.rate = chip.link_bytes_per_second or float("inf")
         self.costs: dict[str, Cost] = {}
 
     def cost(self, computation: Computation) -> Cost:
+        """The cost of one run of a computation."""
         if computation.name not in self.costs:
-            self.costs[computation.name] = self._run(computation)
+            self.costs[computation.name] = _Run(self, computation).to_the_end()
         return self.costs[computation.name]
 
-    def _run(self, computation: Computation) -> Cost:
-        cost, clock = Cost(), _Clock()
-        for one in computation.instructions:
-            if one.opcode == "while":
-                self._loop(cost, clock, computation, one)
-            elif one.opcode == "conditional":
-                branches = [self.cost(inner) for _, inner in self.program.called(one)]
-                if branches:
-                    self._inner(cost, clock, max(branches, key=lambda branch: branch.seconds), 1)
-            elif one.opcode == "call":
-                for _, inner in self.program.called(one):
-                    self._inner(cost, clock, self.cost(inner), 1)
-            elif not self._transfer(cost, clock, computation, one):
-                self._compute(cost, clock, computation, one)
-        for transfer in clock.pending.values():  # nothing says when it must have arrived
-            self._note(cost, computation, transfer.transfer, 0.0)
-        return cost
-
-    def _inner(self, cost: Cost, clock: _Clock, inner: Cost, times: float) -> None:
-        cost.add(inner, times)
-        clock.now += times * inner.seconds
-
-    def _loop(self, cost: Cost, clock: _Clock, computation: Computation, one: Instruction) -> None:
-        body = dict(self.program.called(one)).get("body")
-        if body is None:
-            return
-        trips = trip_count(self.program, computation, one)
-        if trips is None:
-            cost.unknown_loops.add(self._place(computation, one))
-        self._inner(cost, clock, self.cost(body), 1 if trips is None else trips)
-
-    def _transfer(
-        self, cost: Cost, clock: _Clock, computation: Computation, one: Instruction
-    ) -> bool:
-        """Whether the instruction is a transfer, or its end; its time is then counted."""
-        inside = [inner for _, inner in self.program.called(one)]
-        targets = {each.target for inner in inside for each in inner.instructions}
-        collective = next((e for i in inside for e in i.instructions if kind_of(e)), None)
-        chain = "" if collective is None else _chain(collective)
-        if one.opcode.endswith("-done") or "AsyncCollectiveDone" in targets:
-            started = clock.pending.pop(chain or next(iter(one.operands), ""), None)
-            if started is not None:
-                waited = max(0.0, started.end - clock.now)
-                clock.now += waited
-                self._note(cost, computation, started.transfer, waited, one)
-            if "AsyncCollectiveDone" in targets:  # what else the fusion does
-                self._compute(cost, clock, computation, one)
-            return True
-        starts = one.opcode.endswith("-start") or "AsyncCollectiveStart" in targets
-        middle = chain in clock.pending if chain else False
-        if middle or (collective is not None and one.opcode == "fusion" and not starts):
-            # A fusion that works while the transfer of its chain goes on.
-            if not middle and collective is not None:
-                self._start(cost, clock, computation, one, one.name, waits=True)
-            self._compute(cost, clock, computation, one)
-            return True
-        if kind_of(one) is None and not (starts and collective is not None):
-            return False
-        self._start(cost, clock, computation, one, chain or one.name, waits=not starts)
-        if "AsyncCollectiveStart" in targets:
-            self._compute(cost, clock, computation, one)
-        return True
-
-    def _start(
-        self, cost: Cost, clock: _Clock, computation: Computation, one: Instruction, key: str,
-        waits: bool,
-    ) -> None:  # fmt: skip
-        transfer = transfer_of(self.program, computation, one, self.mesh, self.rate)
-        assert transfer is not None
-        begin = max([clock.now, *(clock.free.get(link, 0.0) for link in transfer.links)])
-        end = begin + transfer.seconds
-        clock.free |= dict.fromkeys(transfer.links, end)
-        if waits:
-            waited, clock.now = end - clock.now, end
-            self._note(cost, computation, transfer, waited, one)
-        else:
-            clock.pending[key] = _Pending(transfer, end)
-
-    def _note(
-        self, cost: Cost, computation: Computation, transfer: Transfer, waited: float,
-        one: Instruction | None = None,
-    ) -> None:  # fmt: skip
-        sent = cost.sent.setdefault(Key(transfer.kind, transfer.axes), Sent())
-        sent.count += 1
-        sent.bytes += transfer.bytes
-        share = min(1.0, waited / transfer.seconds) if transfer.seconds else 0.0
-        sent.waited_bytes += share * transfer.bytes
-        sent.waited_seconds += waited
-        cost.waited_seconds += waited
-        if waited and one is not None:
-            place = self._place(computation, one, transfer.kind)
-            cost.places[place] = cost.places.get(place, 0.0) + waited
-
-    def _compute(
-        self, cost: Cost, clock: _Clock, computation: Computation, one: Instruction
-    ) -> None:
-        work = work_of(self.program, computation, one, self.chip, self.kernel_flops)
-        if work is None:
-            return
-        clock.now += work.seconds
-        if work.kernel:
-            cost.kernels[work.kernel] += 1
-            cost.kernel_seconds += work.seconds
-            if work.lacks_flops:
-                cost.unpriced[work.kernel] += 1
-        else:
-            cost.fusion_seconds += work.seconds
-            cost.cycles += work.cycles
-        place = self._place(computation, one, work.kernel)
-        cost.places[place] = cost.places.get(place, 0.0) + work.seconds
-
-    def _place(self, computation: Computation, one: Instruction, name: str = "") -> Place:
+    def place(self, computation: Computation, one: Instruction, name: str = "") -> Place:
+        """The operation that an instruction belongs to, called `name` if that is given."""
         named = self._named(one)
         operation = named.operation.rsplit("/", 1)[-1] or named.opcode
         reader: Instruction | None = one
@@ -269,13 +161,119 @@ class _Pending(NamedTuple):
     end: float
 
 
-class _Clock:
-    """The time in one run of a computation, and when each link is free again."""
+class _Run:
+    """One run of a computation: the time so far, and which links are taken until when."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.free: dict[tuple[str, int], float] = {}
+    def __init__(self, walk: _Walk, computation: Computation) -> None:
+        self.walk, self.computation = walk, computation
+        self.cost, self.now = Cost(), 0.0
+        self.free: dict[tuple[str, int], float] = {}  # when a link is free again
         self.pending: dict[str, _Pending] = {}
+
+    def to_the_end(self) -> Cost:
+        """The cost of the whole run."""
+        for one in self.computation.instructions:
+            inner = [computation for _, computation in self.walk.program.called(one)]
+            if one.opcode == "while":
+                self._loop(one)
+            elif one.opcode == "conditional" and inner:
+                branches = map(self.walk.cost, inner)
+                self._add(max(branches, key=lambda branch: branch.seconds), 1)
+            elif one.opcode == "call" and inner:
+                self._add(self.walk.cost(inner[0]), 1)
+            else:
+                self._step(one, inner)
+        for key in list(self.pending):  # they arrive before the next run begins
+            self._arrive(key, None)
+        return self.cost
+
+    def _loop(self, one: Instruction) -> None:
+        body = dict(self.walk.program.called(one)).get("body")
+        if body is None:
+            return
+        trips = trip_count(self.walk.program, self.computation, one)
+        if trips is None:
+            self.cost.unknown_loops.add(self.walk.place(self.computation, one))
+        self._add(self.walk.cost(body), 1 if trips is None else trips)
+
+    def _add(self, inner: Cost, times: float) -> None:
+        self.cost.add(inner, times)
+        self.now += times * inner.seconds
+
+    def _step(self, one: Instruction, inner: list[Computation]) -> None:
+        """An instruction that computes, moves, or does both.
+
+        A TPU's asynchronous collective may be a chain of fusions, in each of which the collective
+        stands: the first ends with "AsyncCollectiveStart", the last with "AsyncCollectiveDone", and
+        those between work while it goes on.
+        """
+        inside = [each for computation in inner for each in computation.instructions]
+        targets = {each.target for each in inside}
+        collective = next((each for each in inside if kind_of(each)), None)
+        key = one.name if collective is None else _chain(collective) or one.name
+        if one.opcode.endswith("-done"):
+            self._arrive(next(iter(one.operands), ""), one)
+        elif "AsyncCollectiveDone" in targets:
+            self._arrive(key, one)
+            self._compute(one)
+        elif "AsyncCollectiveStart" in targets:
+            self._depart(one, key)
+            self._compute(one)
+        elif kind_of(one) or (one.opcode == "async-start" and collective is not None):
+            self._depart(one, key)
+            if not one.opcode.endswith("-start"):
+                self._arrive(key, one)
+        else:
+            if collective is not None and key not in self.pending:  # no chain has begun it
+                self._depart(one, key)
+                self._arrive(key, one)
+            self._compute(one)
+
+    def _depart(self, one: Instruction, key: str) -> None:
+        """Begins a transfer, as soon as its links are free."""
+        walk = self.walk
+        rate = walk.chip.link_bytes_per_second or float("inf")
+        transfer = transfer_of(walk.program, self.computation, one, walk.mesh, rate)
+        assert transfer is not None
+        begin = max([self.now, *(self.free.get(link, 0.0) for link in transfer.links)])
+        self.free |= dict.fromkeys(transfer.links, begin + transfer.seconds)
+        self.pending[key] = _Pending(transfer, begin + transfer.seconds)
+
+    def _arrive(self, key: str, one: Instruction | None) -> None:
+        """Waits for a transfer, if it is still on its way."""
+        if key not in self.pending:
+            return
+        transfer, end = self.pending.pop(key)
+        waited = max(0.0, end - self.now)
+        self.now += waited
+        sent = self.cost.sent.setdefault(Key(transfer.kind, transfer.axes), Sent())
+        sent.count += 1
+        sent.bytes += transfer.bytes
+        share = min(1.0, waited / transfer.seconds) if transfer.seconds else 0.0
+        sent.waited_bytes += share * transfer.bytes
+        sent.waited_seconds += waited
+        self.cost.waited_seconds += waited
+        if waited and one is not None:
+            self._count(self.walk.place(self.computation, one, transfer.kind), waited)
+
+    def _compute(self, one: Instruction) -> None:
+        walk, cost = self.walk, self.cost
+        work = work_of(walk.program, self.computation, one, walk.chip, walk.kernel_flops)
+        if work is None:
+            return
+        self.now += work.seconds
+        if work.kernel:
+            cost.kernels[work.kernel] += 1
+            cost.kernel_seconds += work.seconds
+            if work.lacks_flops:
+                cost.unpriced[work.kernel] += 1
+        else:
+            cost.fusion_seconds += work.seconds
+            cost.cycles += work.cycles
+        self._count(walk.place(self.computation, one, work.kernel), work.seconds)
+
+    def _count(self, place: Place, seconds: float) -> None:
+        self.cost.places[place] = self.cost.places.get(place, 0.0) + seconds
 
 
 def _chain(collective: Instruction) -> str:

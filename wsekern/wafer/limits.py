@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from wsekern.hardware import accelerator
-from wsekern.wafer import context
+from wsekern.wafer.platforms import traced_platform
 
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
@@ -43,8 +42,6 @@ def widen_for_backend(
     XLA's CPU backend in jax 0.10 rejects some such products in 16 bits ("BF16 x BF16 = F32"). There
     both factors are widened to the dtype of the sum; elsewhere they are returned as they are.
     """
-    wafer = context.inside()
-    platform = jax.default_backend() if wafer is None else wafer.platform
-    if platform != "cpu":
+    if traced_platform() != "cpu":
         return a, b
     return a.astype(sum_dtype(a.dtype)), b.astype(sum_dtype(b.dtype))

@@ -39,6 +39,16 @@ def platforms_of(wafer: "Wafer | None", array: Any) -> tuple[Platform, ...]:
     return (own,)
 
 
+def traced_platform() -> Platform:
+    """The platform of the wafer whose kernel is being traced, else of the current wafer.
+
+    Its chips need not be there, and then JAX's own platform is another. Without a wafer it is
+    JAX's own.
+    """
+    wafer = context.inside() or context.current()
+    return jax.default_backend() if wafer is None else wafer.platform
+
+
 def _is_imported(module: str) -> bool:
     return any(name.startswith(module) for name in list(sys.modules))
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -24,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from wsekern import fabric
 from wsekern.wafer import layout
 from wsekern.wafer.limits import widen_for_backend
+from wsekern.wafer.platforms import traced_platform
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows
 
@@ -215,4 +215,4 @@ def _block_rows(rows: int, groups: int) -> int:
 
 def _has_grouped_kernel() -> bool:
     # Elsewhere XLA's ragged_dot multiplies every row by every group's weight.
-    return jax.default_backend() == "tpu"
+    return traced_platform() == "tpu"

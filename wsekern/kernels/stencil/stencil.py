@@ -42,6 +42,7 @@ from wsekern.kernels.stencil.steps import prepare, run_steps
 from wsekern.kernels.stencil.traced_update import RadiusError
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import axes_of
+from wsekern.wafer.platforms import traced_platform
 from wsekern.wafer.program import local_program
 from wsekern.wafer.wafer import Wafer
 
@@ -336,7 +337,7 @@ def _crop(arrays: Sequence[Tile], along: tuple[Axes, ...], call: _Call) -> Tiles
 
 def _platform(wafer: Wafer | None) -> str:
     if wafer is None:
-        return jax.default_backend()
+        return traced_platform() or WAFER
     on_devices = wafer.backend == "devices" and wafer.platform
     return on_devices or WAFER
 

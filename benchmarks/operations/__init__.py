@@ -1,0 +1,1 @@
+"""Every public operation with operands of a user's sizes, to be compiled for absent chips."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from wsekern.error_line import print_error
 from wsekern.progress import show_progress
 
 if TYPE_CHECKING:
@@ -71,16 +72,19 @@ class Mark:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table, and exits with status 1 if an operation did not compile."""
+    """Prints the table; exits with status 1 if an operation did not compile, 2 if none could be."""
     options = tyro.cli(MarksOptions, prog="python -m benchmarks marks", args=argv)
     # No device of this machine is needed, and libtpu would look for TPUs.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    marks = {mark.key: mark for path in options.merge for mark in read(path)}
-    for mark in _compile_all(options):
-        marks[mark.key] = mark
-        if options.json:
-            entries = [dataclasses.asdict(mark) for mark in marks.values()]
-            options.json.write_text(json.dumps({"made by": versions(), "marks": entries}, indent=1))
+    try:
+        marks = {mark.key: mark for path in options.merge for mark in read(path)}
+        for mark in _compile_all(options):
+            marks[mark.key] = mark
+            if options.json:
+                _write(options.json, list(marks.values()))
+    except (ValueError, OSError, ImportError) as error:
+        print_error("benchmarks marks", error)
+        raise SystemExit(2) from None
     text = table(marks.values())
     print(text)
     if options.out:
@@ -92,6 +96,11 @@ def main(argv: list[str] | None = None) -> None:
 def read(path: pathlib.Path) -> list[Mark]:
     """The marks of an earlier run's --json."""
     return [Mark(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["marks"]]
+
+
+def _write(path: pathlib.Path, marks: list[Mark]) -> None:
+    entries = [dataclasses.asdict(mark) for mark in marks]
+    path.write_text(json.dumps({"made by": versions(), "marks": entries}, indent=1))
 
 
 def versions() -> dict[str, str]:

@@ -10,10 +10,10 @@ from training.config import TrainingConfig
 from training.initial_model import find_initial_model
 from training.plan import make_plan
 from training.programs import step_program
-from wsekern.compiler.search import comparison, largest_that_fits
+from wsekern.compiler.search import compare_wafers, search_batch
 from wsekern.estimator.pictures import output
 from wsekern.progress import show_progress
-from wsekern.wafer.launch import parse_grid
+from wsekern.wafer.launch import make_topology, parse_grid
 
 _DEFAULT_WAFER = TrainingConfig.wafer
 
@@ -25,22 +25,26 @@ def compile_step(config: TrainingConfig) -> int:
       ValueError: the topology is unknown, or a grid or the batch does not fit it.
       ImportError: the compiler of these chips is not installed.
     """
+    assert config.target is not None
     if config.html is not None:
         output.check_writable(config.html)
     grids = config.layouts or (_grid(config),)
-    wafers = {grid: _wafer(config, grid) for grid in grids}
+    wafers = {grid: make_topology(config.target, grid) for grid in grids}
+    wafer = next(iter(wafers.values()))
+    text, shown = "", None
     if len(wafers) > 1:
-        compilations = {grid: _compile(config, wafer) for grid, wafer in wafers.items()}
-        print(comparison("grid", compilations))
-        fitting = [c for c in compilations.values() if c.fits]
-        shown = min(fitting, key=lambda c: c.seconds or float("inf"), default=None)
-        if shown is not None:
-            print(f"\nthe fastest of those that fit:\n\n{shown}")
+        text, shown = compare_wafers(lambda wafer: _compile(config, wafer), wafers)
+    elif config.largest_batch:
+
+        def compile_at(batch: int) -> wk.Compilation:
+            return _compile(dataclasses.replace(config, batch=batch), wafer)
+
+        unit = config.microbatch or wafer.wafers
+        text, shown = search_batch(compile_at, config.batch, unit)
     else:
-        (wafer,) = wafers.values()
-        shown = _largest(config, wafer) if config.largest_batch else _compile(config, wafer)
-        print(shown)
-    if config.html is not None and shown is not None:
+        shown = _compile(config, wafer)
+    print(*filter(None, (text, shown)), sep="\n")
+    if shown is not None and config.html is not None:
         shown.html(config.html)
         print(f"written to {config.html}", file=sys.stderr)
     return 0 if shown is not None and shown.fits else 1
@@ -56,12 +60,6 @@ def _grid(config: TrainingConfig) -> str:
     return config.wafer
 
 
-def _wafer(config: TrainingConfig, grid: str) -> wk.Wafer:
-    assert config.target is not None
-    wafers, height, width = parse_grid(grid)
-    return wk.Wafer.topology(config.target, height, width, wafers)
-
-
 def _compile(config: TrainingConfig, wafer: wk.Wafer) -> wk.Compilation:
     grid = "x".join(map(str, wafer.grid))
     config = dataclasses.replace(config, wafer=grid, layouts=())
@@ -72,19 +70,3 @@ def _compile(config: TrainingConfig, wafer: wk.Wafer) -> wk.Compilation:
     name = f"step of {config.model}, batch {config.batch} x {config.context} tokens, {config.dtype}"
     with show_progress(f"python -m training: compiling for {config.target}, {grid}"):
         return wk.compile(function, *shapes, wafer=wafer, name=name, **options)
-
-
-def _largest(config: TrainingConfig, wafer: wk.Wafer) -> wk.Compilation:
-    """The step at the largest batch that fits; at the smallest one tried if none does."""
-    unit = config.microbatch or wafer.wafers
-
-    def compile_at(batch: int) -> wk.Compilation:
-        return _compile(dataclasses.replace(config, batch=batch), wafer)
-
-    batch, tried = largest_that_fits(compile_at, config.batch, unit)
-    print(comparison("batch", {f"{size:,}": tried[size] for size in sorted(tried)}))
-    if batch is None:
-        print(f"\nnone fits; the smallest, {min(tried):,}:\n")
-        return tried[min(tried)]
-    print(f"\nthe largest batch that fits: {batch:,}\n")
-    return tried[batch]

@@ -24,11 +24,11 @@ from models.decoder import Decoder
 from models.generation import decode, prefill
 from models.sampling import Sampling
 from sharding.state import unpadded_sharding
-from wsekern.compiler.search import comparison, largest_that_fits
+from wsekern.compiler.search import compare_wafers, search_batch
 from wsekern.estimator.pictures import output
 from wsekern.kernels.attention.kv_cache import SEQUENCES, SLOTS
 from wsekern.progress import show_progress
-from wsekern.wafer.launch import parse_grid
+from wsekern.wafer.launch import make_topology
 
 _CONTEXT = 4096  # tokens, unless the command says how many
 
@@ -48,32 +48,26 @@ def run(command: PlanCommand, config: DecoderConfig) -> int:
         )
     if command.html is not None:
         output.check_writable(command.html)
-    own = wk.Wafer.topology(command.target)
-    grids = command.layouts or ("x".join(map(str, own.grid)),)
-    wafers = {grid: _wafer(command.target, grid) for grid in grids}
     batch = 1 if command.batch is None else command.batch
-    shown: wk.Compilation | None
+    grids = command.layouts or (None,)
+    wafers = {grid or "": make_topology(command.target, grid) for grid in grids}
+    wafer = next(iter(wafers.values()))
+    compile_on = functools.partial(_compile, command, config)
+    text, shown = "", None
     if len(wafers) > 1:
-        found = {grid: _compile(command, config, wafer, batch) for grid, wafer in wafers.items()}
-        print(comparison("grid", found))
-        fitting = [c for c in found.values() if c.fits]
-        shown = min(fitting, key=lambda c: c.seconds or float("inf"), default=None)
-        if shown is not None:
-            print(f"\nthe fastest of those that fit:\n\n{shown}")
+        text, shown = compare_wafers(lambda wafer: compile_on(wafer, batch), wafers)
+    elif command.largest_batch:
+        text, shown = search_batch(functools.partial(compile_on, wafer), batch, wafer.wafers)
     else:
-        (wafer,) = wafers.values()
-        shown = _largest(command, config, wafer, batch) if command.largest_batch else None
-        shown = shown or _compile(command, config, wafer, batch)
-        print(json.dumps(shown.as_json(), indent=2) if command.json else shown)
-    if command.html is not None and shown is not None:
+        shown = compile_on(wafer, batch)
+    if command.json and shown is not None:
+        print(json.dumps(shown.as_json(), indent=2))
+    else:
+        print(*filter(None, (text, shown)), sep="\n")
+    if shown is not None and command.html is not None:
         shown.html(command.html)
         print(f"written to {command.html}", file=sys.stderr)
     return 0 if shown is not None and shown.fits else 1
-
-
-def _wafer(target: str, grid: str) -> wk.Wafer:
-    wafers, height, width = parse_grid(grid)
-    return wk.Wafer.topology(target, height, width, wafers)
 
 
 def _compile(
@@ -151,17 +145,3 @@ def lay_out_cache(cache: wk.KVCache, wafer: wk.Wafer) -> wk.KVCache:
         v=shape(cache.v, SLOTS),
         lengths=shape(cache.lengths, SEQUENCES),
     )
-
-
-def _largest(
-    command: PlanCommand, config: DecoderConfig, wafer: wk.Wafer, batch: int
-) -> wk.Compilation:
-    """The program at the largest batch that fits; at the smallest one tried if none does."""
-    compile_at = functools.partial(_compile, command, config, wafer)
-    largest, tried = largest_that_fits(compile_at, batch, wafer.wafers)
-    print(comparison("batch", {f"{size:,}": tried[size] for size in sorted(tried)}))
-    if largest is None:
-        print(f"\nnone fits; the smallest, {min(tried):,}:\n")
-        return tried[min(tried)]
-    print(f"\nthe largest batch that fits: {largest:,}\n")
-    return tried[largest]

@@ -14,7 +14,7 @@ from typing import Any
 from wsekern.error_line import print_error
 from wsekern.estimator.command import check_operands, load_program, parse_shape
 from wsekern.progress import show_progress
-from wsekern.wafer.launch import parse_grid
+from wsekern.wafer.launch import make_topology
 
 _DESCRIPTION = (
     "compiles a program for TPUs or GPUs that need not be there, and prints whether it fits, what "
@@ -69,14 +69,10 @@ def _compile(arguments: argparse.Namespace) -> bool:
 
     from wsekern.compiler.compile import compile as compile_program
     from wsekern.estimator.pictures import output
-    from wsekern.wafer.wafer import Wafer
 
     if arguments.html is not None:
         output.check_writable(arguments.html)
-    grid = {}
-    if arguments.wafer is not None:
-        grid = dict(zip(("wafers", "height", "width"), parse_grid(arguments.wafer), strict=True))
-    wafer = Wafer.topology(arguments.target, **grid)
+    wafer = make_topology(arguments.target, arguments.wafer)
     with wafer:
         function, shapes = load_program(arguments.program)
         if callable(shapes):

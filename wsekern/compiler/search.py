@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from wsekern.compiler.report import columns, seconds, size
 from wsekern.compiler.result import Compilation
+from wsekern.wafer.wafer import Wafer
 
 _MOST_DOUBLINGS = 24
 
@@ -59,6 +60,31 @@ def largest_that_fits(
         else:
             bad = middle
     return (good * unit if good else None), tried
+
+
+def compare_wafers(
+    compile_on: Callable[[Wafer], Compilation], wafers: Mapping[str, Wafer]
+) -> tuple[str, Compilation | None]:
+    """A table of a program on several grids, and its fastest compilation of those that fit."""
+    found = {grid: compile_on(wafer) for grid, wafer in wafers.items()}
+    fitting = [c for c in found.values() if c.fits]
+    fastest = min(fitting, key=lambda c: c.seconds or float("inf"), default=None)
+    text = comparison("grid", found)
+    return text + ("\n\nthe fastest of those that fit:\n" if fastest else ""), fastest
+
+
+def search_batch(
+    compile_at: Callable[[int], Compilation], start: int, unit: int
+) -> tuple[str, Compilation]:
+    """A table of the batches tried, and the compilation of the largest that fits.
+
+    Of the smallest one tried, if none fits. Arguments as for `largest_that_fits`.
+    """
+    batch, tried = largest_that_fits(compile_at, start, unit)
+    text = comparison("batch", {f"{size:,}": tried[size] for size in sorted(tried)})
+    if batch is None:
+        return f"{text}\n\nnone fits; the smallest, {min(tried):,}:\n", tried[min(tried)]
+    return f"{text}\n\nthe largest batch that fits: {batch:,}\n", tried[batch]
 
 
 def comparison(heading: str, compilations: Mapping[str, Compilation | str]) -> str:

@@ -177,6 +177,25 @@ def make_wafer(wafer: str, platform: Platform | None = None, *, virtual: bool = 
     return Wafer.devices(height, width, wafers)
 
 
+def make_topology(target: str, grid: str | None = None) -> Wafer:
+    """The wafer that the flag `--target` names, on the grid of `--wafer` if one is given.
+
+    Args:
+      target: a topology, as for `Wafer.topology`.
+      grid: as for `parse_grid`; None: the topology's own.
+
+    Raises:
+      ValueError: the topology is unknown, the text is not a grid, or the grid does not fit.
+      ImportError: the compiler of these chips is not installed.
+    """
+    from wsekern.wafer.wafer import Wafer
+
+    if grid is None:
+        return Wafer.topology(target)
+    wafers, height, width = parse_grid(grid)
+    return Wafer.topology(target, height, width, wafers)
+
+
 def parse_height_width(text: str) -> tuple[int, int]:
     """`"2x4"` as (height, width) = (2, 4), where a program runs on one wafer only.
 

@@ -127,27 +127,43 @@ def _append_one(kv: KV, new: _Entry, before: Lengths, after: Lengths, balance: B
         arriving = jnp.where(row == balance.rows - 1, new, from_below)
     end = balance.first(before, row + 1)
     grows = balance.first(after, row + 1) > end
-    # A slot beyond the last one: nothing is written.
-    slot = jnp.where(grows, end % balance.slots, balance.slots)
+    slot = jnp.where(grows, end % balance.slots, -1)  # -1: nothing is written
     return _write(kv[0], arriving[0], slot), _write(kv[1], arriving[1], slot)
+
+
+# Below, a cache is a matrix with a row for each sequence, head and slot. Of entries that span the
+# heads, XLA for TPUs wants the heads next to the features, and copies the whole cache into that
+# order at every token.
 
 
 def _entries(kv: KV, slot: Int[Array, " B"]) -> _Entry:
     """What one slot of each sequence holds."""
-    B, K, slots, H = kv[0].shape
-    # As rows of a matrix. Gathered in four dimensions, a TPU would bring the heads together first,
-    # and copy the whole cache for it.
-    rows = (jnp.arange(B)[:, None] * K + jnp.arange(K)[None]) * slots + slot[:, None]
+    rows = _rows_of(slot, kv[0].shape)
+    H = kv[0].shape[-1]
     return jnp.stack([jnp.take(x.reshape(-1, H), rows, axis=0, mode="clip") for x in kv])
 
 
 def _write(x: Slots, entry: Float[Array, "B K H"], slot: Int[Array, " B"]) -> Slots:
-    """`x` with `entry` in one slot of each sequence."""
-    # One entry more, for a slot that does not exist. XLA turns a scatter of a single entry into a
+    """`x` with `entry` in one slot of each sequence, and unchanged for slot -1."""
+    B, K, slots, H = x.shape
+    # One entry more, for a place that does not exist. XLA turns a scatter of a single entry into a
     # dynamic-update-slice, fuses that into each of its users, and copies the whole cache for it.
-    sequence, slot = jnp.append(jnp.arange(len(x)), 0), jnp.append(slot, x.shape[2])
+    if K == 1:  # as a matrix, XLA's CPU backend would copy it whole
+        sequence = jnp.append(jnp.arange(B), 0)
+        slot = jnp.append(jnp.where(slot < 0, slots, slot), slots)
+        entry = jnp.concatenate([entry, entry[:1]])
+        return x.at[sequence, :, slot].set(entry, mode="drop")
+    rows = jnp.where(slot[:, None] < 0, B * K * slots, _rows_of(slot, x.shape))
+    rows = jnp.append(rows, B * K * slots)
+    entry = entry.reshape(B * K, H)
     entry = jnp.concatenate([entry, entry[:1]])
-    return x.at[sequence, :, slot].set(entry, mode="drop")
+    return x.reshape(-1, H).at[rows].set(entry, mode="drop").reshape(x.shape)
+
+
+def _rows_of(slot: Int[Array, " B"], shape: tuple[int, ...]) -> Int[Array, "B K"]:
+    """The row of each head of one slot of each sequence, of a cache `[B, K, slots, H]`."""
+    B, K, slots, _ = shape
+    return (jnp.arange(B)[:, None] * K + jnp.arange(K)[None]) * slots + slot[:, None]
 
 
 def _row(balance: Balance) -> Int[Array, ""] | int:

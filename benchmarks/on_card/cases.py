@@ -31,6 +31,7 @@ class CheckedCall:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     wafers: tuple[str, ...] = (ALONE, ONE_PE, VIRTUAL)
     gradient: bool = True
+    factor: float = 1.0  # on the tolerances of its dtype
 
 
 def cases(small: bool) -> list[CheckedCall]:
@@ -338,7 +339,12 @@ def _solvers(normal: Callable, scale: int) -> Iterator[CheckedCall]:
             return matrix(x)
 
         return CheckedCall(
-            operation=operation, operands=(b,), ours=ours, plain=lambda b: b, dtypes=("float32",)
+            operation=operation,
+            operands=(b,),
+            ours=ours,
+            plain=lambda b: b,
+            dtypes=("float32",),
+            factor=10.0,  # a solver stops at its own tolerance, far above rounding
         )
 
     # Shifted, so that an error of a solution is not much larger than its residual.

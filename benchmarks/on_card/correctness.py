@@ -120,7 +120,7 @@ def _results(
 def _compare(
     name: str, case: CheckedCall, dtype: str, results: list[np.ndarray], reference: list[np.ndarray]
 ) -> Row:
-    tolerance, of_worst = TOLERANCES[dtype]
+    tolerance, of_worst = (case.factor * bound for bound in TOLERANCES[dtype])
     status, worst, notes = "done", 0.0, []
     count = len(reference) - sum(x.dtype.kind == "f" for x in case.operands) * case.gradient
     for i, (got, want) in enumerate(zip(results, reference, strict=True)):

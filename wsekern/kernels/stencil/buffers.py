@@ -23,8 +23,8 @@ class Mode(enum.Enum):
     """
 
     JOINED = "joined"  # tile and halo are concatenated to a new array in every step
-    PADDED = "padded"  # the buffer has just been padded: all slabs are cut before any is written
-    CARRIED = "carried"  # a loop carries the buffer: each slab is cut after the last one is written
+    PADDED = "padded"  # all slabs are cut before any is written, so that they travel together
+    CARRIED = "carried"  # a loop carries the buffer on a CPU: slabs are cut and written in turn
     REVERSE = "reverse"  # as CARRIED, with the faster rules of `adjoint`: reverse mode only
 
 

@@ -30,10 +30,10 @@ def exchange(
       buffers: padded tiles, each of its own dtype and shape.
       lines: the dimensions of each; along the same axes in all.
       padding: low and high padding of each.
-      mode: PADDED for buffers that have just been padded: everything is cut from the tiles before
-        anything is written. CARRIED for buffers that a loop carries: each cut waits for the write
-        before it, because XLA would copy the whole buffer if it did not know that a write comes
-        after every cut. REVERSE as CARRIED, with the rules of `adjoint`.
+      mode: PADDED: everything is cut from the tiles before anything is written. CARRIED for
+        buffers that a loop carries on a CPU: each cut waits for the write before it, because XLA's
+        CPU backend would copy the whole buffer if it did not know that a write comes after every
+        cut. REVERSE as CARRIED, with the rules of `adjoint`.
       corners: whether a message holds what earlier dimensions have brought.
     """
     slabs = [

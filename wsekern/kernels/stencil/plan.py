@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from wsekern.hardware import MIB
 from wsekern.kernels.stencil.buffers import Fields, Mode, Pairs, Tile
 from wsekern.kernels.stencil.geometry import Line, Lines
 
@@ -18,6 +19,9 @@ from wsekern.kernels.stencil.geometry import Line, Lines
 # dimension, of 50 to 90 us each, and about a nanosecond a cell.
 _CELLS_OF_AN_EXCHANGE = 150_000
 _DEEPEST = 8  # beyond, the unrolled program only takes longer to compile
+# On GPUs and TPUs a step of a tile this large takes longer than its messages. Without deep halos it
+# then needs no padded buffers: half their memory, and a fifth of the time to compile.
+_LARGE_TILE = 2 * MIB
 # A dimension of size 1 of a coefficient: its cell is whole on every PE.
 _SINGLE_CELL = Line(axes=(), pes=1, tile=1, size=1, low="edge", high="edge")
 WAFER = "wafer"  # the platform of virtual and abstract PEs
@@ -65,11 +69,15 @@ class StencilPlan:
     @property
     def mode(self) -> Mode:
         """How the steps of a loop get their halos."""
-        single = self.steps == 1 and not self.overlap and self.checkpoint is None
-        if self.depth == 1 and (self.on_wafer or single):
+        # GPUs and TPUs fuse the halo into the update: a step reads the tile and writes the next.
+        fused = self.steps == 1 or self.platform != "cpu"
+        if self.depth == 1 and (
+            self.on_wafer or (fused and not self.overlap and self.checkpoint is None)
+        ):
             return Mode.JOINED
-        # Under `vmap` a loop's buffer is copied anyway, and cuts that wait only make it slower.
-        return Mode.PADDED if self.on_wafer else Mode.CARRIED
+        # Elsewhere cuts that wait only keep messages from traveling together: under `vmap` a loop's
+        # buffer is copied anyway, and the compilers of GPUs and TPUs copy none for them.
+        return Mode.CARRIED if self.platform == "cpu" else Mode.PADDED
 
     @property
     def unit(self) -> int:
@@ -144,7 +152,9 @@ def make_plan(
             f"{operation}: depth={depth} with radius {radius} needs a halo wider than the smallest "
             f"tile; the largest depth is {deepest}"
         )
-    if depth is None:
+    if depth is None and options.checkpoint is None and _needs_no_depth(u, lines, radius, platform):
+        depth = 1
+    elif depth is None:
         depth = _cheapest_depth(lines[0], radius, deepest, platform)
     depth = max(1, min(depth, options.save_every or options.steps or 1))
     return StencilPlan(
@@ -196,18 +206,17 @@ def _deepest_halo(lines: Lines, radius: Pairs) -> int:
 
 
 def _can_overlap(overlap: bool | None, lines: Lines, radius: Pairs, platform: str) -> bool:
-    """Whether the inside of a tile is computed apart: by default not on CPUs.
+    """Whether the inside of a tile is computed apart: by default not.
 
-    On CPU devices nothing travels beside the computation.
+    On CPU devices nothing travels beside the computation. On GPUs and TPUs, by their compilers, the
+    rim computed apart takes longer than what is waited for, and a third buffer.
     """
     inside = [
         line.tile - sum(pair)
         for line, pair in zip(lines, radius, strict=True)
         if line.split and max(pair)
     ]
-    if platform == WAFER or not inside or min(inside) < 1:
-        return False
-    return platform != "cpu" if overlap is None else overlap
+    return bool(overlap) and platform != WAFER and bool(inside) and min(inside) >= 1
 
 
 def _parameters(update: Callable[..., Any]) -> Sequence[str]:
@@ -215,6 +224,16 @@ def _parameters(update: Callable[..., Any]) -> Sequence[str]:
         return list(inspect.signature(update).parameters)
     except ValueError:  # a builtin, which has no signature
         return []
+
+
+def _needs_no_depth(u: Fields, lines: tuple[Lines, ...], radius: Pairs, platform: str) -> bool:
+    """Whether nothing is gained by deep halos, on GPUs and TPUs."""
+    if platform in ("cpu", WAFER):
+        return False
+    is_split = any(line.split and max(pair) for line, pair in zip(lines[0], radius, strict=True))
+    cells = math.prod(line.tile for line in lines[0])
+    itemsize = min(jnp.result_type(field).itemsize for field in jax.tree.leaves(u))
+    return not is_split or cells * itemsize >= _LARGE_TILE
 
 
 def _cheapest_depth(lines: Lines, radius: Pairs, deepest: int, platform: str) -> int:

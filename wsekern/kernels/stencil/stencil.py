@@ -101,7 +101,7 @@ def stencil(
         `update` needs of a few steps, and takes each step three times. None keeps everything.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
       overlap: whether a tile's inside is computed apart from its rim, while the halo travels; by
-        default on devices that are not CPUs.
+        default not, as the rim then takes longer than what is waited for.
       check_finite: outside jit, whether to find where a result that is not finite began.
       donate: outside jit, whether the result may take the memory of `u`, which is gone then.
       spec: over which axes the dimensions lie; by default as `u` is split, else the first along y
@@ -173,7 +173,7 @@ def stencil_tile(
       checkpoint: for a gradient, in reverse mode only, "sqrt" keeps sqrt(steps) states and what
         `update` needs of a few steps, and takes each step three times. None keeps everything.
       depth: steps from one exchange to the next; by default as machine, tile and `radius` suggest.
-      overlap: whether a tile's inside is computed while its halo travels; by default not on CPUs.
+      overlap: whether a tile's inside is computed while its halo travels; by default not.
       size: cells of the whole field along each dimension; by default all tiles are full.
 
     Raises:

@@ -419,9 +419,9 @@ class Wafer:
             a tuple of them (pytree prefixes, as in shard_map).
           out_specs: the same for the results.
           replicated_by_construction: True if a result is the same on every PE but JAX cannot infer
-            it (one passed around a ring, say). It turns JAX's check off for this map: compare all
-            PEs' copies in a test, and test the gradient. Virtual PEs are never compared; the result
-            of the first one is taken.
+            it (one passed around a ring, say), or the kernel calls Pallas, which JAX cannot infer
+            through. It turns JAX's check off for this map: compare all PEs' copies in a test, and
+            test the gradient. Virtual PEs are never compared; the first one's result is taken.
           donate_argnums: operands whose memory the results may reuse, as in `jax.jit`.
 
         Raises:

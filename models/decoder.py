@@ -19,6 +19,7 @@ import wsekern as wk
 from models.config import DecoderConfig, LayerKind
 from models.layers import Block, Norm, Sequence
 from models.stack import scan, stack, unstack
+from sharding.rules import Home
 from sharding.state import named_leaves
 from wsekern.wafer.axes import COLS, ROWS
 
@@ -38,6 +39,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
+        home: Home = "wafer",
     ) -> None:
         """A decoder with random weights in float32.
 
@@ -47,10 +49,13 @@ class Decoder(nnx.Module):
           dtype: of activations and products.
           remat: whether the backward pass recomputes each layer from its input instead of storing
             its intermediate values.
+          home: where its parameters lie when it is called: "wafer", or "memoryx" if they are split
+            over the wafers.
         """
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
+        self.home: Home = home
         # Laid out like a transposed head, so that a tied head is its transpose tile by tile.
         self.embedding = _param(config, ("vocab", "in"), (config.vocab, config.d_model), rngs)
         self.positions = (
@@ -143,7 +148,7 @@ class Decoder(nnx.Module):
 
         x, balance = self.embed(tokens, sequence), jnp.zeros((), jnp.float32)
         for stage in self.stages:
-            x, losses = scan(stage, step, x, remat=self.remat)
+            x, losses = scan(stage, step, x, remat=self.remat, home=self.home)
             balance = balance + losses.sum()
         sparse = sum(kind.sparse for kind in self.config.kinds)
         return self.norm(x), balance / max(sparse, 1)

@@ -9,6 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from sharding.rules import Home
+from sharding.state import constrain
+from wsekern.wafer import context
+
 
 def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """`layers` layers as one module, whose parameters have a leading dimension named "layer".
@@ -31,7 +35,12 @@ def stack(make_layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.R
 
 
 def scan(
-    stacked: nnx.Module, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, *, remat: bool
+    stacked: nnx.Module,
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    *,
+    remat: bool,
+    home: Home = "wafer",
 ) -> tuple[Any, Any]:
     """Run `carry, out = step(layer, carry)` for each layer of `stacked` in turn.
 
@@ -41,13 +50,20 @@ def scan(
       carry: the input of the first layer.
       remat: whether the backward pass recomputes a layer from its input instead of storing its
         intermediate values; this costs one more forward pass.
+      home: where the parameters lie. At "memoryx" they are split over the wafers, and gathered
+        one layer at a time.
 
     Returns:
       The carry after the last layer, and the outputs of all layers, stacked.
     """
     graph, state = nnx.split(stacked)
 
+    wafer = context.resolve(None) if home == "memoryx" else None
+
     def layer(carry: Any, state: nnx.State) -> tuple[Any, Any]:
+        if wafer is not None:
+            # Without the constraint XLA may gather the whole stack before the loop.
+            state = constrain(_without_layer_axis(state), wafer, home)
         return step(nnx.merge(graph, state), carry)
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
@@ -56,6 +72,15 @@ def scan(
         carry, out = layer(carry, jax.tree.map(lambda a: a[0], state))
         return carry, jax.tree.map(lambda a: a[None], out)
     return jax.lax.scan(layer, carry, state)
+
+
+def _without_layer_axis(layer: nnx.State) -> nnx.State:
+    """One layer's slices, with the names of the dimensions that they have."""
+    return jax.tree.map(
+        lambda v: v.replace(v.get_value(), axes=v.axes[1:]),
+        layer,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
+    )
 
 
 def unstack(stacked: nnx.Module) -> list[nnx.Module]:

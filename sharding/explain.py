@@ -38,7 +38,7 @@ def explain_state(state: Any, wafer: Wafer | None, home: Home = "wafer") -> list
     Args:
       state: a state or its shapes (`jax.eval_shape`), padded or not.
       wafer: where the state lies; None for one device.
-      home: "wafer", or "memoryx" for where streamed weights live.
+      home: "wafer", or "memoryx" for a state that is split over the wafers.
     """
     placements = []
     for name, leaf in named_leaves(state).items():

@@ -9,6 +9,7 @@ dimension is rounded up to a multiple of the PEs along it, filled with zeros, an
 remembers its `logical_shape`, the shape without padding.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sharding.rules import Home, spec_of
-from wsekern.wafer import context, layout
+from wsekern.wafer import context, layout, on_devices
+from wsekern.wafer.axes import axes_of
 from wsekern.wafer.wafer import Wafer
 
 
@@ -28,7 +30,7 @@ def lay_out(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
     Args:
       state: the state, or its shapes (`jax.eval_shape`).
       wafer: where the state goes; None for one device.
-      home: "wafer", or "memoryx" for where streamed weights live.
+      home: "wafer", or "memoryx" for a state that is split over the wafers.
     """
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -61,7 +63,7 @@ def layout_of(leaf: Any, home: Home = "wafer") -> P:
 
     Args:
       leaf: an nnx variable, or an array.
-      home: "wafer", or "memoryx" for where streamed weights live.
+      home: "wafer", or "memoryx" for a state that is split over the wafers.
     """
     if not isinstance(leaf, nnx.Variable):
         return P()
@@ -77,7 +79,7 @@ def initialize(make: Callable[[], Any], wafer: Wafer | None, home: Home = "wafer
     Args:
       make: builds a state from nothing; it is traced inside `jax.jit`.
       wafer: where the state goes; None for one device.
-      home: "wafer", or "memoryx" for where streamed weights live.
+      home: "wafer", or "memoryx" for a state that is split over the wafers.
     """
 
     def build() -> Any:
@@ -95,7 +97,7 @@ def pad(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
     Args:
       state: padded or not; what is padded already keeps its logical shape.
       wafer: the wafer to pad for; None pads nothing.
-      home: "wafer", or "memoryx" for where streamed weights live.
+      home: "wafer", or "memoryx" for a state that is split over the wafers.
     """
 
     def pad_leaf(leaf: Any) -> Any:
@@ -106,6 +108,31 @@ def pad(state: Any, wafer: Wafer | None, home: Home = "wafer") -> Any:
         return leaf.replace(padded, logical_shape=shape)
 
     return _map_leaves(pad_leaf, state)
+
+
+def constrain(state: Any, wafer: Wafer, home: Home = "wafer") -> Any:
+    """`state`, under jit, with every array and its gradient laid out where it lives.
+
+    Dimensions that do not divide by the PEs along them are laid out as XLA sees fit.
+
+    Args:
+      state: of nnx variables that name their dimensions.
+      wafer: where the state lies; on virtual PEs nothing is constrained.
+      home: "wafer", or "memoryx" for a state that is split over the wafers.
+    """
+    if wafer.backend != "devices" or on_devices.explicit(wafer):
+        return state  # Explicit arrays carry their layout in their type
+
+    def constrain_leaf(leaf: nnx.Variable) -> nnx.Variable:
+        value, spec = leaf.get_value(), layout_of(leaf, home)
+        entries = [
+            entry if size % math.prod(map(wafer.axis_size, axes_of(axes))) == 0 else P.UNCONSTRAINED
+            for size, axes, entry in zip(value.shape, spec, wafer.mesh_spec(spec), strict=True)
+        ]
+        sharding = jax.sharding.NamedSharding(wafer.device_mesh, P(*entries))
+        return leaf.replace(jax.lax.with_sharding_constraint(value, sharding))
+
+    return _map_leaves(constrain_leaf, state)
 
 
 def logical(state: Any) -> Any:

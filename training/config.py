@@ -35,6 +35,7 @@ MAY_CHANGE = frozenset(
         "data",  # instead, the fingerprint of its content is compared
         "steps",
         "remat",
+        "split_state",
         "microbatch",
         "eval_every",
         "eval_batches",
@@ -110,6 +111,9 @@ class TrainingConfig:
     """Dtype that the model computes in; weights and optimizer state are always float32."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, more time."""
+    split_state: bool = False
+    """Split weights and optimizer state over the wafers too, instead of repeating them on each:
+    less memory; a layer's weights are gathered when it computes."""
     seed: int = 0
     """Random seed of the initial weights, the batches and the sample."""
     eval_every: int = 100

@@ -67,7 +67,7 @@ def mesh_drawing(wafer: Wafer) -> Table:
 def _facts(plan: RunPlan, corpus: Corpus, peak: Peak) -> Iterator[tuple[str, str]]:
     config, wafer = plan.config, plan.wafer
     params, state = (
-        explain_state(shapes, wafer) for shapes in (plan.shapes["params"], plan.shapes)
+        explain_state(shapes, wafer, plan.home) for shapes in (plan.shapes["params"], plan.shapes)
     )
     count = sum(row.size for row in params)
     where = "one device" if wafer.backend == "virtual" else "a device"

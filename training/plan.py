@@ -14,6 +14,7 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from sharding.rules import Home
 from sharding.state import lay_out, pad
 from training.config import TrainingConfig
 from training.optimizer import make_optimizer
@@ -40,6 +41,11 @@ class RunPlan:
         return self.config.context or self.sizes.context
 
     @property
+    def home(self) -> Home:
+        """Where the train state lies."""
+        return _home(self.config)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in all sequences of a step."""
         return self.config.batch * self.context
@@ -60,8 +66,10 @@ def make_plan(
       read_params: reads the parameters to start from onto the wafer; None: random ones.
     """
 
+    home = _home(config)
+
     def make_model(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(sizes, rngs=rngs, dtype=config.dtype, remat=config.remat)
+        return Decoder(sizes, rngs=rngs, dtype=config.dtype, remat=config.remat, home=home)
 
     optimizer = make_optimizer(config)
 
@@ -76,13 +84,17 @@ def make_plan(
         optimizer=optimizer,
         make_state=make_state,
         read_params=read_params,
-        shapes=_with_layout(jax.eval_shape(lambda: pad(make_state(), wafer)), wafer),
+        shapes=_with_layout(jax.eval_shape(lambda: pad(make_state(), wafer, home)), wafer, home),
     )
 
 
-def _with_layout(shapes: Any, wafer: Wafer) -> Any:
+def _home(config: TrainingConfig) -> Home:
+    return "memoryx" if config.split_state else "wafer"
+
+
+def _with_layout(shapes: Any, wafer: Wafer, home: Home) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        lay_out(shapes, wafer),
+        lay_out(shapes, wafer, home),
     )

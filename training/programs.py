@@ -39,14 +39,13 @@ class Programs:
         plan = self.plan
         with plan.wafer:
             if plan.read_params is None:
-                return initialize(plan.make_state, plan.wafer)
+                return initialize(plan.make_state, plan.wafer, plan.home)
 
             def build(params: nnx.State) -> TrainState:
-                return pad(state_of(params, plan.optimizer), plan.wafer)
+                return pad(state_of(params, plan.optimizer), plan.wafer, plan.home)
 
-            return jax.jit(build, out_shardings=lay_out(plan.shapes, plan.wafer))(
-                plan.read_params()
-            )
+            layout = lay_out(plan.shapes, plan.wafer, plan.home)
+            return jax.jit(build, out_shardings=layout)(plan.read_params())
 
     def put(self, tokens: Int[np.ndarray, "B T"]) -> Int[Array, "B T"]:
         """A batch of tokens, laid out as the step takes it; every host holds the whole batch."""
@@ -62,7 +61,7 @@ def step_program(plan: RunPlan) -> tuple[Callable, tuple[Any, ...], dict[str, An
     batch = (plan.config.batch, plan.context)
     tokens = jax.ShapeDtypeStruct(batch, np.int32, sharding=_batch_sharding(plan))
     options = {
-        "out_shardings": (lay_out(plan.shapes, plan.wafer), plan.wafer.sharding(P())),
+        "out_shardings": (lay_out(plan.shapes, plan.wafer, plan.home), plan.wafer.sharding(P())),
         "donate_argnums": (0,),
     }
     function = train_step(plan.graph, plan.optimizer, plan.config.passes)

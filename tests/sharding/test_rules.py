@@ -8,7 +8,9 @@ from sharding.rules import spec_of
 
 def test_a_product_is_named_by_position():
     assert spec_of(("layer", "in", "out")) == P(None, "y", "x")
-    assert spec_of(("layer", "in", "out"), "memoryx") == P(None, ("wafer", "y"), "x")
+    assert spec_of(("layer", "in", "out"), "memoryx") == P(None, ("y", "wafer"), "x")
+    # Experts lie over the wafers already.
+    assert spec_of(("expert", "in", "out"), "memoryx") == P("wafer", "y", "x")
     assert spec_of(("batch", "seq", "feature")) == P("wafer", "y", "x")
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 from sharding.explain import explain_state, placement_table
-from sharding.state import initialize, lay_out, logical, logical_shape, named_leaves, pad
+from sharding.state import constrain, initialize, lay_out, logical, logical_shape, named_leaves, pad
 
 
 class Pair(nnx.Module):
@@ -111,6 +111,16 @@ def test_what_lives_at_memoryx_is_padded_for_it():
     make = lambda: {"w": nnx.Param(jnp.ones((6, 5)), axes=("in", "out"))}  # noqa: E731
     state = initialize(make, wk.Wafer.devices(2, 2, 2), home="memoryx")
     assert state["w"].shape == (8, 6)
+
+
+@pytest.mark.parametrize("size", [8, 6])
+def test_a_constraint_leaves_values_and_splits_what_divides(size):
+    wafer = wk.Wafer.devices(2, 2, 2)
+    w = nnx.Param(jnp.arange(size * 4.0).reshape(size, 4), axes=("in", "out"))
+    out = jax.jit(lambda w: constrain({"w": w}, wafer, "memoryx")["w"][...])(w)
+    np.testing.assert_array_equal(out, w[...])
+    tile = out.addressable_shards[0].data.shape
+    assert tile == (2, 2) if size == 8 else tile[1] == 2  # XLA may split 6 rows over 4 PEs or not
 
 
 def test_padding_is_cut_on_explicit_axes():

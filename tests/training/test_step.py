@@ -1,6 +1,7 @@
 """A training step: the same losses on every wafer, and equal to its definition in optax."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from flax import nnx
 import wsekern as wk
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from sharding.state import named_leaves
 from training.config import TrainingConfig
 from training.plan import make_plan
-from training.programs import compile_programs
+from training.programs import compile_programs, step_program
 from training.step import initial_state, mean_loss, train_step
 
 SIZES = DecoderConfig(
@@ -62,6 +64,42 @@ def test_accumulation_changes_memory_not_losses(alone):
     np.testing.assert_allclose(
         losses_of(wk.Wafer.devices(2, 2, 2), steps=6, microbatch=4), alone[:6], atol=2e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "remat"),
+    [({}, False), ({"vocab": 33, "d_model": 30, "d_ff": 47, "heads": 3, "kv_heads": 3}, True)],
+    ids=["even", "padded"],
+)
+def test_a_state_split_over_wafers_has_the_same_losses(changed, remat):
+    """Padded for more PEs, gathered a layer at a time, and split still after the steps."""
+    sizes = dataclasses.replace(SIZES, **changed)
+    wafer, changes = wk.Wafer.devices(2, 2, 2), {"sizes": sizes, "steps": 3, "remat": remat}
+    split, want = (losses_of(wafer, split_state=s, **changes) for s in (True, False))
+    np.testing.assert_allclose(split, want, atol=2e-5)
+
+
+def test_a_split_state_lies_on_one_wafer_each():
+    wafer = wk.Wafer.devices(2, 2, 2)
+    config = TrainingConfig(batch=8, context=16, split_state=True)
+    plan = make_plan(config, SIZES, wafer)
+    state = compile_programs(plan).first_state()
+    for name, leaf in named_leaves(state).items():
+        if name.endswith(("/weight", "/embedding")):
+            value = leaf.get_value()
+            assert value.addressable_shards[0].data.size * wafer.size == value.size, name
+
+
+def test_only_one_layer_of_a_split_state_is_gathered_at_a_time():
+    wafer = wk.Wafer.devices(2, 2, 2)
+    sizes = dataclasses.replace(SIZES, layers=6)
+    config = TrainingConfig(batch=8, context=16, split_state=True, remat=True)
+    function, shapes, options = step_program(make_plan(config, sizes, wafer))
+    with wafer:
+        text = jax.jit(function, **options).lower(*shapes).compile().as_text()
+    gathered = re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text)
+    assert any(shape == "f32[16,24]" for shape in gathered), gathered  # a layer's d_model by d_ff
+    assert not any(shape.startswith("f32[6,") for shape in gathered), gathered
 
 
 def test_a_step_is_optax_on_the_gradient_of_the_mean_loss():

@@ -138,6 +138,19 @@ def test_a_run_resumes_on_another_mesh_within_rounding(config, tmp_path):
     np.testing.assert_allclose(list(got.values()), list(want.values()), atol=2e-4)
 
 
+@pytest.mark.parametrize("split_first", [True, False])
+def test_a_run_resumes_with_its_state_split_or_whole(config, tmp_path, split_first):
+    config = dataclasses.replace(config, wafer="2x1x2", split_state=split_first)
+    whole_config = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    Trainer(whole_config).fit()
+    _stop_after(config, 3)
+    other = dataclasses.replace(config, resume=True, split_state=not split_first)
+    Trainer(other).fit()
+    got, want = losses(config), losses(whole_config)
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose(list(got.values()), list(want.values()), atol=2e-4)
+
+
 def _stop_after(config, step):
     """Runs until a signal comes while step `step` is in flight."""
     trainer = Trainer(config)

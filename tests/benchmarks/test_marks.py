@@ -66,13 +66,13 @@ def test_it_compiles_for_tpus(name):
 
 
 @pytest.mark.tpu
-def test_experts_are_multiplied_by_the_grouped_product_of_tpus():
-    """Tracing runs on a CPU; what counts is the platform that the program is compiled for."""
+def test_experts_multiply_no_row_by_all_weights():
+    """As XLA's `ragged_dot` does: their loop over blocks takes a quarter of its cycles at most."""
     wafer = wk.Wafer.topology("v5e:4x4")
     case = cases(wafer)["experts"]
     with wafer:
         program = jax.make_jaxpr(case.function)(*case.operands)
-    assert "ragged_dot" in str(program)
+    assert "ragged_dot" not in str(program)
 
 
 @pytest.fixture

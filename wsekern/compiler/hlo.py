@@ -35,6 +35,7 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TABLE_ROW = re.compile(r"^(\d+) (.*)$")
 _FIELD = re.compile(r"(\w+)=(\d+)")
+_UNKNOWN_CYCLES = 2**63 - 1  # what the compiler of TPUs writes where it does not know
 _DEEPEST_STACK = 500  # frames; a table that goes in a circle ends there
 
 
@@ -80,7 +81,8 @@ class Instruction:
     def cycles(self) -> int | None:
         """The compiler's own estimate; None where it made none."""
         match = re.search(r'"estimated_cycles":"?(\d+)', self.attributes)
-        return int(match[1]) if match else None
+        cycles = int(match[1]) if match else _UNKNOWN_CYCLES
+        return None if cycles == _UNKNOWN_CYCLES else cycles
 
     @functools.cached_property
     def operation(self) -> str:

@@ -31,6 +31,11 @@ def test_an_instruction_knows_shapes_operands_and_attributes(program):
     assert [str(shape) for shape in loop.shapes] == ["s32[]", "f32[8,128]", "f32[128,128]"]
 
 
+def test_cycles_that_the_compiler_does_not_know_are_none():
+    program = hlo.parse(LOOP.replace("1500000", str(2**63 - 1)))
+    assert program.computations["body"].by_name["fusion"].cycles is None
+
+
 def test_a_stack_frame_is_its_lines_from_the_innermost_outward(program):
     frames = program.frames[3]
     assert [(f.file.rpartition("/")[2], f.number) for f in frames] == [

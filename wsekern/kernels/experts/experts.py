@@ -68,8 +68,7 @@ def experts(
     Products are summed in float32 and rounded to `x`'s dtype. Reverse mode only.
 
     Algorithm: the rows of tokens, one for each choice, are sorted by expert and multiplied in
-    blocks by its weight, so that no token is dropped and nothing is padded; on a TPU by XLA's own
-    grouped product.
+    blocks by its weight, so that no token is dropped and nothing is padded.
 
     What a PE receives on h x w PEs, where a row of PEs has n tokens of k choices, hence R = n k
     rows: (w-1)/w of n D words of `x` and of R F of the hidden layer, and the weights of its column

@@ -2,9 +2,10 @@
 
 T. Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", 2022, for products
 by blocks of rows that drop none. Here rows are sorted by group. A loop over the groups that have
-rows reads each one's weight once, and multiplies its rows a block at a time. Nothing is padded: the
-last block of a group may run on into the next group, which then overwrites those rows. For blocks
-of 4 rows and groups of 3 and 6:
+rows reads each one's weight once, and multiplies its rows a block at a time. (XLA's `ragged_dot`
+multiplies every row by every group's weight; by the cycles of its compiler on TPUs too.) Nothing is
+padded: the last block of a group may run on into the next group, which then overwrites those rows.
+For blocks of 4 rows and groups of 3 and 6:
 
     rows        0 1 2 | 3 4 5 6 7 8
     group 0     0 1 2   3
@@ -13,7 +14,6 @@ of 4 rows and groups of 3 and 6:
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from jaxtyping import Array, Bool, Float, Int
 from wsekern import fabric
 from wsekern.wafer import layout
 from wsekern.wafer.limits import widen_for_backend
-from wsekern.wafer.platforms import traced_platform
 
 _MIN_BLOCK, _MAX_BLOCK = 8, 128  # rows
 
@@ -92,8 +91,6 @@ def product(
     """
     R, G = rows.shape[0], len(groups.counts)
     axis = 1 if transposed else 2
-    if _has_grouped_kernel():
-        return _by_grouped_kernel(rows, weights, groups, transposed, precision)
     dtypes = [jnp.promote_types(rows.dtype, w.dtype) for w in weights]
     size = _block_rows(R, G)
     rows = layout.resize(rows, 0, R + size)
@@ -133,24 +130,6 @@ def product(
 
     outs = lax.fori_loop(0, (groups.counts > 0).sum(), multiply_group, outs)
     return tuple(jnp.where(groups.has_group()[:, None], out[:R], 0) for out in outs)
-
-
-def _by_grouped_kernel(
-    rows: Float[Array, "R K"],
-    weights: _Weights,
-    groups: Groups,
-    transposed: bool,
-    precision: lax.PrecisionLike,
-) -> tuple[Float[Array, "R _"], ...]:
-    product = functools.partial(
-        lax.ragged_dot, precision=precision, preferred_element_type=jnp.float32
-    )
-    return tuple(
-        product(rows, jnp.swapaxes(w, 1, 2) if transposed else w, groups.counts).astype(
-            jnp.promote_types(rows.dtype, w.dtype)
-        )
-        for w in weights
-    )
 
 
 def weight_gradients(
@@ -211,8 +190,3 @@ def _block_rows(rows: int, groups: int) -> int:
     while size < min(_MAX_BLOCK, -(-rows // groups)):
         size *= 2
     return size
-
-
-def _has_grouped_kernel() -> bool:
-    # Elsewhere XLA's ragged_dot multiplies every row by every group's weight.
-    return traced_platform() == "tpu"

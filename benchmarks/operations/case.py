@@ -51,14 +51,15 @@ def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     """The gradient of the sum of squares of `function`'s results, by every floating operand."""
 
     def backward(*operands: Any) -> list[jax.Array]:
-        leaves, tree = jax.tree.flatten(operands)
+        leaves, tree = jax.tree_util.tree_flatten(operands)
         places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
         def sum_of_squares(values: list[jax.Array]) -> jax.Array:
             changed = dict(zip(places, values, strict=True))
-            results = function(*tree.unflatten([changed.get(i, x) for i, x in enumerate(leaves)]))
+            all_leaves = [changed.get(i, x) for i, x in enumerate(leaves)]
+            results = function(*jax.tree_util.tree_unflatten(tree, all_leaves))
             floats = [r for r in jax.tree.leaves(results) if jnp.issubdtype(r.dtype, jnp.floating)]
-            return sum(jnp.sum(jnp.square(r.astype(jnp.float32))) for r in floats)
+            return jnp.stack([jnp.sum(jnp.square(r.astype(jnp.float32))) for r in floats]).sum()
 
         return jax.grad(sum_of_squares)([leaves[i] for i in places])
 

@@ -143,7 +143,10 @@ def _solvers(operands: OperandShapes) -> Iterator[OperationCase]:
     b = operands.floats(_SIDE, _SIDE, spec=_TILED)
     side = 10 * 16  # of a side that is halved five times
     coarse = operands.floats(side, side, spec=_TILED)
-    levels = {"operator_at": _poisson, "diagonal_at": lambda level: 4 / level**2 + 0.01}
+    levels: dict[str, Any] = {
+        "operator_at": _poisson,
+        "diagonal_at": lambda level: 4 / level**2 + 0.01,
+    }
 
     def preconditioned(b: Any) -> jax.Array:
         cycle = wk.v_cycle(shape=(side, side), **levels)

@@ -117,7 +117,13 @@ def _attention(operands: OperandShapes) -> Iterator[OperationCase]:
 
 
 def _decoding(operands: OperandShapes) -> Iterator[OperationCase]:
-    sizes = {"batch": 8, "capacity": 4096, "kv_heads": _K, "head_size": _H, "heads": _N}
+    sizes: dict[str, Any] = {
+        "batch": 8,
+        "capacity": 4096,
+        "kv_heads": _K,
+        "head_size": _H,
+        "heads": _N,
+    }
     empty = functools.partial(wk.KVCache.empty, **sizes, dtype=operands.dtype)
     cache, sliding = (
         _cache_shapes(empty, operands),

@@ -177,4 +177,5 @@ def test_programs_compile_on_it_as_on_any_wafer():
     x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=wafer.sharding(P("y", "x")))
     with wafer:
         program = jax.jit(wk.matmul).lower(x, x).compile()
-    assert program.memory_analysis().argument_size_in_bytes >= 2 * 64 * 64 * 2 // 16
+    memory = program.memory_analysis()
+    assert memory is not None and memory.argument_size_in_bytes >= 2 * 64 * 64 * 2 // 16

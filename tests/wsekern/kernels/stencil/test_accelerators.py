@@ -64,7 +64,8 @@ def test_gradients_are_those_of_cpus(checkpoint, on_gpu, wafer_called):
 
 def messages_in_a_row(jaxpr):
     """The most exchanges of which each waits for the one before, in any one jaxpr."""
-    longest, before = 0, {}
+    longest = 0
+    before: dict = {}
     for equation in jaxpr.eqns:
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
         nested = [messages_in_a_row(j) for j in inner if hasattr(j, "eqns")]

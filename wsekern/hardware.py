@@ -205,7 +205,7 @@ A100 = Accelerator(
     cache_bytes=40 * MIB,
     launch_seconds=_GRAPH_LAUNCH,
     power_watts=400.0,
-    link_bytes_per_second=300 * GB,
+    link_bytes_per_second=300.0 * GB,
 )
 H100 = Accelerator(
     name="H100 SXM",
@@ -217,7 +217,7 @@ H100 = Accelerator(
     cache_bytes=50 * MIB,
     launch_seconds=_GRAPH_LAUNCH,
     power_watts=700.0,
-    link_bytes_per_second=450 * GB,
+    link_bytes_per_second=450.0 * GB,
 )
 H200 = Accelerator(
     name="H200 SXM",
@@ -229,7 +229,7 @@ H200 = Accelerator(
     cache_bytes=50 * MIB,
     launch_seconds=_GRAPH_LAUNCH,
     power_watts=700.0,
-    link_bytes_per_second=450 * GB,
+    link_bytes_per_second=450.0 * GB,
 )
 # Google Cloud's documentation of each TPU (system architecture), read in November 2026; JAX calls
 # v5e "TPU v5 lite", v6e "TPU v6 lite" and v5p "TPU v5". The vector memory by the documentation of
@@ -248,7 +248,7 @@ TPU_V5E = Accelerator(
     cache_bytes=128 * MIB,
     launch_seconds=0.0,
     power_watts=None,
-    link_bytes_per_second=50 * GB,
+    link_bytes_per_second=50.0 * GB,
     clock_hz=1.5e9,
 )
 TPU_V6E = Accelerator(
@@ -261,7 +261,7 @@ TPU_V6E = Accelerator(
     cache_bytes=128 * MIB,
     launch_seconds=0.0,
     power_watts=None,
-    link_bytes_per_second=100 * GB,
+    link_bytes_per_second=100.0 * GB,
     clock_hz=1.75e9,
 )
 TPU_V5P = Accelerator(
@@ -274,7 +274,7 @@ TPU_V5P = Accelerator(
     cache_bytes=2 * 64 * MIB,
     launch_seconds=0.0,
     power_watts=None,
-    link_bytes_per_second=100 * GB,
+    link_bytes_per_second=100.0 * GB,
     clock_hz=1.75e9,
 )
 # JAX shows a chip as two devices; the figures are of one of them.
@@ -288,7 +288,7 @@ TPU_7X = Accelerator(
     cache_bytes=64 * MIB,
     launch_seconds=0.0,
     power_watts=None,
-    link_bytes_per_second=100 * GB,
+    link_bytes_per_second=100.0 * GB,
     clock_hz=2.2e9,
 )
 

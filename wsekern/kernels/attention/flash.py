@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -338,7 +339,7 @@ class _Call:
         segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
         outputs: list[Spec],
         warps: int,
-    ) -> list[Shaped[Array, "..."]]:
+    ) -> Sequence[Shaped[Array, "..."]]:
         pallas, triton = _pallas(), _triton()
         inputs = [(self.offset, pallas.BlockSpec((2,), lambda i, h, b: (0,))), *inputs]
         for ids in segments or ():

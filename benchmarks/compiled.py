@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"benchmarks compiled: {error}") from None
     results: dict[str, dict[str, Any]] = {}
     for target, wafer in wafers.items():
-        for title, candidates in _programs(wafer, options):
+        for title, candidates in _programs(target, wafer, options):
             compiled = {name: _compile(make, wafer) for name, make in candidates.items()}
             _show(f"{target}: {title}", compiled)
             results[f"{target}: {title}"] = {
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 
 def _programs(
-    wafer: Wafer, options: CompiledOptions
+    target: str, wafer: Wafer, options: CompiledOptions
 ) -> Iterator[tuple[str, dict[str, Callable[[], Candidate]]]]:
     """Titles of programs, with the candidates for each; the first one is the baseline."""
     makers = {
@@ -90,7 +90,7 @@ def _programs(
         "attention": lambda: _attention(wafer, options.lengths),
         "decode": lambda: _decode(wafer, options.lengths),
         "stencil": lambda: _stencil(wafer),
-        "training": lambda: _training(wafer, options.presets),
+        "training": lambda: _training(target, wafer, options.presets),
     }
     for name in options.only:
         yield from makers[name]()
@@ -102,7 +102,7 @@ def _compile(make: Callable[[], Candidate], wafer: Wafer) -> Compilation | str:
 
     try:
         function, shapes, options = make()
-        return wk.compile(function, *shapes, wafer=wafer, roofline=False, **options)
+        return wk.compile(function, *shapes, **({"wafer": wafer, "roofline": False} | options))
     except Exception as error:  # a public kernel that refuses the sizes must not end the table
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
@@ -258,22 +258,33 @@ def _stencil(wafer: Wafer) -> Iterator[Any]:
         yield f"{name} stencil, 8192^2, 100 steps", candidates
 
 
-def _training(wafer: Wafer, presets: tuple[str, ...]) -> Iterator[Any]:
+def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[Any]:
+    from jax.sharding import PartitionSpec as P
+
     from benchmarks import plain_decoder
 
     for preset in presets:
         batch, remat = _STEPS[preset]
         batch = max(batch * wafer.size // 16, 1)
+        constraints = {name: specs for name, specs in plain_decoder.CONSTRAINTS.items() if specs}
+        if batch % wafer.width == 0:
+            kinds = ("residual", "gathered", "wide", "heads")
+            constraints["sequences over x"] = dict.fromkeys(kinds, P("x", "y"))
         candidates: dict[str, Callable[[], Candidate]] = {
             f"jit alone, {name}": functools.partial(_plain_step, wafer, preset, batch, remat, specs)
-            for name, specs in plain_decoder.CONSTRAINTS.items()
-            if specs
+            for name, specs in constraints.items()
         }
         candidates["wsekern"] = functools.partial(_our_step, wafer, preset, batch, remat)
+        if batch % wafer.width == 0 and wafer.wafers == 1:
+            # The columns as wafers of their own: whole features on a chip, a share of the batch.
+            columns = f"{wafer.width}x{wafer.height}x1"
+            candidates[f"wsekern, {columns}, state split"] = functools.partial(
+                _split_step, target, preset, batch, remat
+            )
         yield f"training step, {preset}, {batch} sequences", candidates
 
 
-def _plan(wafer: Wafer, preset: str, batch: int, remat: bool) -> Any:
+def _plan(wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool = False) -> Any:
     from models.presets import find_preset
     from training.config import TrainingConfig
     from training.plan import make_plan
@@ -284,6 +295,7 @@ def _plan(wafer: Wafer, preset: str, batch: int, remat: bool) -> Any:
         batch=batch,
         dtype="bfloat16",
         remat=remat,
+        split_state=split_state,
     )
     return make_plan(config, find_preset(preset), wafer)
 
@@ -292,6 +304,16 @@ def _our_step(wafer: Wafer, preset: str, batch: int, remat: bool) -> Candidate:
     from training.programs import step_program
 
     return step_program(_plan(wafer, preset, batch, remat))
+
+
+def _split_step(target: str, preset: str, batch: int, remat: bool) -> Candidate:
+    from training.programs import step_program
+    from wsekern.wafer.wafer import Wafer
+
+    whole = Wafer.topology(target)
+    wafer = Wafer.topology(target, whole.height, 1, whole.width)
+    function, shapes, options = step_program(_plan(wafer, preset, batch, remat, True))
+    return function, shapes, {**options, "wafer": wafer}
 
 
 def _plain_step(
@@ -343,7 +365,7 @@ def _show(title: str, compiled: dict[str, Compilation | str]) -> None:
     table.add_column("compile", justify="right")
     ran = [c for c in compiled.values() if not isinstance(c, str) and c.seconds]
     # Of several forms of jit alone the fastest is the baseline.
-    alone = [compiled[name] for name in compiled if "wk." not in name and name != "wsekern"]
+    alone = [c for name, c in compiled.items() if not name.startswith(("wk.", "wsekern"))]
     times = [c.seconds for c in alone if not isinstance(c, str) and c.seconds]
     best = min(times, default=None)
     for name, c in compiled.items():

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar, cast, runtime_ch
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
-_COLUMNS = ("algorithm", "words", "steps", "held KiB", "cycles", "")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -21,6 +19,7 @@ class Candidate:
     steps: int = 0  # that wait for one another
     held_bytes: float = 0.0  # of other PEs' tiles, at a time
     cycles: float | None = None  # predicted, on a wafer; None on devices
+    seconds: float | None = None  # predicted, on accelerators that are known; None elsewhere
     note: str = ""
     refused: str = ""  # why it cannot serve; "" where it can
 
@@ -42,23 +41,30 @@ class Explanation:
         return f"{self.operation} on {self.wafer}: {self.algorithm}, {self.why}"
 
     @property
+    def _columns(self) -> tuple[str, ...]:
+        in_seconds = any(c.seconds is not None for c in self.candidates.values())
+        return "algorithm", "words", "steps", "held KiB", "us" if in_seconds else "cycles", ""
+
+    @property
     def _rows(self) -> list[tuple[str, ...]]:
         return [self._row(name, c) for name, c in self.candidates.items()]
 
     def _row(self, name: str, c: Candidate) -> tuple[str, ...]:
         if c.refused:
             return name, "", "", "", "", c.refused
-        cycles = "" if c.cycles is None else f"{c.cycles:,.0f}"
+        time = "" if c.cycles is None else f"{c.cycles:,.0f}"
+        if c.seconds is not None:
+            time = f"{c.seconds * 1e6:,.1f}"
         mark = "<- auto" if self.by_auto else "<- asked for"
         remark = ", ".join(r for r in (c.note, mark * (name == self.algorithm)) if r)
         held = f"{c.held_bytes / 1024:,.1f}"
-        return name, f"{c.words:,.0f}", f"{c.steps:,}", held, cycles, remark
+        return name, f"{c.words:,.0f}", f"{c.steps:,}", held, time, remark
 
     def __str__(self) -> str:
         head = [self._title, *([self.detail] if self.detail else [])]
         if not self.candidates:
             return "\n".join(head)
-        rows = [_COLUMNS, *self._rows]
+        rows = [self._columns, *self._rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join([*head, "", *lines])
@@ -72,7 +78,7 @@ class Explanation:
         if not self.candidates:
             return title
         body = "".join(row(cells, "td") for cells in self._rows)
-        return f"{title}<table>{row(_COLUMNS, 'th')}{body}</table>"
+        return f"{title}<table>{row(self._columns, 'th')}{body}</table>"
 
 
 Arguments = ParamSpec("Arguments")

@@ -43,6 +43,42 @@ def map_on_devices(wafer: "Wafer", kernel: Callable, specs: Specs, check: bool) 
     return whole
 
 
+def leave_to_xla(wafer: "Wafer", function: Callable, specs: Specs) -> Callable:
+    """`function` of whole arrays, laid out by `specs`; XLA splits it between the devices."""
+
+    def lay_out(arrays: Any, wanted: Any, name: str) -> Any:
+        leaves, tree = jax.tree.flatten(arrays)
+        placed = zip(leaves, broadcast_specs(wanted, arrays, name), strict=True)
+        return jax.tree.unflatten(tree, [_constrain_named(wafer, *pair) for pair in placed])
+
+    def laid_out(*operands: Any) -> Any:
+        with context.within(wafer):
+            results = function(*lay_out(operands, specs.in_specs, "in_specs"))
+        return lay_out(results, specs.out_specs, "out_specs")
+
+    def whole(*operands: Any) -> Any:
+        if isinstance(wafer.mesh, AbstractMesh):
+            operands = jax.tree.map(keep_in_gradient, operands)
+        if not explicit(wafer):
+            return laid_out(*operands)
+        shardings = jax.tree.map(wafer.sharding, specs.out_specs)
+        return jax.sharding.auto_axes(laid_out, out_sharding=shardings)(*operands)
+
+    return whole
+
+
+def _constrain_named(wafer: "Wafer", array: Shaped[Array, "..."], spec: P) -> Shaped[Array, "..."]:
+    """`array` laid out by `spec`; the dimensions that it leaves out lie as XLA sees fit.
+
+    The mesh may have axes beside the wafer's, which split a batch.
+    """
+    entries = [*wafer.mesh_spec(spec), *[None] * (array.ndim - len(spec))]
+    free = P(*(P.UNCONSTRAINED if entry is None else entry for entry in entries))
+    # Explicit axes are Auto ones where this runs, which only the mesh in force knows.
+    mesh = jax.sharding.get_abstract_mesh() if explicit(wafer) else wafer.device_mesh
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, free))
+
+
 @jax.custom_jvp
 def keep_in_gradient(operand: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """`operand`; a gradient with respect to it reads it too.

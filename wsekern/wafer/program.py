@@ -26,16 +26,21 @@ def mapped_program(
     specs: Specs,
     replicated_by_construction: bool,
     donate: tuple[int, ...] = (),
+    by_xla: bool = False,
 ) -> Callable:
-    """The jitted program of `kernel`, made once for equal kernels, wafers and specs."""
+    """The jitted program of `kernel`, made once for equal kernels, wafers and specs.
+
+    Args:
+      by_xla: whether `kernel` is a function of whole arrays, which XLA splits between devices.
+    """
     if wafer.backend != "devices" and (wafer.placement or wafer.corner != (0, 0)):
         # Where PEs lie on the physical wafer changes no result, and so no program.
         wafer = dataclasses.replace(wafer, placement=None, corner=(0, 0))
     key = program_key(kernel)
     if key is None:
-        return _Program(wafer, kernel, specs, replicated_by_construction, donate)
+        return _Program(wafer, kernel, specs, replicated_by_construction, donate, by_xla)
     keyed = _Keyed(key, freeze(kernel))
-    return _kept_program(keyed, wafer, specs, replicated_by_construction, donate)
+    return _kept_program(keyed, wafer, specs, replicated_by_construction, donate, by_xla)
 
 
 def local_program(kernel: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
@@ -91,12 +96,16 @@ class _Program:
         specs: Specs,
         replicated_by_construction: bool,
         donate: tuple[int, ...],
+        by_xla: bool,
     ) -> None:
         self.wafer = wafer
         self.specs = specs
         virtual_pes = wafer.backend == "virtual"
         run = virtual.map_on_virtual_pes if virtual_pes else on_devices.map_on_devices
-        whole = run(wafer, kernel, specs, not replicated_by_construction)
+        if by_xla:
+            whole = on_devices.leave_to_xla(wafer, kernel, specs)
+        else:
+            whole = run(wafer, kernel, specs, not replicated_by_construction)
         self.call = jax.jit(whole, donate_argnums=donate)
         self.needs: dict[Hashable, int] = {}  # bytes beside the operands, by their shapes
 
@@ -154,8 +163,9 @@ def _kept_program(
     specs: Specs,
     replicated_by_construction: bool,
     donate: tuple[int, ...],
+    by_xla: bool,
 ) -> _Program:
-    return _Program(wafer, keyed.kernel, specs, replicated_by_construction, donate)
+    return _Program(wafer, keyed.kernel, specs, replicated_by_construction, donate, by_xla)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -15,11 +15,12 @@ from wsekern import fabric
 from wsekern.kernels.matmul import tile
 from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
 from wsekern.kernels.matmul.tile import TileResult
-from wsekern.wafer import layout
+from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS
 
 # XLA's CPU backend concatenates tiles along their last dimension about six times faster than it
-# gathers them along it. With more tiles than this the program would grow too long.
+# gathers them along it. With more tiles than this the program would grow too long. On accelerators
+# the gather puts them side by side at no cost, and a concatenation is a pass over memory.
 _MOST_CONCATENATED = 16
 
 
@@ -69,16 +70,21 @@ class AllGather:
 
 def gather_columns(x: Shaped[Array, "... _"]) -> Shaped[Array, "... _"]:
     """All tiles along x, concatenated along their last dimension."""
-    size = fabric.axis_size(COLS)
-    if size > _MOST_CONCATENATED:
+    if not _concatenates():
         return fabric.all_gather(x, COLS, -1)
     tiles = fabric.all_gather(x[None], COLS, 0)
-    return jnp.concatenate([tiles[i] for i in range(size)], -1)
+    return jnp.concatenate([tiles[i] for i in range(fabric.axis_size(COLS))], -1)
 
 
 def reduce_scatter_columns(x: Shaped[Array, "... _"]) -> Shaped[Array, "... _"]:
     """The sum of `x` along x; this PE keeps its own part of the last dimension."""
-    size = fabric.axis_size(COLS)
-    if size > _MOST_CONCATENATED:
+    if not _concatenates():
         return fabric.reduce_scatter(x, COLS, -1)
-    return fabric.reduce_scatter(jnp.stack(jnp.split(x, size, -1)), COLS, 0)[0]
+    parts = jnp.split(x, fabric.axis_size(COLS), -1)
+    return fabric.reduce_scatter(jnp.stack(parts), COLS, 0)[0]
+
+
+def _concatenates() -> bool:
+    wafer = context.inside()
+    on_accelerator = wafer is not None and wafer.platform in ("tpu", "gpu")
+    return fabric.axis_size(COLS) <= _MOST_CONCATENATED and not on_accelerator

@@ -1,9 +1,21 @@
 """Which algorithm serves a matrix product, what each would cost, and why `auto` takes one."""
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 
-from wsekern.kernels.matmul import allgather, cannon, overlapped, replicated, stationary, summa
-from wsekern.kernels.matmul.problem import MatmulProblem, PricedPlan
+from wsekern.kernels.matmul import (
+    allgather,
+    cannon,
+    direct,
+    overlapped,
+    replicated,
+    stationary,
+    summa,
+    tile,
+    xla,
+)
+from wsekern.kernels.matmul.problem import MatmulPlan, MatmulProblem, PricedPlan
 from wsekern.wafer.limits import gather_limit
 from wsekern.wafer.wafer import Wafer
 
@@ -16,11 +28,14 @@ PRICES: dict[str, Callable[[MatmulProblem], PricedPlan]] = {
     "collective": overlapped.price,
     "stationary": stationary.price,
     "2.5d": replicated.price,
+    "direct": direct.price,
+    "xla": xla.price,
 }
 # "mesh" was the name of MeshGEMM, which a `jax.sharding.Mesh` has nothing to do with. The old name
 # is accepted for one release.
 _FORMER_NAMES = {"mesh": "mesh_gemm"}
 _FEW_WORDS = 4  # a stationary factor pays if this many times fewer words move
+_AT_LEAST = 0.95  # on accelerators, of the time of XLA's own program, to be taken before it
 _LITTLE = 2**18  # bytes; gathering so few costs no more than the call itself
 
 
@@ -51,7 +66,17 @@ def choose(operation: str, problem: MatmulProblem, name: str) -> tuple[PricedPla
                 f"{serving(problem.wafer)}"
             )
         return priced, "asked for"
+    if problem.on_accelerators:
+        return _choose_on_accelerators([problem])
     return (_choose_on_devices if problem.wafer.machine is None else _choose_on_wafer)(problem)
+
+
+def plan_gradient(problem: MatmulProblem, plan: MatmulPlan, name: str) -> MatmulPlan:
+    """The plan of the gradient of a product that goes by `plan`; "auto" may take another one."""
+    if name != "auto" or not problem.on_accelerators:
+        return plan
+    forms = [form for form, *_ in tile.GRADIENTS[problem.form]]
+    return _choose_on_accelerators([dataclasses.replace(problem, form=f) for f in forms])[0].plan
 
 
 def price_all(problem: MatmulProblem) -> dict[str, PricedPlan]:
@@ -78,6 +103,27 @@ def _choose_on_devices(problem: MatmulProblem) -> tuple[PricedPlan, str]:
         return by_rows, "a gather would be large; in rounds only a share of the rows is held"
     why = "a gather would be large, and the rows do not divide into rounds"
     return summa.price(problem), why
+
+
+def _choose_on_accelerators(problems: Sequence[MatmulProblem]) -> tuple[PricedPlan, str]:
+    """One algorithm for all of `problems`: the fastest, but XLA's own where none is faster."""
+
+    def total(price: Callable[[MatmulProblem], PricedPlan]) -> float:
+        priced = [price(problem) for problem in problems]
+        unknown = any(p.refused or p.seconds is None for p in priced)
+        return math.inf if unknown else sum(p.seconds or 0.0 for p in priced)
+
+    first, by_itself = problems[0], total(xla.price)
+    others = [stationary.price]
+    # GPUs are left to XLA: there it has moves and products go on side by side by itself.
+    if first.wafer.platform == "tpu":
+        others.append(direct.price)
+    best = min(others, key=total)
+    if total(best) >= _AT_LEAST * by_itself:
+        return xla.price(first), "XLA's own program: no other is predicted to be faster"
+    if best is stationary.price:
+        return best(first), "few rows: the large factor stays, and far fewer words move"
+    return best(first), "the fewest seconds: moves along both axes go on behind the products"
 
 
 def _choose_on_wafer(problem: MatmulProblem) -> tuple[PricedPlan, str]:

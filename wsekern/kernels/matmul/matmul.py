@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,9 +25,10 @@ from wsekern.kernels.matmul.right_factor import (
 )
 from wsekern.kernels.matmul.signature import Algorithm, Matrix, with_signature
 from wsekern.kernels.matmul.tile import TileResult
-from wsekern.wafer import context, layout
+from wsekern.wafer import context, layout, program
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.limits import sum_dtype
+from wsekern.wafer.specs import Specs
 from wsekern.wafer.wafer import Wafer
 
 
@@ -48,10 +50,10 @@ def matmul(
 
     Sums are float32 and are rounded once, to `a`'s dtype, after `scales`, `bias` and `activation`.
     `a @ b^T` and `a^T @ b` transpose nothing: in them another of the three matrices moves. The
-    gradient consists of these forms and takes the same algorithm. It keeps the operands and, if
-    there is an activation, its argument. The gradient of `scales` multiplies once more. Reverse
-    mode only. Products that share `a` (query, key and value; gate and up) are best asked for in one
-    call: `a` then moves once.
+    gradient consists of these forms and takes the same algorithm, unless `auto` says otherwise. It
+    keeps the operands and, if there is an activation, its argument. The gradient of `scales`
+    multiplies once more. Reverse mode only. Products that share `a` (query, key and value; gate and
+    up) are best asked for in one call: `a` then moves once.
 
     What each algorithm costs a PE on a grid of h x w, in words received. X and Y are the words of
     its tiles of `a` and `b`, S those of the result (in `a @ b^T`: X the result, S `a`; in
@@ -73,10 +75,18 @@ def matmul(
       words, an r-th held; `a^T @ b`, also as a gradient, is then "summa".
     - `2.5d`: if all c wafers hold the matrices: each does a c-th of "mesh_gemm", then 2 (c - 1) / c
       S words in one step more (half as many, of X or Y, in the other forms).
-    - `auto`: on a wafer the fewest predicted cycles within a quarter of a PE's SRAM. On devices
-      "stationary" if it moves a quarter of the words of "allgather"; else "allgather" if that
-      holds at most 4 MiB (emulated) or a 64th of the memory; else "stationary" in rounds, or
-      "summa" if the rows do not divide into rounds.
+    - `direct`: on p x p devices, in the order of "cannon". But every tile comes straight from its
+      owner, and travels while others are multiplied: (p - 1) (X + Y) words in 2 p moves, none of
+      which waits for another; holds about three tiles of each. In `a @ b^T` S and Y move, in
+      `a^T @ b` X and S, and one of them is first reflected in the grid's diagonal.
+    - `xla`: on devices, XLA's own program for the whole arrays: most often the moves of
+      "allgather". On TPUs and GPUs it sums over devices in `a`'s dtype, as it does by itself, where
+      it sums at all: in `a @ b^T` and `a^T @ b`.
+    - `auto`: on a wafer the fewest predicted cycles within a quarter of a PE's SRAM. On TPUs and
+      GPUs "xla", unless another is predicted to take fewer seconds: "stationary" for few rows, and
+      on TPUs "direct"; the gradient is predicted by itself. On emulated devices "stationary" if it
+      moves a quarter of the words of "allgather"; else "allgather" if that holds at most 4 MiB;
+      else "stationary" in rounds, or "summa" if the rows do not divide into rounds.
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.
@@ -113,7 +123,10 @@ def matmul(
     else:
         problem = MatmulProblem.of(form, a, [right.matrix for right in rights], wafer)
         plan = choice.choose("matmul", problem, name)[0].plan
-        cs = _on_wafer(a, rights, _MatmulOptions(form, plan, function, precision), wafer)
+        of_gradient = choice.plan_gradient(problem, plan, name)
+        plan = dataclasses.replace(plan, unit=math.lcm(plan.unit, of_gradient.unit))
+        options = _MatmulOptions(form, plan, of_gradient, function, precision)
+        cs = _on_wafer(a, rights, options, wafer)
     return cs if several else cs[0]
 
 
@@ -123,8 +136,26 @@ class _MatmulOptions:
 
     form: tile.Form
     plan: MatmulPlan
+    gradient_plan: MatmulPlan
     activation: epilogue.Function | None
     precision: jax.lax.PrecisionLike
+
+    @property
+    def joins(self) -> bool:
+        """Whether several right factors are multiplied as one, so that `a` moves once for all.
+
+        In "nt" it stays. In a whole array XLA would have to move the columns of each.
+        """
+        return self.form != "nt" and not self.plan.whole
+
+    def run(
+        self, wafer: Wafer, kernel: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """`kernel` as a function of whole arrays, by tiles or as XLA splits it."""
+        if not self.plan.whole:
+            return wafer.map(kernel, in_specs=in_specs, out_specs=out_specs)
+        specs = Specs.of(in_specs, out_specs)
+        return program.mapped_program(wafer, kernel, specs, False, by_xla=True)
 
 
 def _plain(
@@ -217,7 +248,8 @@ def _forward_program(
     keep: bool,
 ) -> Callable[..., Any]:
     spec = layout.tiled(a.ndim)
-    return wafer.map(
+    return options.run(
+        wafer,
         functools.partial(_per_pe, options=options, keep=keep),
         in_specs=(spec, tuple(right.specs(COLS) for right in rights)),
         out_specs=(spec, spec),
@@ -248,7 +280,9 @@ def _bwd(
         pairs = zip(dcs, arguments, strict=True)
         dcs = tuple(epilogue.before_activation(*pair, options.activation) for pair in pairs)
     spec, right_specs = layout.tiled(a.ndim), tuple(right.specs(COLS) for right in rights)
-    run = wafer.map(
+    options = dataclasses.replace(options, plan=options.gradient_plan)
+    run = options.run(
+        wafer,
         functools.partial(_per_pe_gradients, options=options),
         in_specs=(spec, right_specs, spec),
         out_specs=(spec, right_specs),
@@ -281,7 +315,10 @@ def _per_pe_gradients(
     dcs: tuple[Float[Array, "*batch Mt _"], ...],
     options: _MatmulOptions,
 ) -> tuple[Float[Array, "*batch _ _"], tuple[FactorGradient, ...]]:
-    along = (ROWS, WAFERS) if a.ndim > 2 else ROWS  # with a batch, wafers have different rows
+    along: tuple[str, ...] = (ROWS, WAFERS) if a.ndim > 2 else (ROWS,)  # of a batch, wafers differ
+    wafers: tuple[str, ...] = (WAFERS,) if a.ndim > 2 else ()
+    if options.plan.whole:  # XLA sums over all PEs by itself
+        along = wafers = ()
     products: Sequence[Float[Array, "*batch Mt _"] | None] = [None] * len(rights)
     if rights[0].scales is not None:  # all have scales, or none
         products = _sums(a, rights, options)
@@ -301,7 +338,7 @@ def _per_pe_gradients(
     for db, (dbias, dscales), right in zip(dbs, vectors, rights, strict=True):
         if db is not None:
             # A batch is spread over the wafers, and they all use the same matrix.
-            db = fabric.all_reduce(db, WAFERS) if a.ndim > 2 and db.ndim == 2 else db
+            db = fabric.all_reduce(db, wafers) if wafers and db.ndim == 2 else db
             db = db.astype(a.dtype)
         gradients.append(right.replace(matrix=db, bias=dbias, scales=dscales))
     return da.astype(a.dtype), tuple(gradients)
@@ -312,10 +349,10 @@ def _sums(
     rights: tuple[ArrayFactor, ...],
     options: _MatmulOptions,
 ) -> list[Float[Array, "*batch Mt _"]]:
-    """The sums of each product on this PE."""
+    """The sums of each product on this PE, or of whole arrays."""
     multiply = tile.in_form(options.plan.algorithm, options.form)
     leading, precision = a.shape[:-2], options.precision
-    if options.form == "nt":  # `a` stays, so there is nothing to share
+    if not options.joins:
         sums = []
         for right in rights:
             result = TileResult((*leading, *right.tile), precision)
@@ -334,7 +371,7 @@ def _gradients(
     options: _MatmulOptions,
 ) -> tuple[Float[Array, "*batch _ _"], list[Float[Array, "... _ _"] | None]]:
     """The sums of the gradient of `a`, and of each of `bs` that is trained."""
-    if options.form == "nt":
+    if not options.joins:
         pairs = [_pair_of_gradients(a, *pair, options) for pair in zip(bs, dcs, strict=True)]
         return functools.reduce(jnp.add, [da for da, _ in pairs]), [db for _, db in pairs]
     da, db = _pair_of_gradients(a, _join(bs), _join(dcs), options)

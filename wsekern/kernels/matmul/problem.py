@@ -4,7 +4,8 @@ Words are 32-bit and are those that a PE receives; steps are moves that wait for
 bytes are what a PE keeps of others' tiles at a time. All are of the product alone. Cycles are
 predicted for wafers only, by the model of P. Luczynski et al., "Near-Optimal Wafer-Scale Reduce",
 HPDC 2024: the longer of words through a PE and arithmetic, then hops, and 2 ramps + 1 for every
-dependent step.
+dependent step. Seconds are predicted for accelerators that `wsekern.hardware` knows, from their
+peak and from bytes over the rate of one link; each algorithm knows what of that it hides.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from wsekern.hardware import Accelerator, accelerator
 from wsekern.kernels.matmul.tile import ROLES, Form, Matrix, TileAlgorithm
 from wsekern.wafer.explanation import Candidate
 from wsekern.wafer.limits import gather_limit
@@ -39,6 +41,7 @@ class MatmulPlan:
     name: str
     algorithm: TileAlgorithm
     unit: int = 1  # the meeting dimension is padded to a multiple of it
+    whole: bool = False  # it multiplies whole arrays and not tiles: XLA splits them
 
     def multiples(self, matrix: Matrix) -> tuple[int, int]:
         """What the rows and the columns of a matrix are padded to a multiple of."""
@@ -126,6 +129,32 @@ class MatmulProblem:
             limit = min(limit, _GATHERED_BYTES)
         return self.gathered_bytes <= limit
 
+    @property
+    def on_accelerators(self) -> bool:
+        """Whether it is for TPUs or GPUs, one PE each."""
+        return self.wafer.backend == "devices" and self.wafer.platform in ("tpu", "gpu")
+
+    @property
+    def arithmetic_seconds(self) -> float | None:
+        """What the product takes a PE at its peak; None where that is not known."""
+        chip, dtype_bytes = self._chip, min(self.x_bytes, self.s_bytes)
+        if chip is None:
+            return None
+        # A TPU multiplies float32 as bfloat16 unless it is asked for more.
+        narrow = dtype_bytes == 2 or chip.float32_flops is None
+        peak = chip.bfloat16_flops if narrow else chip.float32_flops
+        assert peak is not None
+        return 2 * self.x_copies * self._tile(self.rows, self.columns) * self.meeting / peak
+
+    @property
+    def link_bytes_per_second(self) -> float | None:
+        """The rate of one link in one direction; None where it is not known."""
+        return None if self._chip is None else self._chip.link_bytes_per_second
+
+    @property
+    def _chip(self) -> Accelerator | None:
+        return accelerator(self.wafer.device_kind or "") if self.on_accelerators else None
+
     def price(
         self,
         plan: MatmulPlan,
@@ -137,6 +166,7 @@ class MatmulProblem:
         overlaps: bool = True,
         wafers: int = 1,
         rounds: int = 1,
+        seconds: float | None = None,
         note: str = "",
     ) -> PricedPlan:
         """`plan` with its costs, and on a wafer with the cycles that are predicted from them.
@@ -144,7 +174,11 @@ class MatmulProblem:
         Args:
           overlaps: whether it multiplies while words move.
           wafers: how many wafers share the arithmetic.
+          seconds: on accelerators; by default the arithmetic, and then every word.
         """
+        if seconds is None and self.arithmetic_seconds is not None and self.link_bytes_per_second:
+            moves = words * WORD_BYTES / self.link_bytes_per_second
+            seconds = self.arithmetic_seconds / wafers + moves
         return PricedPlan(
             plan=plan,
             words=words,
@@ -152,6 +186,7 @@ class MatmulProblem:
             hops=hops,
             held_bytes=held_bytes,
             cycles=self._cycles(words, steps, hops, overlaps, wafers),
+            seconds=seconds,
             rounds=rounds,
             note=note,
         )

@@ -21,6 +21,8 @@ Algorithm = Literal[
     "collective",
     "stationary",
     "2.5d",
+    "direct",
+    "xla",
 ]
 Matrix = Float[Array, "... _ _"] | Int8[Array, "... _ _"]
 Shape = tuple[int, ...]

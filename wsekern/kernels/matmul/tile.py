@@ -50,6 +50,7 @@ class TileResult(NamedTuple):
 
     shape: tuple[int, ...]
     precision: lax.PrecisionLike = None  # in which factors are multiplied
+    sums: jnp.dtype | None = None  # their dtype; None: as wide as `sum_dtype` has it
 
     def with_shape(self, *shape: int) -> "TileResult":
         """The same with another shape."""
@@ -112,7 +113,7 @@ def product(
         b,
         (((*summed, summed_a), (*summed, summed_b)), (batch, batch)),
         precision=result.precision,
-        preferred_element_type=sum_dtype(a.dtype),
+        preferred_element_type=result.sums or sum_dtype(a.dtype),
     )
     # dot_general puts the free dimensions of `a`, its rows, before those of `b`. If `b` alone has
     # leading dimensions: a [M, K] and b [B, K, N] give [M, B, N].

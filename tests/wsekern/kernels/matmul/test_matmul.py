@@ -98,6 +98,8 @@ EVERYWHERE = [
     ("mesh_gemm", "virtual-2x4"),
     ("collective", "2x4"),
     ("stationary", "2of2x2"),
+    ("direct", "3x3"),
+    ("xla", "2x4"),
 ]
 MORE = [
     ("allgather", "2of2x2"),
@@ -108,6 +110,8 @@ MORE = [
     ("stationary", "virtual-4x4"),
     ("2.5d", "2of2x2"),
     ("2.5d", "virtual-2of2x2"),
+    ("direct", "2of2x2"),
+    ("xla", "2of2x2"),
 ]
 
 
@@ -448,8 +452,9 @@ def test_precision_is_that_of_every_product(form, grid, wafer_called):
 
 OURS = pathlib.Path(wk.__file__).parent
 ON_WAFERS = [(name, grid) for grid in ("2x4", "virtual-2x4") for name in ("auto", *PRICES)]
-ON_WAFERS = [pair for pair in ON_WAFERS if pair[0] != "2.5d"]
+ON_WAFERS = [pair for pair in ON_WAFERS if pair[0] not in ("2.5d", "direct", "xla")]
 ON_WAFERS += [("auto", "1x1"), ("2.5d", "2of2x2"), ("2.5d", "virtual-2of2x2")]
+ON_WAFERS += [("direct", "2x2"), ("xla", "2x4")]
 
 
 @pytest.mark.parametrize("where", ON_WAFERS, ids=" on ".join)

@@ -1,0 +1,90 @@
+"""What compilers of TPUs make of products: `auto` waits for less than jit alone; needs libtpu."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import wsekern as wk
+
+pytestmark = pytest.mark.tpu
+SIDE = 2048
+MATRIX = jax.ShapeDtypeStruct((SIDE, SIDE), jnp.bfloat16)
+
+
+@pytest.fixture(scope="module", params=["v5e:4x4", "v6e:4x4"])
+def chips(request):
+    return wk.Wafer.topology(request.param)
+
+
+def compiled(function, chips, count=2):
+    return wk.compile(function, *[MATRIX] * count, wafer=chips, roofline=False)
+
+
+@pytest.fixture(scope="module")
+def by_jit(chips):
+    return compiled(plain(chips), chips)
+
+
+@pytest.fixture(scope="module")
+def by_auto(chips):
+    return compiled(lambda a, b: wk.matmul(a, b, wafer=chips), chips)
+
+
+def plain(chips):
+    """A product as jit alone splits it."""
+    tiled = chips.sharding(P("y", "x"))
+    return lambda a, b: jax.lax.with_sharding_constraint(a @ b, tiled)
+
+
+def gradients(product, chips):
+    tiled = chips.sharding(P("y", "x"))
+
+    def run(a, b, dc):
+        both = jax.vjp(product, a, b)[1](dc)
+        return tuple(jax.lax.with_sharding_constraint(d, tiled) for d in both)
+
+    return run
+
+
+def test_auto_is_faster_than_jit_alone_and_keeps_no_more(by_auto, by_jit):
+    assert by_auto.seconds < 0.8 * by_jit.seconds
+    assert by_auto.waited_bytes < 0.8 * by_jit.waited_bytes
+    assert by_auto.memory.temporaries <= by_jit.memory.temporaries
+
+
+def test_so_are_its_gradients(chips):
+    ours, jits = (
+        compiled(gradients(product, chips), chips, 3)
+        for product in (lambda a, b: wk.matmul(a, b, wafer=chips), plain(chips))
+    )
+    assert ours.seconds < 0.8 * jits.seconds
+    assert ours.waited_bytes < 0.8 * jits.waited_bytes
+    assert "reduce-scatter" not in {key.kind for key in ours.cost.sent}  # no sums travel
+
+
+def test_gathers_are_as_cheap_as_those_of_jit_alone(chips, by_jit):
+    gathers = compiled(lambda a, b: wk.matmul(a, b, algorithm="allgather", wafer=chips), chips)
+    assert gathers.seconds <= 1.001 * by_jit.seconds
+
+
+def test_bias_activation_and_scales_are_a_part_of_the_last_product(chips, by_auto):
+    """No pass over the result is added to the products."""
+    vector = jax.ShapeDtypeStruct((SIDE,), jnp.bfloat16, sharding=chips.sharding(P("x")))
+    weights = jax.ShapeDtypeStruct((SIDE, SIDE), jnp.int8)
+
+    def run(a, b, scales, bias):
+        return wk.matmul(a, b, scales=scales, bias=bias, activation="relu", wafer=chips)
+
+    full = wk.compile(run, MATRIX, weights, vector, vector, wafer=chips, roofline=False)
+    assert full.memory.temporaries <= by_auto.memory.temporaries + 2**16
+    assert full.cost.fusion_seconds < 1.5 * by_auto.cost.fusion_seconds
+
+
+def test_explain_says_why_in_microseconds(chips):
+    explained = wk.matmul.explain(MATRIX, MATRIX, wafer=chips)
+    assert explained.algorithm == "direct" and " us " in str(explained)
+    few = wk.matmul.explain((16, 8192), (8192, 8192), dtype=jnp.bfloat16, wafer=chips)
+    assert few.algorithm == "stationary"
+    wide = wk.Wafer.topology("v5e:2x8")  # not square
+    assert wk.matmul.explain(MATRIX, MATRIX, wafer=wide).algorithm == "xla"

@@ -71,12 +71,20 @@ def choose(operation: str, problem: MatmulProblem, name: str) -> tuple[PricedPla
     return (_choose_on_devices if problem.wafer.machine is None else _choose_on_wafer)(problem)
 
 
-def plan_gradient(problem: MatmulProblem, plan: MatmulPlan, name: str) -> MatmulPlan:
-    """The plan of the gradient of a product that goes by `plan`; "auto" may take another one."""
+def plan(operation: str, problem: MatmulProblem, name: str) -> tuple[MatmulPlan, MatmulPlan]:
+    """The plans of a product and of its gradient; on accelerators "auto" takes each by itself.
+
+    Raises:
+      ValueError: the algorithm cannot serve on the problem's wafer.
+    """
+    forward = choose(operation, problem, name)[0].plan
     if name != "auto" or not problem.on_accelerators:
-        return plan
+        return forward, forward
     forms = [form for form, *_ in tile.GRADIENTS[problem.form]]
-    return _choose_on_accelerators([dataclasses.replace(problem, form=f) for f in forms])[0].plan
+    problems = [dataclasses.replace(problem, form=form) for form in forms]
+    backward = _choose_on_accelerators(problems)[0].plan
+    unit = math.lcm(forward.unit, backward.unit)  # operands are padded once, for both
+    return dataclasses.replace(forward, unit=unit), backward
 
 
 def price_all(problem: MatmulProblem) -> dict[str, PricedPlan]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,13 +74,11 @@ def matmul(
       words, an r-th held; `a^T @ b`, also as a gradient, is then "summa".
     - `2.5d`: if all c wafers hold the matrices: each does a c-th of "mesh_gemm", then 2 (c - 1) / c
       S words in one step more (half as many, of X or Y, in the other forms).
-    - `direct`: on p x p devices, in the order of "cannon". But every tile comes straight from its
-      owner, and travels while others are multiplied: (p - 1) (X + Y) words in 2 p moves, none of
-      which waits for another; holds about three tiles of each. In `a @ b^T` S and Y move, in
-      `a^T @ b` X and S, and one of them is first reflected in the grid's diagonal.
-    - `xla`: on devices, XLA's own program for the whole arrays: most often the moves of
-      "allgather". On TPUs and GPUs it sums over devices in `a`'s dtype, as it does by itself, where
-      it sums at all: in `a @ b^T` and `a^T @ b`.
+    - `direct`: "cannon" on p x p devices, but every tile comes straight from its owner, while others
+      are multiplied: (p - 1) (X + Y) words in 2 p moves that do not wait for one another; holds
+      three tiles of each. In `a @ b^T` S and Y move, in `a^T @ b` X and S, one of them once more.
+    - `xla`: on devices, XLA's own program, with "allgather"'s moves or others. In `a @ b^T` and
+      `a^T @ b` it sums over TPUs and GPUs in `a`'s dtype, as it does by itself.
     - `auto`: on a wafer the fewest predicted cycles within a quarter of a PE's SRAM. On TPUs and
       GPUs "xla", unless another is predicted to take fewer seconds: "stationary" for few rows, and
       on TPUs "direct"; the gradient is predicted by itself. On emulated devices "stationary" if it
@@ -122,11 +119,8 @@ def matmul(
         cs = tuple(_plain(form, a, right, function, precision) for right in rights)
     else:
         problem = MatmulProblem.of(form, a, [right.matrix for right in rights], wafer)
-        plan = choice.choose("matmul", problem, name)[0].plan
-        of_gradient = choice.plan_gradient(problem, plan, name)
-        plan = dataclasses.replace(plan, unit=math.lcm(plan.unit, of_gradient.unit))
-        options = _MatmulOptions(form, plan, of_gradient, function, precision)
-        cs = _on_wafer(a, rights, options, wafer)
+        plans = choice.plan("matmul", problem, name)
+        cs = _on_wafer(a, rights, _MatmulOptions(form, *plans, function, precision), wafer)
     return cs if several else cs[0]
 
 

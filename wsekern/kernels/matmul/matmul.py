@@ -74,7 +74,7 @@ def matmul(
       words, an r-th held; `a^T @ b`, also as a gradient, is then "summa".
     - `2.5d`: if all c wafers hold the matrices: each does a c-th of "mesh_gemm", then 2 (c - 1) / c
       S words in one step more (half as many, of X or Y, in the other forms).
-    - `direct`: "cannon" on p x p devices, but every tile comes straight from its owner, while others
+    - `direct`: "cannon" on p x p devices, but tiles come straight from their owners, while others
       are multiplied: (p - 1) (X + Y) words in 2 p moves that do not wait for one another; holds
       three tiles of each. In `a @ b^T` S and Y move, in `a^T @ b` X and S, one of them once more.
     - `xla`: on devices, XLA's own program, with "allgather"'s moves or others. In `a @ b^T` and

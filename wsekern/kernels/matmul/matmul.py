@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PyTree
 
@@ -143,7 +144,7 @@ class _MatmulOptions:
         return self.form != "nt" and not self.plan.whole
 
     def run(
-        self, wafer: Wafer, kernel: Callable[..., Any], in_specs: Any, out_specs: Any
+        self, wafer: Wafer, kernel: Callable[..., Any], in_specs: PyTree[P], out_specs: PyTree[P]
     ) -> Callable[..., Any]:
         """`kernel` as a function of whole arrays, by tiles or as XLA splits it."""
         if not self.plan.whole:

@@ -3,7 +3,7 @@
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train test quick sample lint suite typed docs coverage clean FORCE
+.PHONY: help train test quick sample lint suite typed docs coverage compiled tpu clean FORCE
 .NOTPARALLEL:
 
 # A command counts if it runs: a version manager's shim can stand on PATH for nothing.
@@ -39,21 +39,28 @@ train: $(VENV)/installed-train ## train a small language model; ARGS='--steps 10
 test: lint docs suite typed ## lint, check types, build the pages, run every test
 
 quick: $(VENV)/installed-test ## run the tests that are not slow; ARGS='-k ring' goes to pytest
-	$(pytest) -m 'not slow' $(ARGS)
+	$(pytest) -m 'not slow and not tpu' $(ARGS)
 
 sample: $(VENV)/installed-test ## test what a Python can change, on one grid each; PYTHON=python3.12
-	$(pytest) $(differing) -m 'not slow' --one-of-each $(ARGS)
+	$(pytest) $(differing) -m 'not slow and not tpu' --one-of-each $(ARGS)
 
 lint: $(VENV)/installed-test ## style, formatting and types, over all folders
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
-suite: $(VENV)/installed-test ## run every test, and list the slowest twenty
-	$(pytest) --durations=20 $(ARGS)
+suite: $(VENV)/installed-test ## run every test that needs no compiler of TPUs, and list the slowest twenty
+	$(pytest) -m 'not tpu' --durations=20 $(ARGS)
+
+compiled: $(VENV)/installed-test $(VENV)/installed-tpu ## compile a small set of programs for TPUs that need not be there
+	$(pytest) -m 'tpu and not slow' --durations=10 $(ARGS)
+
+tpu: $(VENV)/installed-test $(VENV)/installed-tpu ## compile every public operation for TPUs that need not be there, in an hour
+	$(pytest) -m tpu --durations=10 $(ARGS)
+	$(python) -m benchmarks marks
 
 typed: $(VENV)/installed-test ## run one test a kernel, compiled as for users, with shapes checked
-	XLA_AS_SHIPPED=1 $(pytest) tests/wsekern/kernels -m 'not refuses and not slow' --one-of-each \
+	XLA_AS_SHIPPED=1 $(pytest) tests/wsekern/kernels -m 'not refuses and not slow and not tpu' --one-of-each \
 	  --jaxtyping-packages=wsekern,typechecker.checked $(ARGS)
 
 docs: $(VENV)/installed-docs ## build the documentation into site/, strictly
@@ -61,7 +68,7 @@ docs: $(VENV)/installed-docs ## build the documentation into site/, strictly
 	@echo "open site/index.html"
 
 coverage: $(VENV)/installed-test ## run the tests that are not slow, and list the lines that none reaches
-	$(pytest) -m 'not slow' --cov=wsekern --cov=sharding --cov=models --cov=training \
+	$(pytest) -m 'not slow and not tpu' --cov=wsekern --cov=sharding --cov=models --cov=training \
 	  --cov-report=term-missing:skip-covered $(ARGS)
 
 clean: ## remove environments and caches; runs stay, and compiled programs in ~/.cache/wsekern

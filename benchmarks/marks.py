@@ -16,8 +16,9 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -45,9 +46,11 @@ class MarksOptions:
     dtypes: tuple[str, ...] = _DTYPES
     """Of the floating operands."""
     merge: tuple[pathlib.Path, ...] = ()
-    """Files of earlier runs' --json, whose marks come into the same table."""
+    """Files of earlier runs' --json, whose marks come into the table and are not made again."""
     json: pathlib.Path | None = None
     """Write the marks to this file as JSON, after each operation."""
+    summary: bool = False
+    """Show one row for each public name: how many of its programs compiled, and the most memory."""
     out: pathlib.Path | None = None
     """Write the table to this file as Markdown, beside printing it."""
 
@@ -64,6 +67,7 @@ class Mark:
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # to trace and compile
     error: str = ""  # its first line
+    note: str = ""  # why the kernels of a program that compiled are not known
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -78,14 +82,14 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         marks = {mark.key: mark for path in options.merge for mark in read(path)}
-        for mark in _compile_all(options):
+        for mark in _compile_all(options, marks):
             marks[mark.key] = mark
             if options.json:
                 _write(options.json, list(marks.values()))
     except (ValueError, OSError, ImportError) as error:
         print_error("benchmarks marks", error)
         raise SystemExit(2) from None
-    text = table(marks.values())
+    text = summary(marks.values()) if options.summary else table(marks.values())
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
@@ -137,7 +141,7 @@ def compile_case(case: OperationCase, wafer: Wafer, direction: str) -> Any:
     )
 
 
-def _compile_all(options: MarksOptions) -> Iterator[Mark]:
+def _compile_all(options: MarksOptions, made: Container[tuple[str, ...]]) -> Iterator[Mark]:
     import wsekern as wk
 
     for target in options.target:
@@ -147,6 +151,8 @@ def _compile_all(options: MarksOptions) -> Iterator[Mark]:
                 if options.only and not any(word in case.name for word in options.only):
                     continue
                 for direction in _DIRECTIONS if case.has_gradient else _DIRECTIONS[:1]:
+                    if (case.name, target, dtype, direction) in made:
+                        continue
                     with show_progress(f"{target}: {case.name}, {dtype}, {direction}"):
                         mark = _mark(case, wafer, direction)
                     yield dataclasses.replace(mark, target=target, dtype=dtype)
@@ -161,28 +167,28 @@ def _mark(case: OperationCase, wafer: Wafer, direction: str) -> Mark:
         text = next(iter(str(error).strip().splitlines()), "")
         mark = dataclasses.replace(mark, error=f"{type(error).__name__}: {text}"[:300])
     else:
-        refusal = "" if compiled.fits else compiled.memory.refusal[:300]
         mark = dataclasses.replace(
             mark,
             temporaries=compiled.memory.temporaries,
             kernels=compiled.kernels,
-            error=refusal or compiled.why_no_schedule,
+            error="" if compiled.fits else compiled.memory.refusal[:300],
+            note=compiled.why_no_schedule[:300] if compiled.fits else "",
         )
     return dataclasses.replace(mark, seconds=round(time.perf_counter() - began, 2))
 
 
 def table(marks: Iterable[Mark]) -> str:
-    """The marks as a Markdown table, with errors below it."""
+    """The marks as a Markdown table, with errors and notes below it."""
     marks = list(marks)
     columns = list(dict.fromkeys((mark.target, mark.dtype) for mark in marks))
     rows = list(dict.fromkeys(mark.operation for mark in marks))
     found = {mark.key: mark for mark in marks}
-    errors: dict[str, int] = {}
+    notes: dict[str, int] = {}
     lines = ["| operation | " + " | ".join(f"{t} {d}" for t, d in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
     for row in rows:
         cells = [
-            _cell([found.get((row, *column, direction)) for direction in _DIRECTIONS], errors)
+            _cell([found.get((row, *column, direction)) for direction in _DIRECTIONS], notes)
             for column in columns
         ]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -190,21 +196,49 @@ def table(marks: Iterable[Mark]) -> str:
     seconds = sum(mark.seconds for mark in marks)
     lines += ["", f"{compiled} of {len(marks)} compiled, in {seconds:,.0f} s. A cell has MiB of"]
     lines[-1] += " temporaries a chip, forward / backward, and kernels; - stands for no gradient."
-    lines += [f"{number}. {error}" for error, number in errors.items()]
+    lines += [f"{number}. {note}" for note, number in notes.items()]
     return "\n".join(lines)
 
 
-def _cell(marks: list[Mark | None], errors: dict[str, int]) -> str:
+def summary(marks: Iterable[Mark]) -> str:
+    """One row for each public name: programs compiled of those tried, and the most temporaries."""
+    marks = list(marks)
+    targets = list(dict.fromkeys(mark.target for mark in marks))
+    groups: dict[tuple[str, str], list[Mark]] = collections.defaultdict(list)
+    for mark in marks:
+        groups[_public_name(mark), mark.target].append(mark)
+    lines = ["| operation | " + " | ".join(targets) + " |", "|---|" + "---:|" * len(targets)]
+    for name in dict.fromkeys(_public_name(mark) for mark in marks):
+        cells = [_summary_cell(groups[name, target]) for target in targets]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *sorted({mark.error for mark in marks if mark.error})])
+
+
+def _public_name(mark: Mark) -> str:
+    return re.split(r"[ ,]", mark.operation)[0]
+
+
+def _summary_cell(marks: list[Mark]) -> str:
+    if not marks:
+        return "-"
+    compiled = [mark for mark in marks if not mark.error]
+    most = max((mark.temporaries or 0 for mark in compiled), default=0)
+    return f"{len(compiled)} of {len(marks)}, {most / 2**20:.3g} MiB"
+
+
+def _cell(marks: list[Mark | None], notes: dict[str, int]) -> str:
     parts: list[str] = []
     kernels: collections.Counter[str] = collections.Counter()
     for mark in marks:
         if mark is None:
             parts.append("-")
         elif mark.error:
-            parts.append(f"✗{errors.setdefault(mark.error, len(errors) + 1)}")
+            parts.append(f"✗{notes.setdefault(mark.error, len(notes) + 1)}")
         else:
             parts.append(f"{(mark.temporaries or 0) / 2**20:.3g}")
             kernels.update(mark.kernels)
+            if mark.note:
+                kernels[f"note {notes.setdefault(mark.note, len(notes) + 1)}"] += 1
     if marks[0] is None and marks[1] is None:
         return ""
     names = f" ({', '.join(sorted(kernels))})" if kernels else ""

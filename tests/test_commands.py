@@ -33,6 +33,7 @@ SOURCES = [
 ]
 PROGRAMS = [f"python -m {name}" for name in ("training", "models", "benchmarks")]
 PROGRAMS += ["python examples/", "wsekern estimate", "wsekern info", "wsekern bench"]
+PROGRAMS += ["wsekern compile"]
 START = f"(?:{'|'.join(PROGRAMS)})"
 IN_LINE = re.compile(rf"`({START}[^`]*)`")
 AFTER_PROMPT = re.compile(r"^\$ (.*)$", re.MULTILINE)
@@ -64,6 +65,9 @@ SMALL = {
     " --rounds 1",
     "python -m benchmarks generate": "--sizes 42m --batch 1 --prompt 4 --new 4 --rounds 1",
     "python -m benchmarks load": "--size 3m --grid 1x2 --rounds 1",
+    "python -m benchmarks marks": "--only rms_norm --dtypes bfloat16",
+    "python -m benchmarks compiled": "--only decode --lengths 256 --target v5e:2x2",
+    "python -m training --compile-only": "--target v5e:2x2 --preset nano --batch 4 --context 32",
     "python -m benchmarks matmul": "--grid 2x2 --sizes 64 --rounds 1",
     "python -m benchmarks overhead": "--rounds 1",
     "python -m benchmarks reliability": "--names none",
@@ -82,9 +86,12 @@ SMALL = {
 # What no test can run, with the reason.
 NOT_RUN = {
     "make": "CI runs what it names",
+    "python -m benchmarks card": "tests/benchmarks/test_card.py does, on a clock of its own",
     "python -m models convert": "tests/models/checkpoints/test_gguf.py does, with a GGUF file",
     "python examples/smollm2.py": "it downloads a model; tests/models/checkpoints has a test of it",
 }
+# What compiles for chips that are not there, by the compiler of TPUs.
+COMPILES = ("--compile-only", "wsekern compile", "benchmarks compiled", "benchmarks marks")
 # Names of commands, as a page speaks of them; the same words as command lines print help.
 NAMES = {"python -m training", "python -m models", "python -m models plan", "wsekern estimate"}
 NAMES |= {"python -m benchmarks NAME", "python -m benchmarks NAME --help"}
@@ -173,8 +180,13 @@ def main_of(words: list[str]):
     return run, words[2:]
 
 
+def marked(command):
+    marks = [pytest.mark.tpu] if any(words in command for words in COMPILES) else []
+    return pytest.param(command, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not starts(c, NOT_RUN)])
+@pytest.mark.parametrize("command", [marked(c) for c in COMMANDS if not starts(c, NOT_RUN)])
 def test_it_runs_to_its_end(command, place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("WSEKERN_CACHE", str(place / "cache"))

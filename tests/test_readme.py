@@ -21,9 +21,13 @@ LINK = re.compile(r"\]\(([^)#]+)\)")
 REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name
-)
+def marked(page):
+    blocks = "".join(code for code, _ in CODE.findall(page.read_text()))
+    marks = [pytest.mark.tpu] if "Wafer.topology(" in blocks else []
+    return pytest.param(page, id=page.name, marks=marks)
+
+
+@pytest.mark.parametrize("page", [marked(p) for p in PAGES if "```python" in p.read_text()])
 def test_the_code_of_a_page_prints_what_the_page_shows(page):
     blocks = CODE.findall(page.read_text())
     script = "\n".join(code for code, _ in blocks)

@@ -26,6 +26,7 @@ from wsekern.hardware import (
     accelerator,
 )
 from wsekern.interrupts import end_at_interrupt
+from wsekern.wafer.libtpu import keep_libtpu_quiet
 
 _CHECKOUT = pathlib.Path(__file__).parents[1]
 
@@ -104,6 +105,7 @@ def _device_lines() -> list[str]:
     import jax
     import jaxlib
 
+    keep_libtpu_quiet()
     python = ".".join(str(part) for part in sys.version_info[:3])
     wsekern = importlib.metadata.version("wsekern")
     try:

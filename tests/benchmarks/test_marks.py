@@ -100,6 +100,15 @@ def test_the_table_has_a_row_for_each_operation_and_errors_below(made, tmp_path,
     assert capsys.readouterr().out == out.read_text()
 
 
+def test_a_summary_counts_the_programs_of_each_public_name(made, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        marks.main(["--target", "--merge", str(made), "--summary"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| operation | t | u |"
+    assert lines[2] == "| `gemv` | 1 of 2, 0.5 MiB | - |"
+    assert lines[3] == "| `rotary` | 1 of 1, 0 MiB | 0 of 1, 0 MiB |"
+
+
 def test_an_unknown_target_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         marks.main(["--target", "v5f:4x4"])

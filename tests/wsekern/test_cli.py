@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 import wsekern.cli
@@ -111,3 +112,24 @@ def test_bench_of_an_installed_package_says_where_the_benchmarks_are(tmp_path, m
         SystemExit, match=r"clone it, and in the clone run `pip install -e '.\[train\]'`"
     ):
         main(["bench"])
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    "script",
+    [
+        "from wsekern.cli import main; main(['info'])",
+        "import wsekern as wk; wk.emulate_devices(4); print(wk.Wafer.devices(2, 2))",
+    ],
+    ids=["info", "a program of one's own"],
+)
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
+def test_the_compiler_of_tpus_keeps_quiet_where_there_is_none(script, monkeypatch):
+    """Although JAX looks for TPUs, as it does for a user who has set no JAX_PLATFORMS."""
+    names = ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    run = fresh(script)
+    assert run.returncode == 0 and run.stdout
+    assert run.stderr == ""

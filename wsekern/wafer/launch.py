@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from wsekern.hardware import WSE3
 from wsekern.wafer import cpu_threads
 from wsekern.wafer.cpu_threads import FLAG, VARIABLE
+from wsekern.wafer.libtpu import keep_libtpu_quiet
 
 if TYPE_CHECKING:
     import jax
@@ -43,6 +44,7 @@ def emulate_devices(count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"emulate_devices: count is {count}, it must be 1 or more")
+    keep_libtpu_quiet()
     flags = os.environ.get("XLA_FLAGS", "").split()
     before = [f.partition("=")[2] for f in flags if f.startswith(FLAG)]
     before.append(os.environ.get(VARIABLE, ""))
@@ -92,6 +94,7 @@ def prepare_devices(
       ValueError: more than 1024 CPU devices would have to be emulated.
       RuntimeError: jax's backend has already started with fewer CPU devices.
     """
+    keep_libtpu_quiet()
     if platform == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
         if "jax" in sys.modules:  # which read the variable when it was imported

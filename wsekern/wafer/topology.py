@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import glob
 import importlib
 import importlib.metadata
 import itertools
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from wsekern.wafer.libtpu import keep_libtpu_quiet
 
 _MOST_DEVICES = 9216  # of the largest slice that is sold, TPU7x
 
@@ -289,13 +290,7 @@ def _tpus(topology: Topology) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     _check_libtpu()
-    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
-        # Without a TPU, libtpu would ask the network what it runs on, and wait. A second process
-        # would end on the lock that keeps a real chip to one.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    keep_libtpu_quiet()
     try:
         with _flags_that_libtpu_knows() as hidden:
             found = topologies.get_topology_desc(

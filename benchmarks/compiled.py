@@ -102,7 +102,8 @@ def _compile(make: Callable[[], Candidate], wafer: Wafer) -> Compilation | str:
 
     try:
         function, shapes, options = make()
-        return wk.compile(function, *shapes, **({"wafer": wafer, "roofline": False} | options))
+        given: dict[str, Any] = {"wafer": wafer, "roofline": False} | options
+        return wk.compile(function, *shapes, **given)
     except Exception as error:  # a public kernel that refuses the sizes must not end the table
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"

@@ -78,6 +78,7 @@ def test_bias_activation_and_scales_are_a_part_of_the_last_product(chips, by_aut
 
     full = wk.compile(run, MATRIX, weights, vector, vector, wafer=chips, roofline=False)
     assert full.memory.temporaries <= by_auto.memory.temporaries + 2**16
+    assert full.cost is not None
     assert full.cost.fusion_seconds < 1.5 * by_auto.cost.fusion_seconds
 
 

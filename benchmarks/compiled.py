@@ -276,10 +276,9 @@ def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[A
             for name, specs in constraints.items()
         }
         candidates["wsekern"] = functools.partial(_our_step, wafer, preset, batch, remat)
-        if batch % wafer.width == 0 and wafer.wafers == 1:
-            # The columns as wafers of their own: whole features on a chip, a share of the batch.
-            columns = f"{wafer.width}x{wafer.height}x1"
-            candidates[f"wsekern, {columns}, state split"] = functools.partial(
+        if batch % wafer.size == 0:
+            # Each chip as a wafer of its own: whole features, and a share of the batch.
+            candidates[f"wsekern, {wafer.size}x1x1, state split"] = functools.partial(
                 _split_step, target, preset, batch, remat
             )
         yield f"training step, {preset}, {batch} sequences", candidates
@@ -311,8 +310,7 @@ def _split_step(target: str, preset: str, batch: int, remat: bool) -> Candidate:
     from training.programs import step_program
     from wsekern.wafer.wafer import Wafer
 
-    whole = Wafer.topology(target)
-    wafer = Wafer.topology(target, whole.height, 1, whole.width)
+    wafer = Wafer.topology(target, 1, 1, Wafer.topology(target).size)
     function, shapes, options = step_program(_plan(wafer, preset, batch, remat, True))
     return function, shapes, {**options, "wafer": wafer}
 

@@ -57,6 +57,8 @@ def transfer_of(
     collective, or as a fusion that ends with the custom call "AsyncCollectiveStart".
     """
     kind = kind_of(instruction)
+    if kind == "all-reduce" and _keeps_a_part(computation, instruction):
+        kind = "reduce-scatter"
     if kind is None:
         for _, inner in program.called(instruction):
             for one in inner.instructions:
@@ -85,6 +87,17 @@ def kind_of(instruction: Instruction) -> str | None:
     """The kind of collective that an instruction is or begins; None for any other."""
     name = instruction.opcode.removesuffix("-start")
     return name if name in _RECEIVED else None
+
+
+def _keeps_a_part(computation: Computation, instruction: Instruction) -> bool:
+    """Whether a computation returns only a chip's own part of an all-reduce.
+
+    TPUs have no other way to say it: such a fusion is called "all-reduce-scatter", and sends what a
+    reduce-scatter sends.
+    """
+    root = computation.root
+    cuts = root is not None and root.opcode == "dynamic-slice"
+    return cuts and root is not None and root.operands[:1] == (instruction.name,)
 
 
 def _axes_of_pairs(mesh: MeshAxes, pairs: tuple[tuple[int, int], ...]) -> tuple[str, ...]:

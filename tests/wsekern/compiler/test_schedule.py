@@ -117,6 +117,22 @@ def test_of_a_conditional_the_longest_branch_counts():
     assert cost(text).cycles == 3000
 
 
+def test_an_all_reduce_of_which_a_chip_keeps_its_part_is_a_reduce_scatter():
+    text = (
+        "%all-reduce-scatter (q: f32[8,128]) -> f32[4,128] {\n"
+        "  %q = f32[8,128]{1,0} parameter(0)\n"
+        "  %r = f32[8,128]{1,0} all-reduce(%q), replica_groups={{0,2},{1,3}}, to_apply=%sum\n"
+        "  %i = u32[] partition-id()\n"
+        "  ROOT %d = f32[4,128]{1,0} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={4,128}\n}\n\n"
+        "ENTRY %main (a: f32[8,128]) -> f32[4,128] {\n"
+        "  %a = f32[8,128]{1,0} parameter(0)\n"
+        "  ROOT %f = f32[4,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter\n}\n"
+    )
+    assert {key: sent.bytes for key, sent in cost(text).sent.items()} == {
+        Key("reduce-scatter", ("y",)): TILE / 2
+    }
+
+
 def test_a_chain_of_asynchronous_fusions_is_one_transfer():
     """As TPUs write it: a start, work that goes on meanwhile, and an end, each with the gather."""
     gather = (

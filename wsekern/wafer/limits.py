@@ -29,6 +29,16 @@ def fits_gathered(gathered_bytes: int, wafer: "Wafer") -> bool:
     return gathered_bytes <= gather_limit(wafer)
 
 
+def keeps_shares(wafer: "Wafer") -> bool:
+    """Whether each wafer sums and keeps a share of a gradient that all wafers have a part of.
+
+    A train state that is split over wafers needs no more, and one that is not gathers the shares,
+    in the operands' dtype. CPU devices have one collective less to wait for if all sum all.
+    """
+    on_accelerators = wafer.backend == "devices" and wafer.platform in ("tpu", "gpu")
+    return on_accelerators and wafer.wafers > 1
+
+
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which products of `dtype` are summed: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 from wsekern import fabric
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
+from wsekern.wafer.limits import keeps_shares
 from wsekern.wafer.wafer import Wafer
 
 _TABLE = P(COLS, ROWS)
@@ -87,8 +88,12 @@ def _bwd(
 ) -> tuple[None, Float[Array, "V D"]]:
     tokens, table = residuals
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(dout.ndim)
-    kernel = functools.partial(_gradient_per_pe, sizes=sizes)
-    run = wafer.map(kernel, in_specs=(rows, _TABLE, tiled), out_specs=_TABLE)
+    one_for_all = tokens.ndim > 1  # of a batch, wafers have parts
+    divides = table.shape[1] % (wafer.height * wafer.wafers) == 0
+    shared = one_for_all and divides and keeps_shares(wafer)
+    kernel = functools.partial(_gradient_per_pe, sizes=sizes, shared=shared)
+    spec = P(COLS, (ROWS, WAFERS)) if shared else _TABLE
+    run = wafer.map(kernel, in_specs=(rows, _TABLE, tiled), out_specs=spec)
     return None, run(tokens, table, dout)
 
 
@@ -117,7 +122,8 @@ def _gradient_per_pe(
     table: Float[Array, "Vt Dy"],
     dout: Float[Array, "*batch Tt Dx"],
     sizes: tuple[int, int],
-) -> Float[Array, "Vt Dy"]:
+    shared: bool,
+) -> Float[Array, "Vt _"]:
     drows = fabric.all_gather(dout, COLS, tokens.ndim)
     drows = layout.resize(drows, -1, table.shape[1] * fabric.axis_size(ROWS))
     if _table_moves(tokens, table):
@@ -127,7 +133,10 @@ def _gradient_per_pe(
         drows = fabric.all_to_all(drows, ROWS, tokens.ndim, tokens.ndim - 1)
         dtable = _scatter_add(all_tokens, drows, table.shape[0])
     # Tokens without a leading dimension are replicated over the wafers, and so is their gradient.
-    dtable = fabric.all_reduce(dtable, WAFERS) if tokens.ndim > 1 else dtable
+    if shared:
+        dtable = fabric.reduce_scatter(dtable, WAFERS, 1)
+    elif tokens.ndim > 1:
+        dtable = fabric.all_reduce(dtable, WAFERS)
     return dtable.astype(table.dtype)
 
 

@@ -27,9 +27,11 @@ from wsekern.kernels.matmul.signature import Algorithm, Matrix, with_signature
 from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer import context, layout, program
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
-from wsekern.wafer.limits import sum_dtype
+from wsekern.wafer.limits import keeps_shares, sum_dtype
 from wsekern.wafer.specs import Specs
 from wsekern.wafer.wafer import Wafer
+
+_SHARED_ROWS = P((ROWS, WAFERS), COLS)  # of a gradient of which each wafer keeps a share
 
 
 @with_signature(explain_matmul)
@@ -276,17 +278,29 @@ def _bwd(
         dcs = tuple(epilogue.before_activation(*pair, options.activation) for pair in pairs)
     spec, right_specs = layout.tiled(a.ndim), tuple(right.specs(COLS) for right in rights)
     options = dataclasses.replace(options, plan=options.gradient_plan)
+    shared = tuple(_shares_rows(right, a, wafer) for right in rights)
+    gradient_specs = tuple(
+        spec_.replace(_SHARED_ROWS if share else spec_.matrix, spec_.bias, spec_.scales)
+        for spec_, share in zip(right_specs, shared, strict=True)
+    )
     run = options.run(
         wafer,
-        functools.partial(_per_pe_gradients, options=options),
+        functools.partial(_per_pe_gradients, options=options, shared=shared),
         in_specs=(spec, right_specs, spec),
-        out_specs=(spec, right_specs),
+        out_specs=(spec, gradient_specs),
     )
     da, drights = run(a, rights, dcs)
     return da, tuple(d.with_float0(right) for d, right in zip(drights, rights, strict=True))
 
 
 _product.defvjp(_fwd, _bwd)
+
+
+def _shares_rows(right: ArrayFactor, a: Float[Array, "*batch _ _"], wafer: Wafer) -> bool:
+    """Whether each wafer keeps a share of the rows of a matrix's gradient."""
+    one_for_all = a.ndim > 2 and right.matrix.ndim == 2  # of a batch, wafers have parts
+    divides = right.matrix.shape[-2] % (wafer.height * wafer.wafers) == 0
+    return one_for_all and divides and keeps_shares(wafer)
 
 
 def _per_pe(
@@ -309,6 +323,7 @@ def _per_pe_gradients(
     rights: tuple[ArrayFactor, ...],
     dcs: tuple[Float[Array, "*batch Mt _"], ...],
     options: _MatmulOptions,
+    shared: tuple[bool, ...],
 ) -> tuple[Float[Array, "*batch _ _"], tuple[FactorGradient, ...]]:
     along: tuple[str, ...] = (ROWS, WAFERS) if a.ndim > 2 else (ROWS,)  # of a batch, wafers differ
     wafers: tuple[str, ...] = (WAFERS,) if a.ndim > 2 else ()
@@ -330,10 +345,11 @@ def _per_pe_gradients(
         vectors.append((dbias, dscales))
     da, dbs = _gradients(a, [right.matrix for right in rights], scaled, options)
     gradients = []
-    for db, (dbias, dscales), right in zip(dbs, vectors, rights, strict=True):
+    for db, (dbias, dscales), right, share in zip(dbs, vectors, rights, shared, strict=True):
         if db is not None:
             # A batch is spread over the wafers, and they all use the same matrix.
-            db = fabric.all_reduce(db, wafers) if wafers and db.ndim == 2 else db
+            if wafers and db.ndim == 2:
+                db = fabric.reduce_scatter(db, WAFERS) if share else fabric.all_reduce(db, wafers)
             db = db.astype(a.dtype)
         gradients.append(right.replace(matrix=db, bias=dbias, scales=dscales))
     return da.astype(a.dtype), tuple(gradients)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,17 @@ def test_bfloat16_gradients_of_repeated_tokens_are_summed_in_float32(full_wafer,
     np.testing.assert_array_equal(rows, plain(tokens, table))
     want = plain_gradient(tokens, table, dout)
     np.testing.assert_array_equal(dtable, want.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("shapes", [((4, 99), (8, 8)), ((4, 99), (900, 8))], ids=["few", "many"])
+def test_wafers_that_share_the_features_of_a_gradient_give_the_same(shapes, monkeypatch):
+    """As on TPUs and GPUs, where each keeps its share of the sum over the wafers."""
+    monkeypatch.setattr(sys.modules["wsekern.kernels.dense.embedding"], "keeps_shares", bool)
+    tokens, table = operands(shapes)
+    dout = douts(tokens, table)
+    rows, dtable = with_gradient(lookup(wk.Wafer.devices(2, 2, 2)))(tokens, table, dout)
+    np.testing.assert_array_equal(rows, plain(tokens, table))
+    np.testing.assert_array_equal(dtable, plain_gradient(tokens, table, dout))
 
 
 def test_an_unknown_token_is_nan_and_has_no_gradient(wafer):

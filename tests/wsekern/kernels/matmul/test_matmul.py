@@ -4,6 +4,7 @@ import functools
 import inspect
 import pathlib
 import re
+import sys
 import traceback
 from typing import Any, assert_type, get_args
 
@@ -491,3 +492,27 @@ def test_random_sizes(kind, sizes, data):
     algorithm = data.draw(st.sampled_from(algorithms(wafer)))
     a, b, dc = whole_numbers(M, K), whole_numbers(K, N), whole_numbers(M, N)
     assert_right(product(wafer, algorithm), a, b, dc)
+
+
+@pytest.mark.parametrize("algorithm", ["allgather", "direct", "xla"])
+@pytest.mark.parametrize("form", ["nn", "nt"])
+def test_wafers_that_share_the_rows_of_a_gradient_give_the_same(form, algorithm, monkeypatch):
+    """As on TPUs and GPUs, where each keeps its share of the sum over the wafers."""
+    wafer, name = wk.Wafer.devices(2, 2, 2), "wsekern.kernels.matmul.matmul"
+    a = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (4, 8, 16)), jnp.float32)
+    b = jnp.asarray(np.random.default_rng(1).integers(-9, 9, (16, 8)), jnp.float32)
+    b = b.T if form == "nt" else b
+
+    def loss(a, b, wafer, algorithm):
+        transposed = form == "nt"
+        c = wk.matmul(a, b, transpose_b=transposed, algorithm=algorithm, wafer=wafer)
+        return jnp.square(c).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    want = gradient(a, b, None, "auto")
+    monkeypatch.setattr(sys.modules[name], "keeps_shares", lambda wafer: True)
+    got = gradient(a, b, wafer, algorithm)
+    text = gradient.lower(a, b, wafer, algorithm).as_text()
+    assert algorithm == "xla" or "reduce_scatter" in text
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs)

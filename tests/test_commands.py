@@ -45,6 +45,8 @@ SMALL = {
     " --checkpoint-minutes 0 --platform cpu --out runs/small",
     "python -m training --preset 125m": "--preset nano --steps 2 --batch 2 --context 16"
     " --eval-batches 1 --sample-tokens 2 --platform cpu --out runs/small",
+    "python -m training --preset 1b": "--preset nano --wafer 2x2x2 --steps 2 --batch 4 --context 16"
+    " --eval-batches 1 --sample-tokens 2 --platform cpu --out runs/small",
     "python -m training --preset 20m": "--preset nano --steps 2 --batch 4 --context 16"
     " --eval-batches 1 --sample-tokens 2 --platform cpu --out runs/small",
     "python -m training --preset nano --wafer 40x40": "--wafer 2x2 --steps 2 --batch 4 --context 16"
@@ -86,6 +88,7 @@ SMALL = {
 # What no test can run, with the reason.
 NOT_RUN = {
     "make": "CI runs what it names",
+    "pip install": "it would change the environment that the tests run in",
     "python -m benchmarks card": "tests/benchmarks/test_card.py does, on a clock of its own",
     "python -m models convert": "tests/models/checkpoints/test_gguf.py does, with a GGUF file",
     "python examples/smollm2.py": "it downloads a model; tests/models/checkpoints has a test of it",

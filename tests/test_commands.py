@@ -97,6 +97,7 @@ NOT_RUN = {
 COMPILES = ("--compile-only", "wsekern compile", "benchmarks compiled", "benchmarks marks")
 # Names of commands, as a page speaks of them; the same words as command lines print help.
 NAMES = {"python -m training", "python -m models", "python -m models plan", "wsekern estimate"}
+NAMES |= {"wsekern compile"}
 NAMES |= {"python -m benchmarks NAME", "python -m benchmarks NAME --help"}
 NAMES |= {"wsekern bench NAME --help", "python -m models info --model NAME"}
 TEXT = "The quick brown fox jumps over the lazy dog, and runs.\n" * 200
@@ -184,7 +185,8 @@ def main_of(words: list[str]):
 
 
 def marked(command):
-    marks = [pytest.mark.tpu] if any(words in command for words in COMPILES) else []
+    compiles = any(words in command for words in COMPILES)
+    marks = [pytest.mark.tpu, pytest.mark.slow] if compiles else []
     return pytest.param(command, marks=marks)
 
 

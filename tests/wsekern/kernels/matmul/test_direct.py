@@ -33,6 +33,7 @@ def test_tiles_move_once_for_each_product_and_sums_do_not(options, moves):
     assert text.count("stablehlo.dot_general") == 2
 
 
+@pytest.mark.refuses
 @pytest.mark.parametrize(
     ("wafer", "message"),
     [

@@ -63,6 +63,7 @@ def test_several_right_factors_with_epilogue_and_gradients(wafer_called):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.refuses
 def test_virtual_pes_are_refused():
     with pytest.raises(ValueError, match="XLA does not split virtual PEs"):
         product(wk.Wafer.virtual(wk.WSE2, 2, 2))(A, B)

@@ -185,8 +185,7 @@ def main_of(words: list[str]):
 
 
 def marked(command):
-    compiles = any(words in command for words in COMPILES)
-    marks = [pytest.mark.tpu, pytest.mark.slow] if compiles else []
+    marks = [pytest.mark.tpu] if any(words in command for words in COMPILES) else []
     return pytest.param(command, marks=marks)
 
 

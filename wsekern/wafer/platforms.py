@@ -1,5 +1,8 @@
 """Which platform a program is compiled for, also where its chips are not there."""
 
+import functools
+import importlib.util
+import pkgutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 Platform = str | None  # "cpu", "gpu" or "tpu"; None on an abstract wafer
 
-# What Python imports of a platform's compiler, where it is installed.
+# The package of a platform's compiler, and how the module in it begins.
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda"}
 
 
@@ -35,7 +38,7 @@ def platforms_of(wafer: "Wafer | None", array: Any) -> tuple[Platform, ...]:
     # module has such chips; everyone else is spared the tracing for them.
     own = jax.default_backend()
     if "jax.experimental.topologies" in sys.modules and isinstance(array, jax.core.Tracer):
-        return own, *(p for p in _COMPILERS if p != own and _is_imported(_COMPILERS[p]))
+        return own, *(p for p in _COMPILERS if p != own and _is_installed(_COMPILERS[p]))
     return (own,)
 
 
@@ -49,8 +52,19 @@ def traced_platform() -> Platform:
     return jax.default_backend() if wafer is None else wafer.platform
 
 
-def _is_imported(module: str) -> bool:
-    return any(name.startswith(module) for name in list(sys.modules))
+@functools.cache
+def _is_installed(compiler: str) -> bool:
+    package, _, module = compiler.partition(".")
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # of a module that somebody made by hand
+        return package in sys.modules
+    if found is None or not module:
+        return found is not None
+    return any(
+        one.name.startswith(module)
+        for one in pkgutil.iter_modules(found.submodule_search_locations)
+    )
 
 
 def _platform_of_array(array: Any) -> Platform:

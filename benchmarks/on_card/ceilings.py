@@ -36,15 +36,8 @@ def _peak(session: Session) -> Iterator[Row]:
     seconds = _seconds(harness.compile_program(jnp.matmul, a, b))
     rate, sheet = 2 * size**3 / seconds, session.ceilings.sheet_flops
     session.ceilings = dataclasses.replace(session.ceilings, flops=rate)
-    yield Row(
-        measurement=f"product of {size} x {size}, bfloat16",
-        candidate="jnp.matmul",
-        seconds=seconds,
-        rate=rate,
-        unit="FLOP/s",
-        share=rate / sheet if sheet else None,
-        ceiling=SHEET,
-    )
+    measurement = f"product of {size} x {size}, bfloat16"
+    yield _of_sheet(measurement, "jnp.matmul", seconds, rate, "FLOP/s", sheet)
 
 
 def _bandwidth(session: Session) -> Iterator[Row]:
@@ -55,12 +48,20 @@ def _bandwidth(session: Session) -> Iterator[Row]:
     seconds = _seconds(harness.compile_program(lambda x: x + 1, x))
     rate, sheet = 2 * x.nbytes / seconds, session.ceilings.sheet_bytes_per_second
     session.ceilings = dataclasses.replace(session.ceilings, bytes_per_second=rate)
-    yield Row(
-        measurement=f"x + 1 of {x.nbytes / 2**20:,.0f} MiB, float32",
-        candidate="jnp.add",
+    measurement = f"x + 1 of {x.nbytes / 2**20:,.0f} MiB, float32"
+    yield _of_sheet(measurement, "jnp.add", seconds, rate, "B/s", sheet)
+
+
+def _of_sheet(
+    measurement: str, candidate: str, seconds: float, rate: float, unit: str, sheet: float | None
+) -> Row:
+    """A rate as a share of what the data sheet says."""
+    return Row(
+        measurement=measurement,
+        candidate=candidate,
         seconds=seconds,
         rate=rate,
-        unit="B/s",
+        unit=unit,
         share=rate / sheet if sheet else None,
         ceiling=SHEET,
     )

@@ -178,7 +178,8 @@ def _price(
         return None, f"the text of the schedule cannot be had: {' '.join(str(error).split())}"
 
     def user_line(frames: tuple[hlo.Frame, ...]) -> str:
-        return line_of_frames((line.file, line.number) for line in frames)
+        source = line_of_frames((frame.file, frame.number) for frame in frames)
+        return source.user or source.library
 
     flops = flops_by_kernel(traced.jaxpr.jaxpr)
     return schedule.price(program, _mesh_axes(wafer), chip, user_line, flops), ""

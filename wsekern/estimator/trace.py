@@ -160,18 +160,11 @@ def line_of(equation: JaxprEqn) -> SourceLine:
     """Where in the source an equation was asked for."""
     stack = equation.source_info.traceback
     frames: list[Any] = [] if stack is None else stack.frames
-    library = ""
-    for frame in frames:
-        name = frame.file_name
-        if name.startswith(_LIBRARY):
-            library = library or _line(name, frame.line_num)
-        elif _is_of_user(name):
-            return SourceLine(_line(name, frame.line_num), library, direct=not library)
-    return SourceLine("", library, direct=False)
+    return line_of_frames((frame.file_name, frame.line_num) for frame in frames)
 
 
-def line_of_frames(frames: Iterable[tuple[str, int]]) -> str:
-    """The innermost line of the user's in a stack, as "file.py:12"; else the library's, or "".
+def line_of_frames(frames: Iterable[tuple[str, int]]) -> SourceLine:
+    """Where in the source a stack of calls comes from.
 
     Args:
       frames: file names with line numbers, innermost first.
@@ -181,8 +174,8 @@ def line_of_frames(frames: Iterable[tuple[str, int]]) -> str:
         if name.startswith(_LIBRARY):
             library = library or _line(name, number)
         elif _is_of_user(name):
-            return _line(name, number)
-    return library
+            return SourceLine(_line(name, number), library, direct=not library)
+    return SourceLine("", library, direct=False)
 
 
 def asked_by(equation: JaxprEqn, folder: str) -> bool:

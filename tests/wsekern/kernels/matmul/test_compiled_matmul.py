@@ -59,8 +59,8 @@ def test_its_gradients_take_no_longer(chips):
         compiled(gradients(product, chips), chips, 3)
         for product in (lambda a, b: wk.matmul(a, b, wafer=chips), plain(chips))
     )
-    assert ours.seconds < jits.seconds
-    assert ours.waited_bytes < 1.5 * jits.waited_bytes
+    assert ours.seconds < 0.97 * jits.seconds
+    assert ours.waited_bytes < 1.2 * jits.waited_bytes
     assert "reduce-scatter" not in {key.kind for key in ours.cost.sent}  # no sums travel
 
 

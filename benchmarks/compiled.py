@@ -263,23 +263,33 @@ def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[A
     from jax.sharding import PartitionSpec as P
 
     from benchmarks import plain_decoder
+    from wsekern.wafer.axes import WAFERS
+    from wsekern.wafer.wafer import Wafer
 
     for preset in presets:
         batch, remat = _STEPS[preset]
         batch = max(batch * wafer.size // 16, 1)
         constraints = {name: specs for name, specs in plain_decoder.CONSTRAINTS.items() if specs}
+        kinds = ("residual", "gathered", "wide", "heads")
         if batch % wafer.width == 0:
-            kinds = ("residual", "gathered", "wide", "heads")
             constraints["sequences over x"] = dict.fromkeys(kinds, P("x", "y"))
+        if batch % wafer.size == 0:
+            constraints["sequences over both"] = dict.fromkeys(kinds, P(("y", "x")))
+        sizes = (preset, batch, remat)
         candidates: dict[str, Callable[[], Candidate]] = {
-            f"jit alone, {name}": functools.partial(_plain_step, wafer, preset, batch, remat, specs)
+            f"jit alone, {name}": functools.partial(_plain_step, wafer, specs, *sizes)
             for name, specs in constraints.items()
         }
-        candidates["wsekern"] = functools.partial(_our_step, wafer, preset, batch, remat)
+        candidates["wsekern"] = functools.partial(_our_step, wafer, *sizes)
         if batch % wafer.size == 0:
             # Each chip as a wafer of its own: whole features, and a share of the batch.
-            candidates[f"wsekern, {wafer.size}x1x1, state split"] = functools.partial(
-                _split_step, target, preset, batch, remat
+            apart = Wafer.topology(target, 1, 1, wafer.size)
+            split = f"{wafer.size}x1x1, state split"
+            candidates[f"jit alone, {split}"] = functools.partial(
+                _plain_step, apart, dict.fromkeys(kinds, P(WAFERS)), *sizes, split_state=True
+            )
+            candidates[f"wsekern, {split}"] = functools.partial(
+                _our_step, apart, *sizes, split_state=True
             )
         yield f"training step, {preset}, {batch} sequences", candidates
 
@@ -300,23 +310,22 @@ def _plan(wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool 
     return make_plan(config, find_preset(preset), wafer)
 
 
-def _our_step(wafer: Wafer, preset: str, batch: int, remat: bool) -> Candidate:
+def _our_step(
+    wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool = False
+) -> Candidate:
     from training.programs import step_program
 
-    return step_program(_plan(wafer, preset, batch, remat))
-
-
-def _split_step(target: str, preset: str, batch: int, remat: bool) -> Candidate:
-    from training.programs import step_program
-    from wsekern.wafer.wafer import Wafer
-
-    wafer = Wafer.topology(target, 1, 1, Wafer.topology(target).size)
-    function, shapes, options = step_program(_plan(wafer, preset, batch, remat, True))
+    function, shapes, options = step_program(_plan(wafer, preset, batch, remat, split_state))
     return function, shapes, {**options, "wafer": wafer}
 
 
 def _plain_step(
-    wafer: Wafer, preset: str, batch: int, remat: bool, specs: dict[str, Any]
+    wafer: Wafer,
+    specs: dict[str, Any],
+    preset: str,
+    batch: int,
+    remat: bool,
+    split_state: bool = False,
 ) -> Candidate:
     import jax
     import jax.numpy as jnp
@@ -325,7 +334,7 @@ def _plain_step(
     from training.programs import step_program
     from training.step import apply_gradients
 
-    plan = _plan(wafer, preset, batch, remat)
+    plan = _plan(wafer, preset, batch, remat, split_state)
 
     def constrain(x: jax.Array, kind: str) -> jax.Array:
         return wafer.shard(x, specs[kind]) if kind in specs else x
@@ -339,7 +348,7 @@ def _plain_step(
         return apply_gradients(plan.optimizer, state, value, gradients)
 
     _, shapes, options = step_program(plan)
-    return step, shapes, options
+    return step, shapes, {**options, "wafer": wafer}
 
 
 def _gradient(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from wsekern.wafer.limits import keeps_shares
 from wsekern.wafer.wafer import Wafer
 
 _TABLE = P(COLS, ROWS)
+_SHARES = P(COLS, (ROWS, WAFERS))  # a wafer's own share of the features
 
 
 def embedding(
@@ -31,9 +32,11 @@ def embedding(
     Algorithm: Megatron-LM's, with the features split too. Each PE looks up the tokens of its own
     part of the vocabulary, in partial rows. Whichever is less moves along y: the table, gathered to
     V / width rows of all features, or the tokens, whose partial rows then come back by an
-    all-to-all. One reduce-scatter along x sums the partial rows, and leaves each PE its features of
-    them; until then it holds width times its part of the result. The gradient takes the same way
-    back, is summed in float32, and over the wafers. Reverse mode only.
+    all-to-all. On accelerators that are several wafers, each wafer looks up its share of the
+    features for the tokens of all, if that is less than the table. One reduce-scatter along x sums
+    the partial rows, and leaves each PE its features of them; until then it holds width times its
+    part of the result. The gradient takes the same way back, is summed in float32, and over the
+    wafers. Reverse mode only.
 
     Args:
       tokens: rows of the table to take. T lies along y, the first leading dimension over the
@@ -75,8 +78,11 @@ def _fwd(
     wafer: Wafer,
 ) -> tuple[Float[Array, "*batch T _"], tuple[Integer[Array, "*batch T"], Float[Array, "V D"]]]:
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(tokens.ndim + 1)
-    kernel = functools.partial(_per_pe, sizes=sizes)
-    out = wafer.map(kernel, in_specs=(rows, _TABLE), out_specs=tiled)(tokens, table)
+    table_moves = table.shape[0] // wafer.width <= tokens.size // (wafer.height * wafer.wafers)
+    shares = _has_shares(tokens, table, wafer) and not table_moves
+    kernel = functools.partial(_per_pe, sizes=sizes, shares=shares)
+    spec = _SHARES if shares else _TABLE
+    out = wafer.map(kernel, in_specs=(rows, spec), out_specs=tiled)(tokens, table)
     return out, (tokens, table)
 
 
@@ -88,27 +94,38 @@ def _bwd(
 ) -> tuple[None, Float[Array, "V D"]]:
     tokens, table = residuals
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(dout.ndim)
-    one_for_all = tokens.ndim > 1  # of a batch, wafers have parts
-    divides = table.shape[1] % (wafer.height * wafer.wafers) == 0
-    shared = one_for_all and divides and keeps_shares(wafer)
-    kernel = functools.partial(_gradient_per_pe, sizes=sizes, shared=shared)
-    spec = P(COLS, (ROWS, WAFERS)) if shared else _TABLE
-    run = wafer.map(kernel, in_specs=(rows, _TABLE, tiled), out_specs=spec)
+    shares = _has_shares(tokens, table, wafer)
+    spec = _SHARES if shares else _TABLE
+    kernel = functools.partial(_gradient_per_pe, sizes=sizes, shares=shares)
+    run = wafer.map(kernel, in_specs=(rows, spec, tiled), out_specs=spec)
     return None, run(tokens, table, dout)
 
 
 _embedding.defvjp(_fwd, _bwd)
 
 
+def _has_shares(
+    tokens: Integer[Array, "*batch T"], table: Float[Array, "V D"], wafer: Wafer
+) -> bool:
+    """Whether each wafer keeps a share of the table's features."""
+    one_for_all = tokens.ndim > 1  # of a batch, wafers have parts
+    divides = table.shape[1] % (wafer.height * wafer.wafers) == 0
+    return one_for_all and divides and keeps_shares(wafer)
+
+
 def _per_pe(
-    tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt Dy"], sizes: tuple[int, int]
+    tokens: Integer[Array, "*batch Tt"],
+    table: Float[Array, "Vt D_"],
+    sizes: tuple[int, int],
+    shares: bool,
 ) -> Float[Array, "*batch Tt Dx"]:
     V, D = sizes  # without padding
     if _table_moves(tokens, table):
         rows = _look_up(tokens, fabric.all_gather(table, ROWS, 1))
     else:
-        all_tokens = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
-        rows = _look_up(all_tokens, table)
+        rows = _look_up(_gather_tokens(tokens, shares), table)
+        if shares:
+            rows = fabric.all_to_all(rows, WAFERS, 0, tokens.ndim)
         rows = fabric.all_to_all(rows, ROWS, tokens.ndim - 1, tokens.ndim)
     # D was padded to the height of the grid; the result is padded to its width.
     rows = layout.resize(rows, -1, -(-D // fabric.axis_size(COLS)) * fabric.axis_size(COLS))
@@ -119,29 +136,37 @@ def _per_pe(
 
 def _gradient_per_pe(
     tokens: Integer[Array, "*batch Tt"],
-    table: Float[Array, "Vt Dy"],
+    table: Float[Array, "Vt D_"],
     dout: Float[Array, "*batch Tt Dx"],
     sizes: tuple[int, int],
-    shared: bool,
-) -> Float[Array, "Vt _"]:
+    shares: bool,
+) -> Float[Array, "Vt D_"]:
     drows = fabric.all_gather(dout, COLS, tokens.ndim)
-    drows = layout.resize(drows, -1, table.shape[1] * fabric.axis_size(ROWS))
+    parts = fabric.axis_size(ROWS) * (fabric.axis_size(WAFERS) if shares else 1)
+    drows = layout.resize(drows, -1, table.shape[1] * parts)
     if _table_moves(tokens, table):
         dtable = fabric.reduce_scatter(_scatter_add(tokens, drows, table.shape[0]), ROWS, 1)
+        if shares:
+            return fabric.reduce_scatter(dtable, WAFERS, 1).astype(table.dtype)
     else:
-        all_tokens = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
         drows = fabric.all_to_all(drows, ROWS, tokens.ndim, tokens.ndim - 1)
-        dtable = _scatter_add(all_tokens, drows, table.shape[0])
+        if shares:
+            drows = fabric.all_to_all(drows, WAFERS, tokens.ndim, 0)
+        dtable = _scatter_add(_gather_tokens(tokens, shares), drows, table.shape[0])
     # Tokens without a leading dimension are replicated over the wafers, and so is their gradient.
-    if shared:
-        dtable = fabric.reduce_scatter(dtable, WAFERS, 1)
-    elif tokens.ndim > 1:
+    if tokens.ndim > 1 and not shares:
         dtable = fabric.all_reduce(dtable, WAFERS)
     return dtable.astype(table.dtype)
 
 
-def _table_moves(tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt Dy"]) -> bool:
-    """Whether gathering the table along y moves less than sending back the partial rows."""
+def _gather_tokens(tokens: Integer[Array, "*batch Tt"], shares: bool) -> Integer[Array, "..."]:
+    """The tokens of this column and, for shares of the features, of all wafers."""
+    tokens = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
+    return fabric.all_gather(tokens, WAFERS, 0) if shares else tokens
+
+
+def _table_moves(tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt _"]) -> bool:
+    """Whether gathering the table moves less than sending back the partial rows."""
     return table.shape[0] <= tokens.size
 
 

@@ -1,8 +1,8 @@
 """Lookup in a split table against a one-hot product, and its gradient."""
 
 import functools
+import importlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +96,17 @@ def test_bfloat16_gradients_of_repeated_tokens_are_summed_in_float32(full_wafer,
     np.testing.assert_array_equal(dtable, want.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("shapes", [((4, 99), (8, 8)), ((4, 99), (900, 8))], ids=["few", "many"])
-def test_wafers_that_share_the_features_of_a_gradient_give_the_same(shapes, monkeypatch):
-    """As on TPUs and GPUs, where each keeps its share of the sum over the wafers."""
-    monkeypatch.setattr(sys.modules["wsekern.kernels.dense.embedding"], "keeps_shares", bool)
+@for_shapes(
+    {
+        "few words": ((4, 99), (8, 8)),
+        "many words": ((4, 99), (900, 8)),
+        "many words, padded": ((3, 21), (67, 8)),
+    }
+)
+def test_wafers_that_share_the_features_give_the_same(shapes, monkeypatch):
+    """As on TPUs and GPUs: each looks up its share, and keeps its share of the gradient."""
+    module = importlib.import_module("wsekern.kernels.dense.embedding")
+    monkeypatch.setattr(module, "keeps_shares", bool)
     tokens, table = operands(shapes)
     dout = douts(tokens, table)
     rows, dtable = with_gradient(lookup(wk.Wafer.devices(2, 2, 2)))(tokens, table, dout)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from wsekern.wafer.absent import check_only_traced
+
 if TYPE_CHECKING:
     from wsekern.wafer.wafer import Wafer
 
@@ -30,13 +32,17 @@ def current() -> "Wafer | None":
     return None if isinstance(value, _InsideKernel) else value
 
 
-def resolve(wafer: "Wafer | None") -> "Wafer | None":
+def resolve(wafer: "Wafer | None", *, computes: bool = True) -> "Wafer | None":
     """The wafer that an operation uses: `wafer`, else the current one; None for neither.
 
     None for a wafer of one PE too: the plain operation is the program there.
 
+    Args:
+      wafer: what the operation was given.
+      computes: whether the operation computes, so that its chips must be there or it be traced.
+
     Raises:
-      ValueError: it is not a Wafer.
+      ValueError: it is not a Wafer, or its chips are not there and nothing is traced.
     """
     wafer = current() if wafer is None else wafer
     if wafer is not None and not hasattr(wafer, "backend"):
@@ -44,6 +50,8 @@ def resolve(wafer: "Wafer | None") -> "Wafer | None":
             f"wafer={wafer!r} is a {type(wafer).__name__}, not a Wafer; adopt a mesh with "
             "wsekern.Wafer.of"
         )
+    if wafer is not None and computes:
+        check_only_traced(wafer)
     return None if wafer is None or wafer.size == 1 else wafer
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from wsekern.wafer import host_memory, on_devices, virtual
+from wsekern.wafer.absent import never_runs
 from wsekern.wafer.specs import Specs, broadcast_specs, check_divides
 
 if TYPE_CHECKING:
@@ -71,19 +72,6 @@ def freeze(kernel: Callable) -> Callable:
     )
     copy.__kwdefaults__ = kernel.__kwdefaults__
     return functools.update_wrapper(copy, kernel)
-
-
-def never_runs(wafer: "Wafer", operation: str) -> ValueError:
-    """The error to raise if a wafer that has no devices is asked to compute."""
-    if wafer.compile_only:
-        return ValueError(
-            f"{operation}: the chips of {wafer} are not there, so that programs are compiled for "
-            "it and never run; see wsekern.compile, or run on a wafer of Wafer.devices"
-        )
-    return ValueError(
-        f"{operation}: {wafer} is only traced over, never run on; use jax.eval_shape or "
-        "jax.make_jaxpr, or a virtual wafer to compute"
-    )
 
 
 class _Program:

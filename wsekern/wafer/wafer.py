@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from wsekern.hardware import Machine
 from wsekern.wafer import context, cpu_threads, on_devices, program, regions, virtual
+from wsekern.wafer.absent import never_runs
 from wsekern.wafer.axes import AXES, COLS, ROWS, SPREAD, WAFERS, axes_of
 from wsekern.wafer.placement import failed_devices
 from wsekern.wafer.placement.defects import Defects
@@ -480,7 +481,7 @@ class Wafer:
         if isinstance(array, jax.core.Tracer):
             return on_devices.constrain(self, array, spec)
         if self.backend == "abstract" or self.compile_only:
-            raise program.never_runs(self, "Wafer.shard")
+            raise never_runs(self, "Wafer.shard")
         return jax.device_put(array, self.sharding(spec))
 
     def tile(self, array: jax.Array, y: int, x: int, wafer: int = 0, spec: P = TILED) -> jax.Array:

@@ -1,5 +1,6 @@
 """Wafers of chips that are not there: names, grids, hops, and what is refused."""
 
+import functools
 import importlib.metadata
 import re
 
@@ -162,13 +163,20 @@ def test_a_topology_that_libtpu_does_not_know_is_refused():
 
 
 @pytest.mark.tpu
-def test_nothing_runs_on_chips_that_are_not_there():
-    wafer = wk.Wafer.topology("v5e:4x4")
+@pytest.mark.parametrize("target", ["v5e:4x4", "v5e:1x1"])
+def test_nothing_runs_on_chips_that_are_not_there(target):
+    wafer = wk.Wafer.topology(target)
     x = jnp.ones((8, 8))
-    with pytest.raises(ValueError, match="Wafer.shard: the chips of .* are not there, .*compile"):
+    refuses = functools.partial(pytest.raises, ValueError)
+    with refuses(match="Wafer.shard: the chips of .* are not there, .*compile"):
         wafer.shard(x)
-    with pytest.raises(ValueError, match="Wafer.map: the chips of .* are not there, .*compile"):
+    with refuses(match="Wafer.map: the chips of .* are not there, .*compile"):
+        wafer.map(jnp.sin, in_specs=P("y"), out_specs=P("y"))(x)
+    words = "outside of jax.jit: the chips of .* are not there, .*compile"
+    with refuses(match=words):
         wk.matmul(x, x, wafer=wafer)
+    with refuses(match=words), wafer:
+        wk.rotary(x[None, None])
 
 
 @pytest.mark.tpu

@@ -87,7 +87,7 @@ def explain(
     )
     floats, segments = operands.pack(q, k, v, bias, sinks, segment_ids)
     platform = platforms_of(wafer, q)[0]
-    wafer = context.resolve(wafer)
+    wafer = context.resolve(wafer, computes=False)
     choice = plan_attention(floats, segments, asked, wafer, platform)
     candidates = {} if wafer is None else _candidates(floats, segments, asked, wafer, platform)
     return Explanation(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
+from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
 
@@ -38,6 +39,7 @@ def rotary(
       ValueError: the shapes do not fit, H is odd, or the positions are not integers.
     """
     _check(x, positions, frequencies)
+    context.resolve(wafer)  # refuses what is no wafer, and chips that are not there
     if frequencies is None:
         half = x.shape[3] // 2
         frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

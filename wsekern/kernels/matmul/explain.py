@@ -61,7 +61,7 @@ def explain_matmul(
         tile.check_shapes("explain_matmul", form, a, right)
     name = choice.find_algorithm("explain_matmul", algorithm)
     find_activation("explain_matmul", activation)
-    wafer = context.resolve(wafer)
+    wafer = context.resolve(wafer, computes=False)
     if wafer is None or 0 in (*a.shape, *(math.prod(right.shape) for right in bs)):
         why = "no wafer of more than one PE is in force, or there is nothing to multiply"
         return Explanation(operation="matmul", algorithm="plain", why=why, wafer=wafer)

@@ -21,6 +21,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import harness
+from wsekern.progress import show_progress
 
 if TYPE_CHECKING:
     from wsekern.compiler.result import Compilation
@@ -71,7 +72,10 @@ def main(argv: list[str]) -> None:
     results: dict[str, dict[str, Any]] = {}
     for target, wafer in wafers.items():
         for title, candidates in _programs(target, wafer, options):
-            compiled = {name: _compile(make, wafer) for name, make in candidates.items()}
+            compiled = {}
+            for name, make in candidates.items():
+                with show_progress(f"{target}: {title}, {name}"):
+                    compiled[name] = _compile(make, wafer)
             _show(f"{target}: {title}", compiled)
             results[f"{target}: {title}"] = {
                 name: one if isinstance(one, str) else one.as_json()
@@ -285,9 +289,11 @@ def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[A
             # Each chip as a wafer of its own: whole features, and a share of the batch.
             apart = Wafer.topology(target, 1, 1, wafer.size)
             split = f"{wafer.size}x1x1, state split"
-            candidates[f"jit alone, {split}"] = functools.partial(
-                _plain_step, apart, dict.fromkeys(kinds, P(WAFERS)), *sizes, split_state=True
-            )
+            rows = dict.fromkeys(kinds, P(WAFERS))
+            for name, specs in {split: rows, f"{split}, gathered": rows | {"weight": P()}}.items():
+                candidates[f"jit alone, {name}"] = functools.partial(
+                    _plain_step, apart, specs, *sizes, split_state=True
+                )
             candidates[f"wsekern, {split}"] = functools.partial(
                 _our_step, apart, *sizes, split_state=True
             )

@@ -41,6 +41,8 @@ class MarksOptions:
 
     target: tuple[str, ...] = ("v5e:4x4", "v6e:4x4", "v5p:4x4x4")
     """Chips to compile for; GPUs (h100:2x4) need JAX's CUDA plugin."""
+    grid: str | None = None
+    """Lay the chips out as HEIGHTxWIDTH or WAFERSxHEIGHTxWIDTH instead of as each target does."""
     only: tuple[str, ...] = ()
     """Operations whose names contain one of these words; by default all."""
     dtypes: tuple[str, ...] = _DTYPES
@@ -142,10 +144,11 @@ def compile_case(case: OperationCase, wafer: Wafer, direction: str) -> Any:
 
 
 def _compile_all(options: MarksOptions, made: Container[tuple[str, ...]]) -> Iterator[Mark]:
-    import wsekern as wk
+    from wsekern.wafer.launch import make_topology
 
-    for target in options.target:
-        wafer = wk.Wafer.topology(target)
+    for chips in options.target:
+        wafer = make_topology(chips, options.grid)
+        target = chips if options.grid is None else f"{chips} as {options.grid}"
         for dtype in options.dtypes:
             for case in all_cases(wafer, dtype):
                 if options.only and not any(word in case.name for word in options.only):

@@ -54,19 +54,24 @@ def loss(
       tokens: int `[B, T]`.
       targets: int `[B, T]`, the token after each of `tokens`.
       config: RMSNorm, rotary positions, SwiGLU, one kind of layer.
-      constrain: lays out an activation, given its kind: "residual", "gathered", "wide" or "heads".
+      constrain: lays out an activation, given its kind: "residual", "gathered", "wide" or "heads",
+        and the weights where they compute, of kind "weight".
       remat: whether the backward pass recomputes a layer from its input.
     """
-    x = constrain(jnp.take(params["embedding"][...], tokens, axis=0), "residual")
+
+    def whole(w):
+        return constrain(w, "weight")
+
+    x = constrain(jnp.take(whole(params["embedding"][...]), tokens, axis=0), "residual")
     angles = rotary_angles(config, tokens.shape[1])
 
     def layer(x, block):
-        return _block(x, block, config, angles, constrain), None
+        return _block(x, jax.tree.map(whole, block), config, angles, constrain), None
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
     x, _ = jax.lax.scan(layer, x, params["stages"][0]["blocks"][0])
     x = _rms_norm(x, params["norm"]["scale"][...], config.norm_eps)
-    head = params["embedding"][...].T if config.tied else params["head"][...]
+    head = whole(params["embedding"][...]).T if config.tied else whole(params["head"][...])
     logits = constrain(x, "gathered") @ head
     logits = constrain(logits, "wide").astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()

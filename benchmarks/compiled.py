@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("products", "attention", "decode", "stencil", "training")
 Candidate = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # function, shapes, options
-# preset -> sequences in a step on 16 chips, and whether layers are recomputed
-_STEPS = {"125m": (32, False), "1b": (32, True), "8b": (16, True)}
+# preset -> sequences in a step on 16 chips, tokens in each, and whether layers are recomputed
+_STEPS = {"125m": (32, 1024, False), "1b": (32, 2048, True), "8b": (16, 2048, True)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class CompiledOptions:
     """Tokens that attention and decoding have."""
     presets: tuple[str, ...] = tuple(_STEPS)
     """Models of the training steps."""
+    context: int | None = None
+    """Tokens of a sequence in the training steps. None: 1024 for 125m, else 2048."""
     json: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the results to this file, as JSON."""
 
@@ -94,7 +96,7 @@ def _programs(
         "attention": lambda: _attention(wafer, options.lengths),
         "decode": lambda: _decode(wafer, options.lengths),
         "stencil": lambda: _stencil(wafer),
-        "training": lambda: _training(target, wafer, options.presets),
+        "training": lambda: _training(target, wafer, options.presets, options.context),
     }
     for name in options.only:
         yield from makers[name]()
@@ -263,7 +265,9 @@ def _stencil(wafer: Wafer) -> Iterator[Any]:
         yield f"{name} stencil, 8192^2, 100 steps", candidates
 
 
-def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[Any]:
+def _training(
+    target: str, wafer: Wafer, presets: tuple[str, ...], context: int | None
+) -> Iterator[Any]:
     from jax.sharding import PartitionSpec as P
 
     from benchmarks import plain_decoder
@@ -271,7 +275,7 @@ def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[A
     from wsekern.wafer.wafer import Wafer
 
     for preset in presets:
-        batch, remat = _STEPS[preset]
+        batch, usual, remat = _STEPS[preset]
         batch = max(batch * wafer.size // 16, 1)
         constraints = {name: specs for name, specs in plain_decoder.CONSTRAINTS.items() if specs}
         kinds = ("residual", "gathered", "wide", "heads")
@@ -279,7 +283,7 @@ def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[A
             constraints["sequences over x"] = dict.fromkeys(kinds, P("x", "y"))
         if batch % wafer.size == 0:
             constraints["sequences over both"] = dict.fromkeys(kinds, P(("y", "x")))
-        sizes = (preset, batch, remat)
+        sizes = (preset, batch, context or usual, remat)
         candidates: dict[str, Callable[[], Candidate]] = {
             f"jit alone, {name}": functools.partial(_plain_step, wafer, specs, *sizes)
             for name, specs in constraints.items()
@@ -297,10 +301,12 @@ def _training(target: str, wafer: Wafer, presets: tuple[str, ...]) -> Iterator[A
             candidates[f"wsekern, {split}"] = functools.partial(
                 _our_step, apart, *sizes, split_state=True
             )
-        yield f"training step, {preset}, {batch} sequences", candidates
+        yield f"training step, {preset}, {batch} x {context or usual} tokens", candidates
 
 
-def _plan(wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool = False) -> Any:
+def _plan(
+    wafer: Wafer, preset: str, batch: int, context: int, remat: bool, split_state: bool
+) -> Any:
     from models.presets import find_preset
     from training.config import TrainingConfig
     from training.plan import make_plan
@@ -309,6 +315,7 @@ def _plan(wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool 
         preset=preset,
         wafer="x".join(map(str, wafer.grid)),
         batch=batch,
+        context=context,
         dtype="bfloat16",
         remat=remat,
         split_state=split_state,
@@ -317,11 +324,13 @@ def _plan(wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool 
 
 
 def _our_step(
-    wafer: Wafer, preset: str, batch: int, remat: bool, split_state: bool = False
+    wafer: Wafer, preset: str, batch: int, context: int, remat: bool, split_state: bool = False
 ) -> Candidate:
     from training.programs import step_program
 
-    function, shapes, options = step_program(_plan(wafer, preset, batch, remat, split_state))
+    function, shapes, options = step_program(
+        _plan(wafer, preset, batch, context, remat, split_state)
+    )
     return function, shapes, {**options, "wafer": wafer}
 
 
@@ -330,6 +339,7 @@ def _plain_step(
     specs: dict[str, Any],
     preset: str,
     batch: int,
+    context: int,
     remat: bool,
     split_state: bool = False,
 ) -> Candidate:
@@ -340,7 +350,7 @@ def _plain_step(
     from training.programs import step_program
     from training.step import apply_gradients
 
-    plan = _plan(wafer, preset, batch, remat, split_state)
+    plan = _plan(wafer, preset, batch, context, remat, split_state)
 
     def constrain(x: jax.Array, kind: str) -> jax.Array:
         return wafer.shard(x, specs[kind]) if kind in specs else x

@@ -196,9 +196,12 @@ class FeedForward(nnx.Module):
         self.down = linear(d_ff, d_model, _residual_std(std, config))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        # Checkpointed: the backward pass keeps what goes in, and none of the steps to what comes out.
         if self.gate is None:
-            return self.down(_ACTIVATIONS[self.config.activation](self.up(x)))
-        return self.down(gated_activation(self.config)(*apply_linears(x, self.gate, self.up)))
+            activation = jax.checkpoint(_ACTIVATIONS[self.config.activation], prevent_cse=False)
+            return self.down(activation(self.up(x)))
+        activation = jax.checkpoint(gated_activation(self.config), prevent_cse=False)
+        return self.down(activation(*apply_linears(x, self.gate, self.up)))
 
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

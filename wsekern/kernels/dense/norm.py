@@ -299,7 +299,9 @@ def _row_axes(x: Float[Array, "*batch Tt Dt"]) -> str | tuple[str, ...]:
 
 
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
+# Checkpointed, because plain autodiff would keep x in float32 too.
 @functools.partial(jax.jit, static_argnames=("eps", "features"), inline=True)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
 def _local_rms(
     x: Float[Array, "*batch T D"], scale: Float[Array, " D"], eps: float, features: int
 ) -> Float[Array, "*batch T D"]:
@@ -309,6 +311,7 @@ def _local_rms(
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "features"), inline=True)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
 def _local_layer(
     x: Float[Array, "*batch T D"],
     scale: Float[Array, " D"],

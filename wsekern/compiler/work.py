@@ -60,7 +60,7 @@ def work_of(
     if one.opcode == "custom-call":
         return None
     flops = _flops(program, computation, one)
-    return Work(_at_peak(flops, _bytes(computation, one), chip))
+    return Work(_at_peak(flops, _moved_bytes(program, computation, one), chip))
 
 
 def kernel_name(one: Instruction) -> str:
@@ -99,6 +99,49 @@ def _at_peak(flops: float, moved: float, chip: Accelerator) -> float:
 def _bytes(computation: Computation, one: Instruction) -> float:
     operands = (computation.by_name.get(name) for name in one.operands)
     return one.bytes + sum(each.bytes for each in operands if each is not None)
+
+
+def _moved_bytes(program: Program, computation: Computation, one: Instruction) -> float:
+    """Bytes that XLA's own code reads and writes: of an array that it only slices, the slices."""
+    if one.opcode in ("dynamic-slice", "slice"):
+        return 2 * one.bytes
+    if one.opcode == "dynamic-update-slice":
+        return 2 * _updated_bytes(computation, one)
+    inner = program.computations.get(one.called.get("calls", ""))
+    if one.opcode != "fusion" or inner is None or inner.root is None:
+        return _bytes(computation, one)
+    parameters = (each for each in inner.instructions if each.opcode == "parameter")
+    return sum(_read_bytes(inner, each) for each in parameters) + _written_bytes(inner, inner.root)
+
+
+def _read_bytes(inner: Computation, array: Instruction) -> float:
+    """Bytes of `array` that the instructions of a fusion read."""
+    read = 0.0
+    for one in inner.instructions:
+        if array.name not in one.operands:
+            continue
+        if one.opcode == "bitcast":
+            read += _read_bytes(inner, one)
+        elif one.opcode == "dynamic-slice" and one.operands[0] == array.name:
+            read += one.bytes
+        elif one.opcode != "dynamic-update-slice" or array.name in one.operands[1:]:
+            return array.bytes  # what is updated in place is not read
+    return min(read, array.bytes)
+
+
+def _written_bytes(inner: Computation, result: Instruction) -> float:
+    """Bytes that a fusion writes for `result`; an update in place writes only its slice."""
+    if result.opcode == "dynamic-update-slice":
+        return _updated_bytes(inner, result)
+    if result.opcode not in ("bitcast", "tuple"):
+        return result.bytes
+    operands = (inner.by_name.get(name) for name in result.operands)
+    return sum(_written_bytes(inner, each) for each in operands if each is not None)
+
+
+def _updated_bytes(computation: Computation, one: Instruction) -> float:
+    update = computation.by_name.get(one.operands[1]) if len(one.operands) > 1 else None
+    return one.bytes if update is None else update.bytes
 
 
 def _flops(program: Program, computation: Computation, one: Instruction) -> float:

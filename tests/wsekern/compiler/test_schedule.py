@@ -84,6 +84,31 @@ def test_a_chip_whose_compiler_counts_no_cycles_is_priced_by_flops_and_bytes():
     )
 
 
+@pytest.mark.parametrize(
+    ("root", "moved"),
+    [
+        ("f32[64,128] dynamic-update-slice(%a, %d, %i, %i)", 2 * TILE),  # in place
+        ("f32[8,128] add(%d, %d)", 2 * TILE),
+        ("f32[64,128] add(%a, %a)", 2 * GATHERED),
+    ],
+    ids=["an update of a slice", "a slice", "all of it"],
+)
+def test_of_an_array_that_is_only_sliced_the_slices_count(root, moved):
+    """As where a scan keeps one layer's values in a stack of all: a GPU moves one layer's."""
+    shape = root.partition(" ")[0]
+    text = (
+        f"%fused (a: f32[64,128], i: s32[]) -> {shape} {{\n"
+        "  %a = f32[64,128] parameter(0)\n  %i = s32[] parameter(1)\n"
+        "  %d = f32[8,128] dynamic-slice(%a, %i, %i), dynamic_slice_sizes={8,128}\n"
+        f"  ROOT %r = {root}\n}}\n\n"
+        f"ENTRY %main (a: f32[64,128], i: s32[]) -> {shape} {{\n"
+        "  %a = f32[64,128] parameter(0)\n  %i = s32[] parameter(1)\n"
+        f"  ROOT %f = {shape} fusion(%a, %i), kind=kLoop, calls=%fused\n}}\n"
+    )
+    counted = cost(text, chip=H100).fusion_seconds * H100.memory_bytes_per_second
+    assert counted == pytest.approx(moved, abs=8)  # and the number of the slice
+
+
 def test_kernels_are_priced_apart_and_named_where_nobody_states_their_flops():
     call = 'custom-call(%x), custom_call_target="tpu_custom_call"'
     begin = LOOP.index("%fusion = ")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from wsekern.compiler import hlo, schedule
+from wsekern.compiler.dump import arrays_at_peak, dump_folder, scheduled_text
 from wsekern.compiler.mesh_axes import MeshAxes
 from wsekern.compiler.pallas_calls import flops_by_kernel
 from wsekern.compiler.result import Compilation, MemoryUse
@@ -74,20 +75,24 @@ def compile(  # noqa: A001  the field's word for it
         lowered = traced.lower()
         trace_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        try:
-            with kept_out_of_cache() if wafer.compile_only else contextlib.nullcontext():
-                executable, refusal = lowered.compile(), ""
-        except jax.errors.JaxRuntimeError as error:
-            if _OUT_OF_MEMORY not in str(error):
-                raise
-            executable, refusal = None, str(error)
+        executable, refusal, text = None, "", ""
+        largest: tuple[LiveArray, ...] = ()
+        with dump_folder(wafer) as (folder, options):
+            try:
+                with kept_out_of_cache() if wafer.compile_only else contextlib.nullcontext():
+                    executable = lowered.compile(compiler_options=options or None)
+                text = scheduled_text(folder)
+            except jax.errors.JaxRuntimeError as error:
+                if _OUT_OF_MEMORY not in str(error):
+                    raise
+                refusal, largest = str(error), arrays_at_peak(folder, _user_line)
     compile_seconds = time.perf_counter() - began
     cost, why_no_schedule = None, refusal and "it does not fit, and so there is no program"
-    largest: tuple[LiveArray, ...] = ()
-    if executable is None:
+    is_estimate = executable is None and not largest
+    if is_estimate:
         largest = live_at_peak(traced.jaxpr.jaxpr, wafer, _argument_bytes(shapes))
-    else:
-        cost, why_no_schedule = _price(executable, traced, wafer, chip)
+    if executable is not None:
+        cost, why_no_schedule = _price(executable, text, traced, wafer, chip)
     return Compilation(
         name=name or getattr(function, "__name__", type(function).__name__),
         wafer=wafer,
@@ -97,6 +102,7 @@ def compile(  # noqa: A001  the field's word for it
         memory=_memory_of(executable, refusal),
         argument_bytes=sum(_argument_bytes(shapes)),
         largest_arrays=largest,
+        arrays_estimated=is_estimate,
         cost=cost,
         why_no_schedule=why_no_schedule,
         roofline_seconds=_roofline(function, shapes, wafer, chip) if roofline else None,
@@ -168,21 +174,20 @@ def _memory_of(executable: jax.stages.Compiled | None, refusal: str) -> MemoryUs
 
 
 def _price(
-    executable: jax.stages.Compiled, traced: Any, wafer: Wafer, chip: Accelerator
+    executable: jax.stages.Compiled, text: str, traced: Any, wafer: Wafer, chip: Accelerator
 ) -> tuple[schedule.Cost | None, str]:
     """The cost by the schedule, or why there is none."""
     try:
-        program = hlo.parse(executable.as_text() or "")
+        program = hlo.parse(text or executable.as_text() or "")
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # XLA cannot print some large programs that it has compiled.
         return None, f"the text of the schedule cannot be had: {' '.join(str(error).split())}"
-
-    def user_line(frames: tuple[hlo.Frame, ...]) -> str:
-        source = line_of_frames((frame.file, frame.number) for frame in frames)
-        return source.user or source.library
-
     flops = flops_by_kernel(traced.jaxpr.jaxpr)
-    return schedule.price(program, _mesh_axes(wafer), chip, user_line, flops), ""
+    return schedule.price(program, _mesh_axes(wafer), chip, _user_line, flops), ""
+
+
+def _user_line(frames: tuple[hlo.Frame, ...]) -> str:
+    source = line_of_frames((frame.file, frame.number) for frame in frames)
+    return source.user or source.library
 
 
 def _mesh_axes(wafer: Wafer) -> MeshAxes:

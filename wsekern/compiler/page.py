@@ -93,8 +93,7 @@ def _cards(c: Compilation) -> str:
 
 def _memory(c: Compilation) -> str:
     if not c.fits:
-        head = ("each, estimated", "live at the peak", "made by", "line")
-        arrays = render_table(head, report.array_rows(c), (0,))
+        arrays = render_table(report.array_head(c), report.array_rows(c), (0,))
         return f"<p>{html.escape(c.memory.refusal)}</p>{arrays}"
     m = c.memory
     parts = dict(zip(_PARTS, (m.arguments, m.results - m.aliased, m.temporaries, m.code),

@@ -18,8 +18,7 @@ def table(c: Compilation) -> str:
     """The figures, what is sent, the kernels, the longest operations, and what is left out."""
     lines = [f"{name:<16} {value}" for name, value in figures(c)]
     if arrays := array_rows(c):
-        titles = ("each, estimated", "live at the peak", "made by", "line")
-        lines += ["", *columns([titles, *arrays], flush_right=(0,))]
+        lines += ["", *columns([array_head(c), *arrays], flush_right=(0,))]
     if transfers := sent_rows(c):
         head = ("collective", "along", "times", "bytes", "waited for", "")
         lines += ["", *columns([head, *transfers])]
@@ -121,6 +120,12 @@ def sent_rows(c: Compilation) -> list[tuple[str, ...]]:
     ]
 
 
+def array_head(c: Compilation) -> tuple[str, ...]:
+    """The heads of the columns of `array_rows`."""
+    bytes_of = "each, estimated" if c.arrays_estimated else "each"
+    return (bytes_of, "live at the peak", "made by", "line")
+
+
 def array_rows(c: Compilation) -> list[tuple[str, ...]]:
     """The largest arrays of a program that does not fit: (bytes, shape, operation, line)."""
     alike = collections.Counter(c.largest_arrays)
@@ -148,11 +153,13 @@ def left_out(c: Compilation) -> list[tuple[str, str]]:
     """What the figures do not say, as (subject, text)."""
     link = c.chip.link_bytes_per_second
     rows = [("not measured", "nothing ran; the time is a model of the compiled schedule.")]
-    if c.largest_arrays:
+    if c.arrays_estimated:
         rows.append(
             ("arrays", "estimated by this library's own live ranges, of whole arrays as far as "
              "their layout is known; the compiler names none.")
         )  # fmt: skip
+    elif c.largest_arrays:
+        rows.append(("arrays", "a chip's parts, by the compiler; gaps between them add to these."))
     if c.cost is None:
         return rows
     if c.chip.clock_hz:
@@ -198,7 +205,8 @@ def as_json(c: Compilation) -> dict[str, Any]:
             "code": c.memory.code,
         },
         "compiler": c.memory.refusal,
-        "largest_arrays_estimated": [array._asdict() for array in c.largest_arrays],
+        "largest_arrays": [array._asdict() for array in c.largest_arrays],
+        "arrays_estimated": c.arrays_estimated,
         "compile_seconds": c.compile_seconds,
         "trace_seconds": c.trace_seconds,
         "schedule": c.why_no_schedule or "read",

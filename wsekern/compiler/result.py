@@ -52,8 +52,10 @@ class Compilation:
     cost: Cost | None  # by the model; None where the schedule cannot be read
     why_no_schedule: str = ""
     roofline_seconds: float | None = None  # of all chips at their peaks; None: not known
-    # Of a program that does not fit: what is live where its memory is fullest, by our own estimate.
+    # Of a program that does not fit: what is live where its memory is fullest, by the compiler of
+    # TPUs, or else by our own estimate.
     largest_arrays: tuple[LiveArray, ...] = ()
+    arrays_estimated: bool = False
     executable: jax.stages.Compiled | None = dataclasses.field(default=None, repr=False)
 
     @property

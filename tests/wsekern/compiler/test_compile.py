@@ -86,7 +86,9 @@ def test_a_program_that_does_not_fit_says_by_how_much_and_names_its_arrays(chips
     if found.fits:  # the compiler fused it
         pytest.skip("the compiler needs no array for it")
     assert found.memory.total > found.chip.memory_bytes and found.cost is None
-    assert found.largest_arrays[0].shape == (2**18, 2**18)
+    largest = found.largest_arrays[0]
+    assert not found.arrays_estimated and largest.shape == (2**18, 2**18)
+    assert largest.line.startswith("test_compile.py:")
     assert "more than the 16 GiB of a chip" in str(found)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wsekern.compiler.result import Compilation
     from wsekern.wafer.wafer import Wafer
 
-PROGRAMS = ("products", "attention", "decode", "stencil", "training")
+PROGRAMS = ("products", "attention", "decode", "layers", "stencil", "training")
 Candidate = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # function, shapes, options
 # preset -> sequences in a step on 16 chips, tokens in each, and whether layers are recomputed
 _STEPS = {"125m": (32, 1024, False), "1b": (32, 2048, True), "8b": (16, 2048, True)}
@@ -40,7 +40,7 @@ class CompiledOptions:
     target: tuple[str, ...] = ("v5e:4x4",)
     """Chips: v5e:4x4, v6e:4x4, v5p:4x4x4, h100:2x4 ..."""
     only: tuple[str, ...] = PROGRAMS
-    """Which programs: products, attention, decode, stencil, training."""
+    """Which programs: products, attention, decode, layers, stencil, training."""
     products: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     """Sides of the square matrices, in bfloat16."""
     lengths: tuple[int, ...] = (8192, 32768)
@@ -95,6 +95,7 @@ def _programs(
         "products": lambda: _products(wafer, options.products),
         "attention": lambda: _attention(wafer, options.lengths),
         "decode": lambda: _decode(wafer, options.lengths),
+        "layers": lambda: _layers(wafer),
         "stencil": lambda: _stencil(wafer),
         "training": lambda: _training(target, wafer, options.presets, options.context),
     }
@@ -239,6 +240,27 @@ def _decode(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
         }  # fmt: skip
 
 
+def _layers(wafer: Wafer) -> Iterator[Any]:
+    from benchmarks import plain_layers
+
+    sizes = {"batch": 8, "tokens": 4096, "features": 4096, "vocabulary": 128256}
+    for case in plain_layers.cases(wafer, **sizes):
+        functions = {"jit alone": case.plain, f"wk.{case.name}": case.ours}
+        text = f"{case.title}, 8 x 4096 tokens, 4096 features"
+        yield text, {name: lambda f=f, c=case: (f, c.operands, {}) for name, f in functions.items()}
+        yield (
+            f"{text}, gradient",
+            {
+                name: lambda f=f, c=case: (
+                    _gradient(f, c.differentiable),
+                    (*c.operands, c.result(wafer)),
+                    {},
+                )
+                for name, f in functions.items()
+            },
+        )
+
+
 def _stencil(wafer: Wafer) -> Iterator[Any]:
     import jax
     import jax.numpy as jnp
@@ -367,12 +389,27 @@ def _plain_step(
     return step, shapes, {**options, "wafer": wafer}
 
 
-def _gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradients of a function's operands, given that of its result as the last operand."""
+def _gradient(
+    function: Callable[..., Any], numbers: tuple[int, ...] | None = None
+) -> Callable[..., Any]:
+    """The gradients of a function's operands, given that of its result as the last operand.
+
+    Args:
+      function: what to differentiate.
+      numbers: of the operands that have a gradient; None for all.
+    """
     import jax
 
     def gradient(*operands: Any) -> Any:
-        return jax.vjp(function, *operands[:-1])[1](operands[-1])
+        given = list(operands[:-1])
+        places = range(len(given)) if numbers is None else numbers
+
+        def of_some(*some: Any) -> Any:
+            for place, operand in zip(places, some, strict=True):
+                given[place] = operand
+            return function(*given)
+
+        return jax.vjp(of_some, *(given[place] for place in places))[1](operands[-1])
 
     return gradient
 

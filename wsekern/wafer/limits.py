@@ -35,8 +35,12 @@ def keeps_shares(wafer: "Wafer") -> bool:
     A train state that is split over wafers needs no more, and one that is not gathers the shares,
     in the operands' dtype. CPU devices have one collective less to wait for if all sum all.
     """
-    on_accelerators = wafer.backend == "devices" and wafer.platform in ("tpu", "gpu")
-    return on_accelerators and wafer.wafers > 1
+    return on_accelerators(wafer) and wafer.wafers > 1
+
+
+def on_accelerators(wafer: "Wafer") -> bool:
+    """Whether every PE is a TPU or a GPU, there or not."""
+    return wafer.backend == "devices" and wafer.platform in ("tpu", "gpu")
 
 
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -7,6 +7,7 @@ gives the table the layout of an output head, transposed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,11 +18,10 @@ from jaxtyping import Array, Float, Integer, Shaped
 from wsekern import fabric
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
-from wsekern.wafer.limits import keeps_shares
+from wsekern.wafer.limits import keeps_shares, on_accelerators
 from wsekern.wafer.wafer import Wafer
 
 _TABLE = P(COLS, ROWS)
-_SHARES = P(COLS, (ROWS, WAFERS))  # a wafer's own share of the features
 
 
 def embedding(
@@ -32,11 +32,12 @@ def embedding(
     Algorithm: Megatron-LM's, with the features split too. Each PE looks up the tokens of its own
     part of the vocabulary, in partial rows. Whichever is less moves along y: the table, gathered to
     V / width rows of all features, or the tokens, whose partial rows then come back by an
-    all-to-all. On accelerators that are several wafers, each wafer looks up its share of the
-    features for the tokens of all, if that is less than the table. One reduce-scatter along x sums
-    the partial rows, and leaves each PE its features of them; until then it holds width times its
-    part of the result. The gradient takes the same way back, is summed in float32, and over the
-    wafers. Reverse mode only.
+    all-to-all. One reduce-scatter along x sums the partial rows, and leaves each PE its features of
+    them; until then it holds width times its part of the result. On a square of accelerators
+    partial rows are summed first, and their sums reflected in the diagonal, which is less. Where
+    each accelerator is a wafer too, it looks up its share of the features for the tokens of all, if
+    that is less than the table. The gradient takes the same way back, is summed in float32, and
+    over the wafers. Reverse mode only.
 
     Args:
       tokens: rows of the table to take. T lies along y, the first leading dimension over the
@@ -78,11 +79,11 @@ def _fwd(
     wafer: Wafer,
 ) -> tuple[Float[Array, "*batch T _"], tuple[Integer[Array, "*batch T"], Float[Array, "V D"]]]:
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(tokens.ndim + 1)
-    table_moves = table.shape[0] // wafer.width <= tokens.size // (wafer.height * wafer.wafers)
-    shares = _has_shares(tokens, table, wafer) and not table_moves
-    kernel = functools.partial(_per_pe, sizes=sizes, shares=shares)
-    spec = _SHARES if shares else _TABLE
-    out = wafer.map(kernel, in_specs=(rows, spec), out_specs=tiled)(tokens, table)
+    way = _way(tokens, table, wafer)
+    if way.table_moves:  # whole, from all wafers
+        way = dataclasses.replace(way, shares=False)
+    kernel = functools.partial(_per_pe, sizes=sizes, way=way)
+    out = wafer.map(kernel, in_specs=(rows, way.table), out_specs=tiled)(tokens, table)
     return out, (tokens, table)
 
 
@@ -94,42 +95,63 @@ def _bwd(
 ) -> tuple[None, Float[Array, "V D"]]:
     tokens, table = residuals
     rows, tiled = layout.tiled(tokens.ndim, ROWS), layout.tiled(dout.ndim)
-    shares = _has_shares(tokens, table, wafer)
-    spec = _SHARES if shares else _TABLE
-    kernel = functools.partial(_gradient_per_pe, sizes=sizes, shares=shares)
-    run = wafer.map(kernel, in_specs=(rows, spec, tiled), out_specs=spec)
+    way = _way(tokens, table, wafer)
+    kernel = functools.partial(_gradient_per_pe, way=way)
+    run = wafer.map(kernel, in_specs=(rows, way.table, tiled), out_specs=way.table)
     return None, run(tokens, table, dout)
 
 
 _embedding.defvjp(_fwd, _bwd)
 
 
-def _has_shares(
-    tokens: Integer[Array, "*batch T"], table: Float[Array, "V D"], wafer: Wafer
-) -> bool:
-    """Whether each wafer keeps a share of the table's features."""
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How rows go to the PEs of their tokens, and gradients back."""
+
+    table_moves: bool  # along y, to the tokens; it is less than the partial rows
+    shares: bool  # each wafer has a share of the table's features
+    reflects: bool  # partial rows are summed first, then reflected in the grid's diagonal
+
+    @property
+    def table(self) -> P:
+        return P(COLS, (ROWS, WAFERS)) if self.shares else _TABLE
+
+
+def _way(tokens: Integer[Array, "*batch T"], table: Float[Array, "V D"], wafer: Wafer) -> _Way:
     one_for_all = tokens.ndim > 1  # of a batch, wafers have parts
     divides = table.shape[1] % (wafer.height * wafer.wafers) == 0
-    return one_for_all and divides and keeps_shares(wafer)
+    of_a_row = tokens.size // (wafer.height * (wafer.wafers if one_for_all else 1))
+    table_moves = table.shape[0] // wafer.width <= of_a_row
+    square = wafer.height == wafer.width
+    return _Way(
+        table_moves=table_moves,
+        shares=one_for_all and divides and keeps_shares(wafer),
+        reflects=square and not table_moves and on_accelerators(wafer),
+    )
 
 
 def _per_pe(
     tokens: Integer[Array, "*batch Tt"],
     table: Float[Array, "Vt D_"],
     sizes: tuple[int, int],
-    shares: bool,
+    way: _Way,
 ) -> Float[Array, "*batch Tt Dx"]:
     V, D = sizes  # without padding
-    if _table_moves(tokens, table):
+    row, feature = tokens.ndim - 1, tokens.ndim
+    if way.table_moves:
         rows = _look_up(tokens, fabric.all_gather(table, ROWS, 1))
     else:
-        rows = _look_up(_gather_tokens(tokens, shares), table)
-        if shares:
-            rows = fabric.all_to_all(rows, WAFERS, 0, tokens.ndim)
-        rows = fabric.all_to_all(rows, ROWS, tokens.ndim - 1, tokens.ndim)
-    # D was padded to the height of the grid; the result is padded to its width.
-    rows = layout.resize(rows, -1, -(-D // fabric.axis_size(COLS)) * fabric.axis_size(COLS))
-    rows = fabric.reduce_scatter(rows, COLS, tokens.ndim)
+        rows = _look_up(_gather_tokens(tokens, way), table)
+        if way.shares:
+            rows = fabric.all_to_all(rows, WAFERS, 0, feature)
+    if way.reflects:
+        rows = fabric.transpose(fabric.reduce_scatter(rows, COLS, row))
+    else:
+        if not way.table_moves:
+            rows = fabric.all_to_all(rows, ROWS, row, feature)
+        # D was padded to the height of the grid; the result is padded to its width.
+        rows = layout.resize(rows, -1, -(-D // fabric.axis_size(COLS)) * fabric.axis_size(COLS))
+        rows = fabric.reduce_scatter(rows, COLS, feature)
     known = (tokens >= 0) & (tokens < V)
     return jnp.where(known[..., None], rows, jnp.nan)
 
@@ -138,36 +160,35 @@ def _gradient_per_pe(
     tokens: Integer[Array, "*batch Tt"],
     table: Float[Array, "Vt D_"],
     dout: Float[Array, "*batch Tt Dx"],
-    sizes: tuple[int, int],
-    shares: bool,
+    way: _Way,
 ) -> Float[Array, "Vt D_"]:
-    drows = fabric.all_gather(dout, COLS, tokens.ndim)
-    parts = fabric.axis_size(ROWS) * (fabric.axis_size(WAFERS) if shares else 1)
-    drows = layout.resize(drows, -1, table.shape[1] * parts)
-    if _table_moves(tokens, table):
+    row, feature = tokens.ndim - 1, tokens.ndim
+    if way.reflects:
+        drows = fabric.all_gather(fabric.transpose(dout), COLS, row)
+    else:
+        drows = fabric.all_gather(dout, COLS, feature)
+        parts = fabric.axis_size(ROWS) * (fabric.axis_size(WAFERS) if way.shares else 1)
+        drows = layout.resize(drows, -1, table.shape[1] * parts)
+    if way.table_moves:
         dtable = fabric.reduce_scatter(_scatter_add(tokens, drows, table.shape[0]), ROWS, 1)
-        if shares:
+        if way.shares:
             return fabric.reduce_scatter(dtable, WAFERS, 1).astype(table.dtype)
     else:
-        drows = fabric.all_to_all(drows, ROWS, tokens.ndim, tokens.ndim - 1)
-        if shares:
-            drows = fabric.all_to_all(drows, WAFERS, tokens.ndim, 0)
-        dtable = _scatter_add(_gather_tokens(tokens, shares), drows, table.shape[0])
+        if not way.reflects:
+            drows = fabric.all_to_all(drows, ROWS, feature, row)
+        if way.shares:
+            drows = fabric.all_to_all(drows, WAFERS, feature, 0)
+        dtable = _scatter_add(_gather_tokens(tokens, way), drows, table.shape[0])
     # Tokens without a leading dimension are replicated over the wafers, and so is their gradient.
-    if tokens.ndim > 1 and not shares:
+    if tokens.ndim > 1 and not way.shares:
         dtable = fabric.all_reduce(dtable, WAFERS)
     return dtable.astype(table.dtype)
 
 
-def _gather_tokens(tokens: Integer[Array, "*batch Tt"], shares: bool) -> Integer[Array, "..."]:
+def _gather_tokens(tokens: Integer[Array, "*batch Tt"], way: _Way) -> Integer[Array, "..."]:
     """The tokens of this column and, for shares of the features, of all wafers."""
     tokens = fabric.all_gather(tokens, ROWS, tokens.ndim - 1)
-    return fabric.all_gather(tokens, WAFERS, 0) if shares else tokens
-
-
-def _table_moves(tokens: Integer[Array, "*batch Tt"], table: Float[Array, "Vt _"]) -> bool:
-    """Whether gathering the table moves less than sending back the partial rows."""
-    return table.shape[0] <= tokens.size
+    return fabric.all_gather(tokens, WAFERS, 0) if way.shares else tokens
 
 
 def _look_up(

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from wsekern.hardware import Accelerator, accelerator
 from wsekern.kernels.matmul.tile import ROLES, Form, Matrix, TileAlgorithm
 from wsekern.wafer.explanation import Candidate
-from wsekern.wafer.limits import gather_limit
+from wsekern.wafer.limits import gather_limit, on_accelerators
 from wsekern.wafer.wafer import Wafer
 
 WORD_BYTES = 4
@@ -132,7 +132,7 @@ class MatmulProblem:
     @property
     def on_accelerators(self) -> bool:
         """Whether it is for TPUs or GPUs, one PE each."""
-        return self.wafer.backend == "devices" and self.wafer.platform in ("tpu", "gpu")
+        return on_accelerators(self.wafer)
 
     @property
     def arithmetic_seconds(self) -> float | None:

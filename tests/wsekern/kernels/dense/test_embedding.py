@@ -100,16 +100,19 @@ def test_bfloat16_gradients_of_repeated_tokens_are_summed_in_float32(full_wafer,
     {
         "few words": ((4, 99), (8, 8)),
         "many words": ((4, 99), (900, 8)),
-        "many words, padded": ((3, 21), (67, 8)),
+        "many words, padded": ((3, 21), (67, 7)),
+        "many words, tokens alone": ((5,), (67, 7)),
     }
 )
-def test_wafers_that_share_the_features_give_the_same(shapes, monkeypatch):
-    """As on TPUs and GPUs: each looks up its share, and keeps its share of the gradient."""
+@pytest.mark.parametrize("grid", [(2, 2, 2), (2, 4, 1), (4, 4, 1)], ids=str)
+def test_the_ways_of_accelerators_give_the_same(shapes, grid, monkeypatch):
+    """Each wafer looks up its share; on a square, rows are summed before they are reflected."""
     module = importlib.import_module("wsekern.kernels.dense.embedding")
-    monkeypatch.setattr(module, "keeps_shares", bool)
+    monkeypatch.setattr(module, "keeps_shares", lambda wafer: wafer.wafers > 1)
+    monkeypatch.setattr(module, "on_accelerators", lambda wafer: True)
     tokens, table = operands(shapes)
     dout = douts(tokens, table)
-    rows, dtable = with_gradient(lookup(wk.Wafer.devices(2, 2, 2)))(tokens, table, dout)
+    rows, dtable = with_gradient(lookup(wk.Wafer.devices(*grid)))(tokens, table, dout)
     np.testing.assert_array_equal(rows, plain(tokens, table))
     np.testing.assert_array_equal(dtable, plain_gradient(tokens, table, dout))
 

@@ -23,6 +23,7 @@ from wsekern.compiler.trips import trip_count
 from wsekern.compiler.work import work_of
 from wsekern.hardware import Accelerator
 
+_BEGIN = "AsyncCollectiveStart"
 _FAR = 6  # instructions from one without a line to a reader that has one
 
 
@@ -122,6 +123,13 @@ class _Walk:
         self.program, self.mesh, self.chip = program, mesh, chip
         self.user_line, self.kernel_flops = user_line, kernel_flops
         self.costs: dict[str, Cost] = {}
+        self.begun = {
+            _chain(one)
+            for computation in program.computations.values()
+            if any(each.target == _BEGIN for each in computation.instructions)
+            for one in computation.instructions
+            if kind_of(one)
+        }
 
     def cost(self, computation: Computation) -> Cost:
         """The cost of one run of a computation."""
@@ -205,7 +213,7 @@ class _Run:
 
         A TPU's asynchronous collective may be a chain of fusions, in each of which the collective
         stands: the first ends with "AsyncCollectiveStart", the last with "AsyncCollectiveDone", and
-        those between work while it goes on.
+        those between work while it goes on, maybe in a loop between the first and the last.
         """
         inside = [each for computation in inner for each in computation.instructions]
         targets = {each.target for each in inside}
@@ -216,7 +224,7 @@ class _Run:
         elif "AsyncCollectiveDone" in targets:
             self._arrive(key, one)
             self._compute(one)
-        elif "AsyncCollectiveStart" in targets:
+        elif _BEGIN in targets:
             self._depart(one, key)
             self._compute(one)
         elif kind_of(one) or (one.opcode == "async-start" and collective is not None):
@@ -224,7 +232,7 @@ class _Run:
             if not one.opcode.endswith("-start"):
                 self._arrive(key, one)
         else:
-            if collective is not None and key not in self.pending:  # no chain has begun it
+            if collective is not None and not (key in self.pending or key in self.walk.begun):
                 self._depart(one, key)
                 self._arrive(key, one)
             self._compute(one)
@@ -277,5 +285,7 @@ class _Run:
 
 
 def _chain(collective: Instruction) -> str:
-    match = re.search(r'chain_id="(\d+)"', collective.attributes)
-    return f"chain {match[1]}" if match else ""
+    """The name of the chain of fusions that a collective stands in; "" for none."""
+    chain = re.search(r'chain_id="(\d+)"', collective.attributes)
+    channel = re.search(r"channel_id=(\d+)", collective.attributes)
+    return f"chain {chain[1]}, channel {channel and channel[1]}" if chain else ""

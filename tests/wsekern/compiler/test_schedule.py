@@ -158,33 +158,57 @@ def test_an_all_reduce_of_which_a_chip_keeps_its_part_is_a_reduce_scatter():
     }
 
 
-def test_a_chain_of_asynchronous_fusions_is_one_transfer():
-    """As TPUs write it: a start, work that goes on meanwhile, and an end, each with the gather."""
-    gather = (
-        "all-gather(%q), replica_groups={{0,2},{1,3}}, dimensions={0}, "
-        'frontend_attributes={chain_id="0"}'
+GATHER = (
+    "all-gather(%q), channel_id=7, replica_groups={{0,2},{1,3}}, dimensions={0}, "
+    'frontend_attributes={chain_id="0"}'
+)
+
+
+def link_of_a_chain(name, root):
+    """A fusion of a TPU's asynchronous gather; in each of them the gather stands."""
+    return (
+        f"%{name} (q: f32[64,128]) -> f32[128,128] {{\n"
+        "  %q = f32[64,128]{1,0} parameter(0)\n"
+        f"  %g = f32[128,128]{{1,0}} {GATHER}\n  {root}\n}}\n\n"
     )
 
-    def fused(name, root):
-        return (
-            f"%{name} (q: f32[64,128]) -> f32[128,128] {{\n"
-            "  %q = f32[64,128]{1,0} parameter(0)\n"
-            f"  %g = f32[128,128]{{1,0}} {gather}\n  {root}\n}}\n\n"
-        )
 
-    end = "ROOT %r = f32[128,128]{1,0} custom-call(%g), custom_call_target="
+END = "ROOT %r = f32[128,128]{1,0} custom-call(%g), custom_call_target="
+CHAIN = (
+    link_of_a_chain("begin_it", f'{END}"AsyncCollectiveStart"')
+    + link_of_a_chain("work", "ROOT %r = f32[128,128]{1,0} add(%g, %g)")
+    + link_of_a_chain("finish", f'{END}"AsyncCollectiveDone"')
+)
+DONE = "%d = f32[128,128]{1,0} fusion(%s), kind=kCustom, calls=%finish\n"
+
+
+def test_a_chain_of_asynchronous_fusions_is_one_transfer():
+    """As TPUs write it: a start, work that goes on meanwhile, and an end, each with the gather."""
     text = (
-        fused("begin", f'{end}"AsyncCollectiveStart"')
-        + fused("work", "ROOT %r = f32[128,128]{1,0} add(%g, %g)")
-        + fused("finish", f'{end}"AsyncCollectiveDone"')
-        + "ENTRY %main (b: f32[64,128]) -> f32[128,128] {\n"
+        CHAIN + "ENTRY %main (b: f32[64,128]) -> f32[128,128] {\n"
         "  %b = f32[64,128]{1,0} parameter(0)\n"
-        "  %s = f32[128,128]{1,0} fusion(%b), kind=kCustom, calls=%begin\n"
+        "  %s = f32[128,128]{1,0} fusion(%b), kind=kCustom, calls=%begin_it\n"
         "  %w = f32[128,128]{1,0} fusion(%b), kind=kOutput, calls=%work, "
         'backend_config={"estimated_cycles":"CYCLES"}\n'
-        "  ROOT %d = f32[128,128]{1,0} fusion(%s), kind=kCustom, calls=%finish\n}\n"
+        f"  ROOT {DONE}}}\n"
     )
     hidden = cost(text.replace("CYCLES", "1500000")).sent[Key("all-gather", ("y",))]
     assert (hidden.count, hidden.bytes, hidden.waited_bytes) == (1, GATHERED, 0)
     waited = cost(text.replace("CYCLES", "0")).sent[Key("all-gather", ("y",))]
     assert (waited.count, waited.waited_bytes) == (1, GATHERED)
+
+
+def test_a_chain_that_goes_on_in_a_loop_is_one_transfer_too():
+    start = "  %s = f32[128,128]{1,0} fusion(%b), kind=kCustom, calls=%begin_it\n"
+    text = LOOP.replace("%fused (p0", f"{CHAIN}%fused (p0")
+    text = text.replace(
+        "dimensions={0}, use_global_device_ids=true\n", f"dimensions={{0}}\n{start}"
+    )
+    text = text.replace("  ROOT %out", f"  {DONE}  ROOT %out")
+    inside = "  %work_on = f32[128,128]{1,0} fusion(%x), kind=kOutput, calls=%work\n  %done ="
+    text = text.replace("  %done =", inside)
+    with_chain, alone = cost(text), cost()
+    assert text.count("calls=%work") == text.count("calls=%begin_it") == 1
+    gather, own = (c.sent[Key("all-gather", ("y",))] for c in (with_chain, alone))
+    assert (gather.count, gather.bytes) == (own.count + 1, own.bytes + GATHERED)
+    assert gather.waited_bytes == own.waited_bytes

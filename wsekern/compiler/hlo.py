@@ -28,11 +28,12 @@ _BITS = {
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?$')  # of a computation, maybe on other cores
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_SEVERAL = re.compile(r"\b(branch|called)_computations=\{([^}]*)\}")
 _TABLE_ROW = re.compile(r"^(\d+) (.*)$")
 _FIELD = re.compile(r"(\w+)=(\d+)")
 _UNKNOWN_CYCLES = 2**63 - 1  # what the compiler of TPUs writes where it does not know
@@ -174,7 +175,7 @@ def parse(text: str) -> Program:
     root: Instruction | None = None
     for line in _whole_lines(text):
         if name:
-            if line == "}":
+            if _END.match(line):
                 computations[name] = Computation(name, tuple(instructions), root)
                 name, instructions, root = "", [], None
             elif match := _LINE.match(line):
@@ -212,7 +213,7 @@ def _whole_lines(text: str) -> Iterator[str]:
 
 def _is_begin(line: str) -> bool:
     """Whether something new begins: an instruction, a computation or its end, a table, a row."""
-    if not line or line == "}" or line[0] not in ' \t{}[]"':
+    if not line or _END.match(line) or line[0] not in ' \t{}[]"':
         return True
     return _LINE.match(line) is not None
 
@@ -227,9 +228,9 @@ def _instruction(name: str, text: str) -> Instruction:
     close = _matching(rest)
     arguments, attributes = rest[:close], rest[close + 1 :]
     called = dict(_CALLED.findall(attributes))
-    if branches := _BRANCHES.search(attributes):
-        names = [one.strip().lstrip("%") for one in branches[1].split(",")]
-        called |= {f"branch {i}": one for i, one in enumerate(names)}
+    for role, text_of_names in _SEVERAL.findall(attributes):
+        names = [one.strip().lstrip("%") for one in text_of_names.split(",")]
+        called |= {f"{role} {i}": one for i, one in enumerate(names)}
     return Instruction(
         name=name,
         opcode=opcode.strip(),

@@ -221,13 +221,15 @@ class _Run:
         key = one.name if collective is None else _chain(collective) or one.name
         if one.opcode.endswith("-done"):
             self._arrive(next(iter(one.operands), ""), one)
+        elif one.opcode in ("async-start", "async-update"):
+            self._hand_over(one)
         elif "AsyncCollectiveDone" in targets:
             self._arrive(key, one)
             self._compute(one)
         elif _BEGIN in targets:
             self._depart(one, key)
             self._compute(one)
-        elif kind_of(one) or (one.opcode == "async-start" and collective is not None):
+        elif kind_of(one):
             self._depart(one, key)
             if not one.opcode.endswith("-start"):
                 self._arrive(key, one)
@@ -237,12 +239,25 @@ class _Run:
                 self._arrive(key, one)
             self._compute(one)
 
+    def _hand_over(self, one: Instruction) -> None:
+        """Something is begun elsewhere on the chip, perhaps a transfer.
+
+        To the sparse cores of a TPU the program comes first, by an `async-start` without operands,
+        and what to send follows by an `async-update`.
+        """
+        start = one
+        if one.opcode == "async-update":
+            start = self.computation.by_name.get(next(iter(one.operands), ""), one)
+        if (one is start) == bool(start.operands):
+            self._depart(start, one.name)
+
     def _depart(self, one: Instruction, key: str) -> None:
         """Begins a transfer, as soon as its links are free."""
         walk = self.walk
         rate = walk.chip.link_bytes_per_second or float("inf")
         transfer = transfer_of(walk.program, self.computation, one, walk.mesh, rate)
-        assert transfer is not None
+        if transfer is None:
+            return
         begin = max([self.now, *(self.free.get(link, 0.0) for link in transfer.links)])
         self.free |= dict.fromkeys(transfer.links, begin + transfer.seconds)
         self.pending[key] = _Pending(transfer, begin + transfer.seconds)

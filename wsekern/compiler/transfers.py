@@ -54,7 +54,8 @@ def transfer_of(
     """The transfer that an instruction makes or begins; None if it moves nothing between chips.
 
     An instruction begins one as `all-gather-start`, as `async-start` around a computation with a
-    collective, or as a fusion that ends with the custom call "AsyncCollectiveStart".
+    collective, at whatever depth, or as a fusion that ends with the custom call
+    "AsyncCollectiveStart".
     """
     kind = kind_of(instruction)
     if kind == "all-reduce" and _keeps_a_part(computation, instruction):
@@ -62,8 +63,10 @@ def transfer_of(
     if kind is None:
         for _, inner in program.called(instruction):
             for one in inner.instructions:
-                if kind_of(one) is not None:
-                    return transfer_of(program, inner, one, mesh, link_bytes_per_second)
+                if kind_of(one) is not None or one.called:
+                    found = transfer_of(program, inner, one, mesh, link_bytes_per_second)
+                    if found is not None:
+                        return found
         return None
     operands = [computation.by_name.get(name) for name in instruction.operands]
     handed_in = sum(one.bytes for one in operands if one is not None)

@@ -75,12 +75,12 @@ def test_the_folder_is_gone_at_the_end(end, monkeypatch):
     monkeypatch.setattr(type(wafer), "platform", "tpu")
     try:
         with dump_folder(wafer) as (folder, options):
-            assert folder.is_dir() and options["xla_dump_to"] == str(folder)
+            assert folder is not None and folder.is_dir() and options["xla_dump_to"] == str(folder)
             if end == "with an error":
                 raise RuntimeError
     except RuntimeError:
         pass
-    assert not folder.exists()
+    assert folder is not None and not folder.exists()
 
 
 def test_other_chips_write_nothing():

@@ -212,3 +212,28 @@ def test_a_chain_that_goes_on_in_a_loop_is_one_transfer_too():
     gather, own = (c.sent[Key("all-gather", ("y",))] for c in (with_chain, alone))
     assert (gather.count, gather.bytes) == (own.count + 1, own.bytes + GATHERED)
     assert gather.waited_bytes == own.waited_bytes
+
+
+def test_what_goes_on_in_the_sparse_cores_is_a_transfer_from_its_operand_on():
+    """As a TPU writes it: a start that brings the program, an update with what to send, an end."""
+    text = (
+        "%gathers (q: f32[64,128]) -> f32[128,128] {\n  %q = f32[64,128]{1,0} parameter(0)\n"
+        "  ROOT %g = f32[128,128]{1,0} all-gather(%q), replica_groups={{0,2},{1,3}}\n"
+        '}, execution_thread="sparsecore"\n\n'
+        "%calls_it (r: f32[64,128]) -> f32[128,128] {\n  %r = f32[64,128]{1,0} parameter(0)\n"
+        '  ROOT %c = f32[128,128]{1,0} custom-call(%r), custom_call_target="TODO", '
+        'called_computations={%gathers}\n}, execution_thread="sparsecore"\n\n'
+        "ENTRY %main (b: f32[64,128]) -> f32[128,128] {\n"
+        "  %b = f32[64,128]{1,0} parameter(0)\n"
+        "  %s = ((), (), (s32[8]{0})) async-start(), calls=%calls_it\n"
+        "  %before = f32[64,128]{1,0} copy(%b), "
+        'backend_config={"estimated_cycles":"1500000"}\n'
+        "  %u = ((f32[64,128]{1,0}), f32[128,128]{1,0}) async-update(%s, %before)\n"
+        "  %while_it_goes_on = f32[64,128]{1,0} copy(%b), "
+        'backend_config={"estimated_cycles":"CYCLES"}\n'
+        "  ROOT %d = f32[128,128]{1,0} async-done(%u)\n}\n"
+    )
+    hidden = cost(text.replace("CYCLES", "1500000")).sent[Key("all-gather", ("y",))]
+    assert (hidden.count, hidden.bytes, hidden.waited_bytes) == (1, GATHERED, 0)
+    waited = cost(text.replace("CYCLES", "0")).sent[Key("all-gather", ("y",))]
+    assert (waited.count, waited.waited_bytes) == (1, GATHERED)

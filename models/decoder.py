@@ -148,7 +148,7 @@ class Decoder(nnx.Module):
 
         x, balance = self.embed(tokens, sequence), jnp.zeros((), jnp.float32)
         for stage in self.stages:
-            x, losses = scan(stage, step, x, remat=self.remat, home=self.home)
+            x, losses = scan(stage, step, x, remat=self.remat, home=self.home, dtype=self.dtype)
             balance = balance + losses.sum()
         sparse = sum(kind.sparse for kind in self.config.kinds)
         return self.norm(x), balance / max(sparse, 1)

@@ -196,7 +196,7 @@ class FeedForward(nnx.Module):
         self.down = linear(d_ff, d_model, _residual_std(std, config))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        # Checkpointed: the backward pass keeps what goes in, and none of the steps to what comes out.
+        # Checkpointed: the backward pass keeps what goes in, and no step to what comes out.
         if self.gate is None:
             activation = jax.checkpoint(_ACTIVATIONS[self.config.activation], prevent_cse=False)
             return self.down(activation(self.up(x)))

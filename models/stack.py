@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from sharding.gather import gather
 from sharding.rules import Home
-from sharding.state import constrain
 from wsekern.wafer import context
 
 
@@ -41,6 +42,7 @@ def scan(
     *,
     remat: bool,
     home: Home = "wafer",
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Any, Any]:
     """Run `carry, out = step(layer, carry)` for each layer of `stacked` in turn.
 
@@ -52,6 +54,7 @@ def scan(
         intermediate values; this costs one more forward pass.
       home: where the parameters lie. At "memoryx" they are split over the wafers, and gathered
         one layer at a time.
+      dtype: that weights compute in, and are gathered in.
 
     Returns:
       The carry after the last layer, and the outputs of all layers, stacked.
@@ -62,8 +65,8 @@ def scan(
 
     def layer(carry: Any, state: nnx.State) -> tuple[Any, Any]:
         if wafer is not None:
-            # Without the constraint XLA may gather the whole stack before the loop.
-            state = constrain(_without_layer_axis(state), wafer, home)
+            # Without it XLA may gather the whole stack before the loop.
+            state = gather(_without_layer_axis(state), wafer, dtype)
         return step(nnx.merge(graph, state), carry)
 
     layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer

@@ -7,14 +7,21 @@ does not have has one PE. Meanings and gradients are the same on devices and on 
 - Where am I: `axis_index`, `axis_size`, `ring_index`, `ring_order`.
 - One tile to one other PE: `shift`, `skew`, `route`, `transpose`.
 - One PE to all, or all to one: `broadcast`, `flood`, `scatter`, `reduce`, `gather`.
-- All to all: `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`.
+- All to all: `all_reduce`, `all_gather`, `ring_all_gather`, `reduce_scatter`, `all_to_all`.
 - Types and costs: `varying`; `cheapest`, `predicted_cycles`, `received`.
 
 Costs are per PE: words of 32 bits received, and steps that wait for one another.
 """
 
 from wsekern.fabric.collectives import all_reduce, broadcast, reduce
-from wsekern.fabric.exchange import all_gather, all_to_all, gather, reduce_scatter, scatter
+from wsekern.fabric.exchange import (
+    all_gather,
+    all_to_all,
+    gather,
+    reduce_scatter,
+    ring_all_gather,
+    scatter,
+)
 from wsekern.fabric.flood import flood
 from wsekern.fabric.moves import (
     Along,
@@ -50,6 +57,7 @@ __all__ = [
     "received",
     "reduce",
     "reduce_scatter",
+    "ring_all_gather",
     "ring_index",
     "ring_order",
     "route",

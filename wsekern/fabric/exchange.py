@@ -5,11 +5,19 @@ They are XLA's own collectives on every backend.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from wsekern.fabric import jax_collectives
 from wsekern.fabric.jax_collectives import is_virtual
-from wsekern.fabric.moves import Along, TileTree, axis_index, axis_size, names_of, varying
+from wsekern.fabric.moves import (
+    Along,
+    TileTree,
+    axis_index,
+    axis_size,
+    names_of,
+    shift,
+    varying,
+)
 
 
 def all_gather(x: TileTree, along: Along, axis: int = 0, *, replicated: bool = False) -> TileTree:
@@ -28,6 +36,46 @@ def all_gather(x: TileTree, along: Along, axis: int = 0, *, replicated: bool = F
     for name in reversed(names_of(along)):  # the innermost neighbors are joined first
         x = jax.tree.map(lambda t, n=name: _gather(t, n, axis, kind), x)
     return x
+
+
+def ring_all_gather(x: TileTree, along: str, axis: int = 0) -> TileTree:
+    """`all_gather` by shifts of the tiles around a ring, half of them one way and half the other.
+
+    With P PEs and tiles of B words, a PE receives (P - 1) B words in P / 2 steps. Each shift is a
+    move of its own. XLA lets moves go on behind arithmetic, also on chips where it waits for its
+    own gathers.
+
+    Args:
+      x: a tile, or a pytree of tiles.
+      along: one axis.
+      axis: the dimension along which the tiles are joined.
+    """
+    size, place = axis_size(along), axis_index(along)
+    if size == 1:
+        return x
+
+    def put(whole: TileTree, tiles: TileTree, owner: Int[Array, ""]) -> TileTree:
+        return jax.tree.map(
+            lambda w, t: jax.lax.dynamic_update_slice_in_dim(
+                w, t, owner * t.shape[axis], axis % t.ndim
+            ),
+            whole,
+            tiles,
+        )
+
+    def empty(t: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        shape = [n * size if d == axis % t.ndim else n for d, n in enumerate(t.shape)]
+        return varying(jax.lax.empty(tuple(shape), t.dtype), along)
+
+    whole = put(jax.tree.map(empty, x), x, place)
+    forth = back = x
+    for step in range(1, size // 2 + 1):
+        forth = shift(forth, along)
+        whole = put(whole, forth, (place - step) % size)
+        if 2 * step < size:
+            back = shift(back, along, -1)
+            whole = put(whole, back, (place + step) % size)
+    return whole
 
 
 def reduce_scatter(x: TileTree, along: Along, axis: int = 0) -> TileTree:

@@ -279,14 +279,16 @@ def plain_all_to_all(t, along, split, concat):
 def test_gathers_and_scatters_keep_the_order_of_the_pes(full_wafer):
     lines: list[fabric.Along] = ["y", "wafer", GRID, ("x", "y"), EVERY]
     gathers = [(along, 1) for along in lines] + [("x", 2)]
+    rings = [("y", 1), ("x", 2), ("wafer", 0)]
     scatters = [(along, 1) for along in lines] + [("x", -1)]
 
     def kernel(u):
         whole = [fabric.all_gather(u, *move) for move in gathers]
-        return [*whole, *(fabric.reduce_scatter(u, *move) for move in scatters)]
+        around = [fabric.ring_all_gather(u, *move) for move in rings]
+        return [*whole, *around, *(fabric.reduce_scatter(u, *move) for move in scatters)]
 
     def plain(t):
-        whole = [plain_all_gather(t, *move) for move in gathers]
+        whole = [plain_all_gather(t, *move) for move in [*gathers, *rings]]
         return [*whole, *(plain_reduce_scatter(t, along, axis % 3) for along, axis in scatters)]
 
     check(full_wafer, kernel, plain)

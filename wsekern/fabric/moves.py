@@ -157,7 +157,14 @@ def route(
     return _permute(x, along, list(pairs), fill)
 
 
-def transpose(x: TileTree, rows: str = ROWS, cols: str = COLS) -> TileTree:
+def transpose(
+    x: TileTree,
+    rows: str = ROWS,
+    cols: str = COLS,
+    *,
+    skewed: str | None = None,
+    ring: Ring = "plain",
+) -> TileTree:
     """PE (y, x) gets the tile of PE (x, y): the grid is reflected in its diagonal, no tile is.
 
     Every PE receives the words of one tile, in one step. On virtual PEs, and on grids of more than
@@ -167,6 +174,9 @@ def transpose(x: TileTree, rows: str = ROWS, cols: str = COLS) -> TileTree:
       x: a tile, or a pytree of tiles.
       rows: one axis.
       cols: the other.
+      skewed: the axis along which what is reflected is skewed too, in the same step, as by
+        `skew(..., times=-1)`: with `rows`, PE (y, x) gets the tile of PE (x, y + x).
+      ring: the order of the PEs in that skew: "plain" or "folded" (0 2 4 5 3 1).
 
     Raises:
       ValueError: the grid is not square.
@@ -180,12 +190,25 @@ def transpose(x: TileTree, rows: str = ROWS, cols: str = COLS) -> TileTree:
     if size == 1:
         return x
     if not is_virtual() and size * size <= _MOST_LISTED:
-        return _permute_at_once(x, rows, cols, lambda y, x: (x, y))
+        order = ring_order(size, ring)
+
+        def turn_back(place: int, by: int) -> int:
+            return order[(order.index(place) - order.index(by)) % size]
+
+        def destination(col: int, row: int) -> tuple[int, int]:
+            if skewed is None:
+                return row, col
+            return (turn_back(row, col), col) if skewed == rows else (row, turn_back(col, row))
+
+        return _permute_at_once(x, rows, cols, destination)
     # (y, x) -> (y, x + y) -> (-x, x + y) -> (-x, y) -> (x, y), modulo the side of the grid.
     x = skew(x, cols, rows)
     x = skew(x, rows, cols, times=-1)
     x = skew(x, cols, rows)
-    return route(x, rows, [(i, -i % size) for i in range(size)])
+    x = route(x, rows, [(i, -i % size) for i in range(size)])
+    if skewed is None:
+        return x
+    return skew(x, skewed, cols if skewed == rows else rows, times=-1, ring=ring)
 
 
 def varying(x: TileTree, along: Along | None = None) -> TileTree:

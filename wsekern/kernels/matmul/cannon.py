@@ -10,20 +10,26 @@ blocks of X and L / height of Y, and in each step one block of either goes on to
 
     step 0   PE (0, 0) has x0 and y0 y1, and multiplies x0 y0
     step 1   x1 arrives from the east and y2 from the south: x1 and y1 y2, x1 y1
+
+On TPUs and GPUs the tiles of a step travel while those of the step before are multiplied. On a
+square of them `a @ b^T` and `a^T @ b` send no sums: one factor is reflected in the grid's diagonal.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Num, Shaped
 
 from wsekern import fabric
-from wsekern.kernels.matmul import tile
+from wsekern.kernels.matmul import steps, tile
 from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
 from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer.axes import COLS, ROWS
+
+_STEP_SECONDS = 0.5e-6  # of one more product and two more moves on a TPU, beside their own time
 
 
 def price_cannon(problem: MatmulProblem) -> PricedPlan:
@@ -39,27 +45,44 @@ def price_mesh_gemm(problem: MatmulProblem) -> PricedPlan:
 
 def _price(problem: MatmulProblem, name: str, ring: fabric.Ring, hops: int) -> PricedPlan:
     h, w = problem.wafer.height, problem.wafer.width
-    blocks = math.lcm(h, w)
-    plan = MatmulPlan(name=name, algorithm=Cannon(ring=ring), unit=blocks)
+    blocks, ahead = math.lcm(h, w), problem.on_accelerators
+    reflects = ahead and h == w
+    algorithm = Cannon(ring=ring, ahead=ahead, reflects=reflects)
+    plan = MatmulPlan(name=name, algorithm=algorithm, unit=blocks)
     if blocks > 2 * max(h, w):  # more steps than they are worth
         return PricedPlan(
             plan=plan,
             refused=f"needs a grid that is square or whose sides' least common multiple is at most "
             f"twice the longer, it is {h}x{w}",
         )
-    (tiles_x, steps_x), (tiles_y, steps_y) = (_price_skew(blocks // n, blocks) for n in (w, h))
-    if (
-        ring == "folded" and h != w
-    ):  # see `_needs_reordering`; each is laid out in the order of its ring, in one move
-        tiles_x, steps_x, tiles_y, steps_y = tiles_x + 1, steps_x + 1, tiles_y + 1, steps_y + 1
-    shifted = (blocks - 1) * (problem.x * w + problem.y * h) / blocks
+    a, b, reflected = problem.x, problem.y, 0
+    if reflects:
+        a, b, reflected = problem.reflected_bytes
+    (tiles_a, steps_a), (tiles_b, steps_b) = (_price_skew(blocks // n, blocks) for n in (w, h))
+    # See `_needs_reordering`; each is laid out in the order of its ring, in one move.
+    if ring == "folded" and h != w:
+        tiles_a, steps_a, tiles_b, steps_b = tiles_a + 1, steps_a + 1, tiles_b + 1, steps_b + 1
+    shifted = (blocks - 1) * (a * w + b * h) / blocks
     return problem.price(
         plan,
-        words=(shifted + tiles_x * problem.x + tiles_y * problem.y) / WORD_BYTES,
-        steps=2 * (blocks - 1) + steps_x + steps_y,
-        hops=(blocks - 1) * hops + (steps_x + steps_y) * max(h, w),
-        held_bytes=2 * (problem.x + problem.y),
+        words=(shifted + tiles_a * a + tiles_b * b + reflected) / WORD_BYTES,
+        steps=2 * (blocks - 1) + steps_a + steps_b + bool(reflected),
+        hops=(blocks - 1) * hops + (steps_a + steps_b) * max(h, w),
+        held_bytes=2 * (a + b),
+        seconds=_seconds(problem, max(a, b), reflected) if reflects else None,
     )
+
+
+def _seconds(problem: MatmulProblem, tile_bytes: int, reflected: int) -> float | None:
+    """On a square of accelerators, whose tiles travel along both axes at once."""
+    p, rate = problem.wafer.height, problem.link_bytes_per_second
+    arithmetic = problem.arithmetic_seconds
+    if rate is None or arithmetic is None:
+        return None
+    # Nothing hides the skew, and the last product hides nothing.
+    move, product = tile_bytes / rate, arithmetic / p
+    busy = move + (p - 1) * max(move, product) + product
+    return busy + reflected / rate + p * _STEP_SECONDS
 
 
 def _price_skew(slots: int, blocks: int) -> tuple[float, int]:
@@ -80,62 +103,84 @@ class Cannon:
     """
 
     ring: fabric.Ring
+    ahead: bool = False  # tiles travel while others are multiplied
+    reflects: bool = False  # one factor of `a @ b^T` and `a^T @ b`, so that no sums move
 
     def nn(
         self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
     ) -> Float[Array, "... Mt Nt"]:
         """S = X @ Y: X travels along x and Y along y, and S stays."""
-        ring = self.ring
-        xs, ys = _skewed_blocks(x, COLS, ring), _skewed_blocks(y, ROWS, ring)
-
-        def step(carry: tuple, _: None) -> tuple[tuple, None]:
-            xs, ys, total = carry
-            xs, ys = _turn(xs, COLS, 1, ring), _turn(ys, ROWS, 1, ring)
-            return (xs, ys, total + tile.product("nn", xs[0], ys[0], result)), None
-
-        # The first product needs no turn, and gives the sum its shape, dtype and varying axes.
-        first = (xs, ys, tile.product("nn", xs[0], ys[0], result))
-        return lax.scan(step, first, length=_blocks() - 1)[0][2]
+        pair = _skewed_blocks(x, COLS, self.ring), _skewed_blocks(y, ROWS, self.ring)
+        return steps.fold(pair, *self._turn_and_add("nn", result), _blocks(), ahead=self.ahead)
 
     def nt(
         self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
     ) -> Float[Array, "... Mt Kx"]:
         """X = S @ Y^T: Y travels along y, the sums along x, and the sums return at last."""
-        return _with_traveling_sums("nt", s, y, result, self.ring)
+        if self.reflects:
+            y = fabric.transpose(y, skewed=ROWS, ring=self.ring)
+            pair = _skewed_blocks(s, COLS, self.ring), y[None]
+            return steps.fold(pair, *self._turn_and_add("nt", result), _blocks(), ahead=self.ahead)
+        return self._send_sums("nt", s, y, result)
 
     def tn(
         self, x: Num[Array, "... Mt Kx"], s: Num[Array, "... Mt Nt"], result: TileResult
     ) -> Float[Array, "... Ky Nt"]:
         """Y = X^T @ S: X travels along x, the sums along y, and the sums return at last."""
-        return _with_traveling_sums("tn", x, s, result, self.ring)
+        if self.reflects:
+            x = fabric.transpose(x, skewed=COLS, ring=self.ring)
+            pair = x[None], _skewed_blocks(s, ROWS, self.ring)
+            return steps.fold(pair, *self._turn_and_add("tn", result), _blocks(), ahead=self.ahead)
+        return self._send_sums("tn", x, s, result)
 
+    def _turn_and_add(
+        self, form: tile.Form, result: TileResult
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """How skewed factors travel, along x and along y, and what is done with each pair."""
 
-def _with_traveling_sums(
-    form: tile.Form,
-    a: Num[Array, "... _ _"],
-    b: Num[Array, "... _ _"],
-    result: TileResult,
-    ring: fabric.Ring,
-) -> Float[Array, "... _ _"]:
-    along, along_sums = (ROWS, COLS) if form == "nt" else (COLS, ROWS)
-    moving = _skewed_blocks(b if form == "nt" else a, along, ring)
+        def turn(pair: tuple, _: steps.Number) -> tuple:
+            a, b = pair
+            return _turn(a, COLS, 1, self.ring), _turn(b, ROWS, 1, self.ring)
 
-    def summand(moving: Num[Array, "slots ..."]) -> Float[Array, "1 ..."]:
-        pair = (a, moving[0]) if form == "nt" else (moving[0], b)
-        return tile.product(form, *pair, result)[None]
+        def add(total: Float[Array, "... _ _"] | None, pair: tuple, _: steps.Number) -> Any:
+            product = tile.product(form, pair[0][0], pair[1][0], result)
+            # The product is the left summand: then its own loop adds, on a TPU; on the right, a
+            # pass over memory does.
+            return product if total is None else product + total
 
-    def step(carry: tuple, _: None) -> tuple[tuple, None]:
-        moving, sums = carry
-        moving, sums = _turn(moving, along, 1, ring), _turn(sums, along_sums, 1, ring)
-        return (moving, jnp.concatenate([sums[:1] + summand(moving), sums[1:]])), None
+        return turn, add
 
-    # A PE holds as many blocks of sums as its tile of the result has. In each step it adds to the
-    # first block; the next turn sends that one on, and the others move up.
-    first = summand(moving)
-    others = jnp.repeat(jnp.zeros_like(first), _slots(along_sums) - 1, 0)
-    carry = (moving, jnp.concatenate([first, others]))
-    (_, sums), _ = lax.scan(step, carry, length=_blocks() - 1)
-    return _tile_of_blocks(sums, along_sums, ring)
+    def _send_sums(
+        self,
+        form: tile.Form,
+        a: Num[Array, "... _ _"],
+        b: Num[Array, "... _ _"],
+        result: TileResult,
+    ) -> Float[Array, "... _ _"]:
+        """The product of two factors of which one travels, as the sums do."""
+        along, along_sums = (ROWS, COLS) if form == "nt" else (COLS, ROWS)
+        ring = self.ring
+        moving = _skewed_blocks(b if form == "nt" else a, along, ring)
+
+        def summand(moving: Num[Array, "slots ..."]) -> Float[Array, "1 ..."]:
+            pair = (a, moving[0]) if form == "nt" else (moving[0], b)
+            return tile.product(form, *pair, result)[None]
+
+        def turn(moving: Num[Array, "slots ..."], _: steps.Number) -> Num[Array, "slots ..."]:
+            return _turn(moving, along, 1, ring)
+
+        def add(sums: Float[Array, "slots ..."] | None, moving: Any, _: steps.Number) -> Any:
+            if sums is None:
+                first = summand(moving)
+                others = jnp.repeat(jnp.zeros_like(first), _slots(along_sums) - 1, 0)
+                return jnp.concatenate([first, others])
+            # A PE holds as many blocks of sums as its tile of the result has. In each step it adds
+            # to the first block; the next turn sends that one on, and the others move up.
+            sums = _turn(sums, along_sums, 1, ring)
+            return jnp.concatenate([sums[:1] + summand(moving), sums[1:]])
+
+        sums = steps.fold(moving, turn, add, _blocks(), ahead=self.ahead, in_turn=True)
+        return _tile_of_blocks(sums, along_sums, ring)
 
 
 def _blocks() -> int:

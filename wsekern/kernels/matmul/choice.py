@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from wsekern.kernels.matmul import (
     allgather,
     cannon,
-    direct,
     overlapped,
     replicated,
     stationary,
@@ -28,7 +27,6 @@ PRICES: dict[str, Callable[[MatmulProblem], PricedPlan]] = {
     "collective": overlapped.price,
     "stationary": stationary.price,
     "2.5d": replicated.price,
-    "direct": direct.price,
     "xla": xla.price,
 }
 # "mesh" was the name of MeshGEMM, which a `jax.sharding.Mesh` has nothing to do with. The old name
@@ -125,7 +123,7 @@ def _choose_on_accelerators(problems: Sequence[MatmulProblem]) -> tuple[PricedPl
     others = [stationary.price]
     # GPUs are left to XLA: there it has moves and products go on side by side by itself.
     if first.wafer.platform == "tpu":
-        others.append(direct.price)
+        others.append(cannon.price_cannon)
     best = min(others, key=total)
     if total(best) >= _AT_LEAST * by_itself:
         return xla.price(first), "XLA's own program: no other is predicted to be faster"

@@ -77,16 +77,19 @@ def matmul(
       words, an r-th held; `a^T @ b`, also as a gradient, is then "summa".
     - `2.5d`: if all c wafers hold the matrices: each does a c-th of "mesh_gemm", then 2 (c - 1) / c
       S words in one step more (half as many, of X or Y, in the other forms).
-    - `direct`: "cannon" on p x p devices, but tiles come straight from their owners, while others
-      are multiplied: (p - 1) (X + Y) words in 2 p moves that do not wait for one another; holds
-      three tiles of each. In `a @ b^T` S and Y move, in `a^T @ b` X and S, one of them once more.
     - `xla`: on devices, XLA's own program, with "allgather"'s moves or others. In `a @ b^T` and
       `a^T @ b` it sums over TPUs and GPUs in `a`'s dtype, as it does by itself.
     - `auto`: on a wafer the fewest predicted cycles within a quarter of a PE's SRAM. On TPUs and
       GPUs "xla", unless another is predicted to take fewer seconds: "stationary" for few rows, and
-      on TPUs "direct"; the gradient is predicted by itself. On emulated devices "stationary" if it
+      on TPUs "cannon"; the gradient is predicted by itself. On emulated devices "stationary" if it
       moves a quarter of the words of "allgather"; else "allgather" if that holds at most 4 MiB;
       else "stationary" in rounds, or "summa" if the rows do not divide into rounds.
+
+    On TPUs and GPUs the tiles of the next step travel while those at hand are multiplied, in
+    "cannon", "mesh_gemm", "2.5d", "summa", "collective" and the rounds of "stationary". "summa" is
+    then (w - 1) X + (h - 1) Y words: its panels have a share of every tile, and two of each are
+    held. On a square of them `a @ b^T` and `a^T @ b` of "summa" and "cannon" send no sums: one
+    factor is reflected in the diagonal, and S moves instead of the result.
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.

@@ -13,6 +13,7 @@ have ends, so there the ring is folded.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from wsekern import fabric
-from wsekern.kernels.matmul import allgather, tile
+from wsekern.kernels.matmul import allgather, steps, tile
 from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
 from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer import layout
 from wsekern.wafer.axes import COLS, ROWS
 
 Halves = list[Num[Array, "... _ _"]]  # of a tile; one whole tile if it is too small to halve
+Multiply = Callable[[Num[Array, "... _ _"], Num[Array, "... _ _"]], Float[Array, "... _ _"]]
 
 
 def price(problem: MatmulProblem) -> PricedPlan:
@@ -37,7 +39,10 @@ def price(problem: MatmulProblem) -> PricedPlan:
     size, moving, gathered = (w, x, h * y) if along == COLS else (h, y, w * x)
     ring: fabric.Ring = "plain" if problem.wafer.machine is None else "folded"
     return problem.price(
-        MatmulPlan(name="collective", algorithm=Overlapped(along=along, ring=ring)),
+        MatmulPlan(
+            name="collective",
+            algorithm=Overlapped(along=along, ring=ring, ahead=problem.on_accelerators),
+        ),
         words=((w - 1) * x + (h - 1) * y) / WORD_BYTES,
         steps=2 * size - 1,
         hops=h + w + 2 * size,
@@ -52,6 +57,7 @@ class Overlapped:
 
     along: str
     ring: fabric.Ring
+    ahead: bool = False  # the halves of the next step travel while these are multiplied
 
     def nn(
         self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
@@ -62,7 +68,7 @@ class Overlapped:
         gathered = _gather(stays, along, moving.shape[_meeting(along)])
         directions, halves = _halve(moving, along)
 
-        def summands(halves: Halves, i: Int[Array, ""] | int) -> Halves:
+        def add(sums: Halves | None, halves: Halves, i: Any) -> Halves:
             blocks = [
                 _block(gathered, along, _place(along, ring, -direction * i), moving)
                 for direction in directions
@@ -73,15 +79,9 @@ class Overlapped:
             products = []
             for pair in pairs:
                 products.append(tile.product("nn", *pair, result))
-            return products
+            return products if sums is None else jax.tree.map(jnp.add, products, sums)
 
-        def step(carry: tuple[Halves, Halves], i: Int[Array, ""]) -> tuple:
-            halves, sums = carry
-            halves = _shift(halves, along, directions, ring)
-            return (halves, jax.tree.map(jnp.add, sums, summands(halves, i))), None
-
-        first = (halves, summands(halves, 0))
-        (_, sums), _ = lax.scan(step, first, jnp.arange(1, fabric.axis_size(along)))
+        sums = steps.fold(halves, self._turn(directions), add, **self._options)
         return jnp.concatenate(sums, _free(along))
 
     def nt(
@@ -91,14 +91,14 @@ class Overlapped:
         if self.along == COLS:
             gathered = _gather(y, COLS, result.shape[-1])
             multiply = functools.partial(tile.product, "nt", result=result)
-            return _send_sums_round(s, gathered, result.shape, COLS, self.ring, multiply)
+            return self._send_sums(s, gathered, result.shape, multiply)
 
         def multiply_swapped(
             y: Num[Array, "... _ _"], s: Num[Array, "... _ _"]
         ) -> Float[Array, "... _ _"]:
             return tile.product("nt", s, y, result)
 
-        summands = _send_operand_round(y, s, result.shape, ROWS, self.ring, multiply_swapped)
+        summands = self._send_operand(y, s, result.shape, multiply_swapped)
         width = result.shape[-1] * fabric.axis_size(COLS)
         return allgather.reduce_scatter_columns(layout.resize(summands, -1, width))
 
@@ -114,74 +114,74 @@ class Overlapped:
             ) -> Float[Array, "... _ _"]:
                 return tile.product("tn", x, s, result)
 
-            return _send_sums_round(s, gathered, result.shape, ROWS, self.ring, multiply_swapped)
+            return self._send_sums(s, gathered, result.shape, multiply_swapped)
         multiply = functools.partial(tile.product, "tn", result=result)
-        summands = _send_operand_round(x, s, result.shape, COLS, self.ring, multiply)
+        summands = self._send_operand(x, s, result.shape, multiply)
         height = result.shape[-2] * fabric.axis_size(ROWS)
         return fabric.reduce_scatter(layout.resize(summands, -2, height), ROWS, -2)
 
+    def _turn(self, directions: list[int]) -> Callable[[Halves, steps.Number], Halves]:
+        """How halves of tiles travel from one step to the next."""
+        return lambda halves, _: _shift(halves, self.along, directions, self.ring)
 
-def _send_sums_round(
-    stays: Num[Array, "... _ _"],
-    gathered: Num[Array, "... _ _"],
-    shape: tuple[int, ...],
-    along: str,
-    ring: fabric.Ring,
-    multiply: Callable[[Num[Array, "... _ _"], Num[Array, "... _ _"]], Float[Array, "... _ _"]],
-) -> Float[Array, "... _ _"]:
-    """Each PE adds its summand to the sums that pass; they reach their own PE in the last step."""
-    size = fabric.axis_size(along)
-    directions, halves = _halve(stays, along)
-    like = jax.ShapeDtypeStruct(shape, gathered.dtype)  # one PE's sums
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"steps": fabric.axis_size(self.along), "ahead": self.ahead, "numbered": True}
 
-    def summands(i: Int[Array, ""] | int) -> Halves:
-        # The sums that pass now have size - 1 - i steps to go.
-        places = [_place(along, ring, direction * (size - 1 - i)) for direction in directions]
-        return [
-            multiply(half, _block(gathered, along, place, like))
-            for half, place in zip(halves, places, strict=True)
-        ]
-
-    def step(sums: Halves, i: Int[Array, ""]) -> tuple[Halves, None]:
-        return jax.tree.map(jnp.add, _shift(sums, along, directions, ring), summands(i)), None
-
-    return jnp.concatenate(lax.scan(step, summands(0), jnp.arange(1, size))[0], _free(along))
-
-
-def _send_operand_round(
-    moving: Num[Array, "... _ _"],
-    stays: Num[Array, "... _ _"],
-    shape: tuple[int, ...],
-    along: str,
-    ring: fabric.Ring,
-    multiply: Callable[[Num[Array, "... _ _"], Num[Array, "... _ _"]], Float[Array, "... _ _"]],
-) -> Float[Array, "... _ _"]:
-    """This PE's summands of the whole result: a block of it from each tile that passes."""
-    size = fabric.axis_size(along)
-    directions, halves = _halve(moving, along)
-    _, stays_halves = _halve(stays, along)
-    length = moving.shape[_meeting(along)]
-    axis = _meeting(_across(along)) % len(shape)  # of the result, along the other axis
-
-    def add_blocks(
-        whole: Float[Array, "... _ _"], halves: Halves, i: Int[Array, ""] | int
+    def _send_sums(
+        self,
+        stays: Num[Array, "... _ _"],
+        gathered: Num[Array, "... _ _"],
+        shape: tuple[int, ...],
+        multiply: Multiply,
     ) -> Float[Array, "... _ _"]:
-        for direction, half, other in zip(directions, halves, stays_halves, strict=True):
-            # The tile that passes began `i` places back, so its block of the result is there.
-            block = multiply(half, other)
-            at = _place(along, ring, -direction * i) * length
-            old = lax.dynamic_slice_in_dim(whole, at, length, axis)
-            whole = lax.dynamic_update_slice_in_dim(whole, old + block, at, axis)
-        return whole
+        """Each PE adds its summand to the sums that pass; in the last step they are at their PE."""
+        along, ring, size = self.along, self.ring, fabric.axis_size(self.along)
+        directions, halves = _halve(stays, along)
+        like = jax.ShapeDtypeStruct(shape, gathered.dtype)  # one PE's sums
 
-    def step(carry: tuple[Halves, Float[Array, "... _ _"]], i: Int[Array, ""]) -> tuple:
-        halves, whole = carry
-        halves = _shift(halves, along, directions, ring)
-        return (halves, add_blocks(whole, halves, i)), None
+        def summands(i: Int[Array, ""] | int) -> Halves:
+            # The sums that pass now have size - 1 - i steps to go.
+            places = [_place(along, ring, direction * (size - 1 - i)) for direction in directions]
+            return [
+                multiply(half, _block(gathered, along, place, like))
+                for half, place in zip(halves, places, strict=True)
+            ]
 
-    whole = tuple(length * size if d == axis else n for d, n in enumerate(shape))
-    first = (halves, add_blocks(tile.zeros(whole, moving, stays), halves, 0))
-    return lax.scan(step, first, jnp.arange(1, size))[0][1]
+        def add(sums: Halves | None, _: Halves, i: Any) -> Halves:
+            if sums is None:
+                return summands(i)
+            return jax.tree.map(jnp.add, _shift(sums, along, directions, ring), summands(i))
+
+        return jnp.concatenate(steps.fold([], self._turn([]), add, **self._options), _free(along))
+
+    def _send_operand(
+        self,
+        moving: Num[Array, "... _ _"],
+        stays: Num[Array, "... _ _"],
+        shape: tuple[int, ...],
+        multiply: Multiply,
+    ) -> Float[Array, "... _ _"]:
+        """This PE's summands of the whole result: a block of it from each tile that passes."""
+        along, size = self.along, fabric.axis_size(self.along)
+        directions, halves = _halve(moving, along)
+        _, stays_halves = _halve(stays, along)
+        length = moving.shape[_meeting(along)]
+        axis = _meeting(_across(along)) % len(shape)  # of the result, along the other axis
+
+        shape = tuple(length * size if d == axis else n for d, n in enumerate(shape))
+
+        def add(whole: Any, halves: Halves, i: Any) -> Float[Array, "... _ _"]:
+            whole = tile.zeros(shape, moving, stays) if whole is None else whole
+            for direction, half, other in zip(directions, halves, stays_halves, strict=True):
+                # The tile that passes began `i` places back, so its block of the result is there.
+                block = multiply(half, other)
+                at = _place(along, self.ring, -direction * i) * length
+                old = lax.dynamic_slice_in_dim(whole, at, length, axis)
+                whole = lax.dynamic_update_slice_in_dim(whole, old + block, at, axis)
+            return whole
+
+        return steps.fold(halves, self._turn(directions), add, **self._options)
 
 
 def _gather(x: Num[Array, "... _ _"], along: str, length: int) -> Num[Array, "... _ _"]:

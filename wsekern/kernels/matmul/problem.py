@@ -117,6 +117,17 @@ class MatmulProblem:
         return self.x_copies * self._tile(self.rows, self.columns) * self.s_bytes
 
     @property
+    def reflected_bytes(self) -> tuple[int, int, int]:
+        """Bytes of the tiles of two factors that lie as those of X @ Y, and of the reflected one.
+
+        In `a @ b^T` and `a^T @ b` one factor is reflected in the diagonal of a square grid. Then
+        the meeting dimension lies along x in the left one and along y in the right one.
+        """
+        if self.form == "nn":
+            return self.x, self.y, 0
+        return (self.s, self.y, self.y) if self.form == "nt" else (self.x, self.s, self.x)
+
+    @property
     def gathered_bytes(self) -> int:
         """Bytes of a row of X's tiles and a column of Y's."""
         return self.wafer.width * self.x + self.wafer.height * self.y

@@ -13,10 +13,8 @@ from jaxtyping import Array, Float, Num, Shaped
 from wsekern import fabric
 from wsekern.kernels.matmul import cannon, shares
 from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
-from wsekern.kernels.matmul.tile import TileResult
+from wsekern.kernels.matmul.tile import TileAlgorithm, TileResult
 from wsekern.wafer.axes import WAFERS
-
-_ON_EACH_WAFER = cannon.Cannon(ring="folded")
 
 
 def price(problem: MatmulProblem) -> PricedPlan:
@@ -24,7 +22,8 @@ def price(problem: MatmulProblem) -> PricedPlan:
     wafers = problem.wafer.wafers
     share = dataclasses.replace(problem, meeting=-(-problem.meeting // wafers))
     inner = cannon.price_mesh_gemm(share)
-    plan = MatmulPlan(name="2.5d", algorithm=Replicated(), unit=inner.plan.unit * wafers)
+    algorithm = Replicated(on_each_wafer=inner.plan.algorithm)
+    plan = MatmulPlan(name="2.5d", algorithm=algorithm, unit=inner.plan.unit * wafers)
     if wafers == 1:
         return PricedPlan(plan=plan, refused="needs more than one wafer, there is one")
     if problem.batched:
@@ -45,9 +44,11 @@ def price(problem: MatmulProblem) -> PricedPlan:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replicated:
     """Each wafer multiplies its share of the meeting dimension by MeshGEMM."""
+
+    on_each_wafer: TileAlgorithm
 
     def nn(
         self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
@@ -56,7 +57,7 @@ class Replicated:
         wafers = fabric.axis_size(WAFERS)
         x = _of_this_wafer(shares.split_columns(x, wafers))
         y = _of_this_wafer(shares.split_rows(y, wafers))
-        return fabric.all_reduce(_ON_EACH_WAFER.nn(x, y, result), WAFERS)
+        return fabric.all_reduce(self.on_each_wafer.nn(x, y, result), WAFERS)
 
     def nt(
         self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
@@ -66,7 +67,7 @@ class Replicated:
         *leading, width = result.shape
         share = result.with_shape(*leading, width // wafers)
         y = _of_this_wafer(shares.split_rows(y, wafers))
-        return shares.join_columns(_of_all_wafers(_ON_EACH_WAFER.nt(s, y, share)))
+        return shares.join_columns(_of_all_wafers(self.on_each_wafer.nt(s, y, share)))
 
     def tn(
         self, x: Num[Array, "... Mt Kx"], s: Num[Array, "... Mt Nt"], result: TileResult
@@ -76,7 +77,7 @@ class Replicated:
         *leading, height, width = result.shape
         share = result.with_shape(*leading, height // wafers, width)
         x = _of_this_wafer(shares.split_columns(x, wafers))
-        return shares.join_rows(_of_all_wafers(_ON_EACH_WAFER.tn(x, s, share)))
+        return shares.join_rows(_of_all_wafers(self.on_each_wafer.tn(x, s, share)))
 
 
 def _of_this_wafer(shares: Shaped[Array, "wafers ..."]) -> Shaped[Array, "..."]:

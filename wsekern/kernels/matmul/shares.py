@@ -7,7 +7,8 @@ that multiplying a share moves only that share's words.
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jax import lax
+from jaxtyping import Array, Int, Shaped
 
 from wsekern import fabric
 from wsekern.wafer.axes import COLS, ROWS
@@ -31,6 +32,33 @@ def join_columns(shares: Shaped[Array, "shares ..."]) -> Shaped[Array, "..."]:
 def join_rows(shares: Shaped[Array, "shares ..."]) -> Shaped[Array, "..."]:
     """The inverse of `split_rows`."""
     return _join(shares, -2, _blocks(ROWS))
+
+
+def take(
+    x: Shaped[Array, "..."], axis: int, along: str, i: Int[Array, ""] | int, shares: int
+) -> Shaped[Array, "..."]:
+    """Share number `i` of the tile's `axis`, which is the meeting dimension and lies `along`."""
+    axis, blocks = axis % x.ndim, _blocks(along)
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    split = jnp.reshape(x, (*before, blocks, shares, -1, *after))
+    share = lax.dynamic_index_in_dim(split, i, axis + 1, keepdims=False)
+    return jnp.reshape(share, (*before, -1, *after))
+
+
+def put(
+    x: Shaped[Array, "..."],
+    share: Shaped[Array, "..."],
+    axis: int,
+    along: str,
+    i: Int[Array, ""] | int,
+    shares: int,
+) -> Shaped[Array, "..."]:
+    """`x` with its share number `i` replaced; the counterpart of `take`."""
+    axis, blocks = axis % x.ndim, _blocks(along)
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    split = jnp.reshape(x, (*before, blocks, shares, -1, *after))
+    new = jnp.reshape(share, (*before, blocks, 1, -1, *after))
+    return jnp.reshape(lax.dynamic_update_slice_in_dim(split, new, i, axis + 1), x.shape)
 
 
 def _blocks(along: str) -> int:

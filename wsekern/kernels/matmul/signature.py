@@ -21,7 +21,6 @@ Algorithm = Literal[
     "collective",
     "stationary",
     "2.5d",
-    "direct",
     "xla",
 ]
 Matrix = Float[Array, "... _ _"] | Int8[Array, "... _ _"]

@@ -10,15 +10,15 @@ Many rows go in rounds, each with the same share of every tile's rows.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
 from wsekern import fabric
-from wsekern.kernels.matmul import panels, summa, tile
+from wsekern.kernels.matmul import panels, steps, summa, tile
 from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
 from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer import layout
@@ -37,7 +37,12 @@ def price(problem: MatmulProblem) -> PricedPlan:
     return problem.price(
         MatmulPlan(
             name="stationary",
-            algorithm=Stationary(rows=problem.rows, rounds=rounds, mirrored=mirrored),
+            algorithm=Stationary(
+                rows=problem.rows,
+                rounds=rounds,
+                mirrored=mirrored,
+                ahead=problem.on_accelerators,
+            ),
         ),
         words=_bytes_moved(problem, met, mirrored) / WORD_BYTES,
         steps=3 * rounds,
@@ -94,29 +99,32 @@ class Stationary:
     rows: int  # of the whole matrices, without padding
     rounds: int = 1
     mirrored: bool = False
+    ahead: bool = False  # the rows of the next round travel while these are multiplied
 
     def nn(
         self, x: Num[Array, "... Mt Kx"], y: Num[Array, "... Ky Nt"], result: TileResult
     ) -> Float[Array, "... Mt Nt"]:
         """S = X @ Y: the sums over y are the last move."""
 
-        def one_round(
-            x: Num[Array, "... Mt Kx"], result: TileResult, rows: int
-        ) -> Float[Array, "... Mt Nt"]:
-            met = _gather_met_columns(x, rows, y.shape[-2], self.mirrored)
-            return _sum_own_rows(tile.product("nn", met, y, result), result)
+        def fetch(x: Num[Array, "... Mt Kx"], rows: int) -> Num[Array, "... {rows} _"]:
+            return _gather_met_columns(x, rows, y.shape[-2], self.mirrored)
 
-        return self._in_rounds(one_round, x, result)
+        def multiply(met: Num[Array, "... _ _"], result: TileResult) -> Float[Array, "... _ Nt"]:
+            return tile.product("nn", met, y, result)
+
+        return self._in_rounds(fetch, multiply, _sum_own_rows, x, result)
 
     def nt(
         self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
     ) -> Float[Array, "... Mt Kx"]:
         """X = S @ Y^T: the moves of `nn` backwards."""
 
-        def one_round(
-            s: Num[Array, "... Mt Nt"], result: TileResult, rows: int
+        def multiply(rows: Num[Array, "... _ _"], result: TileResult) -> Float[Array, "... _ Ky"]:
+            return tile.product("nt", rows, y, result)
+
+        def finish(
+            partial: Float[Array, "... _ Ky"], result: TileResult
         ) -> Float[Array, "... Mt Kx"]:
-            partial = tile.product("nt", _gather_rows(s, rows), y, result)
             if self.mirrored:
                 return fabric.transpose(_sum_own_rows(partial, result, COLS))
             # A PE now has sums for the columns of X that meet its rows of Y. A tile of X has other
@@ -127,7 +135,7 @@ class Stationary:
             start = fabric.axis_index(COLS) * width - fabric.axis_index(ROWS) * met.shape[-1]
             return _sum_own_rows(panels.take_padded(met, -1, start, width), result)
 
-        return self._in_rounds(one_round, s, result)
+        return self._in_rounds(_gather_rows, multiply, finish, s, result)
 
     def tn(
         self, x: Num[Array, "... Mt Kx"], s: Num[Array, "... Mt Nt"], result: TileResult
@@ -143,19 +151,52 @@ class Stationary:
 
     def _in_rounds(
         self,
-        one_round: Callable[..., Float[Array, "... _ _"]],
+        fetch: Callable[[Num[Array, "... _ _"], int], Num[Array, "... _ _"]],
+        multiply: Callable[[Num[Array, "... _ _"], TileResult], Float[Array, "... _ _"]],
+        finish: Callable[[Float[Array, "... _ _"], TileResult], Float[Array, "... _ _"]],
         a: Num[Array, "... _ _"],
         result: TileResult,
     ) -> Float[Array, "... _ _"]:
+        """All rows at once, or a share of them in each round.
+
+        Args:
+          fetch: so many rows of the grid, from this PE's; moves tiles.
+          multiply: these by this PE's tile of Y.
+          finish: this PE's rows, from the products of all; moves sums.
+          a: the tile with the rows.
+          result: this PE's rows.
+        """
         if self.rounds == 1:
-            return one_round(a, result, self.rows)
+            return finish(multiply(fetch(a, self.rows), result), result)
         *leading, height, width = result.shape
         share = result.with_shape(*leading, height // self.rounds, width)
         rows = fabric.axis_size(ROWS) * share.shape[-2]
         # A share is the same rows of every tile, so that each round is spread over all PEs.
-        shares = jnp.reshape(a, (*a.shape[:-2], self.rounds, -1, a.shape[-1]))
-        run = functools.partial(one_round, result=share, rows=rows)
-        results = jnp.moveaxis(lax.map(run, jnp.moveaxis(shares, -3, 0)), 0, -3)
+        shares = jnp.moveaxis(jnp.reshape(a, (*a.shape[:-2], self.rounds, -1, a.shape[-1])), -3, 0)
+
+        def add(carry: tuple | None, met: Num[Array, "... _ _"], i: Any) -> tuple:
+            if carry is None:
+                return tile.zeros((self.rounds, *share.shape), a), multiply(met, share)
+            # The sums of the round before travel while these rows are multiplied.
+            results, sums = carry
+            return results.at[i - 1].set(finish(sums, share)), multiply(met, share)
+
+        def run(own: Num[Array, "... _ _"]) -> Float[Array, "... _ _"]:
+            return finish(multiply(fetch(own, rows), share), share)
+
+        if self.ahead:
+            results, sums = steps.fold(
+                fetch(shares[0], rows),
+                lambda _, i: fetch(shares[i], rows),
+                add,
+                self.rounds,
+                ahead=True,
+                numbered=True,
+            )
+            results = results.at[-1].set(finish(sums, share))
+        else:
+            results = lax.map(run, shares)
+        results = jnp.moveaxis(results, 0, -3)
         return jnp.reshape(results, (*results.shape[:-3], -1, results.shape[-1]))
 
 

@@ -7,6 +7,7 @@ flood in which the other PEs have zeros.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,13 +15,18 @@ from jaxtyping import Array, Float, Int, Num
 
 from wsekern import fabric
 from wsekern.kernels.matmul import panels, tile
+from wsekern.kernels.matmul.gathered_summa import GatheredSumma
 from wsekern.kernels.matmul.problem import WORD_BYTES, MatmulPlan, MatmulProblem, PricedPlan
 from wsekern.kernels.matmul.tile import TileResult
 from wsekern.wafer.axes import COLS, ROWS
 
+_MOST_PIECES = 64  # products of a program for TPUs; each more takes time to compile
+
 
 def price(problem: MatmulProblem) -> PricedPlan:
     """w X + h Y words in 2 max(h, w) floods; a panel of each is held."""
+    if problem.on_accelerators:
+        return _price_gathered(problem)
     h, w = problem.wafer.height, problem.wafer.width
     steps = max(h, w)
     panel_x, panel_y = problem.x * w / steps, problem.y * h / steps
@@ -33,6 +39,27 @@ def price(problem: MatmulProblem) -> PricedPlan:
         steps=2 * steps,
         hops=steps * (h + w),
         held_bytes=panel_x + panel_y,
+    )
+
+
+def _price_gathered(problem: MatmulProblem) -> PricedPlan:
+    """(w - 1) X + (h - 1) Y words; two panels of each are held."""
+    h, w = problem.wafer.height, problem.wafer.width
+    pieces = h == w and problem.wafer.platform == "tpu"
+    # Of pieces there are `panels` times `w`, in a program without a loop.
+    count = max(h, w) if not pieces else min(w, max(2, _MOST_PIECES // w))
+    a, b, reflected = problem.reflected_bytes if h == w else (problem.x, problem.y, 0)
+    return problem.price(
+        MatmulPlan(
+            name="summa",
+            algorithm=GatheredSumma(panels=count, pieces=pieces),
+            unit=math.lcm(h, w) * count if h != w else 1,
+        ),
+        words=((w - 1) * a + (h - 1) * b + reflected) / WORD_BYTES,
+        steps=2 * count + bool(reflected),
+        hops=count * (h + w),
+        held_bytes=2 * (w * a + h * b) / count,
+        note=f"{count} panels",
     )
 
 

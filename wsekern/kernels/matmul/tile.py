@@ -42,7 +42,11 @@ GRADIENTS: dict[Form, tuple[tuple[Form, str, str], tuple[Form, str, str]]] = {
     "nt": (("nn", "c", "b"), ("tn", "c", "a")),
     "tn": (("nt", "b", "c"), ("nn", "a", "c")),
 }
-_SUMMED = {"nn": (-1, -2), "nt": (-1, -1), "tn": (-2, -2)}  # the dimension of a, of b
+SUMMED: dict[Form, tuple[int, int]] = {  # the dimension of a, of b
+    "nn": (-1, -2),
+    "nt": (-1, -1),
+    "tn": (-2, -2),
+}
 
 
 class TileResult(NamedTuple):
@@ -101,7 +105,7 @@ def product(
     """
     a, b = _as_floating(a, b)
     ndim = len(result.shape)
-    summed_a, summed_b = (axis % x.ndim for axis, x in zip(_SUMMED[form], (a, b), strict=True))
+    summed_a, summed_b = (axis % x.ndim for axis, x in zip(SUMMED[form], (a, b), strict=True))
     leading = tuple(range(min(a.ndim, b.ndim) - 2))
     summed = leading if ndim == 2 else ()
     batch = leading if ndim > 2 else ()

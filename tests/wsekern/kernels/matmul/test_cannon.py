@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
 
@@ -80,3 +82,27 @@ def test_rectangles(algorithm, grid):
     wafer = wk.Wafer.virtual(wk.WSE2, *grid)
     c = jax.jit(functools.partial(wk.matmul, algorithm=algorithm, wafer=wafer))(a, b)
     np.testing.assert_array_equal(c, a @ b)
+
+
+@pytest.mark.parametrize("algorithm", ["cannon", "xla"])
+def test_on_explicit_axes(algorithm):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), (AxisType.Explicit,) * 2)
+    wafer = wk.Wafer.of(mesh, y="a", x="b")
+    rng = np.random.default_rng(0)
+    # Whole numbers, whose products and sums are exact.
+    shapes = (4, 16), (16, 8), (4, 8)
+    whole = [rng.integers(-15, 16, shape).astype(np.float32) for shape in shapes]
+    a, b, dc = (jax.device_put(x, NamedSharding(mesh, P("a", "b"))) for x in whole)
+
+    @jax.jit
+    def call(a, b, dc):
+        run = functools.partial(wk.matmul, algorithm=algorithm, wafer=wafer)
+        c, pullback = jax.vjp(run, a, b)
+        return c, *pullback(dc)
+
+    with jax.set_mesh(mesh):
+        results = call(a, b, dc)
+    A, B, DC = whole
+    for got, want in zip(results, (A @ B, DC @ B.T, A.T @ DC), strict=True):
+        assert jax.typeof(got).sharding.spec == P("a", "b")
+        np.testing.assert_array_equal(got, want)

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import wsekern as wk
+from wsekern.compiler import hlo
 
 pytestmark = pytest.mark.tpu
 SIDE = 2048
@@ -83,9 +84,29 @@ def test_bias_activation_and_scales_are_a_part_of_the_last_product(chips, by_aut
     assert full.cost.fusion_seconds < 1.5 * by_auto.cost.fusion_seconds
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "beside"),
+    # Of 6 shifts, 24 pieces of panels and 6 halves of tiles; at this size some arrive before.
+    [("cannon", 4), ("mesh_gemm", 4), ("summa", 20), ("collective", 2)],
+)
+def test_the_transfer_of_the_next_tile_stands_beside_the_product(chips, algorithm, beside):
+    run = compiled(lambda a, b: wk.matmul(a, b, algorithm=algorithm, wafer=chips), chips)
+    program = hlo.parse(run.executable.as_text())
+    hidden, on_their_way = set(), set()
+    for one in program.main.instructions:
+        inside = [each.opcode for _, called in program.called(one) for each in called.instructions]
+        if one.opcode == "collective-permute-start":
+            on_their_way.add(one.name)
+        elif one.opcode == "collective-permute-done":
+            on_their_way -= set(one.operands)
+        elif "convolution" in inside:  # a TPU's word for a product
+            hidden |= on_their_way
+    assert len(hidden) >= beside
+
+
 def test_explain_says_why_in_microseconds(chips):
     explained = wk.matmul.explain(MATRIX, MATRIX, wafer=chips)
-    assert explained.algorithm == "direct" and "held KiB  us" in str(explained)
+    assert explained.algorithm == "cannon" and "held KiB  us" in str(explained)
     few = wk.matmul.explain((16, 8192), (8192, 8192), dtype=jnp.bfloat16, wafer=chips)
     assert few.algorithm == "stationary"
     wide = wk.Wafer.topology("v5e:2x8")  # not square

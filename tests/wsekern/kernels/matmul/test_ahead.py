@@ -1,0 +1,125 @@
+"""On TPUs and GPUs the next tiles travel while those at hand are multiplied; tried on CPUs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Var
+
+import wsekern as wk
+from wsekern.kernels.matmul import choice, stationary
+from wsekern.kernels.matmul.problem import MatmulProblem
+
+CASES = [
+    ("cannon", "3x3"),
+    ("cannon", "2x4"),
+    ("mesh_gemm", "4x4"),
+    ("2.5d", "2of2x2"),
+    ("summa", "3x3"),
+    ("summa", "4x2"),
+    ("summa in pieces", "3x3"),
+    ("collective", "2x4"),
+    ("stationary", "2x4"),
+]
+
+
+@pytest.fixture
+def as_on_chips(monkeypatch):
+    """Plans what TPUs and GPUs are given, for CPU devices."""
+    monkeypatch.setattr(MatmulProblem, "on_accelerators", property(lambda problem: True))
+    monkeypatch.setattr(stationary, "_rounds", lambda problem: 2 * (problem.form != "tn") or 1)
+    for name in ("summa", "collective"):
+        price = choice.PRICES[name]
+        field = {"summa": "pieces", "collective": "ahead"}[name]
+
+        def in_pieces(problem, price=price, field=field):
+            priced = price(problem)
+            algorithm = dataclasses.replace(priced.plan.algorithm, **{field: True})
+            plan = dataclasses.replace(priced.plan, algorithm=algorithm)
+            return dataclasses.replace(priced, plan=plan)
+
+        # `wk.matmul` looks the name up, so that both forms of SUMMA can be asked for.
+        monkeypatch.setitem(choice.PRICES, f"{name} in pieces", in_pieces)
+    monkeypatch.setitem(choice.PRICES, "collective", choice.PRICES["collective in pieces"])
+
+
+def product(algorithm, wafer, form="nn"):
+    transposed = {"transpose_a": form == "tn", "transpose_b": form == "nt"}
+    return functools.partial(wk.matmul, algorithm=algorithm, wafer=wafer, **transposed)
+
+
+@pytest.mark.parametrize("leading", [(), (2,)], ids=["matrix", "batch"])
+@pytest.mark.parametrize(("algorithm", "grid"), CASES, ids=lambda value: value)
+def test_products_and_gradients(algorithm, grid, leading, wafer_called, as_on_chips):
+    if algorithm == "2.5d" and leading:
+        pytest.skip("is for matrices that all wafers hold")
+    rng = np.random.default_rng(0)
+    shapes = (*leading, 8, 13), (13, 24), (*leading, 8, 24)
+    a, b, dc = (rng.integers(-15, 16, shape).astype(np.float32) for shape in shapes)
+
+    @jax.jit
+    def call(a, b, dc):
+        c, pullback = jax.vjp(product(algorithm, wafer_called(grid)), a, b)
+        return c, *pullback(dc)
+
+    db = np.einsum("...mk,...mn->...kn", a, dc)
+    want = a @ b, dc @ b.T, db.sum(tuple(range(len(leading))))
+    for got, each in zip(call(a, b, dc), want, strict=True):
+        np.testing.assert_array_equal(got, each)
+
+
+@pytest.mark.parametrize("form", ["nn", "nt", "tn"])
+@pytest.mark.parametrize(
+    ("algorithm", "moves"),
+    # The tiles of the first step, then as many steps; one factor may be skewed by its reflection.
+    [("cannon", 4), ("mesh_gemm", 4), ("summa in pieces", 8)],
+)
+def test_a_square_sends_no_sums(algorithm, moves, form, wafer_called, as_on_chips):
+    run = jax.jit(product(algorithm, wafer_called("2x2"), form))
+    text = run.lower(jnp.ones((8, 8)), jnp.ones((8, 8))).as_text()
+    reflects = form != "nn" and algorithm == "summa in pieces"
+    assert text.count("stablehlo.collective_permute") == moves + reflects
+    assert not any(name in text for name in ("all_reduce", "all_gather", "reduce_scatter"))
+
+
+@pytest.mark.parametrize(("algorithm", "grid"), CASES, ids=lambda value: value)
+def test_the_next_tiles_do_not_wait_for_a_product(algorithm, grid, wafer_called, as_on_chips):
+    """In each step of a loop tiles are sent that need nothing of the product beside them."""
+    run = product(algorithm, wafer_called(grid))
+    jaxpr = jax.make_jaxpr(run)(jnp.ones((24, 48)), jnp.ones((48, 24))).jaxpr
+    steps = [body for body in bodies(jaxpr) if "dot_general" in names(body)]
+    assert steps
+    for body in steps:
+        arrive, products = set(), set()
+        for equation in body.eqns:
+            needs = {v for v in equation.invars if isinstance(v, Var)}
+            moves = equation.primitive.name in ("ppermute", "all_gather")
+            if equation.primitive.name == "dot_general":
+                assert not needs & arrive  # what it multiplies was there before the step
+            if (moves and not needs & products) or needs & arrive:
+                arrive.update(equation.outvars)
+            if equation.primitive.name == "dot_general" or needs & products:
+                products.update(equation.outvars)
+        assert arrive
+
+
+def bodies(jaxpr):
+    """The bodies of all scans in a jaxpr."""
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                inner = getattr(inner, "jaxpr", inner)
+                if equation.primitive.name == "scan":
+                    yield inner
+                yield from bodies(inner)
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns")
+
+
+def names(body):
+    return {equation.primitive.name for equation in body.eqns}

@@ -1,0 +1,75 @@
+"""Steps of a matrix product between which tiles move, with the next tiles on their way meanwhile.
+
+Per-PE functions. On TPUs and GPUs the tiles of a step are sent before those at hand are multiplied,
+so that the transfer and the product go on side by side (double buffering). On CPU devices and on
+virtual PEs nothing travels while a product runs; there the next tiles would only take memory.
+
+    ahead:      move 1 | move 2, product 1 | move 3, product 2 | product 3
+    otherwise:  move 1, product 1 | move 2, product 2 | move 3, product 3
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, PyTree, Shaped
+
+_MOST_UNROLLED = 16  # steps; a loop copies the tiles that arrive to where the next trip has them
+
+Number = Int[Array, ""] | int | None
+Tiles = PyTree[Shaped[Array, "..."]]
+
+
+def fold(
+    tiles: Tiles,
+    move: Callable[[Any, Number], Tiles],
+    add: Callable[[Any, Any, Number], Tiles],
+    steps: int,
+    *,
+    ahead: bool,
+    numbered: bool = False,
+    in_turn: bool = False,
+) -> Any:
+    """The total after `add` has used the tiles of every step.
+
+    Args:
+      tiles: of the first step.
+      move: the next step's tiles, from those at hand and the next step's number.
+      add: the total after a step, from the one before (None in the first step, which gives the
+        total its shape, dtype and varying axes), the step's tiles and its number.
+      steps: how many there are, the first among them.
+      ahead: whether the tiles of a step move before those of the step before are used. It holds
+        the tiles of two steps.
+      numbered: whether `move` and `add` are given numbers; else None.
+      in_turn: whether the tiles of a step must have arrived before the next step begins. If sums
+        travel too, GPUs would else send the tiles of all steps first.
+    """
+    total = add(None, tiles, 0 if numbered else None)
+    if steps == 1:
+        return total
+    if not ahead:
+
+        def step(carry: tuple, i: Number) -> tuple[tuple, None]:
+            tiles, total = carry
+            tiles = move(tiles, i)
+            return (tiles, add(total, tiles, i)), None
+
+        numbers = jnp.arange(1, steps) if numbered else None
+        return lax.scan(step, (tiles, total), numbers, length=steps - 1)[0][1]
+
+    def step_ahead(carry: tuple, i: Number) -> tuple[tuple, None]:
+        tiles, total = carry
+        following = move(tiles, None if i is None else i + 1)
+        total = add(total, tiles, i)
+        if in_turn:
+            return lax.optimization_barrier((following, total)), None
+        # Where steps are unrolled, XLA would keep every product and add them all at last.
+        return (following, lax.optimization_barrier(total)), None
+
+    second, last = (1, steps - 1) if numbered else (None, None)
+    numbers = jnp.arange(1, steps - 1) if numbered else None
+    begin = (move(tiles, second), total)
+    unroll = max(1, min(steps - 2, _MOST_UNROLLED))
+    (tiles, total), _ = lax.scan(step_ahead, begin, numbers, length=steps - 2, unroll=unroll)
+    return add(total, tiles, last)

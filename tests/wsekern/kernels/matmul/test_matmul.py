@@ -458,7 +458,7 @@ ON_WAFERS += [("xla", "2x4")]
 
 @pytest.mark.parametrize("where", ON_WAFERS, ids=" on ".join)
 def test_a_product_is_few_calls_away(where, wafer_called, monkeypatch):
-    """At most 14 functions of ours, in 6 files, from `wk.matmul` to the product of its tiles."""
+    """At most 14 functions of ours, in 7 files, from `wk.matmul` to the product of its tiles."""
     algorithm, grid = where
     stacks = []
 
@@ -477,7 +477,7 @@ def test_a_product_is_few_calls_away(where, wafer_called, monkeypatch):
     assert stacks
     for stack in stacks:
         files = [file for file in stack if OURS in pathlib.Path(file).parents]
-        assert len(files) <= 14 and len(set(files)) <= 6, files
+        assert len(files) <= 14 and len(set(files)) <= 7, files
 
 
 @pytest.mark.slow

@@ -169,7 +169,9 @@ class Cannon:
         def turn(moving: Num[Array, "slots ..."], _: steps.Number) -> Num[Array, "slots ..."]:
             return _turn(moving, along, 1, ring)
 
-        def add(sums: Float[Array, "slots ..."] | None, moving: Any, _: steps.Number) -> Any:
+        def add(
+            sums: Float[Array, "slots ..."] | None, moving: Num[Array, "slots ..."], _: steps.Number
+        ) -> Any:
             if sums is None:
                 first = summand(moving)
                 others = jnp.repeat(jnp.zeros_like(first), _slots(along_sums) - 1, 0)

@@ -86,7 +86,9 @@ class GatheredSumma:
                 for k in range(fabric.axis_size(ROWS))
             ]
 
-        def add(total: Any, panel: list[Panels], _: steps.Number) -> Float[Array, "... _ _"]:
+        def add(
+            total: Float[Array, "... _ _"] | None, panel: list[Panels], _: steps.Number
+        ) -> Float[Array, "... _ _"]:
             for pair in panel:
                 product = tile.product(form, *pair, result)
                 # With the barrier and the product on the left each product's own loop adds.
@@ -124,11 +126,13 @@ class GatheredSumma:
             pair = (a, panel) if form == "nt" else (panel, b)
             return tile.product(form, *pair, result)
 
-        def scatter(x: Float[Array, "... _ _"], sums: Float[Array, "... _ _"], i: Any) -> Any:
+        def scatter(
+            x: Float[Array, "... _ _"], sums: Float[Array, "... _ _"], i: steps.Number
+        ) -> Any:
             own = fabric.reduce_scatter(sums, along_sums, axis_sums)
             return shares.put(x, own, axis_sums, along_sums, i, self.panels)
 
-        def add(carry: tuple | None, panel: Num[Array, "... _ _"], i: Any) -> tuple:
+        def add(carry: tuple | None, panel: Num[Array, "... _ _"], i: steps.Number) -> tuple:
             if carry is None:
                 return tile.zeros(result.shape, a, b), multiply(panel)
             # The sums of the panel before travel while this one is multiplied.

@@ -85,11 +85,8 @@ def matmul(
       moves a quarter of the words of "allgather"; else "allgather" if that holds at most 4 MiB;
       else "stationary" in rounds, or "summa" if the rows do not divide into rounds.
 
-    On TPUs and GPUs the tiles of the next step travel while those at hand are multiplied, in
-    "cannon", "mesh_gemm", "2.5d", "summa", "collective" and the rounds of "stationary". "summa" is
-    then (w - 1) X + (h - 1) Y words: its panels have a share of every tile, and two of each are
-    held. On a square of them `a @ b^T` and `a^T @ b` of "summa" and "cannon" send no sums: one
-    factor is reflected in the diagonal, and S moves instead of the result.
+    On TPUs and GPUs the next tiles travel while others are multiplied. "summa" moves the words of
+    "allgather" there; on squares it and "cannon" send S and one factor twice, and no sums.
 
     Args:
       a: left factor, laid out `P("y", "x")`; leading dimensions, if any, `P("wafer", None, ...)`.

@@ -68,7 +68,7 @@ class Overlapped:
         gathered = _gather(stays, along, moving.shape[_meeting(along)])
         directions, halves = _halve(moving, along)
 
-        def add(sums: Halves | None, halves: Halves, i: Any) -> Halves:
+        def add(sums: Halves | None, halves: Halves, i: steps.Number) -> Halves:
             blocks = [
                 _block(gathered, along, _place(along, ring, -direction * i), moving)
                 for direction in directions
@@ -148,7 +148,7 @@ class Overlapped:
                 for half, place in zip(halves, places, strict=True)
             ]
 
-        def add(sums: Halves | None, _: Halves, i: Any) -> Halves:
+        def add(sums: Halves | None, _: Halves, i: steps.Number) -> Halves:
             if sums is None:
                 return summands(i)
             return jax.tree.map(jnp.add, _shift(sums, along, directions, ring), summands(i))
@@ -171,7 +171,9 @@ class Overlapped:
 
         shape = tuple(length * size if d == axis else n for d, n in enumerate(shape))
 
-        def add(whole: Any, halves: Halves, i: Any) -> Float[Array, "... _ _"]:
+        def add(
+            whole: Float[Array, "... _ _"] | None, halves: Halves, i: steps.Number
+        ) -> Float[Array, "... _ _"]:
             whole = tile.zeros(shape, moving, stays) if whole is None else whole
             for direction, half, other in zip(directions, halves, stays_halves, strict=True):
                 # The tile that passes began `i` places back, so its block of the result is there.

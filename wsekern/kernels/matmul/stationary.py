@@ -11,7 +11,6 @@ Many rows go in rounds, each with the same share of every tile's rows.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -174,7 +173,7 @@ class Stationary:
         # A share is the same rows of every tile, so that each round is spread over all PEs.
         shares = jnp.moveaxis(jnp.reshape(a, (*a.shape[:-2], self.rounds, -1, a.shape[-1])), -3, 0)
 
-        def add(carry: tuple | None, met: Num[Array, "... _ _"], i: Any) -> tuple:
+        def add(carry: tuple | None, met: Num[Array, "... _ _"], i: steps.Number) -> tuple:
             if carry is None:
                 return tile.zeros((self.rounds, *share.shape), a), multiply(met, share)
             # The sums of the round before travel while these rows are multiplied.

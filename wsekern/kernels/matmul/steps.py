@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, PyTree, Shaped
 
 _MOST_UNROLLED = 16  # steps; a loop copies the tiles that arrive to where the next trip has them
 
-Number = Int[Array, ""] | int | None
+Number = Int[Array, ""] | int
 Tiles = PyTree[Shaped[Array, "..."]]
 
 
@@ -41,35 +41,34 @@ def fold(
       steps: how many there are, the first among them.
       ahead: whether the tiles of a step move before those of the step before are used. It holds
         the tiles of two steps.
-      numbered: whether `move` and `add` are given numbers; else None.
+      numbered: whether `move` and `add` are given true numbers; else 0, and the loop has none.
       in_turn: whether the tiles of a step must have arrived before the next step begins. If sums
         travel too, GPUs would else send the tiles of all steps first.
     """
-    total = add(None, tiles, 0 if numbered else None)
+    total = add(None, tiles, 0)
     if steps == 1:
         return total
     if not ahead:
 
-        def step(carry: tuple, i: Number) -> tuple[tuple, None]:
+        def step(carry: tuple, i: Number | None) -> tuple[tuple, None]:
             tiles, total = carry
-            tiles = move(tiles, i)
-            return (tiles, add(total, tiles, i)), None
+            tiles = move(tiles, 0 if i is None else i)
+            return (tiles, add(total, tiles, 0 if i is None else i)), None
 
         numbers = jnp.arange(1, steps) if numbered else None
         return lax.scan(step, (tiles, total), numbers, length=steps - 1)[0][1]
 
-    def step_ahead(carry: tuple, i: Number) -> tuple[tuple, None]:
+    def step_ahead(carry: tuple, i: Number | None) -> tuple[tuple, None]:
         tiles, total = carry
-        following = move(tiles, None if i is None else i + 1)
-        total = add(total, tiles, i)
+        following = move(tiles, 0 if i is None else i + 1)
+        total = add(total, tiles, 0 if i is None else i)
         if in_turn:
             return lax.optimization_barrier((following, total)), None
         # Where steps are unrolled, XLA would keep every product and add them all at last.
         return (following, lax.optimization_barrier(total)), None
 
-    second, last = (1, steps - 1) if numbered else (None, None)
     numbers = jnp.arange(1, steps - 1) if numbered else None
-    begin = (move(tiles, second), total)
+    begin = move(tiles, 1), total
     unroll = max(1, min(steps - 2, _MOST_UNROLLED))
     (tiles, total), _ = lax.scan(step_ahead, begin, numbers, length=steps - 2, unroll=unroll)
-    return add(total, tiles, last)
+    return add(total, tiles, steps - 1)

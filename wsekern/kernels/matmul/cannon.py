@@ -111,7 +111,7 @@ class Cannon:
     ) -> Float[Array, "... Mt Nt"]:
         """S = X @ Y: X travels along x and Y along y, and S stays."""
         pair = _skewed_blocks(x, COLS, self.ring), _skewed_blocks(y, ROWS, self.ring)
-        return steps.fold(pair, *self._turn_and_add("nn", result), _blocks(), ahead=self.ahead)
+        return steps.fold(pair, *self._turn_and_add("nn", result), **self._options)
 
     def nt(
         self, s: Num[Array, "... Mt Nt"], y: Num[Array, "... Ky Nt"], result: TileResult
@@ -120,7 +120,7 @@ class Cannon:
         if self.reflects:
             y = fabric.transpose(y, skewed=ROWS, ring=self.ring)
             pair = _skewed_blocks(s, COLS, self.ring), y[None]
-            return steps.fold(pair, *self._turn_and_add("nt", result), _blocks(), ahead=self.ahead)
+            return steps.fold(pair, *self._turn_and_add("nt", result), **self._options)
         return self._send_sums("nt", s, y, result)
 
     def tn(
@@ -130,7 +130,7 @@ class Cannon:
         if self.reflects:
             x = fabric.transpose(x, skewed=COLS, ring=self.ring)
             pair = x[None], _skewed_blocks(s, ROWS, self.ring)
-            return steps.fold(pair, *self._turn_and_add("tn", result), _blocks(), ahead=self.ahead)
+            return steps.fold(pair, *self._turn_and_add("tn", result), **self._options)
         return self._send_sums("tn", x, s, result)
 
     def _turn_and_add(
@@ -149,6 +149,10 @@ class Cannon:
             return product if total is None else product + total
 
         return turn, add
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"steps": _blocks(), "ahead": self.ahead}
 
     def _send_sums(
         self,
@@ -181,7 +185,7 @@ class Cannon:
             sums = _turn(sums, along_sums, 1, ring)
             return jnp.concatenate([sums[:1] + summand(moving), sums[1:]])
 
-        sums = steps.fold(moving, turn, add, _blocks(), ahead=self.ahead, in_turn=True)
+        sums = steps.fold(moving, turn, add, **self._options)
         return _tile_of_blocks(sums, along_sums, ring)
 
 

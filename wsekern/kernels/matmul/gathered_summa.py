@@ -104,7 +104,13 @@ class GatheredSumma:
     ) -> Any:
         """The total after `add` has used every panel."""
         return steps.fold(
-            panel(0), lambda _, i: panel(i), add, self.panels, ahead=True, numbered=True
+            panel(0),
+            lambda _, i: panel(i),
+            add,
+            self.panels,
+            ahead=True,
+            numbered=True,
+            in_turn=not self.pieces,  # there are many small ones, and none waits for another
         )
 
     def _scatter_sums(

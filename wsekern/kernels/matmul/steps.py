@@ -29,7 +29,7 @@ def fold(
     *,
     ahead: bool,
     numbered: bool = False,
-    in_turn: bool = False,
+    in_turn: bool = True,
 ) -> Any:
     """The total after `add` has used the tiles of every step.
 
@@ -42,8 +42,8 @@ def fold(
       ahead: whether the tiles of a step move before those of the step before are used. It holds
         the tiles of two steps.
       numbered: whether `move` and `add` are given true numbers; else 0, and the loop has none.
-      in_turn: whether the tiles of a step must have arrived before the next step begins. If sums
-        travel too, GPUs would else send the tiles of all steps first.
+      in_turn: whether the tiles of a step must have arrived before the next step begins. Else XLA
+        lets those of later steps travel too, where it thinks that there is room.
     """
     total = add(None, tiles, 0)
     if steps == 1:

@@ -69,6 +69,8 @@ def fold(
 
     numbers = jnp.arange(1, steps - 1) if numbered else None
     begin = move(tiles, 1), total
+    if in_turn:  # as after each step: a barrier makes all its arrays vary along the same axes
+        begin = lax.optimization_barrier(begin)
     unroll = max(1, min(steps - 2, _MOST_UNROLLED))
     (tiles, total), _ = lax.scan(step_ahead, begin, numbers, length=steps - 2, unroll=unroll)
     return add(total, tiles, steps - 1)

@@ -76,10 +76,12 @@ def plan(operation: str, problem: MatmulProblem, name: str) -> tuple[MatmulPlan,
       ValueError: the algorithm cannot serve on the problem's wafer.
     """
     forward = choose(operation, problem, name)[0].plan
-    if name != "auto" or not problem.on_accelerators:
+    if name != "auto" or not (problem.on_accelerators and forward.splits_rows):
         return forward, forward
     forms = [form for form, *_ in tile.GRADIENTS[problem.form]]
-    problems = [dataclasses.replace(problem, form=form) for form in forms]
+    # Operands are laid out once, for both; the forward pass has padded rows that do not divide.
+    rows = -(-problem.rows // problem.wafer.height) * problem.wafer.height
+    problems = [dataclasses.replace(problem, form=form, rows=rows) for form in forms]
     backward = _choose_on_accelerators(problems)[0].plan
     unit = math.lcm(forward.unit, backward.unit)  # operands are padded once, for both
     return dataclasses.replace(forward, unit=unit), backward

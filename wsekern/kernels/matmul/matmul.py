@@ -78,7 +78,7 @@ def matmul(
     - `2.5d`: if all c wafers hold the matrices: each does a c-th of "mesh_gemm", then 2 (c - 1) / c
       S words in one step more (half as many, of X or Y, in the other forms).
     - `xla`: on devices, XLA's own program, with "allgather"'s moves or others. In `a @ b^T` and
-      `a^T @ b` it sums over TPUs and GPUs in `a`'s dtype, as it does by itself.
+      `a^T @ b`, or if h does not divide M, it sums over TPUs and GPUs in `a`'s dtype.
     - `auto`: on a wafer the fewest predicted cycles within a quarter of a PE's SRAM. On TPUs and
       GPUs "xla", unless another is predicted to take fewer seconds: "stationary" for few rows, and
       on TPUs "cannon"; the gradient is predicted by itself. On emulated devices "stationary" if it
@@ -143,7 +143,7 @@ class _MatmulOptions:
 
         In "nt" it stays. In a whole array XLA would have to move the columns of each.
         """
-        return self.form != "nt" and not self.plan.whole
+        return self.form != "nt" and self.plan.joins and not self.plan.whole
 
     def run(
         self, wafer: Wafer, kernel: Callable[..., Any], in_specs: PyTree[P], out_specs: PyTree[P]
@@ -182,7 +182,7 @@ def _on_wafer(
     wafer: Wafer,
 ) -> tuple[Float[Array, "... _ _"], ...]:
     form, plan = options.form, options.plan
-    spec = layout.tiled(a.ndim)
+    spec = plan.spec(a.ndim)
     shapes = [_result_shape(form, a, right.matrix) for right in rights]
     padded = layout.pad(a, spec, wafer, multiples=plan.multiples(tile.ROLES[form][0]))
     laid_out = tuple(
@@ -244,7 +244,7 @@ def _forward_program(
     wafer: Wafer,
     keep: bool,
 ) -> Callable[..., Any]:
-    spec = layout.tiled(a.ndim)
+    spec = options.plan.spec(a.ndim)
     return options.run(
         wafer,
         functools.partial(_per_pe, options=options, keep=keep),
@@ -276,7 +276,7 @@ def _bwd(
         # Element by element, so it may stand outside the kernel, where nothing is differentiated.
         pairs = zip(dcs, arguments, strict=True)
         dcs = tuple(epilogue.before_activation(*pair, options.activation) for pair in pairs)
-    spec, right_specs = layout.tiled(a.ndim), tuple(right.specs(COLS) for right in rights)
+    spec, right_specs = options.plan.spec(a.ndim), tuple(right.specs(COLS) for right in rights)
     options = dataclasses.replace(options, plan=options.gradient_plan)
     shared = tuple(_shares_rows(right, a, wafer) for right in rights)
     gradient_specs = tuple(
@@ -312,6 +312,7 @@ def _per_pe(
     """This PE's tile of each product and, if `keep`, of what its activation was applied to."""
     cs, arguments = [], []
     for sums, right in zip(_sums(a, rights, options), rights, strict=True):
+        sums = sums.astype(sum_dtype(sums.dtype))  # they may have traveled in `a`'s dtype
         c, argument = epilogue.apply_epilogue(sums, right.bias, right.scales, options.activation)
         cs.append(c.astype(a.dtype))
         arguments.append(argument.astype(a.dtype))

@@ -13,8 +13,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from jax.sharding import PartitionSpec as P
+
 from wsekern.hardware import Accelerator, accelerator
 from wsekern.kernels.matmul.tile import ROLES, Form, Matrix, TileAlgorithm
+from wsekern.wafer import layout
+from wsekern.wafer.axes import COLS
 from wsekern.wafer.explanation import Candidate
 from wsekern.wafer.limits import gather_limit, on_accelerators
 from wsekern.wafer.wafer import Wafer
@@ -42,10 +46,18 @@ class MatmulPlan:
     algorithm: TileAlgorithm
     unit: int = 1  # the meeting dimension is padded to a multiple of it
     whole: bool = False  # it multiplies whole arrays and not tiles: XLA splits them
+    # Whether several right factors are put side by side. That is a pass over them; without, XLA
+    # must see by itself that the left one moves only once.
+    joins: bool = True
+    splits_rows: bool = True  # of `a` and the result; else every PE along y has them all
 
     def multiples(self, matrix: Matrix) -> tuple[int, int]:
         """What the rows and the columns of a matrix are padded to a multiple of."""
         return {"X": (1, self.unit), "Y": (self.unit, 1), "S": (1, 1)}[matrix]
+
+    def spec(self, ndim: int) -> P:
+        """How `a` and the result lie."""
+        return layout.tiled(ndim) if self.splits_rows else layout.tiled(ndim, None, COLS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

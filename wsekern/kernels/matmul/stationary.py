@@ -42,6 +42,7 @@ def price(problem: MatmulProblem) -> PricedPlan:
                 mirrored=mirrored,
                 ahead=problem.on_accelerators,
             ),
+            joins=not (problem.on_accelerators and problem.wafer.platform == "tpu"),
         ),
         words=_bytes_moved(problem, met, mirrored) / WORD_BYTES,
         steps=3 * rounds,

@@ -11,11 +11,13 @@ virtual PEs nothing travels while a product runs; there the next tiles would onl
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PyTree, Shaped
 
 _MOST_UNROLLED = 16  # steps; a loop copies the tiles that arrive to where the next trip has them
+_SMALL_BYTES = 2 * 2**20  # of the tiles of one step
 
 Number = Int[Array, ""] | int
 Tiles = PyTree[Shaped[Array, "..."]]
@@ -43,7 +45,8 @@ def fold(
         the tiles of two steps.
       numbered: whether `move` and `add` are given true numbers; else 0, and the loop has none.
       in_turn: whether the tiles of a step must have arrived before the next step begins. Else XLA
-        lets those of later steps travel too, where it thinks that there is room.
+        lets those of later steps travel too, where it thinks that there is room; for small tiles
+        there always is.
     """
     total = add(None, tiles, 0)
     if steps == 1:
@@ -57,6 +60,8 @@ def fold(
 
         numbers = jnp.arange(1, steps) if numbered else None
         return lax.scan(step, (tiles, total), numbers, length=steps - 1)[0][1]
+
+    in_turn = in_turn and sum(tile.nbytes for tile in jax.tree.leaves(tiles)) >= _SMALL_BYTES
 
     def step_ahead(carry: tuple, i: Number | None) -> tuple[tuple, None]:
         tiles, total = carry

@@ -71,6 +71,30 @@ def test_products_and_gradients(algorithm, grid, leading, wafer_called, as_on_ch
         np.testing.assert_array_equal(got, each)
 
 
+@pytest.mark.parametrize("grid", ["2x4", "2of2x2"])
+@pytest.mark.parametrize("form", ["nn", "nt"])
+@pytest.mark.parametrize("shape", [(1, 12), (2, 5, 12)], ids=["a row", "a batch"])
+def test_rows_that_do_not_divide_are_not_split(shape, form, grid, wafer_called, as_on_chips):
+    """XLA's own program has every row on every PE along y, forward and backward."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-9, 10, s).astype(np.float32) for s in (shape, (12, 8)))
+    dc, bias = rng.integers(-9, 10, (*shape[:-1], 8)).astype(np.float32), np.ones(8, np.float32)
+    run = product("xla", wafer_called(grid), form)
+
+    @jax.jit
+    def call(a, b, bias, dc):
+        c, pullback = jax.vjp(lambda a, b, bias: run(a, b, bias=bias), a, b, bias)
+        return c, *pullback(dc)
+
+    c, da, db, dbias = call(a, b.T if form == "nt" else b, bias, dc)
+    np.testing.assert_array_equal(c, a @ b + 1)
+    np.testing.assert_array_equal(da, dc @ b.T)
+    want = np.einsum("...mk,...mn->...kn", a, dc)
+    want = want.sum(0) if want.ndim > 2 else want
+    np.testing.assert_array_equal(db.T if form == "nt" else db, want)
+    np.testing.assert_array_equal(dbias, dc.reshape(-1, 8).sum(0))
+
+
 @pytest.mark.parametrize("form", ["nn", "nt", "tn"])
 @pytest.mark.parametrize(
     ("algorithm", "moves"),

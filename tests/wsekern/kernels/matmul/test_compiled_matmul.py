@@ -55,13 +55,14 @@ def test_auto_is_faster_than_jit_alone_and_keeps_no_more(by_auto, by_jit):
 
 
 def test_its_gradients_take_no_longer(chips):
-    """They may wait for a little more, where jit sends sums and they send operands."""
+    """Nor do they wait for more, though jit sends sums here and they send operands."""
     ours, jits = (
         compiled(gradients(product, chips), chips, 3)
         for product in (lambda a, b: wk.matmul(a, b, wafer=chips), plain(chips))
     )
-    assert ours.seconds < 0.97 * jits.seconds
-    assert ours.waited_bytes < 1.2 * jits.waited_bytes
+    assert ours.seconds < jits.seconds
+    assert ours.waited_bytes <= jits.waited_bytes
+    assert ours.memory.temporaries <= jits.memory.temporaries
     assert "reduce-scatter" not in {key.kind for key in ours.cost.sent}  # no sums travel
 
 
@@ -102,6 +103,32 @@ def test_the_transfer_of_the_next_tile_stands_beside_the_product(chips, algorith
         elif "convolution" in inside:  # a TPU's word for a product
             hidden |= on_their_way
     assert len(hidden) >= beside
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_rows_that_the_chips_do_not_divide_are_as_fast_as_by_jit_alone(chips, rows):
+    """They are not split; each chip along y has them all, as a caller's array has."""
+    features = 2048
+    a = jax.ShapeDtypeStruct((rows, features), jnp.bfloat16)
+    b = jax.ShapeDtypeStruct((features, 4 * features), jnp.bfloat16)
+    whole = chips.sharding(P(None, "x"))
+    alone, ours = (
+        wk.compile(run, a, b, wafer=chips, roofline=False, out_shardings=whole)
+        for run in (jnp.matmul, lambda a, b: wk.matmul(a, b, wafer=chips))
+    )
+    assert ours.seconds <= 1.001 * alone.seconds
+    assert ours.waited_bytes <= alone.waited_bytes
+
+
+def test_few_rows_meet_several_weights_where_these_lie(chips):
+    """No copy puts the weights side by side."""
+    a = jax.ShapeDtypeStruct((16, 2048), jnp.bfloat16)
+    b = jax.ShapeDtypeStruct((2048, 8192), jnp.bfloat16)
+    both = wk.compile(
+        lambda a, b, c: wk.matmul(a, (b, c), wafer=chips), a, b, b, wafer=chips, roofline=False
+    )
+    one = wk.compile(lambda a, b: wk.matmul(a, b, wafer=chips), a, b, wafer=chips, roofline=False)
+    assert both.seconds < 2.2 * one.seconds
 
 
 def test_explain_says_why_in_microseconds(chips):

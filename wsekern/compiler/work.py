@@ -81,15 +81,21 @@ def _kernel(
 ) -> Work:
     name = kernel_name(one)
     flops = kernel_flops.get(name.removeprefix("Pallas "), 0.0)
-    stated = re.search(r'"?flops"?\s*[:=]\s*"?(\d+)', one.attributes)
-    if stated:
-        flops = float(stated[1])
+    stated, moved = _stated("flops", one), _stated("bytes_accessed", one)
+    if stated is not None:
+        flops = stated
     elif "cublas" in name:
         flops = _flops_of_gemm(computation, one)
     elif "fmha" in name:
         flops = _flops_of_attention(computation, one)
-    seconds = _at_peak(flops, _bytes(computation, one), chip)
+    seconds = _at_peak(flops, moved or _bytes(computation, one), chip)
     return Work(seconds, kernel=name, lacks_flops=not flops)
+
+
+def _stated(figure: str, one: Instruction) -> float | None:
+    """A figure that a kernel states of itself, its `cost_estimate`; None without."""
+    found = re.search(rf'"?\b{figure}"?\s*[:=]\s*"?(\d+)', one.attributes)
+    return float(found[1]) if found else None
 
 
 def _at_peak(flops: float, moved: float, chip: Accelerator) -> float:

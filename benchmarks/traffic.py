@@ -121,9 +121,8 @@ def _attentions() -> dict[str, Case]:
         )
 
     def zigzag(moved):
-        # Queries, keys and values go out and the result comes back: 4 tiles. Of two PEs each keeps
-        # one half of every tile: 2 tiles.
-        return lambda p: moved(p) + (4 if p > 2 else 2)
+        # Half of each tile of queries, keys and values goes out, and half of the result comes back.
+        return lambda p: moved(p) + 2
 
     return {
         "attention, ring": case("ring", lambda p: 2 * (p - 1), lambda p: p - 1),

@@ -17,7 +17,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from wsekern import fabric
-from wsekern.kernels.attention import operands, plain, ring, tile, ulysses, vendor, zigzag
+from wsekern.kernels.attention import (
+    gathered,
+    head_groups,
+    operands,
+    plain,
+    ring,
+    tile,
+    ulysses,
+    vendor,
+    zigzag,
+)
 from wsekern.kernels.attention.explain import explain
 from wsekern.kernels.attention.implementation import Implementation
 from wsekern.kernels.attention.mask import Keys, Rows
@@ -30,6 +40,7 @@ from wsekern.kernels.attention.plan import (
     fewest_blocks,
     plan_attention,
 )
+from wsekern.kernels.attention.tile_gradients import sink_gradient
 from wsekern.wafer import context
 from wsekern.wafer.axes import ROWS, WAFERS
 from wsekern.wafer.explanation import explained_by
@@ -70,13 +81,14 @@ def attention(
 
     - `ring`: keys and values travel round the PEs. (p-1) KV in p-1 steps; the gradient (2p-1) KV in
       p. A PE holds two of others' tiles at a time. With a window of W keys only the nearest n = 1 +
-      ceil((W-1) / (S/p)) tiles travel: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n.
-      Causal attention of as many keys as queries, without window or bias, takes the ring in
-      zig-zag order, which gives every PE the same work. Moving the operands and the result into
-      that order and back costs 2Q + KV (half of it on two PEs) and two steps more; in the gradient
-      3Q + 2KV, two words for each row and head, and two steps.
+      ceil((W-1) / (S/p)) tiles travel: (n-1) KV in n-1 steps; the gradient (2n-1) KV in n. Causal
+      attention of as many keys as queries, without window or bias, takes the ring in zig-zag
+      order, which gives every PE the same work. Exchanging halves of tiles costs Q + KV/2 and two
+      steps more; in the gradient 3Q/2 + KV, and half a word for each row and head.
     - `allgather`: every PE gathers all keys. (p-1) KV in one step, and p tiles held; the gradient
-      gathers them again and sums each tile's gradient at its PE: 2(p-1) KV in two steps.
+      gathers them again and sums each tile's gradient at its PE: 2(p-1) KV in two steps. A TPU
+      takes p-1 each way, beside the computation, and if that pays causal rows in zig-zag order: Q
+      and two steps more; in the gradient 3Q/2, and half a word for each row and head.
     - `ulysses`: an all-to-all gives every PE whole sequences of 1/p of its heads. (p-1)/p of 2Q +
       KV in two steps; the gradient (p-1)/p of 3Q + 2KV and a word for each row and head, in two.
       K must divide by the number of PEs.
@@ -85,10 +97,9 @@ def attention(
       values on, where it can be. `attention.explain` tells, with each one's cost.
 
     A PE's tiles are computed by a kernel for the platform that the program is compiled for: on a
-    TPU by splash attention, from 128 rows a tile on, which in bfloat16 rounds the scaled queries
-    and each tile's gradients; on a GPU in 16 bits by cuDNN where a row's keys make one tile, else
-    by a Pallas kernel; else, and with a bias or a precision, by blocks in jnp. `attention.explain`
-    says which, and why.
+    TPU by splash attention, from 128 rows a tile on, which in bfloat16 rounds the scaled keys and
+    each tile's gradients; on a GPU in 16 bits by cuDNN where a row's keys make one tile, else by a
+    Pallas kernel; else, and with a bias or a precision, by blocks in jnp. `explain` says which.
 
     Segment ids travel with their rows. Gradients of `sinks`, and of a `bias` that is the same along
     an axis, end with an all-reduce along it.
@@ -256,6 +267,16 @@ _attention.defvjp(_fwd, _bwd)
 def _per_pe(
     floats: Floats, segments: Segments, plan: AttentionPlan, with_lse: bool
 ) -> tuple[Float[Array, "B Tt Nt H"], Lse]:
+    run: Callable[..., Any]
+    run = gathered.gathered_attention if plan.gathers_by_shifts else _group_per_pe
+    run = functools.partial(run, segments=segments, plan=plan, with_lse=with_lse)
+    outs, lses = zip(*head_groups.in_groups(run, floats, plan), strict=True)
+    return head_groups.join_heads(outs), head_groups.join(lses, 1) if with_lse else None
+
+
+def _group_per_pe(
+    floats: Floats, segments: Segments, plan: AttentionPlan, with_lse: bool
+) -> tuple[Float[Array, "B Tt Nt H"], Lse]:
     rows, keys = _start(floats, segments, plan)
     K, G = rows.q.shape[2:4]
     sinks = None if floats.sinks is None else floats.sinks.astype(jnp.float32).reshape(K, G)
@@ -268,7 +289,7 @@ def _per_pe(
             running, sinks, floats.q.dtype
         )
     else:
-        needed = with_lse or not plan.rows_see_keys
+        needed = with_lse or not plan.rule.rows_see_keys
         kind = _tile_kind(plan)
         result = vendor.attend(rows, keys, plan.rule, kind, sinks, with_lse=needed)
     out, lse = result
@@ -290,6 +311,37 @@ def _per_pe_gradients(
     plan: AttentionPlan,
 ) -> Floats:
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+    # Where memory is short, nothing of the gradient shall take room before the result is there.
+    if plan.takes_turns and plan.merges:
+        dout, delta = lax.optimization_barrier((dout, delta))
+    elif plan.takes_turns:
+        dout, lse = lax.optimization_barrier((dout, lse))
+    run: Callable[..., Floats] = _group_gradients_per_pe
+    if plan.gathers_by_shifts:
+        run = gathered.gathered_gradients
+
+    def run_group(floats: Floats, *for_gradients: Float[Array, "..."] | None) -> Floats:
+        return run(floats, segments, *for_gradients, plan)
+
+    groups = head_groups.in_groups(run_group, floats, plan, (lse, dout, delta))
+    dq, dk, dv = (head_groups.join_heads([group[i] for group in groups]) for i in range(3))
+    dbias = _bias_gradient(floats.bias, groups[0].bias, plan)
+    if floats.sinks is None:
+        return Floats(dq, dk, dv, dbias, None)
+    dsinks = head_groups.join([group.sinks for group in groups], 0)
+    along = {"local": (), "ulysses": (WAFERS,)}.get(plan.order, (WAFERS, ROWS))
+    dsinks = _sum_along(dsinks, along).astype(floats.sinks.dtype)
+    return Floats(dq, dk, dv, dbias, dsinks)
+
+
+def _group_gradients_per_pe(
+    floats: Floats,
+    segments: Segments,
+    lse: Lse,
+    dout: Float[Array, "B Tt Nt H"],
+    delta: Float[Array, "B Tt Nt"],
+    plan: AttentionPlan,
+) -> Floats:
     rows, keys = _start(floats, segments, plan, (lse, dout, delta))
     if plan.order == "zigzag":
         grads = zigzag.zigzag_gradients(rows, keys, plan.rule)
@@ -301,19 +353,20 @@ def _per_pe_gradients(
         dk, dv = grads.dkv[0]
         if plan.order == "allgather":
             dk, dv = _sum_at_home(dk), _sum_at_home(dv)
-        dk, dv = (x.swapaxes(1, 2).astype(floats.k.dtype) for x in (dk, dv))
+        dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
     else:
         dkv = grads.dkv
         if plan.order == "allgather":
             dkv = tile.split_blocks(dkv, plan.k_blocks * fabric.axis_size(ROWS))
             dkv = fabric.reduce_scatter(dkv, ROWS)
-        dk, dv = tile.unblock_keys(dkv.astype(floats.k.dtype))
-    # The queries were scaled before the products, so their gradient is scaled after them.
+        dk, dv = tile.unblock_keys(dkv if plan.key_scale != 1 else dkv.astype(floats.k.dtype))
+    # What was scaled before the products has its gradient scaled after them.
     dq = vendor.gradient_of_queries(grads, plan.rule) * plan.query_scale
-    dq = dq.astype(floats.q.dtype)
+    dk = dk if plan.key_scale == 1 else dk.astype(jnp.float32) * plan.key_scale
+    dq, dk, dv = (x.astype(floats.q.dtype) for x in (dq, dk, dv))
     tiles = _restore_order((tile.unblock_queries(dq), dk, dv), plan)
-    dbias = _bias_gradient(floats.bias, grads.dbias, plan)
-    return Floats(*tiles, dbias, _sink_gradient(floats, rows, plan))
+    dsinks = None if floats.sinks is None else sink_gradient(floats.sinks, rows)
+    return Floats(*tiles, grads.dbias, dsinks)
 
 
 # Without a wafer, outside jit, the kernel is one program, and not one for each operation.
@@ -346,6 +399,8 @@ def _start(
     q, k, v, dout, delta = moved
     if plan.query_scale != 1:
         q = q * plan.query_scale
+    if plan.key_scale != 1:
+        k = k * plan.key_scale
     heads = k.shape[2]
     block = functools.partial(tile.block_queries, kv_heads=heads, blocks=plan.q_blocks)
 
@@ -434,20 +489,6 @@ def _bias_gradient(
         return None
     dbias = operands.unblock_bias(dbias, bias.shape)
     return _sum_along(dbias, plan.bias_shared).astype(bias.dtype)
-
-
-def _sink_gradient(floats: Floats, rows: Rows, plan: AttentionPlan) -> Float[Array, " Nt"] | None:
-    # A sink has a share of each row's softmax and no value, so it only takes weight from the
-    # others: its gradient is -share * (dot product of the row's result and gradient).
-    if floats.sinks is None:
-        return None
-    assert rows.lse is not None and rows.delta is not None
-    K, G = rows.q.shape[2:4]
-    sinks = floats.sinks.astype(jnp.float32).reshape(1, 1, K, G, 1)
-    shares = tile.softmax_weights(jnp.broadcast_to(sinks, rows.lse.shape), rows.lse)
-    dsinks = -jnp.sum(shares * rows.delta, (0, 1, 4)).reshape(K * G)
-    along = {"local": (), "ulysses": (WAFERS,)}.get(plan.order, (WAFERS, ROWS))
-    return _sum_along(dsinks, along).astype(floats.sinks.dtype)
 
 
 def _sum_along(x: Float[Array, "*shape"], axes: tuple[str, ...]) -> Float[Array, "*shape"]:

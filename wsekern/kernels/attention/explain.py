@@ -144,8 +144,15 @@ def _cost(floats: Floats, segments: Segments, choice: Choice, wafer: Wafer) -> C
     q_ids = 0 if segments.q is None else B * rows * segments.q.dtype.itemsize
     k_ids = 0 if segments.k is None else B * columns * segments.k.dtype.itemsize
     visitor = keys + k_ids
+    # Half a tile of queries and of the result is exchanged. The middle one of p PEs keeps its own.
+    exchanged = queries + q_ids / 2 if p > 1 else 0
     if plan.order == "allgather":
-        return _candidate((p - 1) * visitor, min(1, p - 1), (p - 1) * visitor)
+        received, steps = (p - 1) * visitor, min(1, p - 1)
+        if plan.gathers_by_shifts:
+            steps = p - 1
+        if plan.balanced:
+            received, steps = received + exchanged, steps + 2
+        return _candidate(received, steps, (p - 1) * visitor)
     if plan.order == "ulysses":
         share, ids = (p - 1) / p, (p - 1) * (q_ids + k_ids)
         steps = 2 * (p > 1)
@@ -153,8 +160,7 @@ def _cost(floats: Floats, segments: Segments, choice: Choice, wafer: Wafer) -> C
     # Two tiles at a time: one to compute with, one arriving.
     if plan.order == "ring":
         return _candidate((tiles - 1) * visitor, tiles - 1, min(tiles - 1, 2) * visitor)
-    # Of two PEs, each has one of its chunks already.
-    moved = {1: 0, 2: 0.5}.get(p, 1) * (2 * queries + keys + q_ids + k_ids)
+    moved = exchanged + (visitor / 2 if p > 1 else 0)
     steps = p - 1 + 2 * (p > 1)
     return _candidate((p - 1) * visitor + moved, steps, min(p - 1, 2) * visitor)
 

@@ -36,6 +36,10 @@ class Rule:
     # Leave out blocks of keys that no query sees. Off for virtual PEs: under vmap a branch on a
     # traced value runs both sides, so it would only cost.
     skips_blocks: bool = True
+    # Where the stretches of a PE's rows may begin, counted from its first key: a tuple for each PE
+    # and step. A kernel states the work of the one with the most. None: anywhere.
+    row_starts: tuple[tuple[int, ...], ...] | None = None
+    rows_see_keys: bool = False  # every row sees a key of the tile, whatever the numbers are
     scores_at_once: int | None = None  # size of a block of scores that fits the cache; None: any
     precision: lax.PrecisionLike = None  # of every product
     implementation: Literal["xla", "splash", "cudnn", "pallas"] = "xla"  # what takes a tile
@@ -50,6 +54,10 @@ class Rule:
         """The rule for a tile in which every query may see every key."""
         return dataclasses.replace(self, causal=False, window=None, keys=None)
 
+    def on_the_diagonal(self) -> Rule:
+        """The rule for a tile whose rows and keys have the same positions."""
+        return dataclasses.replace(self, row_starts=((0,),))
+
 
 class Rows(NamedTuple):
     """Queries in nq blocks, and the arrays that have a number for each of their rows.
@@ -58,7 +66,9 @@ class Rows(NamedTuple):
     """
 
     q: Float[Array, "nq B K G c H"]
-    start: Int[Array, " nq"]  # position of each block's first row
+    # Position of each block's first row. For splash attention, the one block may consist of
+    # stretches of equally many rows, and each of them has its start.
+    start: Int[Array, " nq"]
     segments: Int[Array, "nq B c"] | None = None
     bias: Float[Array, "nq _ _ _ _ _"] | None = None  # for all keys; axes of size 1 broadcast
     dout: Float[Array, "nq B K G c H"] | None = None  # gradient of the result

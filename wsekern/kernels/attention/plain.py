@@ -26,7 +26,7 @@ def serves(
     without = without and floats.q.dtype != jnp.float16
     # Elsewhere all scores would be in memory at once.
     on_cpu = plan.rule.platform == "cpu" and plan.rule.implementation == "xla"
-    return on_cpu and without and plan.rows_see_keys and options.implementation == "auto"
+    return on_cpu and without and plan.rule.rows_see_keys and options.implementation == "auto"
 
 
 def plain_attention(

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jax import lax
 
+from wsekern.hardware import accelerator
 from wsekern.kernels.attention.implementation import (
     Implementation,
     Kernel,
@@ -37,6 +38,7 @@ _BLOCK = 512  # rows of a block inside a PE
 _GATHERED_ON_CPUS = 2**20  # bytes; beyond, copying them costs more than one more collective
 _NARROW = 128  # a product with fewer rows than this runs at a worse rate
 _BAND = _BLOCK * _BLOCK // _NARROW  # keys that _NARROW rows meet at once: a block's worth of scores
+_KEPT_BYTES = 16 * 2**20  # of a group of heads on a TPU; beyond, groups take turns
 _KERNEL_ROWS = 128  # a Pallas kernel's tile is a multiple of so many rows
 
 # Of keywords with two names; `AttentionOptions` checks the others.
@@ -89,17 +91,25 @@ class AttentionPlan:
     rule: Rule
     sizes: PaddedSizes
     query_scale: float  # multiplies the queries once, so that scores need not be scaled
+    key_scale: float  # likewise the keys; of the two and the rule's scale two are 1
     k_block: int  # the longest block of keys to make, where lengths divide
     q_blocks: int  # blocks of queries of one PE, after its heads or rows are moved
     k_blocks: int  # blocks of keys of one PE, before it gathers others
     ring_tiles: int  # tiles of keys that a PE meets in the ring, its own included
     bias_shared: tuple[str, ...]  # axes along which all PEs hold the same part of the bias
-    rows_see_keys: bool  # every row sees a key, whatever the numbers are
+    head_groups: int  # of a PE's heads: one travels while another is computed
+    takes_turns: bool  # each group waits for the one before: less memory, and less is hidden
+    balanced: bool  # rows are exchanged so that every PE has the same work, keys gathered
 
     @property
     def starts_at_place(self) -> bool:
         """Whether a PE's queries are a part of the sequence; if not, they begin at position 0."""
         return self.order in ("allgather", "ring")
+
+    @property
+    def gathers_by_shifts(self) -> bool:
+        """Whether the keys are gathered by moves, and not by one collective."""
+        return self.rule.implementation == "splash" and self.order == "allgather"
 
     @property
     def merges(self) -> bool:
@@ -179,7 +189,13 @@ def _plan_tiles(
     repeats, kv_heads = _heads(q.shape[2], k.shape[2], width)
     # A causal query never sees the padding of the keys, unless there are more queries than keys.
     padding_seen = columns > S and (not options.causal or T > S)
-    query_scale, score_scale = _scales(floats, options.scale, kernel)
+    query_scale, key_scale, score_scale = _scales(floats, options.scale, kernel)
+    balanced = kernel == "splash" and order == "allgather" and _pays_to_balance(task, options, rows)
+    rows_see_keys = floats.bias is None and task.segments.q is task.segments.k
+    rows_see_keys &= options.window is None or T < S + options.window
+    # Of the tiles of a ring, those in zig-zag order alone are met by rows that see some of them.
+    rows_see_keys &= order != "ring" and (order != "zigzag" or task.segments.q is None)
+    groups, large = _head_groups(floats, order, kernel, rows, columns, kv_heads // width, height)
     one_pair = order not in ("ring", "zigzag") and (
         band is not None or (q_blocks == 1 and columns <= _BLOCK)
     )
@@ -191,6 +207,8 @@ def _plan_tiles(
         keys=S if padding_seen else None,
         soft_cap=options.soft_cap,
         skips_blocks=not one_pair and (wafer is None or wafer.backend != "virtual"),
+        row_starts=_row_starts(order, balanced, rows, columns, height),
+        rows_see_keys=rows_see_keys,
         scores_at_once=_BLOCK * _BLOCK if platform == "cpu" else None,
         precision=options.precision,
         implementation=kernel,
@@ -207,14 +225,15 @@ def _plan_tiles(
             repeats=repeats,
         ),
         query_scale=query_scale,
+        key_scale=key_scale,
         k_block=k_block,
         q_blocks=q_blocks * halves,
         k_blocks=k_blocks * halves,
         ring_tiles=_ring_tiles(options.window, rows, columns, height),
         bias_shared=bias_shared_along(floats.bias, order),
-        rows_see_keys=floats.bias is None
-        and task.segments.q is task.segments.k
-        and (options.window is None or T < S + options.window),
+        head_groups=groups,
+        takes_turns=large,
+        balanced=balanced,
     )
 
 
@@ -307,18 +326,20 @@ def _algorithm_served_by(
     return "allgather", f"{kernel} is asked for"
 
 
-def _scales(floats: Floats, scale: float | None, kernel: Kernel) -> tuple[float, float]:
-    """What to multiply the queries by, and the scores; one of the two is 1.
+def _scales(floats: Floats, scale: float | None, kernel: Kernel) -> tuple[float, float, float]:
+    """What to multiply the queries, the keys and the scores by; two of the three are 1.
 
     Queries are fewer than scores, so scale those, but only where it rounds nothing: in float32, or
     in 16 bits by a power of two. Kernels for GPUs scale the scores. Splash attention does not scale
-    at all, so there a query in bfloat16 is rounded once more.
+    at all, so there the keys are scaled, of which there are fewest; in bfloat16 each is rounded
+    once more.
     """
     q = floats.q
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     exact = q.dtype == jnp.float32 or math.frexp(abs(scale))[0] == 0.5
-    of_queries = kernel == "splash" or (kernel == "xla" and exact)
-    return (scale, 1.0) if of_queries else (1.0, scale)
+    if kernel == "splash":
+        return 1.0, scale, 1.0
+    return (scale, 1.0, 1.0) if kernel == "xla" and exact else (1.0, 1.0, scale)
 
 
 def _band(window: int | None) -> int | None:
@@ -341,6 +362,68 @@ def _tiles(length: int, parts: int) -> tuple[int, int]:
     # Where rows are added anyway, add as many as let a Pallas kernel take long blocks.
     unit = _KERNEL_ROWS if rows % _KERNEL_ROWS == 0 or rows < 8 * _BLOCK else _BLOCK
     return parts * -(-rows // unit) * unit, 1
+
+
+def _pays_to_balance(task: TileTask, options: AttentionOptions, rows: int) -> bool:
+    """Whether exchanging rows saves a chip more than it costs: in order, the last PE has most work.
+
+    The last of p PEs computes (2p-1)/p of what each does in zig-zag order. Forward and backward
+    have seven products, and exchange half a tile of queries four times.
+    """
+    wafer = task.wafer
+    if wafer is None or wafer.height == 1 or zigzag_refused(task.floats, options):
+        return False
+    if rows % (2 * wafer.height * _KERNEL_ROWS):
+        return False
+    chip = accelerator(wafer.device_kind or "")
+    if chip is None or not chip.link_bytes_per_second:
+        return True
+    q = task.floats.q
+    saved = 7 * q.shape[1] * (wafer.height - 1) / wafer.height / chip.bfloat16_flops
+    return saved > 2 * q.dtype.itemsize / chip.link_bytes_per_second
+
+
+def _head_groups(
+    floats: Floats,
+    order: Order,
+    kernel: Kernel,
+    rows: int,
+    keys: int,
+    kv_heads: int,
+    height: int,
+) -> tuple[int, bool]:
+    """`AttentionPlan.head_groups` and `takes_turns`, for padded lengths and a PE's heads of keys.
+
+    On a TPU gathered keys travel in two groups. Where what a group keeps is large, groups are as
+    many as make it small, and take turns.
+    """
+    if kernel != "splash" or order not in ("allgather", "ring", "zigzag"):
+        return 1, False
+    B, _, N, H = floats.q.shape
+    row = B * H * floats.q.dtype.itemsize
+    kept = 2 * kv_heads * keys * row
+    if order != "allgather":  # a ring keeps its own rows, and sums in float32
+        kept = 2 * kv_heads * (N // floats.k.shape[2]) * rows // height * row
+    divisors = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    groups = next((n for n in divisors if kept <= n * _KEPT_BYTES), kv_heads)
+    large = groups > 1
+    return (max(groups, math.gcd(kv_heads, 2)) if order == "allgather" else groups), large
+
+
+def _row_starts(
+    order: Order, balanced: bool, rows: int, columns: int, height: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """`Rule.row_starts` of an order, for lengths that are padded."""
+    tile = rows // height
+    if balanced:
+        half = tile // 2
+        return tuple((2 * i * half, (2 * (height - i) - 1) * half) for i in range(height))
+    if order == "allgather":
+        return tuple((i * tile,) for i in range(height))
+    if order == "ring":
+        keys = columns // height
+        return tuple((i * tile - j * keys,) for i in range(height) for j in range(height))
+    return ((0,),)
 
 
 def _heads(N: int, K: int, width: int) -> tuple[int, int]:

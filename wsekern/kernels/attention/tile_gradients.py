@@ -96,6 +96,17 @@ def _add_heads(sums: Gradients, rows: Rows, keys: Keys, rule: Rule) -> Gradients
     return Gradients(dq, dkv, dbias)
 
 
+def sink_gradient(sinks: Float[Array, " N"], rows: Rows) -> Float[Array, " N"]:
+    """What these rows add to the gradient of their heads' sinks, in float32."""
+    # A sink has a share of each row's softmax and no value, so it only takes weight from the
+    # others: its gradient is -share * (dot product of the row's result and gradient).
+    assert rows.lse is not None and rows.delta is not None
+    K, G = rows.q.shape[2:4]
+    wide = sinks.astype(jnp.float32).reshape(1, 1, K, G, 1)
+    shares = softmax_weights(jnp.broadcast_to(wide, rows.lse.shape), rows.lse)
+    return -jnp.sum(shares * rows.delta, (0, 1, 4)).reshape(K * G)
+
+
 def block_gradients(
     rows: Rows, keys: Keys, rule: Rule, masked: bool
 ) -> tuple[Float[Array, "B K H G c"], Float[Array, "2 B K s H"], Float[Array, "B K s G c"]]:

@@ -49,9 +49,14 @@ def attend(
     """
     if rule.implementation == "cudnn":
         return _by_cudnn(rows, keys, rule, kind), None
-    if rule.implementation in _KERNELS and sinks is None and not with_lse:
+    if rule.implementation in _KERNELS:
         kernel = _KERNELS[rule.implementation]
-        return kernel.attend(rows, keys, _rule_of(rule, kind), with_lse=False)
+        with_lse = with_lse or sinks is not None
+        out, lse = kernel.attend(rows, keys, _rule_of(rule, kind), with_lse=with_lse)
+        if sinks is None:
+            return out, lse
+        assert lse is not None
+        return tile.finish(_merge(None, out.astype(jnp.float32), lse), sinks, rows.q.dtype)
     return tile.finish(absorb(None, rows, keys, rule, kind), sinks, rows.q.dtype)
 
 
@@ -106,6 +111,8 @@ def gradient_of_queries(grads: Gradients, rule: Rule) -> Float[Array, "nq B K G 
 
 
 def _rule_of(rule: Rule, kind: TileKind) -> Rule:
+    if kind == "diagonal":
+        return rule.on_the_diagonal()
     return rule.without_positions() if kind == "full" else rule
 
 

@@ -1,19 +1,19 @@
-"""Causal ring attention in zig-zag order, which gives every PE the same work.
+"""Causal attention in zig-zag order, which gives every PE the same work.
 
 Public per-PE functions. W. Brandon et al., "Striped Attention: Faster Ring Attention for Causal
-Transformers", 2023, name the imbalance of the plain ring. The order here is that of the public
-zig-zag ring kernels: the sequence is cut into 2p chunks, and PE i of p holds chunks i and 2p-1-i,
-its early and its late chunk. On 4 PEs:
+Transformers", 2023, name the imbalance of the plain ring. The sequence is cut into 2p chunks, and
+PE i of p, whose tile is chunks 2i and 2i+1, keeps the first and exchanges the second with PE p-1-i.
+The two chunks of a PE are then equally far from the two ends of the sequence. On 4 PEs:
 
     PE       0     1     2     3
     tiles    0 1   2 3   4 5   6 7
-    zig-zag  0 7   1 6   2 5   3 4
+    zig-zag  0 7   2 5   4 3   6 1
 
-A PE's two chunks and a visitor's two make four pairs. Of these, whoever the visitor is, the causal
-mask hides two completely and leaves two completely visible:
+In the ring, a PE's early and late chunk and those of a visitor make four pairs. Of these, whoever
+the visitor is, the causal mask hides two completely and leaves two completely visible:
 
-    visitor from before (PE 1 meets 0 7):  1 sees 0,  6 sees 0
-    visitor from behind (PE 1 meets 2 5):  6 sees 2,  6 sees 5
+    PE 1 (2 5) meets 0 7, whose early chunk is before its own:  2 sees 0,  5 sees 0
+    PE 1 (2 5) meets 3 4, whose early chunk is behind its own:  5 sees 3,  5 sees 4
 """
 
 from __future__ import annotations
@@ -38,28 +38,40 @@ Tree = TypeVar("Tree")
 Chunk = Int[Array, ""] | int  # EARLY or LATE; traced where it depends on the PE
 
 
-def to_zigzag(tiles: Tree) -> Tree:
-    """From tiles `[B, Tt, ...]` in the order of the sequence to this PE's early and late chunk.
+def exchange(tiles: Tree, axis: int) -> Tree:
+    """Tiles with the second half along `axis` exchanged for that of PE p-1-i; its own inverse.
 
-    Two routes of half a tile each, in one step. The first moves the even chunks: the early ones of
-    them belong to even places, the late ones to odd places. The second moves the odd chunks, with
-    early and late exchanged. So by each route every PE receives one chunk.
+    A route of half a tile.
     """
-    first = fabric.route(_half(tiles, 0), ROWS, _chunk_routes(0))
-    second = fabric.route(_half(tiles, 1), ROWS, _chunk_routes(1))
-    even = fabric.axis_index(ROWS) % 2 == 0
-    return _concatenate(_where(even, first, second), _where(even, second, first))
+
+    def second_half(t: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return lax.slice_in_dim(t, t.shape[axis] // 2, t.shape[axis], axis=axis)
+
+    def put(t: Shaped[Array, "..."], half: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        return lax.dynamic_update_slice_in_dim(t, half, t.shape[axis] // 2, axis)
+
+    return jax.tree.map(put, tiles, _exchange_half(jax.tree.map(second_half, tiles)))
+
+
+def starts(rows: int) -> Int[Array, " 2"]:
+    """The positions at which the two halves of an exchanged tile of `rows` rows begin."""
+    place, p = fabric.axis_index(ROWS), fabric.axis_size(ROWS)
+    return jnp.stack([2 * place, 2 * (p - 1 - place) + 1]) * (rows // 2)
+
+
+def to_zigzag(tiles: Tree) -> Tree:
+    """From tiles `[B, Tt, ...]` in the order of the sequence to this PE's early and late chunk."""
+    kept, received = _half(tiles, 0), _exchange_half(_half(tiles, 1))
+    keeps = _keeps_early()
+    return _concatenate(_where(keeps, kept, received), _where(keeps, received, kept))
 
 
 def from_zigzag(tiles: Tree) -> Tree:
     """The inverse of `to_zigzag`, at the same cost."""
-    even = fabric.axis_index(ROWS) % 2 == 0
     early, late = _half(tiles, EARLY), _half(tiles, LATE)
-    # Each chunk takes the route back that it came by.
-    first, second = _where(even, early, late), _where(even, late, early)
-    first = fabric.route(first, ROWS, [(b, a) for a, b in _chunk_routes(0)])
-    second = fabric.route(second, ROWS, [(b, a) for a, b in _chunk_routes(1)])
-    return _concatenate(first, second)
+    keeps = _keeps_early()
+    kept, received = _where(keeps, early, late), _where(keeps, late, early)
+    return _concatenate(kept, _exchange_half(received))
 
 
 def zigzag_attention(rows: Rows, keys: Keys, rule: Rule) -> tile.RunningSoftmax:
@@ -130,9 +142,25 @@ def _second_pair(distance: Distance) -> Int[Array, ""]:
     """The chunk, of this PE and of the visitor, that makes the second visible pair.
 
     Late queries see any visitor's early keys: that is the first pair. The second one is early with
-    early for a visitor from before, late with late for one from behind.
+    early for a visitor whose early chunk is before this PE's, else late with late.
     """
-    return jnp.where(fabric.axis_index(ROWS) >= distance, EARLY, LATE)
+    place, p = fabric.axis_index(ROWS), fabric.axis_size(ROWS)
+
+    def early_chunk(place: Int[Array, ""]) -> Int[Array, ""]:
+        return jnp.minimum(2 * place, 2 * (p - 1 - place) + 1)
+
+    before = early_chunk((place - distance) % p) < early_chunk(place)
+    return jnp.where(before, EARLY, LATE)
+
+
+def _keeps_early() -> Bool[Array, ""]:
+    """Whether the chunk that a PE keeps is its early one."""
+    return 2 * fabric.axis_index(ROWS) < fabric.axis_size(ROWS)
+
+
+def _exchange_half(half: Tree) -> Tree:
+    p = fabric.axis_size(ROWS)
+    return fabric.route(half, ROWS, [(i, p - 1 - i) for i in range(p)])
 
 
 def _split_chunks(tree: Tree) -> Tree:
@@ -178,10 +206,3 @@ def _where(condition: Bool[Array, ""], a: Tree, b: Tree) -> Tree:
 
 def _concatenate(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), a, b)
-
-
-def _chunk_routes(half: int) -> list[tuple[int, int]]:
-    """The PE that holds the first or the second chunk of each tile, and the PE that needs it."""
-    p = fabric.axis_size(ROWS)
-    chunks = [2 * i + half for i in range(p)]
-    return [(i, c if c < p else 2 * p - 1 - c) for i, c in enumerate(chunks)]

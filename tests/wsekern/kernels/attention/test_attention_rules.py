@@ -235,7 +235,7 @@ def test_zigzag_sends_nothing_but_its_relayout_more():
     run = functools.partial(wk.attention, causal=True, algorithm="ring")
     got = wk.traffic(run, x, x, x, wafer=wk.Wafer.abstract(wk.WSE3, 8, 8))
     Q, KV = 8 * 4, 2 * 8 * 4
-    assert got.words == 2 * Q + 8 * KV and got.steps == 7 + 2
+    assert got.words == Q + 7.5 * KV and got.steps == 7 + 2
 
 
 def test_ulysses_sends_tiles_once():

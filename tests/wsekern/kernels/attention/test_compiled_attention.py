@@ -44,18 +44,32 @@ def with_gradients(run):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options", "tiles"),
+    ("algorithm", "options", "expected"),
     [
-        ("allgather", {"causal": True, "window": 300}, 1),
-        pytest.param("ulysses", {"soft_cap": 30.0}, 1, marks=pytest.mark.slow),
-        pytest.param("ring", {"causal": True}, 5, marks=pytest.mark.slow),
+        # For each of two groups of heads one kernel, and with a window two for the gradients.
+        ("allgather", {"causal": True, "window": 300}, 2 * 3),
+        pytest.param("ulysses", {"soft_cap": 30.0}, 2, marks=pytest.mark.slow),
+        pytest.param("ring", {"causal": True}, 5 * 2, marks=pytest.mark.slow),  # five tiles
     ],
 )
-def test_every_tile_is_splash_attentions(chips, algorithm, options, tiles):
+def test_every_tile_is_splash_attentions(chips, algorithm, options, expected):
     run = functools.partial(wk.attention, algorithm=algorithm, wafer=chips, **options)
     operands = shapes(chips.sharding(HEADS))
     calls, temporaries = kernels(with_gradients(run), operands[0], *operands)
-    assert calls == 3 * tiles and temporaries < 16 * 2**20
+    assert calls == expected and temporaries < 16 * 2**20
+
+
+def test_every_chip_has_the_same_work_and_waits_for_no_gather(chips):
+    """Of 8 x 8 blocks of 1024 rows and keys, the exchanged rows of a chip see 18 of its 32."""
+    run = functools.partial(wk.attention, causal=True, algorithm="allgather")
+    operands = shapes(chips.sharding(HEADS), rows=8192)
+    c = wk.compile(with_gradients(run), operands[0], *operands, wafer=chips, roofline=False)
+    assert c.cost is not None
+    assert {key.kind for key in c.cost.sent} == {"collective-permute"}
+    assert c.waited_bytes < c.sent_bytes / 2
+    seen = 4 * 18 * 1024 * 1024  # heads of queries, blocks, scores of each
+    flops = (2 + 5) * 2 * seen * 128
+    assert c.cost.kernel_seconds == pytest.approx(flops / c.chip.bfloat16_flops)
 
 
 def test_a_program_on_one_chip_that_is_not_there_has_its_kernel_too(chips):
@@ -64,7 +78,7 @@ def test_a_program_on_one_chip_that_is_not_there_has_its_kernel_too(chips):
     operands = shapes(SingleDeviceSharding(chips.device_mesh.devices.flat[0]))
     calls, temporaries = kernels(run, *operands)
     assert calls == 1 and temporaries < 2 * 2**20
-    assert kernels(with_gradients(run), operands[0], *operands)[0] == 3
+    assert kernels(with_gradients(run), operands[0], *operands)[0] == 2
 
 
 def test_explain_knows_the_chips(chips):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import wsekern as wk
-from wsekern.kernels.attention import implementation, splash, vendor
+from wsekern.kernels.attention import implementation, plan, splash, vendor
 
 # algorithm -> (grid, wafers, options, whether with segments and sinks)
 CASES = {
@@ -18,6 +18,8 @@ CASES = {
     "ring with a window": ("ring", (2, 1, 1), {"causal": True, "window": 100}, False),
     "allgather": ("allgather", (2, 2, 1), {"causal": True, "soft_cap": 2.0}, False),
     "allgather with a window": ("allgather", (2, 1, 2), {"causal": True, "window": 60}, True),
+    "balanced": ("allgather", (2, 1, 1), {"causal": True}, False),
+    "balanced with segments and sinks": ("allgather", (2, 1, 2), {"causal": True}, True),
     "ulysses": ("ulysses", (2, 1, 1), {"causal": True}, False),
     "padded": ("allgather", (2, 1, 1), {}, False),
     "no wafer": ("auto", None, {"causal": True, "scale": 0.3}, True),
@@ -57,13 +59,31 @@ def with_gradients(run):
 def test_results_and_gradients_are_those_of_the_blocks(case, kernel):
     algorithm, grid, options, more = case
     wafer = None if grid is None else wk.Wafer.devices(*grid)
-    arrays, ids = operands(2, 300 if not options else 512 if algorithm == "ring" else 256, 4, 2, 8)
+    tall = algorithm == "ring" or options == {"causal": True}
+    arrays, ids = operands(2, 300 if not options else 512 if tall else 256, 4, 2, 8)
 
     def attend(q, k, v, sinks, **kind):
         extra = {"sinks": sinks, "segment_ids": ids} if more else {}
         return wk.attention(q, k, v, **extra, **options, **kind)
 
     kind = {"implementation": kernel, "algorithm": algorithm, "wafer": wafer}
+    got = with_gradients(functools.partial(attend, **kind))(*arrays)
+    want = with_gradients(functools.partial(attend, implementation="xla"))(*arrays)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("height", [3, 4])
+def test_large_tiles_take_turns(monkeypatch, height):
+    """One group of heads after the other, and the gradient of queries by a kernel of its own."""
+    monkeypatch.setattr(plan, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(splash, "_PARTIAL_BYTES", 0)
+    arrays, _ = operands(1, height * 256, 2, 2, 8)
+
+    def attend(q, k, v, sinks, **kind):
+        return wk.attention(q, k, v, causal=True, **kind)
+
+    kind = {"implementation": "splash", "wafer": wk.Wafer.devices(height, 1)}
     got = with_gradients(functools.partial(attend, **kind))(*arrays)
     want = with_gradients(functools.partial(attend, implementation="xla"))(*arrays)
     for x, y in zip(got, want, strict=True):

@@ -6,6 +6,7 @@ Layer", 2017. No token is dropped.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ _TOKENS = P(WAFERS, ROWS, COLS)
 _CHOICES = P(WAFERS, ROWS, None)
 _WEIGHT = P(WAFERS, ROWS, COLS)
 _BIAS = P(WAFERS, COLS)
+_FEW_WORDS = 4  # weights stay where this many times fewer words move
 _MOST_GATHERED = 32 * 2**20  # bytes of weights that a PE gathers at a time, where E divides
 
 Carry = TypeVar("Carry")
@@ -69,6 +71,9 @@ def experts(
 
     Algorithm: the rows of tokens, one for each choice, are sorted by expert and multiplied in
     blocks by its weight, so that no token is dropped and nothing is padded.
+
+    Where tokens are few, as in decoding, weights stay: every PE multiplies its part of the features
+    of all tokens, and sums along y. Otherwise tokens stay in their row of PEs:
 
     What a PE receives on h x w PEs, where a row of PEs has n tokens of k choices, hence R = n k
     rows: (w-1)/w of n D words of `x` and of R F of the hidden layer, and the weights of its column
@@ -148,9 +153,22 @@ def _experts(operands: _Operands, plan: ExpertsPlan, wafer: Wafer) -> _Features:
 
 
 def _fwd(operands: _Operands, plan: ExpertsPlan, wafer: Wafer) -> tuple[_Features, _Operands]:
+    plan = dataclasses.replace(plan, weights_stay=_weights_stay(operands, wafer))
     kernel = functools.partial(_per_pe, plan=plan)
     run = wafer.map(kernel, in_specs=_specs(operands), out_specs=_TOKENS)
     return run(*operands), operands
+
+
+def _weights_stay(operands: _Operands, wafer: Wafer) -> bool:
+    """Whether the tokens and hidden features that would move are far less than the weights."""
+    (B, T, D), k, (E, _, F) = operands[0].shape, operands[1].shape[2], operands[3][0].shape
+    h, w = wafer.height, wafer.width
+    tokens = B * T  # of all rows of PEs, and of all wafers
+    # All inputs of a token and its results; of each choice the hidden features: gate's and up's
+    # sums along y, twice, in float32, and those of all columns.
+    by_tokens = tokens * (D + D // w + k * (8 * F // w + F))
+    by_weights = (h - 1) * 3 * (E // wafer.wafers) * D * F // (h * w)
+    return h > 1 and _FEW_WORDS * by_tokens <= by_weights
 
 
 def _bwd(plan: ExpertsPlan, wafer: Wafer, operands: _Operands, dout: _Features) -> tuple:
@@ -180,6 +198,11 @@ def _per_pe(
     rows = _token_rows(x, chosen, shares, plan)
     local_experts = weights[0].shape[0]  # experts on this wafer
 
+    def work_in_place(route: routing.Route) -> Float[Array, "n Dt"]:
+        tokens = _receive(route, rows, local_experts, of_all_rows=True)
+        y = feed_forward.forward_in_place(tokens, weights, biases, plan)
+        return route.send_back(fabric.reduce_scatter(tokens.sum_choices(y * tokens.shares), ROWS))
+
     def work(route: routing.Route) -> Float[Array, "n Dt"]:
         tokens = _receive(route, rows, local_experts)
         y = fabric.varying(jnp.zeros((tokens.rows.shape[0], x.shape[2]), x.dtype))
@@ -193,7 +216,7 @@ def _per_pe(
         y, _ = _for_each_part(add, y, tokens.groups, weights, biases, plan)
         return route.send_back(tokens.sum_choices(y * tokens.shares))
 
-    out = routing.run_routed(rows[1], local_experts, work)
+    out = routing.run_routed(rows[1], local_experts, work_in_place if plan.weights_stay else work)
     return out.reshape(x.shape).astype(x.dtype)
 
 
@@ -264,9 +287,20 @@ def _token_rows(
     return rows, chosen, shares
 
 
-def _receive(route: routing.Route, rows: _TokenRows, local_experts: int) -> Tokens:
-    """The rows that reach this wafer, sorted by the experts that it has."""
+def _receive(
+    route: routing.Route, rows: _TokenRows, local_experts: int, of_all_rows: bool = False
+) -> Tokens:
+    """The rows that reach this wafer, sorted by the experts that it has.
+
+    Args:
+      route: their way from other wafers.
+      rows: of this row of PEs.
+      local_experts: how many the wafer has.
+      of_all_rows: whether to gather those of all rows of PEs.
+    """
     x, chosen, shares = (route.send(a) for a in rows)
+    if of_all_rows:
+        x, chosen, shares = (fabric.all_gather(a, ROWS, 0) for a in (x, chosen, shares))
     local = chosen - fabric.axis_index(WAFERS) * local_experts
     # The number behind the last expert stands for none: for choices of other wafers' experts, and
     # for empty places of buckets.

@@ -35,6 +35,7 @@ class ExpertsPlan:
     precision: lax.PrecisionLike
     D: int  # features of a token, without padding
     F: int  # features of the hidden layer, without padding
+    weights_stay: bool = False  # where they lie, and what moves are the few tokens
 
 
 class Exchange(NamedTuple):
@@ -92,6 +93,37 @@ def forward(
     if biases:
         y = y + _bias_of_rows(biases[2], groups)
     return y, products
+
+
+def forward_in_place(
+    tokens: Tokens, weights: Weights, biases: Biases, plan: ExpertsPlan
+) -> Float[Array, "R Dx"]:
+    """This PE's part of the experts' results, in float32, to be summed along y; no weight moves.
+
+    Each PE multiplies its own inputs of the rows, which it has whole. What is summed along y, and
+    gathered along x, are features of the hidden layer. So it serves few rows.
+    """
+    groups, dtype = tokens.groups, tokens.rows.dtype
+    product = functools.partial(
+        grouped_matmul.product, groups=groups, precision=plan.precision, dtype=jnp.float32
+    )
+    products = product(_own_inputs(tokens.rows, weights[0]), weights[:2])
+    products = fabric.all_reduce(jnp.stack(products), ROWS)
+    if biases:
+        products = products + jnp.stack([_bias_of_rows(b, groups) for b in biases[:2]])
+    hidden = plan.activation(*products.astype(dtype))
+    hidden = _gather_hidden(hidden, plan, FABRIC)
+    (y,) = product(_own_inputs(hidden, weights[2]), weights[2:])
+    if biases:
+        y = y + jnp.where(fabric.axis_index(ROWS) == 0, _bias_of_rows(biases[2], groups), 0)
+    return y
+
+
+def _own_inputs(rows: Float[Array, "R K"], weight: Float[Array, "E Ky _"]) -> Rows:
+    """The features of rows that this PE's weights multiply."""
+    count = weight.shape[1]
+    padded = layout.resize(rows, 1, count * fabric.axis_size(ROWS))
+    return lax.dynamic_slice_in_dim(padded, fabric.axis_index(ROWS) * count, count, 1)
 
 
 def backward(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -79,6 +80,7 @@ def product(
     *,
     transposed: bool = False,
     precision: lax.PrecisionLike = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Float[Array, "R _"], ...]:
     """`rows @ weight[group]` for each of `weights`, summed in float32; 0 for rows without a group.
 
@@ -88,10 +90,11 @@ def product(
       groups: of the rows.
       transposed: whether the weights are `[G, N, K]`.
       precision: of every product.
+      dtype: of the results; None: that of the operands.
     """
     R, G = rows.shape[0], len(groups.counts)
     axis = 1 if transposed else 2
-    dtypes = [jnp.promote_types(rows.dtype, w.dtype) for w in weights]
+    dtypes = [dtype or jnp.promote_types(rows.dtype, w.dtype) for w in weights]
     size = _block_rows(R, G)
     rows = layout.resize(rows, 0, R + size)
     outs = tuple(

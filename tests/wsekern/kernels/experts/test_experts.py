@@ -1,5 +1,6 @@
 """A mixture of experts against the dense loop over all of them, on every kind of wafer."""
 
+import functools
 import importlib
 import re
 
@@ -60,14 +61,39 @@ def test_it_is_the_dense_loop_over_experts(biased):
 
 
 @pytest.mark.parametrize("grid", ["1x4", "4x1", "2x4", "2of2x2", "virtual-4x4", "virtual-2of2x2"])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_on_every_wafer_with_its_gradients(grid, parts, wafer_called, monkeypatch):
-    if parts > 1:  # some experts at a time
-        module = importlib.import_module("wsekern.kernels.experts.experts")
+@pytest.mark.parametrize("way", ["all experts", "some experts at a time", "weights stay"])
+def test_on_every_wafer_with_its_gradients(grid, way, wafer_called, monkeypatch):
+    module = importlib.import_module("wsekern.kernels.experts.experts")
+    if way == "some experts at a time":
         monkeypatch.setattr(module, "_MOST_GATHERED", 100)
+    if way == "weights stay":
+        monkeypatch.setattr(module, "_FEW_WORDS", 0)
     x, chosen, shares, weights, biases = operands()
+    # Another activation makes another program: one that is kept would not see what is patched.
+    activation = functools.partial(lambda gate, up, way: tanh_gate(gate, up), way=way)
+
+    def operation(*operands):
+        return wk.experts(*operands, activation=activation)
+
     with wafer_called(grid):
-        check(value_and_gradients(lambda *a: experts(*a)), x, shares, weights, biases, chosen)
+        check(value_and_gradients(operation), x, shares, weights, biases, chosen)
+
+
+@pytest.mark.parametrize(("tokens", "gathers"), [(1, False), (512, True)], ids=["few", "many"])
+def test_weights_move_only_to_many_tokens(tokens, gathers):
+    wafer = wk.Wafer.devices(4, 2)
+    shapes = [(2, tokens, 64), (2, tokens, 2), (2, tokens, 2)]
+    x, chosen, shares = (
+        jnp.ones(shape, dtype)
+        for shape, dtype in zip(shapes, (jnp.float32, jnp.int32, jnp.float32), strict=True)
+    )
+    weights = tuple(jnp.ones(shape) for shape in ((32, 64, 48), (32, 64, 48), (32, 48, 64)))
+
+    def run(x, chosen, shares, weights):
+        return wk.experts(x, chosen, shares, weights, activation=tanh_gate, wafer=wafer)
+
+    text = jax.jit(run).lower(x, chosen, shares, weights).as_text()
+    assert bool(re.search(r"all_gather.*tensor<32x\d+x\d+xf32>", text)) == gathers
 
 
 def check(program, x, shares, weights, biases, chosen):

@@ -12,7 +12,7 @@ def flops_by_kernel(jaxpr: Any) -> dict[str, float]:
     """The FLOPs of one call of each Pallas kernel, by its name.
 
     What the kernel says of itself (`cost_estimate`), else the products of its body in every place
-    of its grid: blocks that a mask lets it skip are counted too.
+    of its grid, where blocks that a mask lets it skip are counted too.
     """
     found: dict[str, float] = {}
     for equation in jaxpr.eqns:

@@ -173,7 +173,10 @@ def left_out(c: Compilation) -> list[tuple[str, str]]:
              "FLOPs or of memory bandwidth, whichever takes longer.")
         )  # fmt: skip
     if c.cost.kernels:
-        text = "the longer of FLOPs and bytes at the chip's peaks, blocks that a mask skips too"
+        text = (
+            "the longer of FLOPs and bytes at the chip's peaks, as a kernel states them (those of "
+            "wk.attention on TPUs: the blocks that the busiest chip visits), else of its whole grid"
+        )
         if c.cost.unpriced:
             names = ", ".join(sorted(c.cost.unpriced))
             text += f"; of {names} the FLOPs are not known, only bytes"

@@ -87,7 +87,7 @@ def attention(
       steps more; in the gradient 3Q/2 + KV, and half a word for each row and head.
     - `allgather`: every PE gathers all keys. (p-1) KV in one step, and p tiles held; the gradient
       gathers them again and sums each tile's gradient at its PE: 2(p-1) KV in two steps. A TPU
-      takes p-1 each way, beside the computation, and if that pays causal rows in zig-zag order: Q
+      takes p/2 and p-1, beside the computation, and if that pays causal rows in zig-zag order: Q
       and two steps more; in the gradient 3Q/2, and half a word for each row and head.
     - `ulysses`: an all-to-all gives every PE whole sequences of 1/p of its heads. (p-1)/p of 2Q +
       KV in two steps; the gradient (p-1)/p of 3Q + 2KV and a word for each row and head, in two.

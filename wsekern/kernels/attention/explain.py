@@ -149,7 +149,7 @@ def _cost(floats: Floats, segments: Segments, choice: Choice, wafer: Wafer) -> C
     if plan.order == "allgather":
         received, steps = (p - 1) * visitor, min(1, p - 1)
         if plan.gathers_by_shifts:
-            steps = p - 1
+            steps = p // 2
         if plan.balanced:
             received, steps = received + exchanged, steps + 2
         return _candidate(received, steps, (p - 1) * visitor)

@@ -118,7 +118,7 @@ def _rows(
 
 def _gather_keys(floats: Floats, segments: Int[Array, "1 B S"] | None, plan: AttentionPlan) -> Keys:
     k, v = (x.swapaxes(1, 2) for x in (floats.k * plan.key_scale, floats.v))
-    return Keys((_gather((k, v)),), jnp.zeros(1, jnp.int32), segments)
+    return Keys((fabric.ring_all_gather((k, v), ROWS, 2),), jnp.zeros(1, jnp.int32), segments)
 
 
 def _kind(plan: AttentionPlan) -> vendor.TileKind:
@@ -127,18 +127,6 @@ def _kind(plan: AttentionPlan) -> vendor.TileKind:
 
 def _exchange(x: MaybeTile, plan: AttentionPlan, axis: int) -> MaybeTile:
     return zigzag.exchange(x, axis) if plan.balanced else x
-
-
-def _gather(tiles: tuple[Float[Array, "B K s H"], ...]) -> tuple[Float[Array, "B K _ H"], ...]:
-    """Every PE's tiles along y, one behind the other, in p - 1 shifts."""
-    p, place = fabric.axis_size(ROWS), fabric.axis_index(ROWS)
-    B, K, s, H = tiles[0].shape
-    whole = [_put(_empty((B, K, p * s, H), x.dtype), x, place, 2) for x in tiles]
-    for distance in range(1, p):
-        tiles = fabric.shift(tiles, ROWS)
-        source = (place - distance) % p
-        whole = [_put(w, x, source, 2) for w, x in zip(whole, tiles, strict=True)]
-    return tuple(whole)
 
 
 def _sum_at_home(x: Float[Array, "B K _ H"]) -> Float[Array, "B K s H"]:
@@ -154,13 +142,3 @@ def _sum_at_home(x: Float[Array, "B K _ H"]) -> Float[Array, "B K s H"]:
         received = fabric.shift(part((place + distance) % p), ROWS, distance)
         sums += received.astype(jnp.float32)
     return sums
-
-
-def _put(
-    whole: Float[Array, "..."], part: Float[Array, "..."], place: int | Int[Array, ""], axis: int
-) -> Float[Array, "..."]:
-    return lax.dynamic_update_slice_in_dim(whole, part, place * part.shape[axis], axis)
-
-
-def _empty(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
-    return fabric.varying(lax.empty(shape, dtype))

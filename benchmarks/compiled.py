@@ -20,14 +20,14 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from benchmarks import harness
+from benchmarks import compiled_products, harness
 from wsekern.progress import show_progress
 
 if TYPE_CHECKING:
     from wsekern.compiler.result import Compilation
     from wsekern.wafer.wafer import Wafer
 
-PROGRAMS = ("products", "attention", "decode", "layers", "stencil", "training")
+PROGRAMS = ("products", "algorithms", "attention", "decode", "layers", "stencil", "training")
 Candidate = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # function, shapes, options
 # preset -> sequences in a step on 16 chips, tokens in each, and whether layers are recomputed
 _STEPS = {"125m": (32, 1024, False), "1b": (32, 2048, True), "8b": (16, 2048, True)}
@@ -40,7 +40,7 @@ class CompiledOptions:
     target: tuple[str, ...] = ("v5e:4x4",)
     """Chips: v5e:4x4, v6e:4x4, v5p:4x4x4, h100:2x4 ..."""
     only: tuple[str, ...] = PROGRAMS
-    """Which programs: products, attention, decode, layers, stencil, training."""
+    """Which programs: products, algorithms, attention, decode, layers, stencil, training."""
     products: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     """Sides of the square matrices, in bfloat16."""
     lengths: tuple[int, ...] = (8192, 32768)
@@ -92,7 +92,8 @@ def _programs(
 ) -> Iterator[tuple[str, dict[str, Callable[[], Candidate]]]]:
     """Titles of programs, with the candidates for each; the first one is the baseline."""
     makers = {
-        "products": lambda: _products(wafer, options.products),
+        "products": lambda: compiled_products.programs(wafer, options.products),
+        "algorithms": lambda: compiled_products.algorithms(wafer),
         "attention": lambda: _attention(wafer, options.lengths),
         "decode": lambda: _decode(wafer, options.lengths),
         "layers": lambda: _layers(wafer),
@@ -114,37 +115,6 @@ def _compile(make: Callable[[], Candidate], wafer: Wafer) -> Compilation | str:
     except Exception as error:  # a public kernel that refuses the sizes must not end the table
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
-
-
-def _products(wafer: Wafer, sides: tuple[int, ...]) -> Iterator[Any]:
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
-
-    import wsekern as wk
-
-    tiled = wafer.sharding(P("y", "x"))
-
-    def alone(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(a @ b, tiled)
-
-    for side in sides:
-        shape = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=tiled)
-        pair = (shape, shape)
-        yield (
-            f"product {side}^2",
-            {
-                "jit alone": lambda pair=pair: (alone, pair, {}),
-                "wk.matmul": lambda pair=pair: (wk.matmul, pair, {}),
-            },
-        )
-        yield (
-            f"product {side}^2, gradient",
-            {
-                "jit alone": lambda pair=pair: (_gradient(alone), (*pair, pair[0]), {}),
-                "wk.matmul": lambda pair=pair: (_gradient(wk.matmul), (*pair, pair[0]), {}),
-            },
-        )
 
 
 def _attention(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
@@ -182,7 +152,7 @@ def _attention(wafer: Wafer, lengths: tuple[int, ...]) -> Iterator[Any]:
         yield (
             f"{text}, gradient",
             {
-                name: lambda f=f, q=q, k=k: (_gradient(f), (q, k, k, q), {})
+                name: lambda f=f, q=q, k=k: (compiled_products.gradient(f), (q, k, k, q), {})
                 for name, f in functions.items()
             },
         )
@@ -252,7 +222,7 @@ def _layers(wafer: Wafer) -> Iterator[Any]:
             f"{text}, gradient",
             {
                 name: lambda f=f, c=case: (
-                    _gradient(f, c.differentiable),
+                    compiled_products.gradient(f, c.differentiable),
                     (*c.operands, c.result(wafer)),
                     {},
                 )
@@ -387,31 +357,6 @@ def _plain_step(
 
     _, shapes, options = step_program(plan)
     return step, shapes, {**options, "wafer": wafer}
-
-
-def _gradient(
-    function: Callable[..., Any], numbers: tuple[int, ...] | None = None
-) -> Callable[..., Any]:
-    """The gradients of a function's operands, given that of its result as the last operand.
-
-    Args:
-      function: what to differentiate.
-      numbers: of the operands that have a gradient; None for all.
-    """
-    import jax
-
-    def gradient(*operands: Any) -> Any:
-        given = list(operands[:-1])
-        places = range(len(given)) if numbers is None else numbers
-
-        def of_some(*some: Any) -> Any:
-            for place, operand in zip(places, some, strict=True):
-                given[place] = operand
-            return function(*given)
-
-        return jax.vjp(of_some, *(given[place] for place in places))[1](operands[-1])
-
-    return gradient
 
 
 def _show(title: str, compiled: dict[str, Compilation | str]) -> None:

@@ -86,9 +86,7 @@ class GatheredSumma:
                 for k in range(fabric.axis_size(ROWS))
             ]
 
-        def add(
-            total: Float[Array, "... _ _"] | None, panel: list[Panels], _: steps.Number
-        ) -> Float[Array, "... _ _"]:
+        def add(total: Float[Array, "... _ _"] | None, panel: list[Panels], _: steps.Number) -> Any:
             for pair in panel:
                 product = tile.product(form, *pair, result)
                 # With the barrier and the product on the left each product's own loop adds.

@@ -9,7 +9,7 @@ virtual PEs nothing travels while a product runs; there the next tiles would onl
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ _MOST_UNROLLED = 16  # steps; a loop copies the tiles that arrive to where the n
 _SMALL_BYTES = 2 * 2**20  # of the tiles of one step
 
 Number = Int[Array, ""] | int
-Tiles = PyTree[Shaped[Array, "..."]]
+Tiles: TypeAlias = PyTree[Shaped[Array, "..."]]
 
 
 def fold(
@@ -61,7 +61,8 @@ def fold(
         numbers = jnp.arange(1, steps) if numbered else None
         return lax.scan(step, (tiles, total), numbers, length=steps - 1)[0][1]
 
-    in_turn = in_turn and sum(tile.nbytes for tile in jax.tree.leaves(tiles)) >= _SMALL_BYTES
+    traveling_bytes = sum(tile.size * tile.dtype.itemsize for tile in jax.tree.leaves(tiles))
+    in_turn = in_turn and traveling_bytes >= _SMALL_BYTES
 
     def step_ahead(carry: tuple, i: Number | None) -> tuple[tuple, None]:
         tiles, total = carry

@@ -1,6 +1,7 @@
 """Without a wafer, or on one PE, an operation compiles to the plain program: it costs nothing."""
 
 import collections
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -31,11 +32,14 @@ class Case(NamedTuple):
     operands: tuple
 
 
+# Norms keep only their input for the backward pass, which computes the rest again.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x, scale):
     mean = jnp.sum(x * x, -1, keepdims=True) / x.shape[-1]
     return x * jax.lax.rsqrt(mean + 1e-6) * scale
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def layer_norm(x, scale, bias):
     mean = jnp.mean(x, -1, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), -1, keepdims=True)

@@ -55,6 +55,7 @@ def _moves(case: Callable[..., OperationCase]) -> Iterator[OperationCase]:
     yield case("gather", lambda t: fabric.gather(t, "x"))
     yield case("all_gather", lambda t: fabric.all_gather(t, "x"))
     yield case("all_gather along both", lambda t: fabric.all_gather(t, along, 1))
+    yield case("ring_all_gather", lambda t: fabric.ring_all_gather(t, "x"))
     yield case("reduce_scatter", lambda t: fabric.reduce_scatter(t, "y"))
     yield case("all_to_all", lambda t: fabric.all_to_all(t, "x", 0, 1))
     yield case("varying", fabric.varying)

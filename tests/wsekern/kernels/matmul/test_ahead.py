@@ -117,7 +117,8 @@ def test_the_next_tiles_do_not_wait_for_a_product(algorithm, grid, wafer_called,
     steps = [body for body in bodies(jaxpr) if "dot_general" in names(body)]
     assert steps
     for body in steps:
-        arrive, products = set(), set()
+        arrive: set[Var] = set()
+        products: set[Var] = set()
         for equation in body.eqns:
             needs = {v for v in equation.invars if isinstance(v, Var)}
             moves = equation.primitive.name in ("ppermute", "all_gather")

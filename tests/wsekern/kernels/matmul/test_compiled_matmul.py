@@ -116,7 +116,7 @@ def test_rows_that_the_chips_do_not_divide_are_as_fast_as_by_jit_alone(chips, ro
         wk.compile(run, a, b, wafer=chips, roofline=False, out_shardings=whole)
         for run in (jnp.matmul, lambda a, b: wk.matmul(a, b, wafer=chips))
     )
-    assert ours.seconds <= 1.001 * alone.seconds
+    assert ours.seconds and alone.seconds and ours.seconds <= 1.001 * alone.seconds
     assert ours.waited_bytes <= alone.waited_bytes
 
 
@@ -128,7 +128,7 @@ def test_few_rows_meet_several_weights_where_these_lie(chips):
         lambda a, b, c: wk.matmul(a, (b, c), wafer=chips), a, b, b, wafer=chips, roofline=False
     )
     one = wk.compile(lambda a, b: wk.matmul(a, b, wafer=chips), a, b, wafer=chips, roofline=False)
-    assert both.seconds < 2.2 * one.seconds
+    assert both.seconds and one.seconds and both.seconds < 2.2 * one.seconds
 
 
 def test_explain_says_why_in_microseconds(chips):

@@ -174,7 +174,7 @@ class Cannon:
             return _turn(moving, along, 1, ring)
 
         def add(
-            sums: Float[Array, "slots ..."] | None, moving: Num[Array, "slots ..."], _: steps.Number
+            sums: Float[Array, "_ ..."] | None, moving: Num[Array, "slots ..."], _: steps.Number
         ) -> Any:
             if sums is None:
                 first = summand(moving)

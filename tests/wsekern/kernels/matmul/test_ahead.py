@@ -20,7 +20,7 @@ CASES = [
     ("2.5d", "2of2x2"),
     ("summa", "3x3"),
     ("summa", "4x2"),
-    ("summa in pieces", "3x3"),
+    pytest.param("summa in pieces", "3x3", marks=pytest.mark.refuses),  # no algorithm for users
     ("collective", "2x4"),
     ("stationary", "2x4"),
 ]
@@ -99,7 +99,11 @@ def test_rows_that_do_not_divide_are_not_split(shape, form, grid, wafer_called, 
 @pytest.mark.parametrize(
     ("algorithm", "moves"),
     # The tiles of the first step, then as many steps; one factor may be skewed by its reflection.
-    [("cannon", 4), ("mesh_gemm", 4), ("summa in pieces", 8)],
+    [
+        ("cannon", 4),
+        ("mesh_gemm", 4),
+        pytest.param("summa in pieces", 8, marks=pytest.mark.refuses),
+    ],
 )
 def test_a_square_sends_no_sums(algorithm, moves, form, wafer_called, as_on_chips):
     run = jax.jit(product(algorithm, wafer_called("2x2"), form))

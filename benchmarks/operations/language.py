@@ -35,6 +35,10 @@ def _has_wafers(wafer: Wafer) -> bool:
     return wafer.wafers > 1
 
 
+def _has_few_pes(wafer: Wafer) -> bool:
+    return _K % (wafer.height * wafer.width) == 0  # to each its heads of keys
+
+
 def _products(operands: OperandShapes) -> Iterator[OperationCase]:
     x, up, down = operands.floats(_T, _D), operands.floats(_D, _F), operands.floats(_F, _D)
     batch, bias = operands.floats(_B, _T, _D), operands.floats(_F, spec=P("x"))
@@ -100,9 +104,11 @@ def _attention(operands: OperandShapes) -> Iterator[OperationCase]:
 
     yield OperationCase("attention", wk.attention, (q, kv, kv))
     yield OperationCase("attention, causal", causal, (q, kv, kv))
-    for algorithm in ("allgather", "ring", "ulysses"):
+    for algorithm in ("allgather", "ring"):
         chosen = _with(causal, algorithm=algorithm)
         yield OperationCase(f"attention, causal, {algorithm}", chosen, (q, kv, kv))
+    dealt = _with(causal, algorithm="ulysses")
+    yield OperationCase("attention, causal, ulysses", dealt, (q, kv, kv), needs=_has_few_pes)
     whole = _with(wk.attention, algorithm="ring")
     yield OperationCase("attention, ring", whole, (q, kv, kv))
     near = _with(causal, window=256, algorithm="ring")

@@ -245,10 +245,16 @@ class _Run:
         To the sparse cores of a TPU the program comes first, by an `async-start` without operands,
         and what to send follows by an `async-update`.
         """
-        start = one
-        if one.opcode == "async-update":
-            start = self.computation.by_name.get(next(iter(one.operands), ""), one)
-        if (one is start) == bool(start.operands):
+        if one.opcode == "async-start":
+            if one.operands:
+                self._depart(one, one.name)
+            return
+        start = self.computation.by_name.get(next(iter(one.operands), ""))
+        if start is None:
+            return
+        if start.name in self.pending:  # it goes on, and ends under the update's name
+            self.pending[one.name] = self.pending.pop(start.name)
+        elif not start.operands:
             self._depart(start, one.name)
 
     def _depart(self, one: Instruction, key: str) -> None:

@@ -231,7 +231,8 @@ def test_what_goes_on_in_the_sparse_cores_is_a_transfer_from_its_operand_on():
         "  %u = ((f32[64,128]{1,0}), f32[128,128]{1,0}) async-update(%s, %before)\n"
         "  %while_it_goes_on = f32[64,128]{1,0} copy(%b), "
         'backend_config={"estimated_cycles":"CYCLES"}\n'
-        "  ROOT %d = f32[128,128]{1,0} async-done(%u)\n}\n"
+        "  %again = ((f32[64,128]{1,0}), f32[128,128]{1,0}) async-update(%u)\n"
+        "  ROOT %d = f32[128,128]{1,0} async-done(%again)\n}\n"
     )
     hidden = cost(text.replace("CYCLES", "1500000")).sent[Key("all-gather", ("y",))]
     assert (hidden.count, hidden.bytes, hidden.waited_bytes) == (1, GATHERED, 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import Var
+from jaxprs import loops
 
 import wsekern as wk
 from wsekern.kernels.matmul import choice, stationary
@@ -118,7 +119,7 @@ def test_the_next_tiles_do_not_wait_for_a_product(algorithm, grid, wafer_called,
     """In each step of a loop tiles are sent that need nothing of the product beside them."""
     run = product(algorithm, wafer_called(grid))
     jaxpr = jax.make_jaxpr(run)(jnp.ones((24, 48)), jnp.ones((48, 24))).jaxpr
-    steps = [body for body in bodies(jaxpr) if "dot_general" in names(body)]
+    steps = [body for body, _ in loops(jaxpr) if "dot_general" in names(body)]
     assert steps
     for body in steps:
         arrive: set[Var] = set()
@@ -133,21 +134,6 @@ def test_the_next_tiles_do_not_wait_for_a_product(algorithm, grid, wafer_called,
             if equation.primitive.name == "dot_general" or needs & products:
                 products.update(equation.outvars)
         assert arrive
-
-
-def bodies(jaxpr):
-    """The bodies of all scans in a jaxpr."""
-    for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                inner = getattr(inner, "jaxpr", inner)
-                if equation.primitive.name == "scan":
-                    yield inner
-                yield from bodies(inner)
-
-
-def is_jaxpr(value):
-    return hasattr(value, "eqns")
 
 
 def names(body):

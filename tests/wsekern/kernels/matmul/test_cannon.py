@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import loops
 
 import wsekern as wk
 
@@ -16,21 +17,6 @@ both_rings = pytest.mark.parametrize("algorithm", ["cannon", "mesh_gemm"])
 
 def product(algorithm):
     return functools.partial(wk.matmul, algorithm=algorithm, wafer=wk.Wafer.devices(4, 4))
-
-
-def loops(jaxpr):
-    """The bodies of all scans in a jaxpr, and their lengths."""
-    for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                inner = getattr(inner, "jaxpr", inner)
-                if equation.primitive.name == "scan":
-                    yield inner, equation.params["length"]
-                yield from loops(inner)
-
-
-def is_jaxpr(value):
-    return hasattr(value, "eqns")
 
 
 @both_rings

@@ -59,6 +59,8 @@ class CompiledOptions:
             for one in given:
                 if one not in known:
                     raise ValueError(f"{name}={one!r} is not one of {', '.join(known)}")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context={self.context} must be 1 or more")
 
 
 def main(argv: list[str]) -> None:

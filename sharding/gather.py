@@ -42,8 +42,7 @@ def gather(state: Any, wafer: Wafer, dtype: jax.typing.DTypeLike) -> Any:
 
 
 def _by_moves(wafer: Wafer) -> bool:
-    kind = accelerator(wafer.device_kind or "") if keeps_shares(wafer) else None
-    return kind in _WAITING
+    return keeps_shares(wafer) and accelerator(wafer.device_kind or "") in _WAITING
 
 
 def _bring(leaf: nnx.Variable, wafer: Wafer, dtype: jnp.dtype) -> nnx.Variable:

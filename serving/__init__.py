@@ -1,5 +1,6 @@
-"""Serving, to come: an engine that batches requests, sampling, and an HTTP interface.
+"""Serve a model: an engine that batches requests, and the HTTP interface that clients use.
 
-Until then `models.generate` samples from a model. This package may import `wsekern`, `sharding` and
-`models`; only programs and tests may import it.
+    python -m serving --model FOLDER_OR_GGUF
+
+This package may import `wsekern`, `sharding` and `models`; only programs and tests may import it.
 """

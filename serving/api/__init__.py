@@ -1,0 +1,1 @@
+"""The HTTP interface, as clients of OpenAI's and Cerebras' services speak it."""

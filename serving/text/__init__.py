@@ -1,0 +1,1 @@
+"""The text of requests and answers: prompts, stop strings, tool calls, grammars; no jax."""

@@ -30,6 +30,7 @@ _NOT_OPTIONS = {
     "truncation",
 }
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_MOST_WAITING = 16  # tokens that add no text, before they are taken for no part of a character
 _PANIC = "PanicException"  # of Rust, not an Exception; no module has the class
 
 
@@ -140,6 +141,31 @@ class Tokenizer:
           ValueError: there is no template, it fails, there are no messages, or an option is none of
             a template's variables.
         """
+        rendered = self.chat_text(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            **options,
+        )
+        try:
+            return self.encode(rendered, special=False)
+        except ValueError as error:
+            raise ValueError(f"{self._template_name}: {error}") from None
+
+    def chat_text(
+        self,
+        /,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The text of a chat, whose tokens `chat` gives: it takes the same, and raises the same."""
         if "self" in options:
             raise ValueError("chat has no option 'self': in a template, it means the template")
         if foreign := sorted(_NOT_OPTIONS & options.keys()):
@@ -147,10 +173,9 @@ class Tokenizer:
                 f"chat has no option {foreign[0]!r}: it returns the tokens of one chat"
             )
         text = self._template(chat_template, tools is not None)
-        where = f"the chat template of {self.source}" if self.source else "the chat template"
         if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
             raise ValueError(f"messages is {shown(messages)}; it must be a list of messages")
-        chat = [_message(plain_data(message, where)) for message in messages]
+        chat = [_message(plain_data(message, self._template_name)) for message in messages]
         if not chat:
             raise ValueError("messages has none; a chat needs one")
         variables = {
@@ -159,11 +184,11 @@ class Tokenizer:
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
-        rendered = render(text, self.names | options | variables, self.source)
-        try:
-            return self.encode(rendered, special=False)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        return render(text, self.names | options | variables, self.source)
+
+    @property
+    def _template_name(self) -> str:
+        return f"the chat template of {self.source}" if self.source else "the chat template"
 
     def _template(self, template: str | None, tools: bool) -> str:
         named = ({} if self.template is None else {"default": self.template}) | self.templates
@@ -225,26 +250,28 @@ class Tokenizer:
         A character is never split: the piece of a token that leaves one incomplete is empty.
         """
         seen: list[int] = []
-        begin = done = 0  # decode from token `begin`; the text up to token `done` is written
+        done = 0  # tokens of `seen` that are decoded again with the next, but written already
+        written = 0  # characters of the text of `seen` that are written
         held = ""  # text that is not cleaned up yet, since what follows may change it
-
-        def decode(first: int, last: int) -> str:
-            return self.codec.decode(seen[first:last], False)
-
         for token in tokens:
             seen.append(int(token))
-            before, now = decode(begin, done), decode(begin, len(seen))
-            if now.endswith(_BROKEN) or len(now) <= len(before):
+            text = self.codec.decode(seen, False)
+            waits = text.endswith(_BROKEN) or len(text) <= written
+            if waits and len(seen) - done <= _MOST_WAITING:
                 yield ""
                 continue
-            held += now[len(before) :]
+            # The last piece is decoded again with the next: some tokenizers put a space before a
+            # word only if another word precedes it.
+            seen, done = seen[done:], len(seen) - done
+            again = self.codec.decode(seen, False)
+            # After many tokens that are no character, the newest may begin one still.
+            begun = text.endswith(_BROKEN) and again.endswith(_BROKEN)
+            held += text[written : len(text) - begun]
+            written = len(again) - begun
             clean = _clean_length(held) if self.clean_up else len(held)
             yield _clean(held[:clean]) if self.clean_up else held
             held = held[clean:]
-            # The last piece is decoded again with the next: some tokenizers put a space before a
-            # word only if another word precedes it.
-            begin, done = done, len(seen)
-        held += decode(begin, len(seen))[len(decode(begin, done)) :]
+        held += self.codec.decode(seen, False)[written:]
         yield _clean(held) if self.clean_up else held
 
 

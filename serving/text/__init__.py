@@ -4,7 +4,7 @@
 
     text = ModelText(tokenizer, vocab=config.vocab, family=config.family)
     prompt = text.chat(messages, tools=tools, reasoning=ReasoningOptions(effort="low"))
-    grammar = text.grammar(prompt, schema=schema, tools=tools)  # None: any text
+    grammar = text.grammar(prompt, schema=schema, tools=tools, tool_choice="auto")  # None: any text
     params = SamplingParams(stop_tokens=text.stop_tokens, matcher=grammar and grammar.matcher())
     generation = engine.submit(prompt.tokens, params)
     answer = text.answer(prompt, tools=tools, stops=stops)  # one for each choice
@@ -14,6 +14,10 @@
             generation.cancel()
             break
     parts, places = answer.finish()
+
+`grammar` takes a schema (for json_object, `{"type": "object"}`), a regular expression, and
+tool_choice "required" or a name; `text.bare_grammar` is for completions. Compiling may take tenths
+of a second, so call it outside of an event loop; it keeps the newest grammars.
 
 `parts` are `Content`, `Reasoning`, `ToolCall` and `Arguments` (`serving.text.parsers.parts`).
 `places` say which tokens are written with them: `position` among all tokens of the answer,

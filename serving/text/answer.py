@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from serving.text.parsers.parser import Parser
-from serving.text.parsers.parts import Arguments, Channel, Content, Part, ToolCall
+from serving.text.parsers.parts import Arguments, Channel, Content, Part, ToolCall, merge
 from serving.text.stops import StopStrings
 
 
@@ -72,7 +72,7 @@ class Answer:
             self._tokens += 1
             if not self._parallel_calls and self.calls and self._parser.channel != "tool":
                 self.is_over = True
-        return Written(parts, self._ready())
+        return Written(merge(parts), self._ready())
 
     def finish(self) -> Written:
         """What is held back still; call it once, after the last token."""
@@ -83,7 +83,7 @@ class Answer:
                 self._written += len(text)
                 parts.append(Content(text))
         self.is_over = True
-        return Written(parts, self._ready())
+        return Written(merge(parts), self._ready())
 
     def _cut(self, found: list[Part]) -> list[Part]:
         """The parts up to the answer's end."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from models.text.tokenizer import Tokenizer
 from serving.text.answer import Answer
+from serving.text.answer_grammar import AnswerForm, answer_lark
+from serving.text.grammar import MOST_LARK, Grammar, GrammarCompiler, json_rule, regex_rule
 from serving.text.parsers.parser import Markup, Parser
 from serving.text.parsers.plain import PlainReader
 from serving.text.prompts import Prompt, ReasoningOptions, write_prompt
@@ -28,6 +30,7 @@ class ModelText:
         self.tokenizer = tokenizer
         self.vocab = vocab
         self.vocabulary = Vocabulary(tokenizer, templates)
+        self._compiler = GrammarCompiler(self.vocabulary)
         template = tokenizer.template or tokenizer.templates.get("default")
         self.syntax = find_syntax(
             self.vocabulary, tokenizer.templates.get("tool_use", template), family
@@ -106,6 +109,72 @@ class ModelText:
             raw=raw_reasoning,
         )
         return Answer(parser, stops, parallel_calls=parallel_calls)
+
+    def grammar(
+        self,
+        prompt: Prompt,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str = "auto",
+        parallel_calls: bool = True,
+    ) -> Grammar | None:
+        """The grammar of an answer to a chat; None if any text will do.
+
+        The grammar allows reasoning before the answer, as the model's syntax has it. Compiling may
+        take some tenths of a second: call it outside of an event loop.
+
+        Args:
+          prompt: what `chat` gave.
+          schema: of response_format json_schema; for json_object, `{"type": "object"}`.
+          regex: a regular expression of the whole content, in place of `schema`.
+          tools: the client's.
+          tool_choice: "none", "auto", "required", or the name of the one tool to call.
+          parallel_calls: whether more than one tool may be called.
+
+        Raises:
+          ValueError: a schema or the regular expression is too long, too deep, or uses what
+            llguidance does not know; `tool_choice` names no tool.
+        """
+        named = tool_choice not in ("none", "auto", "required")
+        if named:
+            tools = [tool for tool in tools if tool["function"]["name"] == tool_choice]
+        if (named or tool_choice == "required") and not tools:
+            raise ValueError(f"tool_choice is {tool_choice!r}; no tool of this request will do")
+        content = None
+        if schema is not None:
+            content = self._compiler.check_schema(dict(schema), "response_format")
+        elif regex is not None:
+            content = regex_rule(regex, "regex")
+        if named or tool_choice == "required":
+            content = None
+        elif content is None:
+            return None
+        form = AnswerForm(
+            content=content,
+            tools=() if tool_choice == "none" else tools,
+            parallel=parallel_calls and not named,
+            thinking=prompt.thinking,
+        )
+        lark = answer_lark(self._compiler, self.vocabulary, self.syntax, form)
+        return self._compiler.compile(lark)
+
+    def bare_grammar(
+        self, *, schema: Mapping[str, Any] | None = None, regex: str | None = None, lark: str = ""
+    ) -> Grammar:
+        """The grammar of a completion, without markup: give one of the three.
+
+        Raises:
+          ValueError: as `grammar`.
+        """
+        if schema is not None:
+            return self._compiler.compile(f"start: {json_rule(dict(schema), 'schema')}")
+        if regex is not None:
+            return self._compiler.compile(f"start: {regex_rule(regex, 'regex')}")
+        if len(lark) > MOST_LARK:
+            raise ValueError(f"the grammar has {len(lark):,} characters; {MOST_LARK:,} is the most")
+        return self._compiler.compile(lark)
 
     def completion(self, stops: Sequence[str] = ()) -> Answer:
         """Takes the tokens that go on from a bare prompt: everything is content."""

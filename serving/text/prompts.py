@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from models.text.tokenizer import Tokenizer
 from serving.text.parsers import hermes, think
 from serving.text.syntax import Syntax, template_of
 from serving.text.vocabulary import Vocabulary
@@ -18,8 +17,6 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # One of these characters stands for each spelling of markup in a client's text.
 _FIRST_SENTINEL, _LAST_SENTINEL = 0xF0000, 0xFFFFD
 _SENTINELS = f"{chr(_FIRST_SENTINEL)}-{chr(_LAST_SENTINEL)}"
-# A character of no vocabulary, behind which a tokenizer puts no space before a text.
-_ANCHOR = "\ue0ff"
 _REASONING = ("reasoning", "reasoning_content", "thinking")
 _TOOLS = """You may call functions. Their signatures, as JSON schemas, are:
 <tools>
@@ -142,7 +139,7 @@ class Marking:
         tokens = tokenizer.encode(pieces[0], special=special)
         for sentinel, piece in zip(pieces[1::2], pieces[2::2], strict=True):
             tokens += self._encode_plain(spellings[sentinel])
-            tokens += _encode_after(tokenizer, piece)
+            tokens += self._vocabulary.encode_after(piece)
         return tokens
 
     def _mark(self, value: Any, pattern: re.Pattern[str]) -> Any:
@@ -166,25 +163,14 @@ class Marking:
         place = 0
         while match := self._pattern.search(text, place):
             cut = match.start() + 1
-            tokens += _encode_after(self._vocabulary.tokenizer, text[place:cut])
+            tokens += self._vocabulary.encode_after(text[place:cut])
             place = cut
-        return tokens + _encode_after(self._vocabulary.tokenizer, text[place:])
+        return tokens + self._vocabulary.encode_after(text[place:])
 
 
 def _pattern(spellings: Sequence[str]) -> re.Pattern[str]:
     # The sentinels themselves are marked too: they may be in a client's text.
     return re.compile("|".join([*map(re.escape, spellings), f"[{_SENTINELS}]"]))
-
-
-def _encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text that follows other text: without the space some put before a text."""
-    if not text:
-        return []
-    anchor = tokenizer.encode(_ANCHOR, special=False)
-    both = tokenizer.encode(_ANCHOR + text, special=False)
-    if anchor and both[: len(anchor)] == anchor:
-        return both[len(anchor) :]
-    return tokenizer.encode(text, special=False)
 
 
 def _prepared(message: Mapping[str, Any], template: str | None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ _MARKUP = {
     *("<think>", "</think>", "<tool_call>", "</tool_call>"),
     *("<tool_response>", "</tool_response>", "<|python_tag|>"),
 }
+# A character of no vocabulary, behind which a tokenizer puts no space before a text.
+_ANCHOR = "\ue0ff"
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -75,6 +77,16 @@ class Vocabulary:
             return content.decode()
         except UnicodeDecodeError:
             return "".join(f"\\x{byte:02x}" for byte in content)
+
+    def encode_after(self, text: str) -> list[int]:
+        """The tokens of a text that follows another: without the space some put before a text."""
+        if not text:
+            return []
+        anchor = self.tokenizer.encode(_ANCHOR, special=False)
+        both = self.tokenizer.encode(_ANCHOR + text, special=False)
+        if anchor and both[: len(anchor)] == anchor:
+            return both[len(anchor) :]
+        return self.tokenizer.encode(text, special=False)
 
     def _bytes_of(self, token: int) -> bytes:
         if self._inner is None:

@@ -99,4 +99,4 @@ class Llama3Reader:
             parts = call.close()
             return parts if call.begun else [*parts, Content(self._take_held() + call.read)]
         held = self._take_held()
-        return [Content(held)] if held.strip() and not self._calls else []
+        return [Content(held)] if held and not self._calls else []

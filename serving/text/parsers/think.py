@@ -9,7 +9,7 @@ MARKERS = (OPEN, CLOSE)
 class ThinkReader:
     """Separates reasoning from the answer, which another reader takes.
 
-    White space just inside the markers and after the last one is markup.
+    White space around the markers is markup.
 
     Args:
       answer: reads what follows the reasoning.
@@ -23,7 +23,7 @@ class ThinkReader:
         self._reasons = opened
         self._skips = opened and not raw  # white space, until other text comes
         self._begun = opened  # whether the answer has any text yet
-        self._held = ""  # white space that is dropped if it ends the reasoning
+        self._held = ""  # white space that is dropped if a marker follows
 
     @property
     def channel(self) -> Channel:
@@ -38,12 +38,14 @@ class ThinkReader:
         if self._skips:
             text = text.lstrip()
             self._skips = not text
-        if self._reasons:
+        if self._reasons or not self._begun:
             text = self._held + text
-            kept = len(text.rstrip())
+            kept = len(text.rstrip()) if self._reasons or not text.strip() else len(text)
             self._held = text[kept:]
-            return [Reasoning(text[:kept])]
-        self._begun = self._begun or bool(text.strip())
+            text = text[:kept]
+        if self._reasons:
+            return [Reasoning(text)]
+        self._begun = self._begun or bool(text)
         return self._answer.text(text) if text else []
 
     def marker(self, marker: str) -> list[Part]:
@@ -59,15 +61,20 @@ class ThinkReader:
             self._reasons, self._held = False, ""
             return self._answer.marker(marker)
         elif marker in MARKERS:
-            return self._answer.text(marker)
+            return [*self._release(), *self._answer.text(marker)]
         else:
-            self._begun = True
-            return self._answer.marker(marker)
+            return [*self._release(), *self._answer.marker(marker)]
         self._skips, self._held = not self._raw, ""
         return [Content(marker)] if self._raw else []
 
     def finish(self) -> list[Part]:
         """What the answer's reader holds back."""
+        return [*self._release(), *self._answer.finish()]
+
+    def _release(self) -> list[Part]:
+        """The white space held back, when no marker of reasoning follows."""
+        self._begun = True
         held, self._held = self._held, ""
-        rest: list[Part] = [Reasoning(held)] if held else []
-        return rest + self._answer.finish()
+        if not held:
+            return []
+        return [Reasoning(held)] if self._reasons else self._answer.text(held)

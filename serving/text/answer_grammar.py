@@ -11,7 +11,7 @@ from serving.text.syntax import Syntax
 from serving.text.vocabulary import Vocabulary
 
 _MOST_CALLS = 8  # in one answer
-_ANY_TEXT = "/(?s:.*)/"
+ANY_TEXT = "/(?s:.*)/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,14 @@ class AnswerForm:
 
     Args:
       content: Lark of the content, such as `%json {..}`; None: no content, only calls.
+      text_before_calls: whether calls may follow the content.
       tools: that may be called; none: no calls.
       parallel: whether several calls may follow one another.
       thinking: whether the prompt ends inside of the reasoning.
     """
 
     content: str | None = None
+    text_before_calls: bool = False
     tools: Sequence[Mapping[str, Any]] = ()
     parallel: bool = True
     thinking: bool = False
@@ -49,21 +51,28 @@ def answer_lark(
         schemas.append(compiler.check_schema(parameters, field))
     names = [tool["function"]["name"] for tool in form.tools]
     if syntax.name == "harmony":
-        rules += _harmony(vocabulary, form, names, schemas)
+        rules += _harmony(vocabulary, syntax, form, names, schemas)
     else:
         rules += _tagged(vocabulary, syntax, form, names, schemas)
     return "\n".join(rules)
 
 
 def _harmony(
-    vocabulary: Vocabulary, form: AnswerForm, names: Sequence[str], schemas: Sequence[str]
+    vocabulary: Vocabulary,
+    syntax: Syntax,
+    form: AnswerForm,
+    names: Sequence[str],
+    schemas: Sequence[str],
 ) -> list[str]:
     channel, message = (_marker(vocabulary, one) for one in ("<|channel|>", "<|message|>"))
     end, start = (_marker(vocabulary, one) for one in ("<|end|>", "<|start|>"))
     rules = [
-        f"start: analysis? ({_either(form)})",
-        f'analysis: {channel} "analysis" {message} {_ANY_TEXT} {end} {start} "assistant"',
+        f"start: analysis? ({_either(syntax, form)})",
+        f'analysis: {channel} "analysis" {message} {ANY_TEXT} {end} {start} "assistant"',
         f'answer: {channel} "final" {message} content' if form.content is not None else "",
+        f'preamble: {channel} "commentary" {message} content {end} {start} "assistant"'
+        if form.text_before_calls
+        else "",
         # A message that calls a function ends the answer, so there is one at most.
         f"calls: {' | '.join(f'call_{i}' for i in range(len(names)))}" if names else "",
     ]
@@ -92,10 +101,10 @@ def _tagged(
         rules.append('gap: ("\\n" "\\n"?)?')
         close = vocabulary.markup.get(think.CLOSE)
         if close is None:
-            rules.append(f"reasoning[suffix={json.dumps(think.CLOSE)}]: {_ANY_TEXT}")
+            rules.append(f"reasoning[suffix={json.dumps(think.CLOSE)}]: {ANY_TEXT}")
         else:
-            rules.append(f"reasoning: {_ANY_TEXT} <[{close}]>")
-    rules.insert(0, f"start: {prefix}({_either(form)})")
+            rules.append(f"reasoning: {ANY_TEXT} <[{close}]>")
+    rules.insert(0, f"start: {prefix}({_either(syntax, form)})")
     if not names:
         return rules
     # Where no token ends an answer, a second call would always follow.
@@ -116,9 +125,20 @@ def _tagged(
     return rules
 
 
-def _either(form: AnswerForm) -> str:
+def takes_text_before_calls(vocabulary: Vocabulary, syntax: Syntax) -> bool:
+    """Whether a grammar can tell calls from any text before them: by tokens of their own."""
+    if syntax.name == "harmony":
+        return True
+    return syntax.name == "hermes" and hermes.OPEN in vocabulary.markup
+
+
+def _either(syntax: Syntax, form: AnswerForm) -> str:
     kinds = ["answer"] if form.content is not None else []
-    return " | ".join([*kinds, "calls"] if form.tools else kinds)
+    if not form.tools:
+        return "answer"
+    if not form.text_before_calls:
+        return " | ".join([*kinds, "calls"])
+    return "answer | preamble? calls" if syntax.name == "harmony" else "answer calls?"
 
 
 def _marker(vocabulary: Vocabulary, marker: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from models.text.tokenizer import Tokenizer
 from serving.text.answer import Answer
-from serving.text.answer_grammar import AnswerForm, answer_lark
+from serving.text.answer_grammar import ANY_TEXT, AnswerForm, answer_lark, takes_text_before_calls
 from serving.text.grammar import MOST_LARK, Grammar, GrammarCompiler, json_rule, regex_rule
 from serving.text.parsers.parser import Markup, Parser
 from serving.text.parsers.plain import PlainReader
@@ -122,8 +122,10 @@ class ModelText:
     ) -> Grammar | None:
         """The grammar of an answer to a chat; None if any text will do.
 
-        The grammar allows reasoning before the answer, as the model's syntax has it. Compiling may
-        take some tenths of a second: call it outside of an event loop.
+        The grammar allows reasoning before the answer, as the model's syntax has it. Arguments of
+        calls follow the tools' schemas if `tool_choice` asks for calls; or if a tool is `strict`
+        and tokens of their own mark calls (Qwen3, gpt-oss). Compiling may take some tenths of a
+        second: call it outside of an event loop.
 
         Args:
           prompt: what `chat` gave.
@@ -142,7 +144,7 @@ class ModelText:
             tools = [tool for tool in tools if tool["function"]["name"] == tool_choice]
         if (named or tool_choice == "required") and not tools:
             raise ValueError(f"tool_choice is {tool_choice!r}; no tool of this request will do")
-        content = None
+        content, before_calls = None, False
         if schema is not None:
             content = self._compiler.check_schema(dict(schema), "response_format")
         elif regex is not None:
@@ -150,15 +152,23 @@ class ModelText:
         if named or tool_choice == "required":
             content = None
         elif content is None:
-            return None
+            if tool_choice == "none" or not self._is_strict(tools):
+                return None
+            content, before_calls = ANY_TEXT, True
         form = AnswerForm(
             content=content,
+            text_before_calls=before_calls,
             tools=() if tool_choice == "none" else tools,
             parallel=parallel_calls and not named,
             thinking=prompt.thinking,
         )
         lark = answer_lark(self._compiler, self.vocabulary, self.syntax, form)
         return self._compiler.compile(lark)
+
+    def _is_strict(self, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether one of the tools asks for arguments of its schema, and a grammar can do that."""
+        strict = any(tool["function"].get("strict") for tool in tools)
+        return strict and takes_text_before_calls(self.vocabulary, self.syntax)
 
     def bare_grammar(
         self, *, schema: Mapping[str, Any] | None = None, regex: str | None = None, lark: str = ""

@@ -84,11 +84,14 @@ def write_prompt(
     chat = [_prepared(message, template) for message in messages]
     if reasoning.clear:
         _clear_reasoning(chat)
-    known = list(tools)
+    marking = Marking(vocabulary)
+    chat, known = [marking.mark_message(message) for message in chat], marking.mark(list(tools))
     if not syntax.tools_in_template or template is None:
         chat, known = _spell_tools(chat, known), []
-    marking = Marking(vocabulary)
-    chat, known = [marking.mark_message(message) for message in chat], marking.mark(known)
+    elif syntax.name != "hermes":
+        chat = _one_call_each(chat)
+    if syntax.name == "harmony":
+        chat, known = _for_harmony(chat), [_described(tool) for tool in known]
     if template is None:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in chat)
         text += "assistant:"
@@ -236,6 +239,54 @@ def _spell_message(message: dict[str, Any]) -> dict[str, Any]:
     content = "\n".join(filter(None, [message["content"], *calls]))
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**rest, "content": content}
+
+
+def _one_call_each(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with each call in a message of its own, its result right behind it.
+
+    Templates of Llama 3 refuse several calls in a message; that of gpt-oss drops all but one.
+    """
+    divided: list[dict[str, Any]] = []
+    rest = list(chat)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            divided.append(message)
+            continue
+        results = []
+        while rest and rest[0]["role"] == "tool":
+            results.append(rest.pop(0))
+        for i, call in enumerate(calls):
+            first = message if i == 0 else {"role": "assistant", "content": ""}
+            divided.append({**first, "tool_calls": [call]})
+            mine = [one for one in results if one.get("tool_call_id") == call.get("id")]
+            divided += mine
+            results = [one for one in results if one not in mine]
+        divided += results
+    return divided
+
+
+def _for_harmony(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat as gpt-oss's template takes it, which refuses or drops what it does not expect."""
+    instructions = [m for m in chat if m["role"] in ("system", "developer")]
+    others = [dict(m) for m in chat if m["role"] not in ("system", "developer")]
+    for message in others:
+        reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
+        if "tool_calls" in message and message["content"] and reasoning is not None:
+            for name in _REASONING:
+                message.pop(name, None)
+            message["content"] = f"{reasoning}\n\n{message['content']}"
+    if not instructions:
+        return others
+    content = "\n\n".join(message["content"] for message in instructions)
+    return [{"role": instructions[0]["role"], "content": content}, *others]
+
+
+def _described(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with a description, which gpt-oss's template fails without."""
+    function = tool["function"]
+    return {**tool, "function": {**function, "description": function.get("description") or ""}}
 
 
 def _template_options(template: str, syntax: Syntax, reasoning: ReasoningOptions) -> dict[str, Any]:

@@ -61,7 +61,7 @@ Respond in the format {"name": function name, "parameters": dictionary}.
 {% endif %}"""
 HARMONY = """<|start|>system<|message|>Reasoning: {{ reasoning_effort or "medium" }}
 # Valid channels: analysis, commentary, final.<|end|>
-{%- if messages[0].role == "developer" %}<|start|>developer<|message|>
+{%- if messages[0].role in ("developer", "system") %}<|start|>developer<|message|>
 {{- messages[0].content }}<|end|>{% set messages = messages[1:] %}{% endif %}
 {%- if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}
 {%- for m in messages %}

@@ -135,6 +135,36 @@ def test_a_chat_with_tools_shows_tools_calls_and_results(text_of, name):
         assert "<tool_call>\n" in prompt and "<tool_response>\nsunny\n</tool_response>" in prompt
 
 
+@pytest.mark.parametrize("name", ["llama3", "harmony"])
+def test_several_calls_of_a_message_are_written_one_by_one(text_of, name):
+    text = text_of(name)
+    calls = [{**CALL, "id": f"call_{i}"} for i in range(2)]
+    messages = [
+        *user("What is the weather?"),
+        {"role": "assistant", "content": "Look", "reasoning": "hm", "tool_calls": calls},
+        {"role": "tool", "content": "rainy", "tool_call_id": "call_1"},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_0"},
+        {"role": "tool", "content": "stray", "tool_call_id": "call_2"},
+    ]
+    prompt = written(text, text.chat(messages, tools=[TOOL]))
+    assert prompt.count('{"city": "Paris"}') == 2
+    first, second = prompt.split('{"city": "Paris"}')[1:]
+    assert "sunny" in first and "rainy" in second and "stray" in second
+
+
+def test_gpt_oss_gets_all_instructions_at_once_and_tools_with_descriptions(text_of):
+    text = text_of("harmony")
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "developer", "content": "Be kind."},
+        *user("Hi"),
+    ]
+    tool = {"type": "function", "function": {"name": "f"}}
+    prompt = written(text, text.chat(messages, tools=[tool]))
+    assert "<|start|>developer<|message|>Be short.\n\nBe kind.<|end|>" in prompt
+    assert '"description": ""' in prompt
+
+
 def test_arguments_that_are_no_object_stay_as_they_are(text_of):
     text = text_of("qwen3")
     call = {**CALL, "function": {"name": "f", "arguments": '["<|im_end|>"'}}

@@ -4,7 +4,10 @@ What clients write stays text: a user's "<|im_end|>" ends no turn, although the 
 """
 
 import dataclasses
+import functools
+import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -115,9 +118,7 @@ class Marking:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        spellings = sorted(vocabulary.markup, key=len, reverse=True)
-        self._pattern = _pattern(spellings)
-        self._unthinking = _pattern([s for s in spellings if s not in think.MARKERS])
+        self._pattern, self._unthinking = _patterns(tuple(vocabulary.markup))
         self._sentinels: dict[str, str] = {}  # of a spelling
 
     def mark(self, value: Any) -> Any:
@@ -139,9 +140,10 @@ class Marking:
             return tokenizer.encode(text, special=special)
         spellings = {sentinel: spelling for spelling, sentinel in self._sentinels.items()}
         pieces = re.split(f"([{''.join(spellings)}])", text)
+        plain = {one: self._encode_plain(spelling) for one, spelling in spellings.items()}
         tokens = tokenizer.encode(pieces[0], special=special)
         for sentinel, piece in zip(pieces[1::2], pieces[2::2], strict=True):
-            tokens += self._encode_plain(spellings[sentinel])
+            tokens += plain[sentinel]
             tokens += self._vocabulary.encode_after(piece)
         return tokens
 
@@ -171,9 +173,34 @@ class Marking:
         return tokens + self._vocabulary.encode_after(text[place:])
 
 
+@functools.lru_cache(maxsize=16)
+def _patterns(spellings: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Finds all spellings, and all but those of the markers of reasoning."""
+    return _pattern(spellings), _pattern([s for s in spellings if s not in think.MARKERS])
+
+
 def _pattern(spellings: Sequence[str]) -> re.Pattern[str]:
     # The sentinels themselves are marked too: they may be in a client's text.
-    return re.compile("|".join([*map(re.escape, spellings), f"[{_SENTINELS}]"]))
+    return re.compile(f"{_alternatives(sorted(set(spellings)))}|[{_SENTINELS}]")
+
+
+def _alternatives(spellings: list[str]) -> str:
+    """A regular expression of sorted spellings that tries the longest first.
+
+    Spellings that begin alike are one branch, so that a text of many beginnings takes no longer.
+    """
+    if not spellings:
+        return "(?!)"
+    branches = []
+    for first, group in itertools.groupby(spellings, key=lambda spelling: spelling[:1]):
+        alike = list(group)
+        if not first:
+            continue
+        shared = os.path.commonprefix(alike)
+        rest = [spelling[len(shared) :] for spelling in alike]
+        branches.append(re.escape(shared) + (_alternatives(rest) if any(rest) else ""))
+    joined = f"(?:{'|'.join(branches)})"
+    return f"{joined}?" if not spellings[0] else joined
 
 
 def _prepared(message: Mapping[str, Any], template: str | None) -> dict[str, Any]:

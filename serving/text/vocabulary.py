@@ -51,6 +51,13 @@ class Vocabulary:
         """One more than the highest token."""
         return self.tokenizer.vocab
 
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        try:
+            return self.tokenizer.encode(_ANCHOR, special=False)
+        except ValueError:  # a tokenizer of few characters
+            return []
+
     @property
     def is_exact(self) -> bool:
         """Whether the text of tokens is always the text of their bytes."""
@@ -82,10 +89,11 @@ class Vocabulary:
         """The tokens of a text that follows another: without the space some put before a text."""
         if not text:
             return []
-        anchor = self.tokenizer.encode(_ANCHOR, special=False)
-        both = self.tokenizer.encode(_ANCHOR + text, special=False)
-        if anchor and both[: len(anchor)] == anchor:
-            return both[len(anchor) :]
+        anchor = self._anchor
+        if anchor:
+            both = self.tokenizer.encode(_ANCHOR + text, special=False)
+            if both[: len(anchor)] == anchor:
+                return both[len(anchor) :]
         return self.tokenizer.encode(text, special=False)
 
     def _bytes_of(self, token: int) -> bytes:

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.text.tokenizer import bytes_tokenizer
+from models.text.tokenizer import FastCodec, bytes_tokenizer
 from serving.text.model_text import ModelText
-from serving.text.prompts import ReasoningOptions
+from serving.text.prompts import Marking, ReasoningOptions, _pattern
+from serving.text.vocabulary import Vocabulary
+
+tokenizers = pytest.importorskip("tokenizers")
 
 FAMILIES = ("chatml", "qwen3", "llama3", "harmony", "pieces")
 TOOL = {
@@ -221,3 +226,25 @@ def test_what_a_template_refuses_is_a_value_error(text_of):
         text.chat(user("half \ud800"))
     with pytest.raises(ValueError, match="no messages|messages has none"):
         text.chat([])
+
+
+def test_a_text_of_many_beginnings_of_markup_takes_no_longer(tokenizer_of):
+    inner = tokenizers.Tokenizer.from_str(tokenizer_of("chatml").codec.inner.to_str())
+    inner.add_special_tokens([f"<|reserved_{i}|>" for i in range(3000)])
+    tokenizer = dataclasses.replace(tokenizer_of("chatml"), codec=FastCodec(inner))
+    marking = Marking(Vocabulary(tokenizer))
+    begin = time.process_time()
+    evil = "<|reserved_" * 100_000 + "<|reserved_12|><|reserved_123|>"
+    marked = marking.mark(evil)
+    assert time.process_time() - begin < 2
+    assert marked[:-2] == evil[: len(marked) - 2] and marked[-1] != marked[-2]
+
+
+@pytest.mark.parametrize("spellings", [("a", "ab", "abc", "b"), ("<|x|>",), (), ("a.b", "a+b")])
+def test_the_longest_spelling_is_marked(spellings):
+    found = _pattern(spellings)
+    text = "abcab.abx<|x|>a.ba+b"
+    longest = re.compile(
+        "|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or "(?!)"
+    )
+    assert found.findall(text) == longest.findall(text)

@@ -5,25 +5,22 @@ https://github.com/guidance-ai/llguidance.
 """
 
 import collections
-import json
+import re
 import threading
 from typing import Any
 
 import numpy as np
 
+from serving.text.schemas import json_rule
 from serving.text.vocabulary import Vocabulary
 from wsekern.error_line import printable
 
-MOST_SCHEMA_BYTES = 65_536
-MOST_NESTING = 64  # objects and lists within one another; a schema of objects takes two a level
 MOST_REGEX = 8_192  # characters
 MOST_LARK = 65_536  # characters
 _MOST_ERROR = 300  # characters of an error message
 _MOST_ITEMS = 10_000  # of the parser, at one place of a text; an optional property takes four
+_PLACE = re.compile(r"^(at )?\d+\(\d+\): (failed to compile JSON schema: )?")
 _CACHED = 32  # grammars kept
-# At most one space, or one line end with its indentation: a model cannot go on with white space
-# for ever.
-_JSON_OPTIONS = {"whitespace_pattern": "( |\\n[ \\t]{0,32})?", "lenient": False}
 
 
 class GrammarMatcher:
@@ -153,49 +150,26 @@ class GrammarCompiler:
         return lark
 
 
-def json_rule(schema: Any, field: str) -> str:
-    """`%json {..}` for Lark, of a JSON schema; ValueError: it is none, too long or too deep."""
-    if not isinstance(schema, dict):
-        raise ValueError(f"{field} must be an object, a JSON schema")
-    if "x-guidance" in schema:
-        raise ValueError(f"{field} has x-guidance, which is no keyword of JSON schemas")
-    if (nesting := _nesting(schema)) > MOST_NESTING:
-        raise ValueError(
-            f"{field} has {nesting} objects and lists within one another; {MOST_NESTING} is the "
-            "most"
-        )
-    try:
-        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{field} is no JSON: {error}") from None
-    if len(text) > MOST_SCHEMA_BYTES:
-        raise ValueError(f"{field} has {len(text):,} bytes; {MOST_SCHEMA_BYTES:,} is the most")
-    return f"%json {text}"
-
-
 def regex_rule(regex: str, field: str) -> str:
     """`/../` for Lark, of a regular expression; ValueError: it is too long."""
     if len(regex) > MOST_REGEX:
         raise ValueError(f"{field} has {len(regex):,} characters; {MOST_REGEX:,} is the most")
-    from llguidance import regex_to_lark
-
-    return f"/{regex_to_lark(regex, '')}/"
+    return f"/{_llguidance().regex_to_lark(regex, '')}/"
 
 
-def _nesting(value: Any) -> int:
-    """How many objects and lists contain one another at most; counts on to just over the limit."""
-    level, layer = 0, [value]
-    while layer and level <= MOST_NESTING:
-        level += any(isinstance(one, dict | list) for one in layer)
-        items = [list(one.values()) if isinstance(one, dict) else one for one in layer]
-        layer = [inner for one in items if isinstance(one, list) for inner in one]
-    return level
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ValueError(
+            "grammars need llguidance; run `pip install -e '.[serve]' -c constraints.txt`"
+        ) from None
+    return llguidance
 
 
 def _compile(tokenizer: Any, lark: str) -> Any:
     """An `LLMatcher` at the beginning of a text."""
-    import llguidance
-
+    llguidance = _llguidance()
     # Limits of work are llguidance's own: a step of the lexer, for example, takes at most 15 ms.
     limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=_MOST_ITEMS)
     grammar = llguidance.LLMatcher.grammar_from_lark(lark)
@@ -210,19 +184,18 @@ def _compile(tokenizer: Any, lark: str) -> Any:
 
 
 def _shortened(error: str) -> str:
-    """The first line of an error of llguidance."""
-    lines = [line for line in error.splitlines() if line.strip()]
-    return printable(lines[0])[:_MOST_ERROR] if lines else "no reason is given"
+    """What an error of llguidance says, in one line, without its place in a grammar of ours."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    if not lines:
+        return "no reason is given"
+    detail = f" {lines[-1]}" if lines[-1].startswith("error:") else ""
+    text = _PLACE.sub("", lines[0]) + detail
+    return printable(text)[:_MOST_ERROR]
 
 
 def _read_tokens(vocabulary: Vocabulary) -> Any:
     """An `LLTokenizer` of a vocabulary; takes some tenths of a second."""
-    try:
-        import llguidance
-    except ImportError:
-        raise ValueError(
-            "grammars need llguidance; run `pip install -e '.[serve]' -c constraints.txt`"
-        ) from None
+    llguidance = _llguidance()
     tokens = _Tokens(vocabulary)
     ends = [*vocabulary.ends] or [vocabulary.size]
     tokens.inner = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens), eos_token=ends)

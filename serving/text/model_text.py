@@ -6,7 +6,7 @@ from typing import Any
 from models.text.tokenizer import Tokenizer
 from serving.text.answer import Answer
 from serving.text.answer_grammar import ANY_TEXT, AnswerForm, answer_lark, takes_text_before_calls
-from serving.text.grammar import MOST_LARK, Grammar, GrammarCompiler, json_rule, regex_rule
+from serving.text.grammar import MOST_LARK, Grammar, GrammarCompiler, regex_rule
 from serving.text.parsers.parser import Markup, Parser
 from serving.text.parsers.plain import PlainReader
 from serving.text.prompts import Prompt, ReasoningOptions, write_prompt
@@ -179,7 +179,9 @@ class ModelText:
           ValueError: as `grammar`.
         """
         if schema is not None:
-            return self._compiler.compile(f"start: {json_rule(dict(schema), 'schema')}")
+            return self._compiler.compile(
+                f"start: {self._compiler.check_schema(dict(schema), 'schema')}"
+            )
         if regex is not None:
             return self._compiler.compile(f"start: {regex_rule(regex, 'regex')}")
         if len(lark) > MOST_LARK:

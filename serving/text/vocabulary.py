@@ -104,10 +104,8 @@ class Vocabulary:
         name = self._inner.id_to_token(token)
         if name is None:
             return b""
-        if token in self._added:
-            if "ByteLevel" in self._decoder:
-                return self._inner.decode([token], skip_special_tokens=False).encode()
-            return name.encode()
+        if token in self._added and "ByteLevel" in self._decoder:
+            return self._inner.decode([token], skip_special_tokens=False).encode()
         if "ByteLevel" in self._decoder:
             letters = _letters()
             if all(letter in letters for letter in name):
@@ -117,6 +115,8 @@ class Vocabulary:
             return bytes([int(name[3:5], 16)])
         if self._decoder & {"Metaspace", "ByteFallback"} or "\u2581" in name:
             return name.replace("\u2581", " ").encode()
+        if token in self._added:
+            return name.encode()
         return self._inner.decode([token], skip_special_tokens=False).encode()
 
     def _decoder_types(self) -> frozenset[str]:

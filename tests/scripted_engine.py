@@ -65,7 +65,7 @@ class Generation:
             logprobs: tuple[TokenLogprobs, ...] = ()
             if params.logprobs is not None:
                 top = tuple((token + i, -1.0 - i) for i in range(params.logprobs))
-                logprobs = (TokenLogprobs(-1.0, top),)
+                logprobs = (TokenLogprobs(engine.logprob_of.get(token, -1.0), top),)
             yield Delta(tokens=(token,), logprobs=logprobs)
         yield self._end(Delta(finish="length" if len(tokens) >= most else "stop"))
 
@@ -85,6 +85,7 @@ class ScriptedEngine:
         self.cached = 0
         self.error, self.error_after = "", 0
         self.queue_is_full = False
+        self.logprob_of: dict[int, float] = {}  # -1 for other tokens
         self.running: dict[str, Generation] = {}
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.lock = threading.Lock()

@@ -5,6 +5,7 @@ it is sent. Half a header costs nothing to send, so a few hundred of them would 
 """
 
 import asyncio
+import http
 import sys
 import time
 from typing import Any
@@ -69,7 +70,7 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             # A client reads an answer such as 413 when it has sent all, so it may go on for
             # a while; what it sends is dropped.
-            self.loop.call_later(_LINGER, self._close)
+            self.loop.call_later(_LINGER, self._close_if_sending, self.cycle)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -108,7 +109,14 @@ class Connection(H11Protocol):
         )
 
     def _cut(self) -> None:
-        self._refuse(ApiError(408, "the request came too slowly", "request_timeout"))
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._close()  # there is no request to answer
+        else:
+            self._refuse(ApiError(408, "the request came too slowly", "request_timeout"))
+
+    def _close_if_sending(self, cycle: object) -> None:
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self._close()
 
     def _refuse(self, error: ApiError) -> None:
         """Answers without the application, if nothing has been answered, and closes."""
@@ -116,7 +124,7 @@ class Connection(H11Protocol):
         if not self.transport.is_closing() and (idle or not self.cycle.response_started):
             body = error.body("")
             head = (
-                f"HTTP/1.1 {error.status} {error.kind or 'error'}\r\n"
+                f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\n"
                 "content-type: application/json\r\nconnection: close\r\n"
                 f"content-length: {len(body)}\r\n\r\n"
             )

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from serving.api.errors import ApiError
 
-_DEEPEST = 64  # lists and objects within each other
+_DEEPEST = 200  # lists and objects within each other
 _MOST_VALUES = 1_000_000  # of a body; each takes some 60 bytes
 _SMALL = 64 << 10  # bytes that the event loop parses by itself
 _MOST_MEMBERS = 64  # of gzip; what follows each is copied

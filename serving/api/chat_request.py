@@ -9,7 +9,8 @@ from serving.api.json_schemas import check_strict
 from serving.api.registry import Served
 from serving.api.sampling import find_room, make_params
 from serving.session import TextRequest
-from serving.text.prompts import ReasoningOptions
+from serving.text.grammar import Grammar
+from serving.text.prompts import Prompt, ReasoningOptions
 
 Tool = Mapping[str, Any]
 
@@ -77,7 +78,7 @@ def prepare_chat(
                 prompt,
                 tools=tools,
                 stops=fields.get("stop", ()),
-                parallel_calls=fields.get("parallel_tool_calls", True),
+                parallel_calls=_is_parallel(fields),
                 raw_reasoning=layout == "raw",
             ),
             is_empty=room.most == 0,
@@ -120,14 +121,35 @@ def _tools(fields: Mapping[str, Any]) -> list[Tool]:
     return [] if fields.get("tool_choice") == "none" else fields.get("tools", [])
 
 
-def _grammar(fields: Mapping[str, Any], served: Served, prompt: Any, tools: list[Tool]) -> Any:
+def _is_parallel(fields: Mapping[str, Any]) -> bool:
+    """Whether one answer may call more than one tool; a tool that is named is called once."""
+    is_named = isinstance(fields.get("tool_choice"), dict)
+    return fields.get("parallel_tool_calls", True) and not is_named
+
+
+def _grammar(
+    fields: Mapping[str, Any], served: Served, prompt: Prompt, tools: list[Tool]
+) -> Grammar | None:
     """The grammar that the request asks for, of which each text gets a matcher; None: any text."""
     form = fields.get("response_format", {"type": "text"})
+    schema = None
     if form["type"] != "text":
-        refuse("response_format", f"response_format {form['type']} is not supported yet")
-    if fields.get("tool_choice", "auto") not in ("auto", "none"):
-        refuse("tool_choice", "tool_choice must be auto or none")
-    return None
+        schema = form.get("json_schema", {}).get("schema", {"type": "object"})
+    choice = fields.get("tool_choice", "auto")
+    if isinstance(choice, dict):
+        name, choice = choice["function"]["name"], "required"
+        tools = [tool for tool in tools if tool["function"]["name"] == name]
+    try:
+        return served.text.grammar(
+            prompt,
+            schema=schema,
+            tools=tools,
+            tool_choice=choice,
+            parallel_calls=_is_parallel(fields),
+        )
+    except ValueError as error:
+        param = "tools" if str(error).startswith("tools") else "response_format"
+        raise ApiError(400, str(error), "wrong_schema", param) from error
 
 
 def _prediction(fields: Mapping[str, Any], served: Served) -> tuple[int, ...]:

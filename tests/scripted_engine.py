@@ -5,8 +5,15 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
+from models.text.tokenizer import bytes_tokenizer
+from serving.api.app import build_app
+from serving.api.registry import LoadedModels, ModelCard, Served
+from serving.api.server import HttpServer
+from serving.api.settings import Settings
 from serving.request import Delta, PromptTooLong, QueueFull, SamplingParams, TokenLogprobs, Usage
+from serving.text.model_text import ModelText
 
 Reply = Callable[[list[int], SamplingParams], Sequence[int]]
 
@@ -109,3 +116,12 @@ class ScriptedEngine:
     def close(self, timeout: float) -> None:
         for generation in tuple(self.running.values()):
             generation.cancel()
+
+
+def build_server(engine: ScriptedEngine, **settings: Any) -> HttpServer:
+    """A server with one model, "scripted", on bytes."""
+    text = ModelText(bytes_tokenizer(), vocab=256)
+    card = ModelCard(name="scripted", context=engine.context)
+    served = Served(card=card, engine=engine, text=text, fingerprint="fp_test")
+    app = build_app(LoadedModels([served]), Settings(**settings))
+    return HttpServer(app, port=0)

@@ -69,6 +69,11 @@ class HttpServer:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._server.server_state.connections)
+
     def run(self, load: Callable[[], None] | None = None) -> int:
         """Serves until SIGTERM or Ctrl-C; call it in the main thread.
 

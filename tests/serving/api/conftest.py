@@ -5,14 +5,7 @@ import contextlib
 import cerebras.cloud.sdk
 import openai
 import pytest
-from scripted_engine import ScriptedEngine
-
-from models.text.tokenizer import bytes_tokenizer
-from serving.api.app import build_app
-from serving.api.registry import LoadedModels, ModelCard, Served
-from serving.api.server import HttpServer
-from serving.api.settings import Settings
-from serving.text.model_text import ModelText
+from scripted_engine import ScriptedEngine, build_server
 
 HELLO = "Hello there, how are you?"
 
@@ -25,11 +18,7 @@ def hello(prompt, params):
 @contextlib.contextmanager
 def serve(engine, **settings):
     """A running server with one model, "scripted", on bytes."""
-    text = ModelText(bytes_tokenizer(), vocab=256)
-    card = ModelCard(name="scripted", context=engine.context)
-    served = Served(card=card, engine=engine, text=text, fingerprint="fp_test")
-    app = build_app(LoadedModels([served]), Settings(**settings))
-    server = HttpServer(app, port=0)
+    server = build_server(engine, **settings)
     server.start()
     try:
         yield server

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from typing import Any
 
 import httpx
@@ -219,7 +218,7 @@ def requests(draw):
     """A route, and a request for it of which a few values are others, missing or new."""
     route = draw(st.sampled_from(sorted(_WHOLE)))
     body = copy.deepcopy(_WHOLE[route])
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(0, 2))):
         *path, last = draw(st.sampled_from(list(places_of(body))))
         inner: Any = body
         for key in path:
@@ -266,4 +265,4 @@ def test_a_thousand_random_requests_meet_no_fault(connection, request):
         assert body["error"]["message"] == body["message"] and len(answer.content) < 2048
     elif answer.headers["content-type"] == "application/json":
         json.loads(answer.text, parse_constant=lambda name: pytest.fail(name))
-    assert math.isfinite(answer.elapsed.total_seconds())
+    assert '"status_code":500' not in answer.text

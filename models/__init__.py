@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from models.generation import stream as stream
     from models.presets import find_preset as find_preset
     from models.presets import list_presets as list_presets
+    from models.quantization import quantize as quantize
     from models.sampling import Sampling as Sampling
     from models.text.reading import load_tokenizer as load_tokenizer
     from models.text.tokenizer import Tokenizer as Tokenizer
@@ -47,6 +48,7 @@ _HOMES = {
     "list_presets": "presets",
     "load": "checkpoints.reading",
     "load_tokenizer": "text.reading",
+    "quantize": "quantization",
     "read_config": "checkpoints.reading",
     "save": "checkpoints.saving",
     "stream": "generation",

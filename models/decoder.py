@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
 from models.layers import Block, Norm, Sequence
+from models.quantized import QuantizedTable
 from models.stack import scan, stack, unstack
 from sharding.rules import Home
-from sharding.state import named_leaves
 from wsekern.wafer.axes import COLS, ROWS
 
 
@@ -57,7 +57,9 @@ class Decoder(nnx.Module):
         self.remat = remat
         self.home: Home = home
         # Laid out like a transposed head, so that a tied head is its transpose tile by tile.
-        self.embedding = _param(config, ("vocab", "in"), (config.vocab, config.d_model), rngs)
+        self.embedding: nnx.Param | QuantizedTable = _param(
+            config, ("vocab", "in"), (config.vocab, config.d_model), rngs
+        )
         self.positions = (
             _param(config, ("position", "feature"), (config.context, config.d_model), rngs)
             if config.positions == "learned"
@@ -68,7 +70,7 @@ class Decoder(nnx.Module):
             for kinds, periods in config.stages
         )
         self.norm = Norm(config)
-        self.head = None if config.tied else _head(config, rngs)
+        self.head: nnx.Param | QuantizedTable | None = None if config.tied else _head(config, rngs)
 
     @classmethod
     def shapes(
@@ -155,7 +157,10 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"], sequence: Sequence) -> Float[Array, "B T D"]:
         """The input of the first layer: embeddings, and learned positions if the model has them."""
-        x = wk.embedding(tokens, self.embedding[...].astype(self.dtype))
+        if isinstance(self.embedding, QuantizedTable):
+            x = self.embedding.rows(tokens, self.dtype)
+        else:
+            x = wk.embedding(tokens, self.embedding[...].astype(self.dtype))
         if self.positions is None:
             return x
         table, positions = self.positions[...].astype(self.dtype), sequence.positions
@@ -168,6 +173,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head: one logit for each token of the vocabulary, in the compute dtype."""
         head = self.embedding if self.head is None else self.head
+        if isinstance(head, QuantizedTable):
+            return head.logits(hidden)
         weight = head[...].T if head.axes[0] == "vocab" else head[...]
         return wk.matmul(hidden, weight.astype(self.dtype))
 
@@ -182,30 +189,23 @@ class Decoder(nnx.Module):
 
 def unstack_layers(model: Decoder) -> Decoder:
     """`model` with arrays of its own for each layer; copies them if `model` is stacked."""
-    config = dataclasses.replace(model.config, stacked=False)
     if not model.config.stacked:
         return model
-    graph, shapes = nnx.split(Decoder.shapes(config, dtype=model.dtype, remat=model.remat))
-    leaves = named_leaves(nnx.state(model))
-    places = list(model.config.places())
+    config = dataclasses.replace(model.config, stacked=False)
+    unstacked = Decoder.shapes(config, dtype=model.dtype, remat=model.remat)
+    for name in ("embedding", "positions", "norm", "head"):
+        setattr(unstacked, name, getattr(model, name))
+    # Of a model whose layers alternate between two kinds, layer 5 is in stage 0, at place 1 of the
+    # period number 2.
+    for layer, (stage, position, period) in enumerate(model.config.places()):
+        graph, state = nnx.split(model.stages[stage].blocks[position])
 
-    # A parameter of layer 5 of a model whose layers alternate between two kinds:
-    #   unstacked  stages/5/blocks/0/attention/query/weight  [1, in, out]
-    #   stacked    stages/0/blocks/1/attention/query/weight  [layers / 2, in, out], period 2
-    def value_at(path: str) -> jax.Array:
-        if not path.startswith("stages/"):
-            return leaves[path].get_value()
-        _, layer, _, _, inner = path.split("/", 4)
-        stage, position, period = places[int(layer)]
-        return leaves[f"stages/{stage}/blocks/{position}/{inner}"][period : period + 1]
+        def slice_of(variable: nnx.Variable, period: int = period) -> nnx.Variable:
+            return variable.replace(variable[...][period : period + 1])
 
-    paths = iter(named_leaves(shapes))
-    state = jax.tree.map(
-        lambda leaf: leaf.replace(value_at(next(paths))),
-        shapes,
-        is_leaf=lambda v: isinstance(v, nnx.Variable),
-    )
-    return nnx.merge(graph, state)
+        sliced = jax.tree.map(slice_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        unstacked.stages[layer].blocks[0] = nnx.merge(graph, sliced)
+    return unstacked
 
 
 def make_sequence(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
+from models.quantized import QuantizedWeight, round_rows
 from models.rope import frequencies
 from models.sparse import SparseFeedForward, gated_activation
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
@@ -53,7 +54,7 @@ class Linear(nnx.Module):
     ) -> None:
         weight = std * jax.random.normal(rngs.params(), (d_in, d_out))
         transposed = config.weights == "out_in"
-        self.weight = nnx.Param(
+        self.weight: nnx.Param | QuantizedWeight = nnx.Param(
             weight.T if transposed else weight, axes=("out", "in") if transposed else ("in", "out")
         )
         self.bias = nnx.Param(jnp.zeros(d_out), axes=("out",)) if bias else None
@@ -65,11 +66,28 @@ class Linear(nnx.Module):
 
 def apply_linears(x: Float[Array, "B T I"], *linears: Linear) -> tuple[Float[Array, "B T _"], ...]:
     """`linear(x)` for each of `linears`; `x` moves between PEs only once."""
-    outs = wk.matmul(x, tuple(in_out_weight(linear.weight).astype(x.dtype) for linear in linears))
+    outs = _products(x, [linear.weight for linear in linears])
     return tuple(
         out if linear.bias is None else out + linear.bias[...].astype(x.dtype)[None, None]
         for out, linear in zip(outs, linears, strict=True)
     )
+
+
+def _products(
+    x: Float[Array, "B T I"], weights: list[nnx.Param | QuantizedWeight]
+) -> tuple[Float[Array, "B T _"], ...]:
+    rounding = [w for w in weights if isinstance(w, QuantizedWeight) and w.activations]
+    if len(rounding) == len(weights):
+        rows = round_rows(x, rounding[0].activations)
+        return tuple(w.multiply_rounded(rows).astype(x.dtype) for w in rounding)
+    factors = [
+        w.right_factor(x.dtype)
+        if isinstance(w, QuantizedWeight)
+        else (in_out_weight(w).astype(x.dtype), None)
+        for w in weights
+    ]
+    matrices, of_scales = zip(*factors, strict=True)
+    return wk.matmul(x, matrices, scales=of_scales)
 
 
 def in_out_weight(weight: nnx.Param) -> Float[Array, "I O"]:

@@ -7,6 +7,7 @@ use of experts even).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 import wsekern as wk
 from models.config import DecoderConfig, ExpertsConfig
+from models.quantized import QuantizedWeight
 from wsekern.wafer.axes import ROWS, WAFERS
 
 
@@ -29,7 +31,7 @@ class SparseFeedForward(nnx.Module):
         self.config, self.experts = config, experts
         d_model, std, count, d_ff = config.d_model, config.init_std, experts.count, experts.d_ff
 
-        def weight(scale: float, *shape: int, axes: tuple[str | None, ...]) -> nnx.Param:
+        def weight(scale: float, *shape: int, axes: tuple[str | None, ...]) -> Any:
             return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
 
         def bias(d_out: int) -> nnx.Param | None:
@@ -66,11 +68,17 @@ class SparseFeedForward(nnx.Module):
             x,
             chosen,
             shares.astype(x.dtype),
-            tuple(weight[...].astype(x.dtype) for weight in weights),
+            tuple(_whole(weight, x.dtype) for weight in weights),
             biases or None,
             activation=gated_activation(self.config),
         )
         return out, wk.load_balance_loss(jax.nn.softmax(scores), chosen)
+
+
+def _whole(weight: nnx.Param | QuantizedWeight, dtype: jnp.dtype) -> Float[Array, "E I O"]:
+    if isinstance(weight, QuantizedWeight):
+        return weight.dequantize(dtype)
+    return weight[...].astype(dtype)
 
 
 _WEIGHT = ("expert", "in", "out")

@@ -12,6 +12,7 @@ import numpy as np
 from models.checkpoints.gguf_fields import check_is_model, fields_of
 from models.checkpoints.gguf_header import Header, Tensor
 from models.checkpoints.json_file import is_there, shown
+from models.checkpoints.mapped_file import forget_pages
 
 # GGUF's name of a module -> Hugging Face's
 LLAMA = {
@@ -47,6 +48,7 @@ _GPT2 = {
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 # GPT-2's Conv1D stores [in, out], GGUF always [out, in].
 _TRANSPOSED = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+_FLOATS = (0, 1, 28, 30)  # the format's numbers of float32, float16, float64 and bfloat16
 # A part of a file that was split: its name, its number from 1 on, how many there are
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -133,6 +135,29 @@ class GGUF:
         if dimensions == 1:
             return tensor.dequantize(data)[rows]
         return tensor.dequantize(data[rows])[:, index[1]]
+
+    def block_kind(self, name: str) -> int | None:
+        """The format's number of the type of a tensor's blocks; None if it is stored as floats."""
+        source = self._sources.get(name)
+        if source is None:  # gpt-oss: gate and up, which are two tensors
+            return -1
+        return None if source.tensor.kind in _FLOATS else source.tensor.kind
+
+    def rows(self, name: str, outputs: slice) -> np.ndarray:
+        """The bytes of some output channels of a weight, or rows of an embedding, as stored."""
+        tensor, expert, role = self._sources[name]
+        data = tensor.map() if expert is None else tensor.map()[expert]
+        if self._family == "llama" and role in self._heads:
+            return data[_rotary_rows(tensor.shape[0], int(self._heads[role]))[outputs]]
+        return data[outputs]
+
+    def forget(self) -> None:
+        """Gives the pages of the file that were read back to the system."""
+        forget_pages(
+            {
+                id(source.tensor.data): source.tensor.data for source in self._sources.values()
+            }.values()
+        )
 
     def where(self, name: str) -> str:
         """The file that stores a tensor, for messages."""

@@ -64,6 +64,10 @@ class Mxfp4:
         shift = groups.start * 32
         return decoded[:, :, first - shift : last - shift : step].swapaxes(1, 2)
 
+    def forget(self) -> None:
+        """Gives the pages of the files that were read back to the system."""
+        self._inner.forget()
+
     def where(self, name: str) -> str:
         """The file that holds an array."""
         return self._inner.where(name if name in self._inner.shapes else f"{name}_blocks")

@@ -30,18 +30,20 @@ from models.checkpoints.hub import find
 from models.checkpoints.json_file import is_there, read_json, shown
 from models.checkpoints.mxfp4 import Mxfp4
 from models.checkpoints.names import Names
+from models.checkpoints.quantized_reading import aligned_empty, read_parts
 from models.checkpoints.slots import Piece
 from models.checkpoints.tensors import Tensors, open_folder
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.presets import FAMILIES, find_family
+from models.quantization import Quantization, Weights, quantizable
+from models.quantized import Activations, Parts
 from sharding.state import named_leaves, unpadded_sharding
 from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
 _CONFIG = "config.json"
 _MOST_CONFIG = 10_000_000  # bytes of a config.json; most have 1,000
-_ALIGNED = 64  # bytes: XLA's CPU backend takes over a NumPy array so aligned without a copy
 
 
 def load(
@@ -49,6 +51,8 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     wafer: Wafer | None = None,
     *,
+    weights: Weights | None = None,
+    activations: Activations = None,
     stacked: bool = True,
     remat: bool = False,
     progress: bool = False,
@@ -63,6 +67,14 @@ def load(
         the Hugging Face hub, for which the local cache is tried first.
       dtype: of parameters and arithmetic; by default the checkpoint's, and float32 on a CPU.
       wafer: where the model goes; by default the current wafer, or one device if there is none.
+      weights: None for weights in `dtype`. "int8" keeps them in eight bits, with a scale for each
+        output channel; "int4" in four, with a scale and a minimum for each group of 32, embedding
+        and head in eight; "stored" as the file does: blocks of a GGUF file of type Q4_0, Q4_1,
+        Q5_0, Q5_1 and Q8_0 exactly, others in int8 in groups of 32, floats in `dtype`. Such a model
+        cannot be trained or saved.
+      activations: with "int8" weights, "int8" or "int16" rounds the inputs of products too, each
+        row by a scale of its own. Products are then sums of integers, which is faster. "int16" is
+        two such products, and loses nothing more.
       stacked: True stacks layers of one kind in one array, which training scans; False gives each
         layer arrays of its own, which saves `generate` a copy.
       remat: whether the backward pass recomputes each layer instead of storing its values.
@@ -70,14 +82,28 @@ def load(
 
     Raises:
       ValueError: it is not a checkpoint, not of a known family, quantized otherwise than in MXFP4,
-        or its tensors are not exactly those of its config.
+        or its tensors are not exactly those of its config; or `weights` or `activations` is not
+        known, or one does not go with the other.
       FileNotFoundError: there is no such folder, and no such model in the cache or on the hub.
     """
+    quantization = None
+    if weights is not None:
+        quantization = Quantization(weights=weights, activations=activations)
+    elif activations is not None:
+        raise ValueError(f"load: activations={activations!r} needs weights='int8'")
     config, tensors = open_checkpoint(checkpoint)
     config = dataclasses.replace(config, stacked=stacked)
     if dtype is None:
         dtype = _default_dtype(config, tensors)
-    return read(config, tensors, dtype, context.resolve(wafer), remat=remat, progress=progress)
+    return read(
+        config,
+        tensors,
+        dtype,
+        context.resolve(wafer),
+        quantization=quantization,
+        remat=remat,
+        progress=progress,
+    )
 
 
 def read_config(checkpoint: str | os.PathLike[str]) -> DecoderConfig:
@@ -167,6 +193,7 @@ def read(
     dtype: jax.typing.DTypeLike,
     wafer: Wafer | None,
     *,
+    quantization: Quantization | None = None,
     remat: bool = False,
     progress: bool = False,
 ) -> Decoder:
@@ -177,6 +204,7 @@ def read(
       tensors: from `open_checkpoint`.
       dtype: of parameters and arithmetic.
       wafer: where the model goes; None for one device.
+      quantization: how weights are kept; None for all in `dtype`.
       remat: whether the backward pass recomputes each layer instead of storing its values.
       progress: whether to show a progress bar on standard error.
 
@@ -188,18 +216,35 @@ def read(
     check_tensors(config, pieces, tensors)
     check_head(config, tensors)
     leaves = named_leaves(state)
+    integers = dict(quantizable(state)) if quantization else {}
+    values: dict[str, jax.Array] = {}
+    quantized: dict[str, Parts] = {}
     with _progress_bar(progress, sum(map(len, pieces.values()))) as advance:
-        values = {
-            path: _read_parameter(leaves[path], of_leaf, tensors, np.dtype(dtype), wafer, advance)
-            for path, of_leaf in pieces.items()
-        }
+        for path, of_leaf in pieces.items():
+            leaf, axes = leaves[path], leaves[path].get_metadata()["axes"]
+            parts = None
+            if quantization and path in integers:
+                parts = read_parts(of_leaf, axes, tensors, quantization)
+            if parts is None:
+                values[path] = _read_parameter(
+                    leaf, of_leaf, tensors, np.dtype(dtype), wafer, advance
+                )
+            else:
+                quantized[path] = parts
+                for _ in of_leaf:
+                    advance()
+            tensors.forget()
     paths = iter(leaves)
 
     def with_value(leaf: nnx.Variable) -> nnx.Variable:
-        return leaf.replace(values[next(paths)])
+        return leaf.replace(values.get(next(paths), leaf.get_value()))
 
     full = jax.tree.map(with_value, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return nnx.merge(graph, full)
+    model = nnx.merge(graph, full)
+    for path, parts in quantized.items():
+        assert quantization is not None
+        quantization.install(model, path, leaves[path].get_metadata()["axes"], parts, wafer)
+    return model
 
 
 def stored_dtype(config: DecoderConfig, tensors: Tensors) -> np.dtype:
@@ -261,7 +306,7 @@ def _read_part(
     stacked: bool,
     advance: Callable[[], None],
 ) -> np.ndarray:
-    out = _empty(tuple(i.stop - i.start for i in index), dtype)
+    out = aligned_empty(tuple(i.stop - i.start for i in index), dtype)
     if not stacked:
         pieces[0].read_into(out, tensors, index)
         advance()
@@ -270,14 +315,6 @@ def _read_part(
         pieces[period].read_into(out[i], tensors, index[1:])
         advance()
     return out
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array without values, aligned so that XLA's CPU backend takes it over without a copy."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + _ALIGNED, np.uint8)
-    start = -raw.ctypes.data % _ALIGNED
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _ignore() -> None:

@@ -16,6 +16,8 @@ from models.checkpoints.slots import Piece
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.presets import FAMILIES
+from models.quantization import is_quantized
+from models.quantized import QuantizedTable
 from sharding.state import named_leaves
 from wsekern.atomic_write import atomic_write
 
@@ -44,13 +46,20 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -
       most: bytes of a file; a larger model is split over several files, with an index.
 
     Raises:
-      ValueError: the family's config.json cannot express a choice of the model.
+      ValueError: the family's config.json cannot express a choice of the model, or its weights are
+        quantized.
       OSError: the disk is full, or the folder is not writable.
     """
+    if is_quantized(model) or isinstance(model.embedding, QuantizedTable):
+        raise ValueError(
+            "save: the model's weights are quantized, and a checkpoint has floats; load it without "
+            "weights=, and save that"
+        )
     config = model.config
     family = FAMILIES[config.family]
     written_config = check_savable(config)
-    fields = _fields(config, np.dtype(model.embedding.dtype).name)
+    embedding = model.embedding
+    fields = _fields(config, np.dtype(embedding.dtype).name)
     state = whole = nnx.state(model)
     if written_config.biases != config.biases:
         widened = dataclasses.replace(config, biases=written_config.biases)
@@ -65,7 +74,7 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, most: int = _MOST) -
     arrays = {
         name: (
             pieces[0][0].tensor_shape(),
-            np.dtype(leaves.get(pieces[0][0].leaf, model.embedding).dtype),
+            np.dtype(leaves.get(pieces[0][0].leaf, embedding).dtype),
         )
         for name, pieces in by_name.items()
     }

@@ -21,6 +21,7 @@ from models.checkpoints.json_file import (
     refuse_pointer,
     shown,
 )
+from models.checkpoints.mapped_file import forget_pages
 from wsekern.atomic_write import atomic_write
 
 _DTYPES = {
@@ -61,6 +62,9 @@ class Tensors(Protocol):
     def where(self, name: str) -> str:
         """The file that stores an array, for messages."""
 
+    def forget(self) -> None:
+        """Gives the pages of the files that were read back to the system."""
+
 
 class _Entry(NamedTuple):
     file: pathlib.Path
@@ -99,6 +103,10 @@ class SafeTensors:
         size = math.prod(entry.shape) * entry.dtype.itemsize
         data = self._maps[entry.file][entry.offset : entry.offset + size]
         return data.view(entry.dtype).reshape(entry.shape)[index]
+
+    def forget(self) -> None:
+        """Gives the pages of the files that were read back to the system."""
+        forget_pages(self._maps.values())
 
     def where(self, name: str) -> str:
         """The file that stores an array, for messages."""

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from wsekern.kernels.attention.attention import attention as attention
     from wsekern.kernels.attention.decode import decode_attention as decode_attention
     from wsekern.kernels.attention.kv_cache import KVCache as KVCache
+    from wsekern.kernels.attention.pages import KVPages as KVPages
+    from wsekern.kernels.attention.pages import paged_attention as paged_attention
     from wsekern.kernels.dense.cross_entropy import cross_entropy as cross_entropy
     from wsekern.kernels.dense.embedding import embedding as embedding
     from wsekern.kernels.dense.norm import layer_norm as layer_norm
@@ -110,6 +112,7 @@ _HOMES = {
     "H100": "hardware",
     "H200": "hardware",
     "KVCache": "kernels.attention.kv_cache",
+    "KVPages": "kernels.attention.pages",
     "Machine": "hardware",
     "Memory": "wafer.host_memory",
     "Placement": "wafer.placement.place",
@@ -149,6 +152,7 @@ _HOMES = {
     "matmul": "kernels.matmul.matmul",
     "memory": "wafer.host_memory",
     "multigrid": "solvers.multigrid",
+    "paged_attention": "kernels.attention.pages",
     "rms_norm": "kernels.dense.norm",
     "roofline": "estimator.pictures.roofline",
     "rotary": "kernels.dense.rotary",

@@ -144,15 +144,7 @@ class KVCache:
     @property
     def repeats(self) -> int:
         """How often each head of keys and values is held along x."""
-        width, group = 1 if self.wafer is None else self.wafer.width, self.heads // self.kv_heads
-
-        # First as little memory on a PE as there can be, then as few query heads.
-        def kv_and_query_heads_of_a_pe(repeats: int) -> tuple[int, int]:
-            kv_heads = -(-self.kv_heads * repeats // width)
-            return kv_heads, kv_heads * (group // repeats)
-
-        divisors = (r for r in range(1, group + 1) if group % r == 0)
-        return min(divisors, key=kv_and_query_heads_of_a_pe)
+        return repeated_heads(self.heads, self.kv_heads, self.wafer)
 
     def append(
         self,
@@ -268,6 +260,25 @@ class KVCache:
         mapped = wafer.map(run, in_specs=specs, out_specs=SLOTS)
         k, v = mapped(self.k, self.v, *tiles, *sequences)
         return dataclasses.replace(self, k=k, v=v, lengths=_lay_out_lengths(after, wafer))
+
+
+def repeated_heads(heads: int, kv_heads: int, wafer: Wafer | None) -> int:
+    """How often each head of keys and values is held along x, to share out the queries.
+
+    Args:
+      heads: heads of the queries.
+      kv_heads: heads of keys and values.
+      wafer: where they lie.
+    """
+    width, group = 1 if wafer is None else wafer.width, heads // kv_heads
+
+    # First as little memory on a PE as there can be, then as few query heads.
+    def kv_and_query_heads_of_a_pe(repeats: int) -> tuple[int, int]:
+        heads_of_a_pe = -(-kv_heads * repeats // width)
+        return heads_of_a_pe, heads_of_a_pe * (group // repeats)
+
+    divisors = (r for r in range(1, group + 1) if group % r == 0)
+    return min(divisors, key=kv_and_query_heads_of_a_pe)
 
 
 def _lay_out_lengths(x: Shaped[Array, " B"], wafer: Wafer | None) -> Shaped[Array, " B"]:

@@ -43,7 +43,7 @@ def append(
       balance: which row holds which tokens.
     """
 
-    new_k, new_v = _mark_not_finite(new_k, new_v)
+    new_k, new_v = mark_not_finite(new_k, new_v)
 
     def step(carry: tuple[KV, Lengths], entry: _Entry) -> tuple[tuple[KV, Lengths], None]:
         kv, lengths = carry
@@ -76,7 +76,7 @@ def fill(
       active: which sequences are replaced.
       balance: which row holds which tokens.
     """
-    new_k, new_v = _mark_not_finite(new_k, new_v)
+    new_k, new_v = mark_not_finite(new_k, new_v)
     row, p = _row(balance), balance.rows
     first = balance.first(lengths, row)
     position = first[:, None] + balance.offsets(lengths, row)
@@ -102,7 +102,7 @@ def fill(
     return take(kv, tile, (row + 1) % p)
 
 
-def _mark_not_finite(
+def mark_not_finite(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Tokens whose values are not finite, with a key of NaN and values of 0 instead.

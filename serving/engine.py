@@ -1,0 +1,367 @@
+"""The inference engine: many requests at once through one model, each as if it were alone.
+
+Continuous batching: G.-I. Yu et al., "Orca: A Distributed Serving System for Transformer-Based
+Generative Models", 2022. Chunked prompts: A. Agrawal et al., "Taming Throughput-Latency Tradeoff in
+LLM Inference with Sarathi-Serve", 2024.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.text.tokenizer import Tokenizer, bytes_tokenizer
+from serving.equality import find_shapes
+from serving.generation import Generation, wake
+from serving.launcher import Launcher
+from serving.pages import PagePool
+from serving.programs import Programs, Sizes
+from serving.request import Delta, PromptTooLong, QueueFull, SamplingParams, TokenLogprobs
+from serving.scheduler import Scheduler, Stream
+from serving.speculation import PromptLookup
+from wsekern.wafer import context
+from wsekern.wafer.wafer import Wafer
+
+PAGE_TOKENS = 32
+_SNAPSHOT_EVERY = 0.05  # seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A running request."""
+
+    id: str
+    state: str  # "prefill" or "decode"
+    prompt_tokens: int
+    tokens: int  # made so far
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSnapshot:
+    """What an engine is doing."""
+
+    slots: tuple[Slot, ...]  # of running requests
+    waiting: int
+    max_streams: int
+    pages_total: int
+    pages_free: int
+    pages_evictable: int
+    pages_held: int
+    page_tokens: int
+    totals: dict[str, int]  # counters since the start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The tokens that a request made."""
+
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: str  # "stop", "length", "cancelled" or "error"
+    error: str
+
+
+class EngineClosed(RuntimeError):
+    """The engine takes no requests any more."""
+
+
+class Engine:
+    """Serves one model: requests share its steps and its cache of keys and values.
+
+        engine = Engine(models.load("SmolLM2-135M-Instruct"), tokenizer)
+        engine.generate([tokenizer.encode("Once")], SamplingParams(max_tokens=32))
+        async for delta in engine.submit(prompt, params): ...
+
+    The text of a request that takes the likeliest tokens is the same to the last bit alone and
+    among others, whatever is in the cache, and with and without guesses: `is_exact` says whether
+    that was found to hold on this machine.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        wafer: Wafer | None = None,
+        max_streams: int = 32,
+        max_waiting: int = 1024,
+        kv_tokens: int | None = None,
+        kv_dtype: jax.typing.DTypeLike | None = None,
+        page_tokens: int = PAGE_TOKENS,
+        chunk: int = 128,
+        lookup: bool = True,
+        folder: pathlib.Path | None = None,
+    ) -> None:
+        """Compiles, or loads, all programs; requests can come when this returns.
+
+        Args:
+          model: a decoder; with stacked layers, its programs are small.
+          tokenizer: of the model; by default a token is a byte.
+          wafer: where the model lies; by default the current wafer, or one device without one.
+          max_streams: requests that run at once; others wait.
+          max_waiting: requests that wait at most; more are refused.
+          kv_tokens: tokens whose keys and values the cache holds, of all requests together; by
+            default `max_streams` times 512, and at least the model's context.
+          kv_dtype: of keys and values; by default the model's.
+          page_tokens: tokens of a page of the cache, rounded up to a multiple of the wafer's
+            height. Prefixes are shared in whole pages.
+          chunk: tokens of prompts that are read between two steps of decoding: a long prompt
+            stalls running requests for as long as that takes.
+          lookup: whether few requests guess ahead by prompt lookup.
+          folder: where compiled programs are kept; None: nowhere.
+
+        Raises:
+          ValueError: a number is out of range, or the tokenizer is not of the model.
+        """
+        sizes = {"max_streams": max_streams, "max_waiting": max_waiting, "chunk": chunk}
+        for name, value in (sizes | {"page_tokens": page_tokens}).items():
+            if value < 1:
+                raise ValueError(f"Engine: {name}={value} must be 1 or more")
+        self.tokenizer = bytes_tokenizer() if tokenizer is None else tokenizer
+        self.tokenizer.check(model.config.vocab)
+        self.config: DecoderConfig = model.config
+        wafer = context.resolve(wafer)
+        page_tokens += -page_tokens % (1 if wafer is None else wafer.height)
+        if kv_tokens is None:
+            kv_tokens = max(512 * max_streams, self.config.context)
+        pages = -(-kv_tokens // page_tokens)
+        self.max_tokens = min(self.config.context, pages * page_tokens)
+        self.max_streams, self.max_waiting = max_streams, max_waiting
+        programs = Programs(
+            model,
+            Sizes(
+                pages=pages,
+                page_tokens=page_tokens,
+                slots=max_streams,
+                columns=-(-self.max_tokens // page_tokens),
+                vocab=min(self.tokenizer.vocab, self.config.vocab),
+            ),
+            kv_dtype=model.dtype if kv_dtype is None else kv_dtype,
+            wafer=wafer,
+            folder=folder,
+        )
+        shapes, self.is_exact = find_shapes(programs, max_streams, lookup=lookup)
+        self.programs = programs
+        self._pool = PagePool(pages, page_tokens)
+        self._scheduler = Scheduler(self._pool, max_streams)
+        self._launcher = Launcher(
+            self._scheduler, programs, shapes, self._deliver, guesses=lookup, chunk=chunk
+        )
+        self._lookup = lookup
+        self._streams: dict[Generation, Stream] = {}
+        self._delivered: dict[Generation, None] = {}
+        self._inbox: collections.deque[Stream] = collections.deque()
+        self._cancelled: collections.deque[Generation] = collections.deque()
+        self._changed = threading.Condition()
+        self._closing = self._stopped = False
+        self._failure: BaseException | None = None
+        self._snapshot, self._snapshot_at = self._take_snapshot(), 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return not self._closing and self._failure is None
+
+    def submit(self, prompt: Sequence[int] | np.ndarray, params: SamplingParams) -> Generation:
+        """Lets a request join; its tokens come from iterating over what is returned.
+
+        Args:
+          prompt: at least one token.
+          params: how its tokens are chosen, and when it ends.
+
+        Raises:
+          QueueFull: as many requests wait as are allowed.
+          PromptTooLong: the prompt leaves no room for a token.
+          ValueError: the prompt is empty, or a number is out of range.
+          EngineClosed: the engine is closing, or has failed.
+        """
+        stream = self._make_stream(np.asarray(prompt, np.int64), params)
+        with self._changed:
+            if self._closing or self._failure is not None:
+                raise EngineClosed("the engine takes no requests any more")
+            waiting = len(self._inbox) + len(self._scheduler.waiting)
+            if waiting >= self.max_waiting:
+                raise QueueFull(f"{waiting} requests are waiting already")
+            self._streams[stream.generation] = stream
+            self._inbox.append(stream)
+            self._changed.notify_all()
+        return stream.generation
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+    ) -> list[Completion]:
+        """The completions of several prompts; waits for all.
+
+        Args:
+          prompts: tokens of each.
+          params: for all prompts, or one for each.
+
+        Raises:
+          ValueError: as `submit`; or there are not as many `params` as prompts.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        generations = [self.submit(p, one) for p, one in zip(prompts, each, strict=True)]
+        completions = []
+        for generation in generations:
+            deltas = list(generation)
+            tokens = tuple(token for delta in deltas for token in delta.tokens)
+            completions.append(
+                Completion(
+                    tokens=tokens,
+                    text=self.tokenizer.decode(tokens),
+                    logprobs=tuple(one for delta in deltas for one in delta.logprobs),
+                    finish=deltas[-1].finish or "error",
+                    error=deltas[-1].error,
+                )
+            )
+        return completions
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine is doing, or was a moment ago."""
+        return self._snapshot
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Takes no more requests, lets those there are go on for `timeout` seconds, and ends."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            while self._streams and self._failure is None and time.monotonic() < deadline:
+                self._changed.wait(min(0.05, max(0.0, deadline - time.monotonic())))
+            self._cancelled.extend(self._streams)
+            self._stopped = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make_stream(self, prompt: np.ndarray, params: SamplingParams) -> Stream:
+        vocab = self.config.vocab
+        params.check(vocab)
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError("the prompt has no tokens; say something")
+        if prompt.min() < 0 or prompt.max() >= vocab:
+            wrong = prompt[(prompt < 0) | (prompt >= vocab)][0]
+            raise ValueError(f"the prompt's token {wrong} is none of the model's {vocab}")
+        room = self.max_tokens - len(prompt)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens, the context is {self.max_tokens} tokens and "
+                "must hold one more; shorten it"
+            )
+        most = room if params.max_tokens is None else min(room, params.max_tokens)
+        text = np.zeros(len(prompt) + most, np.int32)
+        text[: len(prompt)] = prompt
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+        generation = Generation(secrets.token_hex(12), self._cancel)
+        generation.usage.prompt_tokens = len(prompt)
+        penalties = (params.frequency_penalty, params.presence_penalty)
+        guesses = self._lookup and not any(penalties) and params.repetition_penalty == 1
+        return Stream(
+            generation=generation,
+            params=params,
+            prompt_tokens=len(prompt),
+            text=text,
+            length=len(prompt),
+            seed=np.frombuffer(digest, np.uint32),
+            arrival=0,
+            lookup=PromptLookup(params.prediction, prompt.tolist()) if guesses else None,
+        )
+
+    def _cancel(self, generation: Generation) -> None:
+        with self._changed:
+            self._cancelled.append(generation)
+            self._changed.notify_all()
+
+    def _deliver(self, stream: Stream, delta: Delta) -> None:
+        stream.generation.put(delta)
+        self._delivered[stream.generation] = None
+        if delta.finish is not None:
+            self._streams.pop(stream.generation, None)
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._launcher.advance()
+                wake(self._delivered)
+                self._delivered.clear()
+                now = time.monotonic()
+                if self._launcher.is_idle or now - self._snapshot_at > _SNAPSHOT_EVERY:
+                    self._snapshot, self._snapshot_at = self._take_snapshot(), now
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._snapshot = self._take_snapshot()
+
+    def _wait_for_work(self) -> bool:
+        """Takes in what has come; False when the engine is to end."""
+        with self._changed:
+            while self._launcher.is_idle and not (self._inbox or self._cancelled):
+                self._scheduler.check()
+                self._changed.notify_all()
+                if self._stopped:
+                    return False
+                self._changed.wait()
+            arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
+            for stream in arrived:
+                self._scheduler.add(stream)
+            streams = [self._streams[one] for one in cancelled if one in self._streams]
+        for stream in streams:
+            self._launcher.finish(stream, "cancelled")
+        return True
+
+    def _fail(self, error: BaseException) -> None:
+        """Tells every request that the engine is gone."""
+        with self._changed:
+            self._failure = error
+            streams = list(self._streams.values())
+            self._streams.clear()
+            self._changed.notify_all()
+        for stream in streams:
+            stream.generation.put(Delta(finish="error", error="the engine has failed"))
+        wake([stream.generation for stream in streams])
+
+    def _take_snapshot(self) -> EngineSnapshot:
+        return EngineSnapshot(
+            slots=tuple(
+                Slot(
+                    id=stream.generation.id,
+                    state="prefill" if stream.reads else "decode",
+                    prompt_tokens=stream.prompt_tokens,
+                    tokens=stream.made,
+                    pages=len(stream.pages),
+                )
+                for stream in self._scheduler.running
+            ),
+            waiting=len(self._scheduler.waiting),
+            max_streams=self.max_streams,
+            pages_total=self._pool.pages,
+            pages_free=self._pool.free,
+            pages_evictable=self._pool.evictable,
+            pages_held=self._pool.held,
+            page_tokens=self._pool.page_tokens,
+            totals=dict(self._launcher.totals) | {"retractions": self._scheduler.retractions},
+        )

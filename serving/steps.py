@@ -64,13 +64,13 @@ def run_step(
     """
     tokens = jnp.where(batch.tokens < 0, state.last[batch.slots][:, None], batch.tokens)
     cache, x = _through_layers(model, state.cache, tokens, batch)
+    x = model.norm(x)  # of all tokens alike: of some, it would be summed in another order
     R = len(rows.slots)
     if every:
         x = x.reshape(R, 1, -1)
     else:
         last = jnp.argmax(batch.positions, axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    x = model.norm(x)
 
     def choose() -> Chosen:
         return _choose(model, x, state.counts, rows, extras, vocab, least_rows)

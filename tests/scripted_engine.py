@@ -118,9 +118,12 @@ class ScriptedEngine:
             generation.cancel()
 
 
-def build_server(engine: ScriptedEngine, **settings: Any) -> HttpServer:
+def build_server(
+    engine: ScriptedEngine, template: str | None = None, **settings: Any
+) -> HttpServer:
     """A server with one model, "scripted", on bytes."""
-    text = ModelText(bytes_tokenizer(), vocab=256)
+    tokenizer = dataclasses.replace(bytes_tokenizer(), template=template)
+    text = ModelText(tokenizer, vocab=256)
     card = ModelCard(name="scripted", context=engine.context)
     served = Served(card=card, engine=engine, text=text, fingerprint="fp_test")
     app = build_app(LoadedModels([served]), Settings(**settings))

@@ -1,21 +1,18 @@
 """The HTTP interface: its routes, and what every request meets before them."""
 
-import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.routing import Mount, Route, Router
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from serving.api import chat, completions, records, responses, status
+from serving.api import chat, completions, page_route, records, responses, status
 from serving.api.door import Door
 from serving.api.interface import Interface
 from serving.api.registry import Models
 from serving.api.settings import Settings
 
-_PAGE = pathlib.Path(__file__).with_name("page")
 Handler = Callable[[Interface, Request, Send], Awaitable[None]]
 
 
@@ -46,8 +43,8 @@ def build_app(models: Models, settings: Settings | None = None) -> Door:
         route("/metrics", status.metrics),
         route("/slots", status.slots),
     ]
-    if (_PAGE / "index.html").exists():
-        routes.append(Mount("/", StaticFiles(directory=_PAGE, html=True)))
+    if page_route.FILE.exists():
+        routes.append(route("/", page_route.show))
     return Door(Router(routes, redirect_slashes=False), interface)
 
 

@@ -170,9 +170,13 @@ class _ChatWriter:
         if not self.job.fields.get("logprobs"):
             return {}
         text = self.served.text
-        content = [token_logprobs(text, chosen) for piece in pieces for chosen in piece.content]
+        content, reasoning = list[Any](), list[Any]()
+        for piece in pieces:
+            (content if self.job.is_raw else reasoning).extend(piece.reasoning)
+            content += piece.content
+        content = [token_logprobs(text, chosen) for chosen in content]
         found: dict[str, Any] = {"logprobs": {"content": content, "refusal": None}}
-        reasoning = [token_logprobs(text, chosen) for piece in pieces for chosen in piece.reasoning]
+        reasoning = [token_logprobs(text, chosen) for chosen in reasoning]
         if reasoning and self.job.shows_reasoning:
             found["reasoning_logprobs"] = {"content": reasoning, "refusal": None}
         return found

@@ -22,12 +22,14 @@ class ChatJob:
     Args:
       texts: one for each choice.
       fields: of the request, checked.
-      shows_reasoning: whether the answer has the reasoning, apart from its content.
+      shows_reasoning: whether the answer has the reasoning.
+      is_raw: whether reasoning is part of the content.
     """
 
     texts: list[TextRequest]
     fields: Mapping[str, Any]
     shows_reasoning: bool
+    is_raw: bool
 
 
 def prepare_chat(
@@ -85,7 +87,9 @@ def prepare_chat(
         )
         for choice in range(fields.get("n", 1))
     ]
-    return ChatJob(texts=texts, fields=fields, shows_reasoning=layout != "hidden")
+    return ChatJob(
+        texts=texts, fields=fields, shows_reasoning=layout != "hidden", is_raw=layout == "raw"
+    )
 
 
 def _check_together(fields: Mapping[str, Any], most_choices: int) -> None:

@@ -19,6 +19,7 @@ from serving.api.settings import Settings
 
 MOST_HEADERS = 100
 MOST_HEADER_BYTES = 32 << 10
+_MOST_AHEAD = 64 << 10  # bytes of the next requests, before a request is answered
 _LINGER = 5.0  # seconds in which a client may go on to send what nobody reads
 
 
@@ -69,6 +70,13 @@ class Connection(H11Protocol):
             self._expect_body()
         elif state is not h11.IDLE or not self.conn.trailing_data[0]:
             self._expect(None)
+        if state is h11.DONE and self.flow.read_paused:
+            # The next request has come before the answer to this one. uvicorn stops reading then,
+            # and would not see that the client leaves.
+            if len(self.conn.trailing_data[0]) > _MOST_AHEAD:
+                self._close()
+            else:
+                self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         if self.conn.their_state is h11.SEND_BODY:

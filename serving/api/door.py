@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Mount, Router
+from starlette.routing import Match, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.api.connections import MOST_HEADER_BYTES, MOST_HEADERS
@@ -117,8 +117,10 @@ class Door:
         answer.headers |= error.headers
         if error.status in (408, 413, 431, 503):
             answer.headers["connection"] = "close"
-        if error.status == 401 or (error.status == 403 and error.code == "no_api_key"):
-            answer.headers["www-authenticate"] = 'Basic realm="wsekern", Bearer'
+        if error.code == "no_api_key" and scope["path"] == "/":
+            error.status = 401  # so that a browser asks for the key, as a password
+        if error.status == 401:
+            answer.headers["www-authenticate"] = 'Basic realm="wsekern"'
         await send_bytes(send, error.body(scope["request_id"]), status=error.status)
 
     async def _send_preflight(self, scope: Scope, send: Send) -> None:
@@ -182,7 +184,7 @@ class Door:
         """The path of the route that matches, with its parameters' names."""
         for route in self._routes.routes:
             if route.matches(scope)[0] is not Match.NONE:
-                return "/" if isinstance(route, Mount) else route.path  # type: ignore[attr-defined]
+                return getattr(route, "path", "other")
         return "other"
 
 

@@ -130,6 +130,8 @@ def _submit(served: Served, texts: list[TextRequest]) -> Session:
         raise as_api_error(error) from error
     except ValueError as error:
         raise ApiError(400, str(error), "invalid_value") from error
+    except RuntimeError as error:  # the engine has failed, or is closing
+        raise ApiError(503, str(error), "engine_closed", headers={"retry-after": "5"}) from error
 
 
 async def send_object(send: Send, value: Any, status: int = 200) -> None:

@@ -16,9 +16,9 @@ def hello(prompt, params):
 
 
 @contextlib.contextmanager
-def serve(engine, **settings):
+def serve(engine, template=None, **settings):
     """A running server with one model, "scripted", on bytes."""
-    server = build_server(engine, **settings)
+    server = build_server(engine, template, **settings)
     server.start()
     try:
         yield server

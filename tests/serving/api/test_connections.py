@@ -157,6 +157,34 @@ def test_a_client_that_leaves_ends_its_generation(strict, strict_engine, stream)
     assert time.monotonic() - start < 0.5
 
 
+def test_a_client_that_leaves_after_its_next_request_is_seen_too(strict, strict_engine):
+    strict_engine.pause, strict_engine.reply = 0.05, lambda prompt, params: b"x" * 1000
+    with connected(strict) as sock:
+        sock.sendall(b"".join(request(ASKED)) * 2)
+        wait_until(lambda: strict_engine.running)
+    start = time.monotonic()
+    wait_until(lambda: not strict_engine.running)
+    assert time.monotonic() - start < 0.5
+
+
+def test_requests_that_come_ahead_are_answered_in_turn_unless_they_are_too_many(server):
+    with connected(server) as sock:
+        sock.sendall(b"".join(request(ASKED)) * 3)
+        said = b""
+        while said.count(b"Hello there") < 3:
+            said += sock.recv(65_536)
+    with connected(server) as sock:
+        head, content = request(ASKED | {"max_tokens": 1}, "x: " + "y" * 1000)
+        server_engine(server).pause = 0.5
+        with contextlib.suppress(ConnectionError):
+            sock.sendall((head + content) * 1000)
+        assert read_all(sock).count(b" 200 ") < 10
+
+
+def server_engine(server):
+    return server.app.interface.models.loaded["scripted"].engine
+
+
 def test_a_client_that_does_not_read_is_cut(strict, strict_engine):
     strict_engine.reply = lambda prompt, params: b"x" * 3000
     with connected(strict) as sock:

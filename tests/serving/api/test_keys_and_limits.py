@@ -45,7 +45,7 @@ def test_a_wrong_key(guarded, key):
         other.chat.completions.create(**ASKED)
 
 
-ROUTES = ["/v1/models", "/public/v1/models", "/metrics", "/slots", "/v1/tcp_warming", "/", "/nope"]
+ROUTES = ["/v1/models", "/public/v1/models", "/metrics", "/slots", "/v1/tcp_warming", "/nope"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -57,8 +57,8 @@ def test_without_a_key_only_the_health_is_told(guarded, path, header):
 
 
 def test_a_browser_gives_the_key_as_a_password(guarded):
-    answer = httpx.get(f"{guarded.url}/v1/models")
-    assert "Basic" in answer.headers["www-authenticate"]
+    answer = httpx.get(f"{guarded.url}/")
+    assert answer.status_code == 401 and "Basic" in answer.headers["www-authenticate"]
     basic = base64.b64encode(b"me:key-two").decode()
     headers = {"authorization": f"Basic {basic}"}
     assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200

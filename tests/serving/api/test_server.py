@@ -111,6 +111,7 @@ def test_after_the_grace_what_still_runs_is_told_so(program, streaming):
 @pytest.mark.slow
 def test_a_second_signal_ends_the_server_at_once(program, streaming):
     process, url = program(grace=60)
+    httpx.get(f"{url}/health")
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     process, url = program(grace=60)

@@ -154,7 +154,7 @@ def _add_bias(logits: Float[Array, "R V"], extras: Extras) -> Float[Array, "R V"
 
 def _apply_mask(logits: Float[Array, "R V"], extras: Extras) -> Float[Array, "R V"]:
     words: UInt32[Array, "R words"] = lax.bitcast_convert_type(extras.mask, jnp.uint32)
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
     allowed = bits.reshape(len(words), -1)[:, : logits.shape[1]] == 1
     return jnp.where(allowed, logits, -jnp.inf)
 

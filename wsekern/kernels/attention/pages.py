@@ -322,7 +322,7 @@ def _attend(
         rows = jnp.concatenate([rows, rows], axis=2)
     R = rows.shape[2]
     row = fabric.axis_index(ROWS) if plan.rows > 1 else 0
-    local = jnp.arange(k.shape[-1]) * plan.rows + row
+    local = (jnp.arange(k.shape[-1]) * plan.rows + row)[None, None, None]  # [1, 1, 1, S]
     query = jnp.repeat(positions, G, axis=1)[:, None]  # [B, 1, T G]
     query = query if R == T * G else jnp.concatenate([query, query], axis=2)
 

@@ -1,0 +1,218 @@
+"""The interface before the real engine, with a tiny random model on bytes."""
+
+import json
+import socket
+import time
+from typing import Any
+
+import cerebras.cloud.sdk
+import httpx
+import jax.numpy as jnp
+import openai
+import pytest
+from flax import nnx
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.text.tokenizer import bytes_tokenizer
+from serving.api.app import build_app
+from serving.api.registry import LoadedModels, ModelCard, Served
+from serving.api.server import HttpServer
+from serving.engine import Engine
+from serving.request import SamplingParams
+from serving.text.model_text import ModelText
+
+CONFIG = DecoderConfig(
+    vocab=256, d_model=32, d_ff=64, layers=2, heads=2, kv_heads=1, context=1024, stacked=True
+)
+ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+PROMPT = list(b"user: Hi\nassistant:")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    with Engine(model, bytes_tokenizer(), max_streams=4, kv_tokens=4096) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def tiny(engine):
+    text = ModelText(engine.tokenizer, vocab=CONFIG.vocab)
+    card = ModelCard(name="tiny", context=engine.max_tokens)
+    served = Served(card=card, engine=engine, text=text, fingerprint="fp_tiny")
+    server = HttpServer(build_app(LoadedModels([served])), port=0)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["openai", "cerebras"])
+def client(request, tiny):
+    if request.param == "openai":
+        with openai.OpenAI(base_url=f"{tiny.url}/v1", api_key="k", max_retries=0) as one:
+            yield one
+    else:
+        with cerebras.cloud.sdk.Cerebras(base_url=tiny.url, api_key="k", max_retries=0) as other:
+            yield other
+
+
+def post(server, **asked):
+    return httpx.post(f"{server.url}/v1/chat/completions", json=ASKED | asked, timeout=60)
+
+
+def complete(server, **asked):
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "return_raw_tokens": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body | asked, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def wait_until_idle(engine):
+    end = time.monotonic() + 5
+    while (state := engine.snapshot()).slots or state.waiting or state.pages_held:
+        assert time.monotonic() < end, state
+        time.sleep(0.01)
+
+
+def test_a_text_is_the_engines_whole_and_streamed(client, engine):
+    (alone,) = engine.generate([PROMPT], SamplingParams(max_tokens=16))
+    answer = client.chat.completions.create(**ASKED, temperature=0, max_tokens=16)
+    assert answer.choices[0].message.content == alone.text
+    assert answer.choices[0].finish_reason == "length"
+    chunks = list(
+        client.chat.completions.create(**ASKED, temperature=0, max_tokens=16, stream=True)
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone.text
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens == 16
+
+
+def test_seeds_give_texts_again_and_each_choice_its_own(tiny):
+    def texts(**asked):
+        choices = complete(tiny, **asked)["choices"]
+        return [choice["tokens"] for choice in choices]
+
+    several = texts(seed=5, n=3)
+    assert several == texts(seed=5, n=3) and len({tuple(text) for text in several}) == 3
+    assert texts(seed=5) == several[:1]
+    assert texts() != texts()
+
+
+def test_several_prompts_are_answered_each_as_alone(tiny):
+    prompts = [list(b"one"), list(b"another"), list(b"a third")]
+    together = complete(tiny, prompt=prompts, temperature=0)["choices"]
+    alone = [complete(tiny, prompt=one, temperature=0)["choices"][0] for one in prompts]
+    assert [choice["tokens"] for choice in together] == [choice["tokens"] for choice in alone]
+
+
+def test_logprobs_are_those_of_a_distribution(tiny):
+    answer = post(tiny, logprobs=True, top_logprobs=5, temperature=0, max_tokens=8).json()
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert content and all(one["logprob"] <= 0 for one in content)
+    for one in content:
+        tops = [top["logprob"] for top in one["top_logprobs"]]
+        assert tops == sorted(tops, reverse=True) and len(tops) == 5
+        assert one["top_logprobs"][0]["token"] == one["token"]
+
+
+def test_biases_stops_and_least_lengths(tiny):
+    body = {"logit_bias": {str(ord("z")): 100}, "max_tokens": 5}
+    assert post(tiny, **body).json()["choices"][0]["message"]["content"] == "zzzzz"
+    stopped = post(tiny, **body, stop=["zz"]).json()
+    assert stopped["choices"][0]["message"]["content"] == ""
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert stopped["usage"]["completion_tokens"] == 2
+    whole = complete(tiny, max_tokens=-1, min_tokens=-1)
+    assert whole["choices"][0]["finish_reason"] == "length"
+    assert whole["usage"]["total_tokens"] == CONFIG.context
+
+
+def test_the_cache_and_the_prediction_are_in_the_usage(tiny, engine):
+    prompt = list(b"x" * 100)
+    complete(tiny, prompt=prompt, temperature=0)
+    usage = complete(tiny, prompt=prompt, temperature=0, n=2)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 64
+    assert usage["prompt_tokens"] == 100 and usage["completion_tokens"] == 32
+
+
+def test_a_prediction_that_comes_true_is_in_the_usage(tiny):
+    letters = {ord(letter) for letter in "abcdefghijklmnopqrstuvwxyz"}
+    bias = {str(token): -100 for token in range(256) if token not in letters}
+    body = {"logit_bias": bias, "max_tokens": 60, "temperature": 0}
+    text = post(tiny, **body).json()["choices"][0]["message"]["content"]
+    answer = post(tiny, **body, prediction={"type": "content", "content": text}).json()
+    assert answer["choices"][0]["message"]["content"] == text
+    details = answer["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] > 0
+    assert answer["usage"]["completion_tokens"] == 60
+
+
+FORM = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_keeps_to_its_schema(client, stream):
+    shape = {"name": "n", "schema": FORM, "strict": True}
+    answer = client.chat.completions.create(
+        **ASKED, response_format={"type": "json_schema", "json_schema": shape}, stream=stream
+    )
+    if stream:
+        chunks = list(answer)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        text = answer.choices[0].message.content
+        assert answer.choices[0].finish_reason == "stop"
+    found = json.loads(text)
+    assert found["a"] in ("x", "y") and isinstance(found["b"], bool) and len(found) == 2
+
+
+def test_a_call_that_must_come_comes(client):
+    tool = {"type": "function", "function": {"name": "pick", "parameters": FORM, "strict": True}}
+    for choice in ("required", {"type": "function", "function": {"name": "pick"}}):
+        answer = client.chat.completions.create(
+            **ASKED, tools=[tool], tool_choice=choice, parallel_tool_calls=False
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.name == "pick" and set(json.loads(call.function.arguments)) == {*"ab"}
+        assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_responses(tiny):
+    with openai.OpenAI(base_url=f"{tiny.url}/v1", api_key="k", max_retries=0) as one:
+        shape: Any = {"type": "json_schema", "name": "n", "schema": FORM}
+        response = one.responses.create(model="tiny", input="Hi", text={"format": shape})
+        assert set(json.loads(response.output_text)) == {*"ab"}
+        again = one.responses.create(
+            model="tiny", input="And?", previous_response_id=response.id, max_output_tokens=5
+        )
+        assert again.status == "incomplete" and again.usage and again.usage.output_tokens == 5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_slots_and_pages(tiny, engine, stream):
+    body = json.dumps(ASKED | {"stream": stream, "n": 8, "min_tokens": -1}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
+    for _ in range(3):
+        with socket.create_connection((tiny.host, tiny.port)) as sock:
+            sock.sendall(head.encode() + body)
+            time.sleep(0.05)
+        wait_until_idle(engine)
+
+
+def test_bad_input_reaches_no_engine(tiny, engine):
+    asked: dict[str, Any]
+    for asked in ({"max_tokens": 1025}, {"logit_bias": {"256": 1}}, {"messages": []}):
+        assert post(tiny, **asked).status_code == 400
+    long = post(tiny, messages=[{"role": "user", "content": "x" * 1100}])
+    assert (long.status_code, long.json()["code"]) == (400, "context_length_exceeded")
+    wait_until_idle(engine)
+    slots = httpx.get(f"{tiny.url}/slots").json()
+    assert [slot["is_processing"] for slot in slots] == [False] * 4
+    assert 'wsekern_pages_held{model="tiny"} 0' in httpx.get(f"{tiny.url}/metrics").text

@@ -92,6 +92,7 @@ class ScriptedEngine:
         self.cached = 0
         self.error, self.error_after = "", 0
         self.queue_is_full = False
+        self.is_alive = True
         self.logprob_of: dict[int, float] = {}  # -1 for other tokens
         self.running: dict[str, Generation] = {}
         self.asked: list[tuple[list[int], SamplingParams]] = []

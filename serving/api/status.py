@@ -17,8 +17,10 @@ async def warm(interface: Interface, request: Request, send: Send) -> None:
 
 
 async def health(interface: Interface, request: Request, send: Send) -> None:
-    """Says whether requests can be answered: 200, or 503 while loading or ending."""
+    """Says whether requests can be answered: 200, or 503 while loading, ending or broken."""
     state = "ending" if interface.is_draining else interface.models.state
+    if state == "ready" and not all(x.engine.is_alive for x in interface.models.loaded.values()):
+        state = "failed"
     is_ready = state == "ready"
     await send_object(send, {"status": "ok" if is_ready else state}, 200 if is_ready else 503)
 

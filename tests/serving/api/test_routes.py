@@ -160,6 +160,12 @@ def test_while_the_model_loads(server):
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
+def test_an_engine_that_has_failed_is_seen(server, engine):
+    engine.is_alive = False
+    answer = httpx.get(f"{server.url}/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+
+
 @pytest.fixture
 def lines():
     """The log, as it is written meanwhile."""

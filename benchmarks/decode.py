@@ -99,21 +99,23 @@ def _results(grid, capacity, options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step(harness.CompiledProgram):
+class _CompiledStep(harness.CompiledProgram):
     cache_bytes: int  # on one device
     rows: str  # the fewest and the most tokens that a row of PEs holds
 
 
-def _share(step: _Step) -> str:
+def _share(step: _CompiledStep) -> str:
     return "" if step.temp_bytes is None else f"{step.temp_bytes / step.cache_bytes:.1%}"
 
 
-def _compile_step(step: Callable, cache: Any, operands: tuple, rows: tuple[int, int]) -> _Step:
+def _compile_step(
+    step: Callable, cache: Any, operands: tuple, rows: tuple[int, int]
+) -> _CompiledStep:
     """`step(cache, *operands)`, which returns the next cache first; the cache is donated."""
     import jax
 
     program = harness.compile_in_place(step, cache, *operands)
-    return _Step(
+    return _CompiledStep(
         run=program.run,
         compile_seconds=program.compile_seconds,
         temp_bytes=program.temp_bytes,

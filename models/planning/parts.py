@@ -94,7 +94,7 @@ def parts_of(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sizes:
+class _LayerSizes:
     """Sizes of a layer, padded to multiples of the region's side; `groups` queries for each key."""
 
     d_model: int
@@ -130,11 +130,11 @@ def _signature(kind: LayerKind, context: int) -> tuple[bool, int]:
     return kind.sparse, context if kind.window is None else min(kind.window, context)
 
 
-def _sizes(config: DecoderConfig, sparse: bool, side: int) -> _Sizes:
+def _sizes(config: DecoderConfig, sparse: bool, side: int) -> _LayerSizes:
     d_ff = config.d_ff
     if sparse and config.experts is not None:
         d_ff = config.experts.chosen * config.experts.d_ff
-    return _Sizes(
+    return _LayerSizes(
         d_model=_up(config.d_model, side),
         d_ff=_up(d_ff, side),
         d_kv=_up(config.d_kv, side),
@@ -143,7 +143,7 @@ def _sizes(config: DecoderConfig, sparse: bool, side: int) -> _Sizes:
     )
 
 
-def _layer_bytes(config: DecoderConfig, sparse: bool, sizes: _Sizes) -> float:
+def _layer_bytes(config: DecoderConfig, sparse: bool, sizes: _LayerSizes) -> float:
     """Bytes of a layer's weights on all PEs: all experts, and the router."""
     if not sparse or config.experts is None:
         return sizes.bytes
@@ -154,7 +154,7 @@ def _layer_bytes(config: DecoderConfig, sparse: bool, sizes: _Sizes) -> float:
     return sizes.bytes + (experts + router - chosen) * BYTES
 
 
-def _piece(config: DecoderConfig, sparse: bool, sizes: _Sizes, side: int) -> float:
+def _piece(config: DecoderConfig, sparse: bool, sizes: _LayerSizes, side: int) -> float:
     """Bytes of a PE of the largest weight; of one expert, as experts are streamed one by one."""
     if sparse and config.experts is not None:
         sizes = dataclasses.replace(sizes, d_ff=_up(config.experts.d_ff, side))
@@ -168,7 +168,7 @@ def _share_used(config: DecoderConfig, sparse: bool, tokens: int) -> float:
     return 1 - (1 - config.experts.chosen / config.experts.count) ** tokens
 
 
-def _operands(sizes: _Sizes, mode: Mode, seen: int, side: int, batch: int) -> float:
+def _operands(sizes: _LayerSizes, mode: Mode, seen: int, side: int, batch: int) -> float:
     """Bytes of a PE that an estimate counts as weights and cache; parts count them apart."""
     cache = 2 * _up(seen, side) * sizes.d_kv * batch * BYTES if mode == "decode" else 0
     return (sizes.bytes + cache) / side**2
@@ -179,7 +179,9 @@ def _array(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _price_decode(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
+def _price_decode(
+    wafer: wk.Wafer, sizes: _LayerSizes, seen: int, context: int, batch: int
+) -> Estimate:
     del context
     caches = [_array(batch, seen, sizes.d_kv)] * 2
     run = functools.partial(waferllm.decode_layer, wafer=wafer)
@@ -187,14 +189,18 @@ def _price_decode(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch
 
 
 @functools.cache
-def _price_prefill(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
+def _price_prefill(
+    wafer: wk.Wafer, sizes: _LayerSizes, seen: int, context: int, batch: int
+) -> Estimate:
     del seen, batch
     run = functools.partial(waferllm.prefill_layer, wafer=wafer)
     return wk.estimate(run, _array(context, sizes.d_model), sizes.grouped_shapes, wafer=wafer)
 
 
 @functools.cache
-def _price_train(wafer: wk.Wafer, sizes: _Sizes, seen: int, context: int, batch: int) -> Estimate:
+def _price_train(
+    wafer: wk.Wafer, sizes: _LayerSizes, seen: int, context: int, batch: int
+) -> Estimate:
     """Forward, then forward again and backward: of a layer only the input is kept in between."""
     del seen, batch
     layer = functools.partial(waferllm.prefill_layer, wafer=wafer)

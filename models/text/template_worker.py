@@ -26,7 +26,7 @@ from models.text.template import ERROR, HEADER, LAST_ERROR, MEMORY, OUTPUT, SECO
 _MESSAGE = 500  # characters of an error message
 
 
-class _Generation(jinja2.ext.Extension):
+class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}`, which marks for training what the assistant said, and changes no text."""
 
     tags = {"generation"}
@@ -85,7 +85,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 def environment() -> jinja2.Environment:
     """Jinja with the tags, filters and functions that `transformers` gives chat templates."""
     made = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _to_json
     made.globals |= {

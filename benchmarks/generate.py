@@ -17,7 +17,7 @@ import tyro
 from benchmarks import harness
 
 # name -> its differences from the preset 125m
-_SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "42m": {"d_model": 512, "d_ff": 1376, "layers": 8, "heads": 8, "kv_heads": 8, "vocab": 32_000},
     "125m": {"vocab": 32_000},
 }
@@ -79,7 +79,7 @@ def _write(size: str, folder: pathlib.Path, dtype: str) -> None:
     import models
 
     config = dataclasses.replace(
-        models.find_preset("125m"), **_SIZES[size], weights="out_in", tied=False
+        models.find_preset("125m"), **SIZES[size], weights="out_in", tied=False
     )
     graph, state = nnx.split(models.Decoder(config, rngs=nnx.Rngs(0)))
     state = jax.tree.map(lambda a: a.astype(dtype), state)

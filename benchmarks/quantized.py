@@ -1,9 +1,9 @@
 """Weights of eight and four bits: the time of a decoding step, and what rounding loses.
 
 A step takes one token of each row through all layers, scanned, and the head; it has no cache, whose
-time is the same for every kind of weight. The ratio is to float32. The loss is that of a real
-checkpoint on a text, against the same checkpoint in float32. Command: `python -m benchmarks
-quantized --model FILE.gguf`
+time is the same for every kind of weight. The ratio is to float32. With --model, the loss of a real
+checkpoint on a text is measured too, against the same checkpoint in float32. Command:
+`python -m benchmarks quantized`
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             results = harness.compare(runs, _BASELINE, rounds=options.rounds, notes=notes)
             harness.show(title, results)
             tables[title] = results
-    losses = _losses(options) if options.model else {}
+    losses = {} if options.model is None else _losses(options.model, options)
     if options.json:
         harness.dump(options.json, tables, {"losses": losses})
 
@@ -104,19 +104,19 @@ def _megabytes(model: Any) -> float:
     return bytes_of(nnx.state(model)) / 1e6
 
 
-def _losses(options: QuantizedOptions) -> dict[str, Any]:
+def _losses(checkpoint: str, options: QuantizedOptions) -> dict[str, Any]:
     """What each kind loses, by name; prints it."""
     import models
 
-    tokens = models.load_tokenizer(options.model).encode(options.text.read_text(encoding="utf-8"))
-    floats = _logprobs(models.load(options.model), tokens, options.length)
+    tokens = models.load_tokenizer(checkpoint).encode(options.text.read_text(encoding="utf-8"))
+    floats = _logprobs(models.load(checkpoint), tokens, options.length)
     losses = {}
     kinds = _KINDS | {"stored": {"weights": "stored"}}
-    harness.console().print(f"\n{options.model}, {len(tokens):,} tokens of {options.text.name}\n")
+    harness.console().print(f"\n{checkpoint}, {len(tokens):,} tokens of {options.text.name}\n")
     for name, kind in kinds.items():
-        model = models.load(options.model, **kind)
+        model = models.load(checkpoint, **kind)
         logprobs = _logprobs(model, tokens, options.length)
-        losses[name] = loss = _compare(floats, logprobs, tokens, options.length)
+        losses[name] = loss = compare_logprobs(floats, logprobs, tokens, options.length)
         harness.console().print(
             f"{name:24} {_megabytes(model):6.0f} MB  divergence {loss['divergence']:.5f} nats, "
             f"perplexity {loss['perplexity']:.3f} ({loss['perplexity_change']:+.2%}), "
@@ -143,7 +143,17 @@ def _logprobs(model: Any, tokens: list[int], length: int) -> list[Any]:
     return [np.asarray(read(state, jnp.asarray([piece], jnp.int32))) for piece in pieces]
 
 
-def _compare(floats: list[Any], others: list[Any], tokens: list[int], length: int) -> dict:
+def compare_logprobs(
+    floats: list[Any], others: list[Any], tokens: list[int], length: int
+) -> dict[str, float]:
+    """Divergence in nats, perplexity and its change, and the share of equal likeliest tokens.
+
+    Args:
+      floats: log-probabilities `[length, V]` after each token of each piece of the text.
+      others: those of the model that is compared.
+      tokens: of the text.
+      length: of a piece, in tokens.
+    """
     import numpy as np
 
     divergences, same, losses, of_floats = [], [], [], []

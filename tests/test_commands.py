@@ -81,6 +81,7 @@ SMALL = {
     " --rounds 1",
     "python -m benchmarks traffic": "--sides 2",
     "python -m benchmarks train_step": "--sizes nano --grid 1x2 --rounds 1",
+    "python -m benchmarks quantized": "--sizes nano --rows 2 --rounds 1",
     "python -m benchmarks wave_gradient": "--size 32 --steps 20 --kept 5 --rounds 1",
     "python -m benchmarks whole_wafer": "--side 8 --matrix 16 --vector 16 --heat 8 8 4 --steps 2"
     " --rounds 1",

@@ -24,7 +24,7 @@ from serving.equality import find_shapes
 from serving.generation import Generation, wake
 from serving.launcher import Launcher
 from serving.pages import PagePool
-from serving.programs import Programs, Sizes
+from serving.programs import DeviceSizes, Programs
 from serving.request import Delta, PromptTooLong, QueueFull, SamplingParams, TokenLogprobs
 from serving.scheduler import Scheduler, Stream
 from serving.speculation import PromptLookup
@@ -32,6 +32,7 @@ from wsekern.wafer import context
 from wsekern.wafer.wafer import Wafer
 
 PAGE_TOKENS = 32
+_CACHE_BYTES = 256 << 20  # of keys and values, unless the caller says how many tokens
 _SNAPSHOT_EVERY = 0.05  # seconds
 
 
@@ -112,7 +113,7 @@ class Engine:
           max_streams: requests that run at once; others wait.
           max_waiting: requests that wait at most; more are refused.
           kv_tokens: tokens whose keys and values the cache holds, of all requests together; by
-            default `max_streams` times 512, and at least the model's context.
+            default as many as 256 MB hold, up to the context of every stream.
           kv_dtype: of keys and values; by default the model's.
           page_tokens: tokens of a page of the cache, rounded up to a multiple of the wafer's
             height. Prefixes are shared in whole pages.
@@ -125,6 +126,7 @@ class Engine:
           ValueError: a number is out of range, or the tokenizer is not of the model.
         """
         sizes = {"max_streams": max_streams, "max_waiting": max_waiting, "chunk": chunk}
+        sizes |= {} if kv_tokens is None else {"kv_tokens": kv_tokens}
         for name, value in (sizes | {"page_tokens": page_tokens}).items():
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be 1 or more")
@@ -133,21 +135,23 @@ class Engine:
         self.config: DecoderConfig = model.config
         wafer = context.resolve(wafer)
         page_tokens += -page_tokens % (1 if wafer is None else wafer.height)
+        dtype = np.dtype(model.dtype if kv_dtype is None else kv_dtype)
         if kv_tokens is None:
-            kv_tokens = max(512 * max_streams, self.config.context)
+            token = 2 * self.config.layers * self.config.d_kv * dtype.itemsize
+            kv_tokens = min(max_streams * self.config.context, max(1024, _CACHE_BYTES // token))
         pages = -(-kv_tokens // page_tokens)
         self.max_tokens = min(self.config.context, pages * page_tokens)
         self.max_streams, self.max_waiting = max_streams, max_waiting
         programs = Programs(
             model,
-            Sizes(
+            DeviceSizes(
                 pages=pages,
                 page_tokens=page_tokens,
                 slots=max_streams,
                 columns=-(-self.max_tokens // page_tokens),
                 vocab=min(self.tokenizer.vocab, self.config.vocab),
             ),
-            kv_dtype=model.dtype if kv_dtype is None else kv_dtype,
+            kv_dtype=dtype,
             wafer=wafer,
             folder=folder,
         )

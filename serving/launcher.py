@@ -24,7 +24,7 @@ MOST_GUESSING = 4  # requests that guess; more of them use the machine as well w
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Step:
+class _Launched:
     """A step that is launched, whose tokens are not read yet."""
 
     shape: Shape
@@ -65,7 +65,7 @@ class Launcher:
         self._reads = sorted((s for s in shapes if s.B == 1 and not s.every), key=lambda s: s.T)
         self._decodes = sorted(s for s in shapes if not s.every and s.T < READ_TOKENS)
         self._verifies = sorted(s for s in shapes if s.every)
-        self._steps: collections.deque[_Step] = collections.deque()
+        self._steps: collections.deque[_Launched] = collections.deque()
         self.totals: collections.Counter[str] = collections.Counter()
 
     @property
@@ -134,7 +134,7 @@ class Launcher:
         stream.computed = end
         if ends:
             stream.in_flight = 1
-            self._steps.append(_Step(shape=shape, streams=[stream], chosen=chosen))
+            self._steps.append(_Launched(shape=shape, streams=[stream], chosen=chosen))
         self._scheduler.keep_pages(stream)
         self.totals["steps"] += 1
 
@@ -173,7 +173,7 @@ class Launcher:
         for stream in streams:
             stream.computed += 1
             stream.in_flight += 1
-        self._steps.append(_Step(shape=shape, streams=streams, chosen=chosen))
+        self._steps.append(_Launched(shape=shape, streams=streams, chosen=chosen))
         self.totals["steps"] += 1
 
     def _guess(self, stream: Stream) -> tuple[list[int], bool]:
@@ -205,7 +205,7 @@ class Launcher:
         chosen = self._programs.run(shape, batch, rows, extras)
         for stream in streams:
             stream.in_flight = 1
-        self._steps.append(_Step(shape=shape, streams=streams, chosen=chosen, guesses=guesses))
+        self._steps.append(_Launched(shape=shape, streams=streams, chosen=chosen, guesses=guesses))
         self.totals["steps"] += 1
 
     def _provide(self, stream: Stream, tokens: int) -> bool:

@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         return self.B * self.T if self.every else self.B
 
 
-class Sizes(NamedTuple):
+class DeviceSizes(NamedTuple):
     """Of what lies on the device."""
 
     pages: int
@@ -60,7 +60,7 @@ class Programs:
     def __init__(
         self,
         model: Decoder,
-        sizes: Sizes,
+        sizes: DeviceSizes,
         *,
         kv_dtype: jax.typing.DTypeLike,
         wafer: Wafer | None,

@@ -14,8 +14,8 @@ Reason = Literal["stop", "length", "tool_calls"]
 _WAITING_PIECES = 8  # of the other choices while one is sent
 
 
-class Generation(Protocol):
-    """What the engine returns for a prompt; `serving.engine.Generation` is one."""
+class TokenSource(Protocol):
+    """What the engine returns for a prompt; `serving.generation.Generation` is one."""
 
     @property
     def usage(self) -> Usage:
@@ -31,7 +31,7 @@ class Generation(Protocol):
 class Submitter(Protocol):
     """The part of the engine that makes texts."""
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> TokenSource:
         """Puts a prompt into the queue."""
 
 
@@ -83,7 +83,7 @@ class Piece:
 class Choice:
     """One text, from its tokens to its parts."""
 
-    def __init__(self, request: TextRequest, generation: Generation | None) -> None:
+    def __init__(self, request: TextRequest, generation: TokenSource | None) -> None:
         self.request = request
         self.generation = generation
         self.tokens = 0

@@ -219,6 +219,7 @@ def paged_attention(
         group=cache.heads // (cache.kv_heads * cache.repeats),
         page_tokens=cache.page_tokens,
         rows=1 if cache.wafer is None else cache.wafer.height,
+        on_wafer=cache.wafer is not None,
     )
     if sinks is None:
         sinks = jnp.full(q.shape[2], -jnp.inf, jnp.float32)
@@ -245,6 +246,7 @@ class PagesPlan:
     group: int  # query heads for each head of the cache
     page_tokens: int  # of all rows of PEs
     rows: int
+    on_wafer: bool
 
 
 def _write_per_pe(
@@ -343,10 +345,12 @@ def _attend(
         out = out * shrink + _dot("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
         return new_peak, total, out
 
+    # In a kernel, what a loop begins with must differ from PE to PE, as what it ends with does.
+    varying = fabric.varying if plan.on_wafer else lambda x: x
     zeros = jnp.zeros((B, K, R, 1), jnp.float32)
     sums = (zeros + LOWEST, zeros, jnp.zeros((B, K, R, H), jnp.float32))
     pages = jnp.max(positions) // plan.page_tokens + 1
-    peak, total, out = lax.fori_loop(0, pages, step, tuple(map(_varying(plan), sums)))
+    peak, total, out = lax.fori_loop(0, pages, step, jax.tree.map(varying, sums))
     peak, total, out = (x[:, :, : T * G] for x in (peak, total, out))
     # A sink is one more score, that of no value.
     sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))
@@ -360,11 +364,6 @@ def _attend(
 
 
 _Sums = tuple[Float[Array, "B K R 1"], Float[Array, "B K R 1"], Float[Array, "B K R H"]]
-
-
-def _varying(plan: PagesPlan) -> Any:
-    """What a loop begins with, which differs from PE to PE afterwards."""
-    return fabric.varying if plan.rows > 1 else lambda x: x
 
 
 def _reduce_rows(

@@ -1,0 +1,181 @@
+"""The engine: each request gets the text that it would get alone, and gives back what it took."""
+
+import asyncio
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import models
+from models.config import DecoderConfig
+from serving.engine import Engine
+from serving.request import PromptTooLong, SamplingParams
+
+NEW = 12
+CONFIG = DecoderConfig(
+    vocab=256,
+    d_model=64,
+    d_ff=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    context=128,
+    tied=True,
+    windows=(None, 16),
+)
+GREEDY = SamplingParams(max_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jax.jit(lambda: models.Decoder(CONFIG, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def engine(model, folder):
+    with Engine(model, max_streams=4, page_tokens=8, folder=folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (1, 3, 8, 9, 33, 50, 100)]
+
+
+@pytest.fixture(scope="module")
+def alone(engine, prompts):
+    return [engine.generate([prompt], GREEDY)[0].tokens for prompt in prompts]
+
+
+def is_empty(engine):
+    engine.generate([[1]], SamplingParams(max_tokens=1))  # the snapshot is as new as this
+    shown = engine.snapshot()
+    for _ in range(100):
+        if not shown.slots and not shown.waiting and not shown.pages_held:
+            return shown.pages_free + shown.pages_evictable == shown.pages_total
+        threading.Event().wait(0.05)
+        shown = engine.snapshot()
+    return False
+
+
+def test_a_text_is_that_of_generate(model, prompts, alone):
+    assert len(alone) == len(prompts)
+    for prompt, tokens in zip(prompts[:5], alone, strict=False):
+        whole = models.generate(model, np.array([prompt]), max_new_tokens=NEW)
+        assert np.asarray(whole)[0, len(prompt) :].tolist() == list(tokens)
+
+
+def test_a_text_is_the_same_among_others(engine, prompts, alone):
+    assert engine.is_exact
+    assert [c.tokens for c in engine.generate(prompts, GREEDY)] == alone
+    assert is_empty(engine)
+
+
+def test_a_sampled_text_is_the_same_among_others(engine, prompts):
+    params = SamplingParams(max_tokens=NEW, temperature=1.0, top_p=0.9, min_p=0.01, seed=5)
+    each = [engine.generate([prompt], params)[0].tokens for prompt in prompts]
+    assert [c.tokens for c in engine.generate(prompts, params)] == each
+
+
+def test_penalties_and_biases_change_the_text(engine, prompts, alone):
+    params = SamplingParams(max_tokens=NEW, presence_penalty=2.0, logit_bias={7: 100.0})
+    (completion,) = engine.generate(prompts[:1], params)
+    assert completion.tokens[0] == 7
+    (banned,) = engine.generate(
+        prompts[:1], SamplingParams(max_tokens=NEW, logit_bias={alone[0][0]: -100.0})
+    )
+    assert alone[0][0] not in banned.tokens
+
+
+def test_stop_tokens_end_a_text_but_not_before_min_tokens(engine, prompts, alone):
+    stop = (alone[4][2],)
+    (completion,) = engine.generate(prompts[4:5], SamplingParams(max_tokens=NEW, stop_tokens=stop))
+    assert completion.finish == "stop" and stop[0] not in completion.tokens
+    (longer,) = engine.generate(
+        prompts[4:5], SamplingParams(max_tokens=NEW, stop_tokens=stop, min_tokens=5)
+    )
+    assert len(longer.tokens) >= 5 and stop[0] not in longer.tokens[:5]
+
+
+def test_logprobs_are_those_of_the_model(model, engine, prompts):
+    (completion,) = engine.generate(prompts[4:5], SamplingParams(max_tokens=2, logprobs=3))
+    logits = jax.jit(lambda model, tokens: model(tokens))(model, np.array([prompts[4]]))[0, -1]
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    first = completion.logprobs[0]
+    assert first.logprob == pytest.approx(expected.max(), abs=1e-4)
+    assert [token for token, _ in first.top] == np.argsort(-expected)[:3].tolist()
+
+
+def test_too_few_pages_retract_the_youngest_and_lose_nothing(model, folder, prompts):
+    with Engine(
+        model, max_streams=4, page_tokens=8, kv_tokens=128, lookup=False, folder=folder
+    ) as small:
+        long = SamplingParams(max_tokens=60)
+        each = [small.generate([prompt], long)[0].tokens for prompt in prompts]
+        assert [c.tokens for c in small.generate(prompts, long)] == each
+        assert is_empty(small)
+        assert small.snapshot().totals["retractions"] > 0
+
+
+def test_guesses_from_a_prediction_are_taken_over(engine, prompts, alone):
+    params = SamplingParams(max_tokens=NEW, prediction=tuple(prompts[4][-3:]) + alone[4])
+    generation = engine.submit(prompts[4], params)
+    tokens = [token for delta in generation for token in delta.tokens]
+    assert tuple(tokens) == alone[4]
+    assert generation.usage.accepted_tokens > 0
+
+
+def test_equal_prefixes_are_read_once(engine, prompts):
+    prompt = [9] * 20 + prompts[4]
+    for cached in (0, 48):
+        generation = engine.submit(prompt, GREEDY)
+        list(generation)
+        assert generation.usage.cached_tokens == cached
+
+
+def test_cancelled_requests_give_everything_back(engine, prompts):
+    generations = [engine.submit(p, SamplingParams(max_tokens=20)) for p in prompts[:6] * 5]
+    for generation in generations[::2]:
+        generation.cancel()
+    ends = [list(generation)[-1].finish for generation in generations]
+    assert set(ends) <= {"cancelled", "length"} and "length" in ends[1::2]
+    assert is_empty(engine)
+
+
+def test_an_event_loop_gets_the_tokens(engine, prompts, alone):
+    async def read(prompt):
+        return [token async for delta in engine.submit(prompt, GREEDY) for token in delta.tokens]
+
+    async def read_all():
+        return await asyncio.gather(*map(read, prompts))
+
+    assert list(map(tuple, asyncio.run(read_all()))) == alone
+
+
+def test_a_second_start_compiles_nothing(model, folder, engine):
+    assert engine.programs.compiled
+    with Engine(model, max_streams=4, page_tokens=8, folder=folder) as again:
+        assert again.programs.loaded and not again.programs.compiled
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "message"),
+    [
+        ([], {}, ValueError, "no tokens"),
+        ([256], {}, ValueError, "token 256 is none of the model's 256"),
+        ([1] * 128, {}, PromptTooLong, "shorten it"),
+        ([1], {"top_p": 1.5}, ValueError, "top_p=1.5"),
+        ([1], {"logit_bias": {999: 1.0}}, ValueError, "token 999"),
+    ],
+)
+def test_refuses(engine, prompt, params, error, message):
+    with pytest.raises(error, match=message):
+        engine.submit(prompt, SamplingParams(**params))

@@ -7,6 +7,12 @@ from hypothesis import strategies as st
 from serving.pages import PagePool
 
 
+def taken(pool, count):
+    pages = pool.allocate(count)
+    assert pages is not None
+    return pages
+
+
 def text(*numbers):
     return np.array(numbers, np.int32)
 
@@ -15,7 +21,7 @@ def test_a_prefix_is_found_by_its_tokens_and_what_precedes_them():
     pool = PagePool(4, 2)
     hashes = pool.hashes(text(1, 2, 3, 4, 5))
     assert len(hashes) == 2
-    pages = pool.allocate(2)
+    pages = taken(pool, 2)
     for page, hashed in zip(pages, hashes, strict=True):
         pool.keep(page, hashed)
     pool.release(pages)
@@ -28,7 +34,7 @@ def test_the_least_recently_used_page_goes_first_and_a_text_loses_its_end_first(
     pool = PagePool(3, 1)
     first, second = pool.hashes(text(1, 2)), pool.hashes(text(7))
     for hashes in (first, second):
-        pages = pool.allocate(len(hashes))
+        pages = taken(pool, len(hashes))
         for page, hashed in zip(pages, hashes, strict=True):
             pool.keep(page, hashed)
         pool.release(pages)
@@ -39,7 +45,8 @@ def test_the_least_recently_used_page_goes_first_and_a_text_loses_its_end_first(
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=30))
 def test_the_books_balance_whatever_comes(requests):
-    pool, held = PagePool(6, 2), []
+    pool = PagePool(6, 2)
+    held: list[list[int]] = []
     for prefix, length in requests:
         tokens = text(*range(10 * prefix, 10 * prefix + length))
         hashes = pool.hashes(tokens)

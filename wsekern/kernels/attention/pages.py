@@ -323,7 +323,7 @@ def _attend(
         # XLA's CPU backend sums a product of one row in another order than one of several.
         rows = jnp.concatenate([rows, rows], axis=2)
     R = rows.shape[2]
-    row = fabric.axis_index(ROWS) if plan.rows > 1 else 0
+    row = fabric.axis_index(ROWS) if plan.on_wafer else 0
     local = (jnp.arange(k.shape[-1]) * plan.rows + row)[None, None, None]  # [1, 1, 1, S]
     query = jnp.repeat(positions, G, axis=1)[:, None]  # [B, 1, T G]
     query = query if R == T * G else jnp.concatenate([query, query], axis=2)
@@ -369,7 +369,7 @@ _Sums = tuple[Float[Array, "B K R 1"], Float[Array, "B K R 1"], Float[Array, "B 
 def _reduce_rows(
     x: Float[Array, "*shape"], op: fabric.Op, plan: PagesPlan
 ) -> Float[Array, "*shape"]:
-    return fabric.all_reduce(x, ROWS, op) if plan.rows > 1 else x
+    return fabric.all_reduce(x, ROWS, op) if plan.on_wafer else x
 
 
 def _dot(

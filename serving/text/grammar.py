@@ -77,6 +77,13 @@ class GrammarMatcher:
         if tokens > after_end and not self._inner.rollback(tokens - after_end):
             raise ValueError(f"no {tokens} tokens can be taken back from the grammar")
 
+    def forced(self) -> list[int]:
+        """The tokens that must come next, as far as there is only one way to go on.
+
+        A mask would allow each of them alone, in turn: they are a draft that is never wrong.
+        """
+        return [] if self._ended else list(self._inner.compute_ff_tokens())
+
     @property
     def is_complete(self) -> bool:
         """Whether nothing but the end of the text may come next."""

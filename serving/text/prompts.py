@@ -170,7 +170,8 @@ class Marking:
             cut = match.start() + 1
             tokens += self._vocabulary.encode_after(text[place:cut])
             place = cut
-        return tokens + self._vocabulary.encode_after(text[place:])
+        tokens += self._vocabulary.encode_after(text[place:])
+        return [token for token in tokens if token not in self._vocabulary.special]
 
 
 @functools.lru_cache(maxsize=16)

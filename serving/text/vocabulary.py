@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 
 from models.text.bpe import byte_letters
@@ -12,6 +13,7 @@ _MARKUP = {
     *("<think>", "</think>", "<tool_call>", "</tool_call>"),
     *("<tool_response>", "</tool_response>", "<|python_tag|>"),
 }
+_TAG = re.compile(r"[<\[]\S+[>\]]")
 # A character of no vocabulary, behind which a tokenizer puts no space before a text.
 _ANCHOR = "\ue0ff"
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
@@ -40,7 +42,11 @@ class Vocabulary:
             and (
                 one.special
                 or one.content in _MARKUP
-                or any(one.content in template for template in templates)
+                or (
+                    # Others are text, such as runs of spaces and tags of HTML.
+                    _TAG.fullmatch(one.content) is not None
+                    and any(one.content in template for template in templates)
+                )
             )
         }
         self._decoder = self._decoder_types()

@@ -1,10 +1,12 @@
 """The text of tokens, piece by piece."""
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from models.text.tokenizer import bytes_tokenizer
+from models.text.tokenizer import FastCodec, Tokenizer, bytes_tokenizer
 from serving.text.detokenizer import Detokenizer
 from serving.text.vocabulary import Vocabulary
 
@@ -96,3 +98,11 @@ def test_the_bytes_of_tokens_are_those_of_the_text(vocabulary_of, name):
     tokens = vocabulary.tokenizer.encode(TEXT, special=False)
     written = b"".join(map(vocabulary.bytes_of, tokens)).decode()
     assert written.removeprefix(" " if name == "pieces" else "") == TEXT
+
+
+def test_markup_is_what_is_special_or_what_the_template_writes(tokenizer_of):
+    inner = tokenizers.Tokenizer.from_str(tokenizer_of("chatml").codec.inner.to_str())
+    inner.add_tokens([AddedToken(one, special=False) for one in ("\n\n", "<h1>", "<tool>")])
+    tokenizer = Tokenizer(codec=FastCodec(inner))
+    found = Vocabulary(tokenizer, ["{{ x }}\n\n<tool>"]).markup
+    assert set(found) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>"}

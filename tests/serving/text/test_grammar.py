@@ -243,6 +243,20 @@ def test_without_an_end_token_a_text_ends_where_the_grammar_does(text_of):
     assert matcher.is_complete and not len(allowed(matcher, text.vocab))
 
 
+@pytest.mark.parametrize("name", ["chatml", "pieces", "bytes"])
+def test_forced_tokens_are_what_the_masks_allow_alone(text_of, name):
+    text = text_of(name)
+    matcher = text.grammar(prompt_of(text, TOOLS), tools=TOOLS, tool_choice="stop").matcher()
+    tokens = matcher.forced()
+    assert len(tokens) > 5
+    for token in tokens:
+        assert allowed(matcher, text.vocab).tolist() == [token]
+        assert matcher.accept(token)
+    assert len(allowed(matcher, text.vocab)) > 1 or matcher.forced() == []
+    written = b"".join(map(text.vocabulary.bytes_of, tokens)).decode()
+    assert written.startswith('<tool_call>\n{"name": "stop", "arguments":')
+
+
 def test_matchers_of_a_grammar_go_their_own_ways(text_of):
     text = text_of("bytes")
     grammar = text.bare_grammar(regex="ab|b")

@@ -13,8 +13,8 @@ The names, by what they are for:
 - the machine: `Wafer`; `WSE1`, `WSE2`, `WSE3` (each a `Machine`); `A100`, `H100`, `H200`,
   `TPU_V5E`, `TPU_V5P`, `TPU_V6E`, `TPU_7X` (each an `Accelerator`); `emulate_devices`, `memory`,
   `Defects`, `Placement`;
-- models: `matmul`, `gemv`, `attention`, `decode_attention`, `KVCache`, `experts`,
-  `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`, `cross_entropy`;
+- models: `matmul`, `gemv`, `attention`, `decode_attention`, `KVCache`, `paged_attention`,
+  `KVPages`, `experts`, `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`, `cross_entropy`;
 - fields on a grid: `stencil`, `halo_exchange`, `Sources`, `Receivers`, the limits on a time step;
 - linear systems: `cg`, `bicgstab`, `jacobi`, `multigrid`;
 - costs: `estimate` (an `Estimate`), `traffic` (a `Traffic`), `explain_matmul` (an `Explanation`),

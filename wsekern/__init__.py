@@ -14,7 +14,8 @@ The names, by what they are for:
   `TPU_V5E`, `TPU_V5P`, `TPU_V6E`, `TPU_7X` (each an `Accelerator`); `emulate_devices`, `memory`,
   `Defects`, `Placement`;
 - models: `matmul`, `gemv`, `attention`, `decode_attention`, `KVCache`, `paged_attention`,
-  `KVPages`, `experts`, `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`, `cross_entropy`;
+  `KVPages`, `experts`, `load_balance_loss`, `embedding`, `rotary`, `rms_norm`, `layer_norm`,
+  `cross_entropy`;
 - fields on a grid: `stencil`, `halo_exchange`, `Sources`, `Receivers`, the limits on a time step;
 - linear systems: `cg`, `bicgstab`, `jacobi`, `multigrid`;
 - costs: `estimate` (an `Estimate`), `traffic` (a `Traffic`), `explain_matmul` (an `Explanation`),

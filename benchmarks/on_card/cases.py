@@ -42,7 +42,7 @@ def cases(small: bool) -> list[CheckedCall]:
         return rng.standard_normal(shape).astype(np.float32)
 
     scale = 8 if small else 1
-    makers = (_products, _attention, _decoding, _dense, _experts, _stencils, _solvers)
+    makers = (_products, _attention, _decoding, _paging, _dense, _experts, _stencils, _solvers)
     return [case for make in makers for case in make(normal, scale)]
 
 
@@ -182,6 +182,35 @@ def _decoding(normal: Callable, scale: int) -> Iterator[CheckedCall]:
             plain=lambda q, k, v, sinks=None, options=options: plain(q, k, v, sinks, options),
             gradient=False,
         )
+
+
+def _paging(normal: Callable, scale: int) -> Iterator[CheckedCall]:
+    B, S, N, K, H, page = 3, 512 // scale, 8, 2, 128 // scale, 16
+    pages = -(-S // page)
+    q, k, v = normal(B, 2, N, H), normal(B, S, K, H), normal(B, S, K, H)
+    tables = np.random.default_rng(3).permutation(B * pages).reshape(B, pages).astype(np.int32)
+    positions = np.tile(np.arange(S, dtype=np.int32), (B, 1))
+
+    def ours(wafer: Wafer | None, q: Any, k: Any, v: Any) -> Any:
+        cache = wk.KVPages.empty(
+            layers=1,
+            pages=B * pages,
+            page_tokens=page,
+            kv_heads=K,
+            heads=N,
+            head_size=H,
+            dtype=k.dtype,
+            wafer=wafer,
+        )
+        cache = cache.write(0, k, v, jnp.asarray(tables), jnp.asarray(positions))
+        return wk.paged_attention(q, cache, 0, jnp.asarray(tables), jnp.asarray(positions[:, -2:]))
+
+    def plain(q: Any, k: Any, v: Any) -> Any:
+        return references.attention(q, k, v, None, None, causal=True, first=S - 2)
+
+    yield CheckedCall(
+        operation="paged_attention", operands=(q, k, v), ours=ours, plain=plain, gradient=False
+    )
 
 
 def _dense(normal: Callable, scale: int) -> Iterator[CheckedCall]:

@@ -23,7 +23,7 @@ from benchmarks.on_card.session import TERMINATED, Ceilings, Session, failure
 
 ALL = cases(small=True)
 # Public functions below kernels/ that are checked as parts of others, or compute nothing.
-PARTS = {"crop", "halo_tile", "stencil_tile", "KVCache", "Sources", "Receivers"}
+PARTS = {"crop", "halo_tile", "stencil_tile", "KVCache", "KVPages", "Sources", "Receivers"}
 WITHOUT_ARRAYS = {
     "check_time_step",
     "difference_coefficients",
@@ -56,7 +56,9 @@ def test_every_kernel_and_solver_is_checked():
     assert {case.operation for case in ALL} == known - PARTS - WITHOUT_ARRAYS
 
 
-@pytest.mark.parametrize("operation", ["gemv", "rotary", "rms_norm", "decode_attention"])
+@pytest.mark.parametrize(
+    "operation", ["gemv", "rotary", "rms_norm", "decode_attention", "paged_attention"]
+)
 @pytest.mark.parametrize(("dtype", "wafer"), [("float32", ALONE), ("bfloat16", VIRTUAL)])
 def test_right_results_pass(operation, dtype, wafer):
     row = check(case_of(operation), dtype, wafer)

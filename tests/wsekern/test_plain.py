@@ -171,6 +171,7 @@ def test_every_operation_of_the_library_is_here():
     others = {"Wafer", "emulate_devices", "estimate", "explain_matmul", "traffic"}
     others |= {"Compilation", "compile"}
     others |= {"KVCache", "decode_attention"}  # jax.nn has no cache, and copies a plain one
+    others |= {"KVPages", "paged_attention"}
     # What a stencil computes is the user's own update.
     others |= {"Receivers", "Sources", "crop", "halo_exchange", "halo_tile", "stencil"}
     others |= {"Accelerator", "Defects", "Estimate", "Explanation", "Machine", "Memory"}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from serving.programs import Programs, Shape, empty_rows
-from serving.request import Delta, Finish, TokenLogprobs
+from serving.request import Delta, Finish, Matcher, TokenLogprobs
 from serving.sampler import Chosen, Extras, Rows, count_prompt, no_extras
 from serving.scheduler import Scheduler, Stream
 from serving.steps import Batch
@@ -131,12 +131,14 @@ class Launcher:
         self._fill_sequence(batch, 0, stream)
         rows, extras = self._rows_of(shape, [(0, stream, end)] if ends else [])
         chosen = self._programs.run(shape, batch, rows, extras)
+        self.totals["steps"] += 1
+        if stream.is_finished:
+            return
         stream.computed = end
         if ends:
             stream.in_flight = 1
             self._steps.append(_Launched(shape=shape, streams=[stream], chosen=chosen))
         self._scheduler.keep_pages(stream)
-        self.totals["steps"] += 1
 
     def _decode(self) -> bool:
         decoding = [s for s in self._scheduler.running if not s.reads]
@@ -182,11 +184,7 @@ class Launcher:
             return [], False
         tokens, predicted = stream.lookup.guess(min(GUESSES, stream.room - 1))
         if stream.params.matcher is not None:
-            allowed = 0
-            while allowed < len(tokens) and stream.params.matcher.accept(tokens[allowed]):
-                allowed += 1
-            stream.params.matcher.rollback(allowed)
-            tokens = tokens[:allowed]
+            tokens = _allowed(stream.params.matcher, tokens)
         if not self._scheduler.provide(stream, stream.computed + 1 + len(tokens)):
             return [], False  # no page: not worth taking one from another request
         return tokens, predicted
@@ -278,7 +276,11 @@ class Launcher:
             if stream.params.matcher is not None and extras is not None:
                 rows.masked[...] = True
                 own = [row for row, one, _ in listed if one is stream]
-                _fill_masks(stream, extras.mask, own, (guesses or {}).get(stream, ([], False))[0])
+                guess, _ = (guesses or {}).get(stream, ([], False))
+                try:
+                    _fill_masks(stream.params.matcher, extras.mask, own, guess)
+                except ValueError as error:  # beyond the grammar's limits; the others go on
+                    self.finish(stream, "error", str(error))
         return rows, extras
 
     def _collect(self, leave: int) -> None:
@@ -326,12 +328,14 @@ class Launcher:
             if token in params.stop_tokens:
                 finish = "stop"
                 break
+            if params.matcher is not None and not _accepts(params.matcher, token):
+                finish = "stop"  # the grammar has no token left that may come
+                break
             stream.text[stream.length] = token
             stream.length += 1
             tokens.append(token)
-            if params.matcher is not None:
-                params.matcher.accept(token)
-                finish = "stop" if params.matcher.is_complete else None
+            if params.matcher is not None and params.matcher.is_complete:
+                finish = "stop"
             if stream.length == len(stream.text):
                 finish = finish or "length"
             if finish is not None:
@@ -355,10 +359,27 @@ def _is_penalized(stream: Stream) -> bool:
     return any(penalties)
 
 
-def _fill_masks(stream: Stream, mask: np.ndarray, rows: list[int], guess: list[int]) -> None:
+def _accepts(matcher: Matcher, token: int) -> bool:
+    try:
+        return matcher.accept(token)
+    except ValueError:  # beyond its limits
+        return False
+
+
+def _allowed(matcher: Matcher, guess: list[int]) -> list[int]:
+    """The guessed tokens up to the first that the grammar does not take."""
+    count = 0
+    try:
+        while count < len(guess) and matcher.accept(guess[count]):
+            count += 1
+        matcher.rollback(count)
+    except ValueError:  # beyond its limits: the mask of the next token says so
+        return []
+    return guess[:count]
+
+
+def _fill_masks(matcher: Matcher, mask: np.ndarray, rows: list[int], guess: list[int]) -> None:
     """What the grammar allows in each row, each after one more of the guessed tokens."""
-    matcher = stream.params.matcher
-    assert matcher is not None
     for t, row in enumerate(rows):
         matcher.fill_mask(mask[row])
         if t < len(guess):

@@ -160,6 +160,46 @@ def test_an_event_loop_gets_the_tokens(engine, prompts, alone):
     assert list(map(tuple, asyncio.run(read_all()))) == alone
 
 
+class Limited:
+    """A grammar that allows every token, and fails after some."""
+
+    def __init__(self, most):
+        self.most, self.count, self.is_complete = most, 0, False
+
+    def fill_mask(self, mask):
+        if self.count >= self.most:
+            raise ValueError("the grammar is beyond its limits")
+        mask[:] = -1
+
+    def accept(self, token):
+        del token
+        self.count += 1
+        return True
+
+    def rollback(self, tokens):
+        self.count -= tokens
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_a_grammar_beyond_its_limits_fails_alone(engine, prompts, alone, most):
+    limited = engine.submit(prompts[4], SamplingParams(max_tokens=NEW, matcher=Limited(most)))
+    assert engine.generate(prompts, GREEDY)[4].tokens == alone[4]
+    deltas = list(limited)
+    assert deltas[-1].finish == "error" and "beyond its limits" in deltas[-1].error
+    assert sum(len(delta.tokens) for delta in deltas) == most
+    assert is_empty(engine)
+
+
+def test_a_grammar_without_a_token_left_ends_the_text(engine, prompts):
+    class Refusing(Limited):
+        def accept(self, token):
+            return self.count < 2 and super().accept(token)
+
+    params = SamplingParams(max_tokens=NEW, matcher=Refusing(NEW))
+    (completion,) = engine.generate(prompts[:1], params)
+    assert completion.finish == "stop" and len(completion.tokens) == 2
+
+
 def test_a_second_start_compiles_nothing(model, folder, engine):
     assert engine.programs.compiled
     with Engine(model, max_streams=4, page_tokens=8, folder=folder) as again:

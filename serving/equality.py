@@ -34,7 +34,7 @@ def find_shapes(programs: Programs, max_streams: int, *, lookup: bool) -> tuple[
         for shape in shapes:
             programs.prepare(shape)
         return shapes, False
-    file = programs.file("equal.json")
+    file = programs.file(f"equal{'-lookup' if lookup else ''}.json")
     known = _read(file)
     if known is not None:
         programs.least_rows, shapes = known

@@ -97,7 +97,7 @@ def load_served(command: ServeCommand, path: pathlib.Path, name: str) -> Served:
         tokenizer="bytes" if tokenizer.source == "bytes" else pathlib.Path(tokenizer.source).name,
         instruct_type=text.syntax.name if tokenizer.template else None,
         reasoning=text.reasons,
-        tools=bool(tokenizer.template),
+        tools=text.syntax.tools_in_template,
         quantization=command.weights,
     )
     made_of = f"{model.config} {tokenizer.fingerprint} {command.weights} {command.dtype}"

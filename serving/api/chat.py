@@ -17,12 +17,10 @@ from serving.api.errors import ApiError, refuse
 from serving.api.interface import Interface, send_object
 from serving.api.registry import Served
 from serving.api.streaming import EventStream, unless_gone
-from serving.api.usage import time_info_of, usage_of
+from serving.api.usage import finite_logprob, time_info_of, usage_of
 from serving.session import Chosen, Piece, Session, join
 from serving.text.model_text import ModelText
 from serving.text.parsers.parts import Arguments, Content, Reasoning, ToolCall
-
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 async def create(interface: Interface, request: Request, send: Send) -> None:
@@ -194,6 +192,6 @@ def token_logprobs(text: ModelText, chosen: Chosen) -> dict[str, Any]:
 def _named(text: ModelText, token: int, logprob: float) -> dict[str, Any]:
     return {
         "token": text.token_text(token),
-        "logprob": max(_LEAST_LOGPROB, float(logprob)),
+        "logprob": finite_logprob(logprob),
         "bytes": text.token_bytes(token),
     }

@@ -17,10 +17,8 @@ from serving.api.interface import Interface, send_object
 from serving.api.registry import Served
 from serving.api.sampling import find_room, make_params
 from serving.api.streaming import EventStream, unless_gone
-from serving.api.usage import time_info_of, usage_of
+from serving.api.usage import finite_logprob, time_info_of, usage_of
 from serving.session import Choice, Chosen, Piece, Session, TextRequest, join
-
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 async def create(interface: Interface, request: Request, send: Send) -> None:
@@ -204,10 +202,9 @@ class _CompletionWriter:
         for one in chosen:
             if one.logprobs is None:
                 raise ApiError(500, "the engine gave no log-probabilities", "internal_error")
-            own = max(_LEAST_LOGPROB, float(one.logprobs.logprob))
+            own = finite_logprob(one.logprobs.logprob)
             top = {
-                name(token): max(_LEAST_LOGPROB, float(logprob))
-                for token, logprob in one.logprobs.top[:wants]
+                name(token): finite_logprob(logprob) for token, logprob in one.logprobs.top[:wants]
             }
             logprobs.append(own)
             tops.append({name(one.token): own} | top)

@@ -43,3 +43,8 @@ def time_info_of(session: Session, created: float) -> dict[str, float]:
         "total_time": max(0.0, ended - submitted),
         "created": created,
     }
+
+
+def finite_logprob(logprob: float) -> float:
+    """A log-probability that JSON can hold: it has no infinity."""
+    return max(-9999.0, float(logprob))

@@ -111,7 +111,7 @@ class KVCache:
         heads = kv_heads if heads is None else heads
         sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "heads": heads}
         sizes |= {"head_size": head_size, "chunk": chunk, "window": 1 if window is None else window}
-        _check_sizes(sizes, dtype)
+        check_sizes("KVCache.empty", sizes, dtype)
         cache = cls(
             k=None,
             v=None,
@@ -333,19 +333,17 @@ def _check_active(
     return _lay_out_lengths(active, cache.wafer)
 
 
-def _check_sizes(sizes: dict[str, int], dtype: jax.typing.DTypeLike) -> None:
+def check_sizes(operation: str, sizes: dict[str, int], dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError if a cache cannot have these sizes, or this dtype."""
     for name, size in sizes.items():
         if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(
-                f"KVCache.empty: {name} is {size!r}, it must be an integer of 1 or more"
-            )
+            raise ValueError(f"{operation}: {name} is {size!r}, it must be an integer of 1 or more")
     if sizes["heads"] % sizes["kv_heads"]:
         raise ValueError(
-            f"KVCache.empty: heads={sizes['heads']} is not a multiple of "
-            f"kv_heads={sizes['kv_heads']}"
+            f"{operation}: heads={sizes['heads']} is not a multiple of kv_heads={sizes['kv_heads']}"
         )
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"KVCache.empty: dtype is {jnp.dtype(dtype)}, it must be a floating dtype")
+        raise ValueError(f"{operation}: dtype is {jnp.dtype(dtype)}, it must be a floating dtype")
 
 
 def _check_tokens(

@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
 from wsekern import fabric
-from wsekern.kernels.attention.kv_cache import repeated_heads
+from wsekern.kernels.attention.kv_cache import check_sizes, repeated_heads
 from wsekern.kernels.attention.kv_rows import mark_not_finite
 from wsekern.kernels.attention.mask import LOWEST
 from wsekern.wafer import context, layout
@@ -104,7 +103,12 @@ class KVPages:
         wafer = context.resolve(wafer)
         sizes = {"layers": layers, "pages": pages, "page_tokens": page_tokens}
         sizes |= {"kv_heads": kv_heads, "heads": heads, "head_size": head_size}
-        _check_sizes(sizes, dtype, wafer)
+        check_sizes("KVPages.empty", sizes, dtype)
+        if wafer is not None and page_tokens % wafer.height:
+            raise ValueError(
+                f"KVPages.empty: page_tokens={page_tokens} is not a multiple of the wafer's "
+                f"height, {wafer.height}"
+            )
         cache = cls(k=None, v=None, layers=layers, heads=heads, kv_heads=kv_heads, wafer=wafer)
         rows, K = layers * pages, kv_heads * cache.repeats
         k = _zeros((rows, K, head_size, page_tokens), dtype, KEYS, wafer)
@@ -150,10 +154,10 @@ class KVPages:
         _check_tokens("KVPages.write", self, v, self.kv_heads, tables, positions)
         base = jnp.asarray(layer, jnp.int32) * self.pages
         if self.wafer is None:
-            k, v = _write(self.k, self.v, k, v, tables, positions, base, row=0, rows=1)
+            k, v = _write(self.k, self.v, k, v, tables, positions, base, rows=None)
             return dataclasses.replace(self, k=k, v=v)
         k, v = (self._lay_out(x, TOKENS) for x in (k, v))
-        kernel = functools.partial(_write_per_pe, rows=self.wafer.height)
+        kernel = functools.partial(_write, rows=self.wafer.height)
         specs = (KEYS, VALUES, TOKENS, TOKENS, P(), P(), P())
         run = self.wafer.map(kernel, in_specs=specs, out_specs=(KEYS, VALUES))
         k, v = run(self.k, self.v, k, v, tables, positions, base)
@@ -230,7 +234,7 @@ def paged_attention(
     q = layout.pad(layout.resize(q, 2, heads), TOKENS, wafer)
     sinks = layout.pad(layout.resize(sinks, 0, heads), P(COLS), wafer)
     specs = (TOKENS, KEYS, VALUES, P(), P(), P(COLS))
-    kernel = functools.partial(_attend_per_pe, plan=plan)
+    kernel = functools.partial(_attend, plan=plan)
     out = wafer.map(kernel, in_specs=specs, out_specs=TOKENS)(
         q, cache.k, cache.v, tables, positions, sinks
     )
@@ -249,20 +253,6 @@ class PagesPlan:
     on_wafer: bool
 
 
-def _write_per_pe(
-    k: _Keys,
-    v: _Values,
-    new_k: Float[Array, "B T K H"],
-    new_v: Float[Array, "B T K H"],
-    tables: Int[Array, "B C"],
-    positions: Int[Array, "B T"],
-    base: Int[Array, ""],
-    rows: int,
-) -> tuple[_Keys, _Values]:
-    row = fabric.axis_index(ROWS)
-    return _write(k, v, new_k, new_v, tables, positions, base, row, rows)
-
-
 def _write(
     k: _Keys,
     v: _Values,
@@ -271,9 +261,11 @@ def _write(
     tables: Int[Array, "B C"],
     positions: Int[Array, "B T"],
     base: Int[Array, ""],
-    row: Int[Array, ""] | int,
-    rows: int,
+    rows: int | None,
 ) -> tuple[_Keys, _Values]:
+    """The cache with new tokens; `rows` is the wafer's height, None on one device."""
+    row: Int[Array, ""] | int = 0 if rows is None else fabric.axis_index(ROWS)
+    rows = 1 if rows is None else rows
     S = k.shape[-1] * rows
     new_k, new_v = mark_not_finite(new_k, new_v)
     column = jnp.clip(positions // S, 0, tables.shape[1] - 1)
@@ -292,18 +284,6 @@ def _write(
         entry, new_k, new_v = (jnp.concatenate([x, x]) for x in (entry, new_k, new_v))
     k = k.at[page, :, :, entry].set(new_k, mode="drop")
     return k, v.at[page, :, entry].set(new_v, mode="drop")
-
-
-def _attend_per_pe(
-    q: Float[Array, "B T N H"],
-    k: _Keys,
-    v: _Values,
-    tables: Int[Array, "B C"],
-    positions: Int[Array, "B T"],
-    sinks: Float[Array, " N"],
-    plan: PagesPlan,
-) -> Float[Array, "B T N H"]:
-    return _attend(q, k, v, tables, positions, sinks, plan)
 
 
 def _attend(
@@ -391,26 +371,6 @@ def _zeros(
     if wafer.backend == "virtual":
         return jnp.zeros(shape, dtype)
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=wafer.sharding(spec))()
-
-
-def _check_sizes(sizes: dict[str, int], dtype: jax.typing.DTypeLike, wafer: Wafer | None) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(
-                f"KVPages.empty: {name} is {size!r}, it must be an integer of 1 or more"
-            )
-    if sizes["heads"] % sizes["kv_heads"]:
-        raise ValueError(
-            f"KVPages.empty: heads={sizes['heads']} is not a multiple of "
-            f"kv_heads={sizes['kv_heads']}"
-        )
-    if wafer is not None and sizes["page_tokens"] % wafer.height:
-        raise ValueError(
-            f"KVPages.empty: page_tokens={sizes['page_tokens']} is not a multiple of the wafer's "
-            f"height, {wafer.height}"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"KVPages.empty: dtype is {jnp.dtype(dtype)}, it must be a floating dtype")
 
 
 def _check_tokens(

@@ -9,8 +9,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from models.checkpoints.hub import find
 from models.checkpoints.reading import load, read_config
 from models.text.reading import load_tokenizer
+from serving.api.app import build_app
+from serving.api.logs import write_logs
 from serving.api.registry import ModelCard, Served, State
 from serving.api.server import HttpServer
+from serving.api.settings import Settings
 from serving.arguments import ServeCommand
 from serving.engine import Engine
 from serving.text.model_text import ModelText
@@ -135,12 +138,10 @@ def read_keys(file: pathlib.Path | None) -> frozenset[str]:
 
 def serve(command: ServeCommand) -> int:
     """Serves until SIGTERM or Ctrl-C; returns the exit status."""
-    from serving.api.app import build_app
-    from serving.api.settings import Settings
-
     models = OneModel(command)
     settings = Settings(keys=read_keys(command.api_key_file), log_prompts=command.log_prompts)
     server = HttpServer(build_app(models, settings), host=command.host, port=command.port)
+    write_logs()
     print(f"listening on {server.url}, loading {models.cards[0].name}", flush=True)
 
     def load_and_tell() -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import Array, Shaped
 
 import wsekern as wk
@@ -109,7 +110,7 @@ class Programs:
             return
         name = f"{shape.B}x{shape.T}{'-every' if shape.every else ''}-{self.least_rows}"
         file = self.file(f"{name}.xla")
-        program = _load(file, self._trees(shape)) if file is not None else None
+        program = _load(file, self._trees(shape), self._devices) if file is not None else None
         if program is not None:
             self.loaded += 1
         else:
@@ -213,6 +214,13 @@ class Programs:
         results = jax.tree.structure(((0,) * len(self._arrays), (0,) * len(Chosen._fields)))
         return arguments, results
 
+    @property
+    def _devices(self) -> list[jax.Device]:
+        """The devices of a program, in its order."""
+        if self.wafer is None:
+            return sorted(self._arrays[0].devices(), key=lambda device: device.id)
+        return list(self.wafer.device_mesh.devices.flat)
+
     @functools.cached_property
     def _key(self) -> str:
         """A name for all that an executable depends on."""
@@ -223,9 +231,8 @@ class Programs:
             os.environ.get("XLA_FLAGS", ""),
         ]
         parts += [str(self._graph), str(self._params_tree), self.sizes, self.wafer, os.cpu_count()]
-        devices = {d for array in self._arrays for d in array.devices()}
-        parts += [sorted((d.id, d.platform, d.device_kind) for d in devices)]
-        parts += [next(iter(devices)).client.platform_version]
+        parts += [(d.id, d.platform, d.device_kind) for d in self._devices]
+        parts += [self._devices[0].client.platform_version]
         leaves = (*self._params, *self._arrays)
         parts += [(leaf.shape, leaf.dtype.name, str(leaf.sharding)) for leaf in leaves]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -280,23 +287,29 @@ def _sources() -> str:
 
 @contextlib.contextmanager
 def _without_compilation_cache(active: bool) -> Iterator[None]:
+    if not active:
+        yield
+        return
     before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009, mypy knows no such
-    if active:
-        jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks only once whether there is a cache
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
-def _load(file: pathlib.Path, trees: tuple[Any, Any]) -> Any | None:
+def _load(file: pathlib.Path, trees: tuple[Any, Any], devices: list[jax.Device]) -> Any | None:
     """The program in a file; None if there is none that this machine can run."""
     try:
         payload = file.read_bytes()
     except OSError:
         return None
     try:
-        return serialize_executable.deserialize_and_load(payload, *trees)
+        return serialize_executable.deserialize_and_load(
+            payload, *trees, backend=devices[0].client, execution_devices=devices
+        )
     except Exception:  # XLA's, pickle's: a damaged file is written anew
         return None
 

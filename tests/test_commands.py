@@ -28,10 +28,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [
     file
-    for folder in ("wsekern", "sharding", "models", "training", "benchmarks", "examples")
+    for folder in ("wsekern", "sharding", "models", "training", "serving", "benchmarks", "examples")
     for file in sorted((ROOT / folder).rglob("*.py"))
 ]
-PROGRAMS = [f"python -m {name}" for name in ("training", "models", "benchmarks")]
+PROGRAMS = [f"python -m {name}" for name in ("training", "models", "serving", "benchmarks")]
 PROGRAMS += ["python examples/", "wsekern estimate", "wsekern info", "wsekern bench"]
 PROGRAMS += ["wsekern compile"]
 START = f"(?:{'|'.join(PROGRAMS)})"

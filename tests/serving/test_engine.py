@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import models
+import wsekern as wk
 from models.config import DecoderConfig
 from serving.engine import Engine
 from serving.request import PromptTooLong, SamplingParams
@@ -200,10 +201,25 @@ def test_a_grammar_without_a_token_left_ends_the_text(engine, prompts):
     assert completion.finish == "stop" and len(completion.tokens) == 2
 
 
-def test_a_second_start_compiles_nothing(model, folder, engine):
+@pytest.mark.parametrize(
+    "wafer",
+    [
+        pytest.param(lambda: wk.Wafer.devices(2, 2), id="2x2"),
+        pytest.param(lambda: wk.Wafer.virtual(wk.WSE2, height=2, width=2), id="virtual"),
+    ],
+)
+def test_texts_on_a_wafer(model, prompts, alone, wafer):
+    with Engine(model, max_streams=2, page_tokens=8, lookup=False, wafer=wafer()) as engine:
+        assert [c.tokens for c in engine.generate(prompts[:5], GREEDY)] == alone[:5]
+
+
+def test_a_second_start_compiles_nothing_and_makes_the_same_texts(
+    model, folder, engine, prompts, alone
+):
     assert engine.programs.compiled
     with Engine(model, max_streams=4, page_tokens=8, folder=folder) as again:
         assert again.programs.loaded and not again.programs.compiled
+        assert [c.tokens for c in again.generate(prompts, GREEDY)] == alone
 
 
 @pytest.mark.parametrize(

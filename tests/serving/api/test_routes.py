@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import time
 from typing import Any
 
 import cerebras.cloud.sdk
@@ -177,11 +178,20 @@ def lines():
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def line_of(lines, name):
+    """The log's line of a request, which may come after its answer."""
+    for _ in range(200):
+        if found := [line for line in lines() if line.get("id") == name]:
+            return found[0]
+        time.sleep(0.01)
+    raise AssertionError(f"no line of {name}")
+
+
 def test_the_log_has_a_line_for_each_request_and_no_text(server, lines):
     chat = f"{server.url}/v1/chat/completions"
     httpx.post(chat, json=ASKED, headers={"x-request-id": "mine-2"})
     httpx.post(chat, json=ASKED | {"temperature": 9}, headers={"x-request-id": "mine-3"})
-    good, bad = (next(x for x in lines() if x.get("id") == f"mine-{i}") for i in (2, 3))
+    good, bad = (line_of(lines, f"mine-{i}") for i in (2, 3))
     assert (good["event"], good["status"], good["model"]) == ("request", 200, "scripted")
     assert good["prompt_tokens"] == len("user: a secret\nassistant:") and good["seconds"] > 0
     assert bad["status"] == 400 and "temperature" in bad["error"]

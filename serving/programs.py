@@ -81,7 +81,7 @@ class Programs:
         self._graph, params = nnx.split(model)
         self._params, self._params_tree = jax.tree.flatten(params)
         self.vocab = config.vocab
-        self.least_rows = 1
+        self._least_rows = 1
         self._folder = folder
         self._programs: dict[Shape, Any] = {}
         self._no_extras: dict[int, Extras] = {}
@@ -103,6 +103,17 @@ class Programs:
     def bytes_of_cache(self) -> int:
         """Bytes of keys and values, on all devices."""
         return sum(array.nbytes for array in self._arrays[:2])
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of the head's product, at least; another number takes other programs."""
+        return self._least_rows
+
+    @least_rows.setter
+    def least_rows(self, rows: int) -> None:
+        if rows != self._least_rows:
+            self._programs.clear()
+        self._least_rows = rows
 
     def prepare(self, shape: Shape) -> None:
         """Loads the program of a shape, or compiles and keeps it."""

@@ -13,7 +13,10 @@ from wsekern.wafer.launch import Platform, parse_grid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeCommand:
-    """Serve a model behind the API that clients of OpenAI and Cerebras speak."""
+    """Serve a model behind the API that clients of OpenAI and Cerebras speak.
+
+    Other commands, each with a --help: python -m serving bench.
+    """
 
     model: str
     """A folder of safetensors, a GGUF file, or the id of a model on the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""`python -m serving bench`: load a server with requests, and time its answers."""

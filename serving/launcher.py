@@ -63,7 +63,9 @@ class Launcher:
         self._scheduler, self._programs, self._deliver = scheduler, programs, deliver
         self._guesses, self._chunk = guesses, chunk
         self._reads = sorted((s for s in shapes if s.B == 1 and not s.every), key=lambda s: s.T)
-        self._decodes = sorted(s for s in shapes if not s.every and s.T < READ_TOKENS)
+        decodes = sorted(s for s in shapes if not s.every and s.T < READ_TOKENS)
+        # An engine of one stream may have no shape for decoding but that which reads prompts.
+        self._decodes = decodes or self._reads
         self._verifies = sorted(s for s in shapes if s.every)
         self._steps: collections.deque[_Launched] = collections.deque()
         self.totals: collections.Counter[str] = collections.Counter()

@@ -11,6 +11,7 @@ from flax import nnx
 import models
 import wsekern as wk
 from models.config import DecoderConfig
+from serving import equality
 from serving.engine import Engine
 from serving.request import PromptTooLong, SamplingParams
 
@@ -78,6 +79,12 @@ def test_a_text_is_the_same_among_others(engine, prompts, alone):
     assert engine.is_exact
     assert [c.tokens for c in engine.generate(prompts, GREEDY)] == alone
     assert is_empty(engine)
+
+
+def test_one_stream_decodes_where_few_rows_are_unequal(model, prompts, alone, monkeypatch):
+    monkeypatch.setattr(equality, "_ROWS", (32,))
+    with Engine(model, max_streams=1, page_tokens=8) as engine:
+        assert [c.tokens for c in engine.generate(prompts[:3], GREEDY)] == alone[:3]
 
 
 def test_a_sampled_text_is_the_same_among_others(engine, prompts):

@@ -15,7 +15,7 @@ from wsekern.wafer.launch import Platform, parse_grid
 class ServeCommand:
     """Serve a model behind the API that clients of OpenAI and Cerebras speak.
 
-    Other commands, each with a --help: python -m serving bench.
+    Other commands, each with a --help: python -m serving bench | chat.
     """
 
     model: str

@@ -10,7 +10,10 @@ from wsekern.error_line import print_error
 from wsekern.interrupts import INTERRUPTED
 
 # name -> the module and the class of its arguments; `run` beside it takes them
-COMMANDS = {"bench": ("serving.commands.bench", "BenchCommand")}
+COMMANDS = {
+    "bench": ("serving.commands.bench", "BenchCommand"),
+    "chat": ("serving.commands.chat", "ChatCommand"),
+}
 
 
 def is_command(argv: Sequence[str]) -> bool:
@@ -35,8 +38,7 @@ def run(argv: Sequence[str], restore_interrupt: Callable[[], None]) -> int:
         kind = getattr(importlib.import_module(f"{package}.arguments"), arguments)
         command = tyro.cli(kind, prog=program, args=argv[1:])
         module = importlib.import_module(f"{package}.run")
-        restore_interrupt()
-        return module.run(command)
+        return module.run(command, restore_interrupt)
     except KeyboardInterrupt:
         print_error(program, "interrupted")
         return INTERRUPTED

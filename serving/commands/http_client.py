@@ -90,16 +90,24 @@ class HttpClient:
 
     @contextlib.asynccontextmanager
     async def _request(self, method: str, path: str, data: bytes) -> "AsyncIterator[Response]":
-        connection = self._take()
-        if connection is None:
-            connection = await self._open()
+        headers = self._headers
+        if data:
+            headers = headers | {"content-type": "application/json"}
+            headers["content-length"] = str(len(data))
+        target = self._prefix + path
+        kept = self._take()
+        connection = kept or await self._open()
         try:
-            headers = self._headers
-            if data:
-                headers = headers | {"content-type": "application/json"}
-                headers["content-length"] = str(len(data))
-            target = self._prefix + path
-            yield await connection.send(method, target, headers, data)
+            try:
+                response = await connection.send(method, target, headers, data)
+            except (h11.RemoteProtocolError, OSError):
+                if kept is None:
+                    raise
+                # The server closed it meanwhile; nothing of an answer was sent.
+                kept.close()
+                connection = await self._open()
+                response = await connection.send(method, target, headers, data)
+            yield response
         except h11.RemoteProtocolError as error:
             raise ConnectionError(f"{self.url}: {error}") from error
         finally:

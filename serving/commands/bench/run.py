@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from rich.console import Console
 
@@ -21,14 +21,19 @@ _EVERY = 1.0  # seconds between two lines of progress
 Levels = list[tuple[int, list[Timing]]]
 
 
-def run(command: BenchCommand) -> int:
+def run(command: BenchCommand, restore_interrupt: Callable[[], None]) -> int:
     """Measures and reports; returns 0, 1 if every request failed, or 130 after Ctrl-C.
+
+    Args:
+      command: what to measure.
+      restore_interrupt: lets asyncio see Ctrl-C.
 
     Raises:
       Refused: the server refuses a plain request.
       OSError: it is not there; or a file cannot be written.
       ValueError: it lists no model.
     """
+    restore_interrupt()
     client = HttpClient(command.url, command.api_key)
     load = Load(command, client)
     levels: Levels = []

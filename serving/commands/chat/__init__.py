@@ -1,0 +1,1 @@
+"""`python -m serving chat`: talk with a model in the terminal."""

@@ -73,6 +73,46 @@ class Completion:
     error: str
 
 
+def find_max_tokens(
+    config: DecoderConfig,
+    kv_dtype: jax.typing.DTypeLike,
+    wafer: Wafer | None,
+    *,
+    max_streams: int,
+    kv_tokens: int | None,
+) -> int:
+    """Tokens of prompt and text together in an `Engine` of a model; known before it is loaded.
+
+    Args:
+      config: of the model.
+      kv_dtype: of keys and values.
+      wafer: where the model will lie; None: one device.
+      max_streams: as the engine gets it.
+      kv_tokens: as the engine gets it.
+    """
+    page_tokens = _whole_pages(PAGE_TOKENS, wafer)
+    pages = _count_pages(config, np.dtype(kv_dtype), max_streams, kv_tokens, page_tokens)
+    return min(config.context, pages * page_tokens)
+
+
+def _whole_pages(page_tokens: int, wafer: Wafer | None) -> int:
+    """`page_tokens`, rounded up so that every row of the wafer has equally many."""
+    return page_tokens + -page_tokens % (1 if wafer is None else wafer.height)
+
+
+def _count_pages(
+    config: DecoderConfig,
+    dtype: np.dtype,
+    max_streams: int,
+    kv_tokens: int | None,
+    page_tokens: int,
+) -> int:
+    if kv_tokens is None:
+        token = 2 * config.layers * config.d_kv * dtype.itemsize
+        kv_tokens = min(max_streams * config.context, max(1024, _CACHE_BYTES // token))
+    return -(-kv_tokens // page_tokens)
+
+
 class EngineClosed(RuntimeError):
     """The engine takes no requests any more."""
 
@@ -134,12 +174,9 @@ class Engine:
         self.tokenizer.check(model.config.vocab)
         self.config: DecoderConfig = model.config
         wafer = context.resolve(wafer)
-        page_tokens += -page_tokens % (1 if wafer is None else wafer.height)
+        page_tokens = _whole_pages(page_tokens, wafer)
         dtype = np.dtype(model.dtype if kv_dtype is None else kv_dtype)
-        if kv_tokens is None:
-            token = 2 * self.config.layers * self.config.d_kv * dtype.itemsize
-            kv_tokens = min(max_streams * self.config.context, max(1024, _CACHE_BYTES // token))
-        pages = -(-kv_tokens // page_tokens)
+        pages = _count_pages(self.config, dtype, max_streams, kv_tokens, page_tokens)
         self.max_tokens = min(self.config.context, pages * page_tokens)
         self.max_streams, self.max_waiting = max_streams, max_waiting
         programs = Programs(

@@ -1,111 +1,125 @@
-"""Load a checkpoint into an engine that serves it."""
+"""Load checkpoints into engines that serve them."""
 
-import contextlib
+import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
 
 from models.checkpoints.hub import find
-from models.checkpoints.reading import load, read_config
+from models.checkpoints.reading import default_dtype, load, open_checkpoint, read_config
 from models.text.reading import load_tokenizer
 from serving.api.app import build_app
 from serving.api.logs import write_logs
-from serving.api.registry import ModelCard, Served, State
+from serving.api.registry import ModelCard, Served
 from serving.api.server import HttpServer
-from serving.api.settings import Settings
-from serving.arguments import ServeCommand
-from serving.engine import Engine
+from serving.arguments import ModelCommand, ModelOptions, ServeCommand
+from serving.engine import Engine, find_max_tokens
+from serving.models_by_name import ModelsByName, ModelSource
 from serving.text.model_text import ModelText
 from wsekern.wafer.launch import find_devices, make_wafer
+from wsekern.wafer.wafer import Wafer
 
 
-class OneModel:
-    """A model that is loaded while the server listens already."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model of the command: where it is, and what of it is known without its weights.
 
-    def __init__(self, command: ServeCommand) -> None:
-        """Reads the config alone.
+    Args:
+      path: the folder or file.
+      name: what clients call it.
+      options: how it is kept and run.
+      wafer: where it goes; None: one device.
+      max_tokens: of a prompt and its text together.
+      created: when the server first knew it, in seconds since 1970.
+    """
+
+    path: pathlib.Path
+    name: str
+    options: ModelOptions
+    wafer: Wafer | None
+    max_tokens: int
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def find(cls, command: ModelCommand, wafer: Wafer | None) -> "Checkpoint":
+        """Finds a model and reads its config.
 
         Raises:
           ValueError: it is no checkpoint of a known family.
           FileNotFoundError: there is no such checkpoint.
         """
-        self._command = command
-        self._path = find(command.model)
-        config = read_config(self._path)
-        name = command.name or name_of(self._path)
-        self.state: State = "loading"
-        self.cards: Sequence[ModelCard] = (ModelCard(name=name, context=config.context),)
-        self._served: Served | None = None
+        path, options = find(command.model), command.options
+        config, tensors = open_checkpoint(path)
+        max_tokens = find_max_tokens(
+            config,
+            options.kv_dtype or options.dtype or default_dtype(config, tensors),
+            wafer,
+            max_streams=options.max_streams,
+            kv_tokens=options.kv_tokens,
+        )
+        name = command.name or name_of(path)
+        return cls(path=path, name=name, options=options, wafer=wafer, max_tokens=max_tokens)
 
-    @property
-    def loaded(self) -> Mapping[str, Served]:
-        """The model by name, once it is in memory."""
-        return {} if self._served is None else {self._served.card.name: self._served}
+    def source(self) -> ModelSource:
+        """What the server needs to load it."""
+        return ModelSource(
+            card=ModelCard(name=self.name, context=self.max_tokens, created=self.created),
+            at_start=self.options.load == "start",
+            describe=self.describe,
+            load=self.load,
+        )
 
-    def load(self) -> None:
-        """Loads the model and its programs; takes requests afterwards."""
-        try:
-            self._served = load_served(self._command, self._path, self.cards[0].name)
-        except BaseException:
-            self.state = "failed"
-            raise
-        self.cards = (self._served.card,)
-        self.state = "ready"
+    def describe(self) -> ModelCard:
+        """The model's card; reads config and tokenizer, and no weights.
 
-    @contextlib.asynccontextmanager
-    async def acquire(self, name: str) -> AsyncIterator[Served]:
-        """The model; KeyError: it has another name."""
-        yield self.loaded[name]
+        Raises:
+          ValueError: a file is not as it should be.
+        """
+        config = read_config(self.path)
+        tokenizer = load_tokenizer(self.path)
+        tokenizer.check(config.vocab)
+        return self._card(ModelText(tokenizer, vocab=config.vocab, family=config.family))
 
-    def close(self, timeout: float) -> None:
-        """Closes the engine."""
-        if self._served is not None:
-            self._served.engine.close(timeout)
+    def load(self) -> Served:
+        """The model with its engine.
 
+        Raises:
+          ValueError: it does not load; says why.
+        """
+        options = self.options
+        tokenizer = load_tokenizer(self.path)
+        model = load(self.path, options.dtype, self.wafer, weights=options.weights)
+        engine = Engine(
+            model,
+            tokenizer,
+            wafer=self.wafer,
+            max_streams=options.max_streams,
+            max_waiting=options.max_waiting,
+            kv_tokens=options.kv_tokens,
+            kv_dtype=options.kv_dtype,
+            chunk=options.chunk,
+            lookup=options.lookup,
+            folder=program_folder(),
+        )
+        text = ModelText(tokenizer, vocab=model.config.vocab, family=model.config.family)
+        made_of = f"{model.config} {tokenizer.fingerprint} {options.weights} {options.dtype}"
+        made_of += f" {options.kv_dtype}"
+        fingerprint = f"fp_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+        return Served(card=self._card(text), engine=engine, text=text, fingerprint=fingerprint)
 
-def load_served(command: ServeCommand, path: pathlib.Path, name: str) -> Served:
-    """A checkpoint with its engine.
-
-    Args:
-      command: says where it goes and how it is kept.
-      path: of the checkpoint.
-      name: what clients call it.
-
-    Raises:
-      ValueError: it does not load; says why.
-    """
-    wafer = None
-    if command.wafer is None:
-        find_devices(command.platform)  # refuses a platform that is not there
-    else:
-        wafer = make_wafer(command.wafer, command.platform)
-    tokenizer = load_tokenizer(path)
-    model = load(path, command.dtype, wafer, weights=command.weights)
-    engine = Engine(
-        model,
-        tokenizer,
-        wafer=wafer,
-        max_streams=command.max_streams,
-        max_waiting=command.max_waiting,
-        kv_tokens=command.kv_tokens,
-        chunk=command.chunk,
-        lookup=command.lookup,
-        folder=program_folder(),
-    )
-    text = ModelText(tokenizer, vocab=model.config.vocab, family=model.config.family)
-    card = ModelCard(
-        name=name,
-        context=engine.max_tokens,
-        tokenizer="bytes" if tokenizer.source == "bytes" else pathlib.Path(tokenizer.source).name,
-        instruct_type=text.syntax.name if tokenizer.template else None,
-        reasoning=text.reasons,
-        tools=text.syntax.tools_in_template,
-        quantization=command.weights,
-    )
-    made_of = f"{model.config} {tokenizer.fingerprint} {command.weights} {command.dtype}"
-    fingerprint = f"fp_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
-    return Served(card=card, engine=engine, text=text, fingerprint=fingerprint)
+    def _card(self, text: ModelText) -> ModelCard:
+        source = text.tokenizer.source
+        return ModelCard(
+            name=self.name,
+            context=self.max_tokens,
+            created=self.created,
+            tokenizer="bytes" if source == "bytes" else pathlib.Path(source).name,
+            instruct_type=text.syntax.name if text.tokenizer.template else None,
+            reasoning=text.reasons,
+            tools=text.syntax.tools_in_template,
+            quantization=self.options.weights,
+        )
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -138,14 +152,26 @@ def read_keys(file: pathlib.Path | None) -> frozenset[str]:
 
 def serve(command: ServeCommand) -> int:
     """Serves until SIGTERM or Ctrl-C; returns the exit status."""
-    models = OneModel(command)
-    settings = Settings(keys=read_keys(command.api_key_file), log_prompts=command.log_prompts)
-    server = HttpServer(build_app(models, settings), host=command.host, port=command.port)
+    wafer = None
+    if command.wafer is None:
+        find_devices(command.platform)  # refuses a platform that is not there
+    else:
+        wafer = make_wafer(command.wafer, command.platform)
+    checkpoints = [Checkpoint.find(model, wafer) for model in command.models]
+    keys = read_keys(command.api_key_file)
+    models = ModelsByName(
+        [checkpoint.source() for checkpoint in checkpoints],
+        max_loaded=command.max_loaded,
+        idle_seconds=None if command.idle_minutes is None else 60 * command.idle_minutes,
+    )
+    app = build_app(models, command.http, keys=keys)
+    server = HttpServer(app, host=command.host, port=command.port)
     write_logs()
-    print(f"listening on {server.url}, loading {models.cards[0].name}", flush=True)
+    names = ", ".join(card.name for card in models.cards)
+    print(f"listening on {server.url}, loading {names}", flush=True)
 
     def load_and_tell() -> None:
         models.load()
-        print(f"ready: {models.cards[0].name} at {server.url}/v1", flush=True)
+        print(f"ready: {names} at {server.url}/v1", flush=True)
 
     return server.run(load_and_tell)

@@ -120,12 +120,15 @@ class ScriptedEngine:
 
 
 def build_server(
-    engine: ScriptedEngine, template: str | None = None, **settings: Any
+    engine: ScriptedEngine,
+    template: str | None = None,
+    keys: frozenset[str] = frozenset(),
+    **settings: Any,
 ) -> HttpServer:
     """A server with one model, "scripted", on bytes."""
     tokenizer = dataclasses.replace(bytes_tokenizer(), template=template)
     text = ModelText(tokenizer, vocab=256)
     card = ModelCard(name="scripted", context=engine.context)
     served = Served(card=card, engine=engine, text=text, fingerprint="fp_test")
-    app = build_app(LoadedModels([served]), Settings(**settings))
+    app = build_app(LoadedModels([served]), Settings(**settings), keys=keys)
     return HttpServer(app, port=0)

@@ -94,7 +94,7 @@ def load(
     config, tensors = open_checkpoint(checkpoint)
     config = dataclasses.replace(config, stacked=stacked)
     if dtype is None:
-        dtype = _default_dtype(config, tensors)
+        dtype = default_dtype(config, tensors)
     return read(
         config,
         tensors,
@@ -264,7 +264,13 @@ def stored_dtype(config: DecoderConfig, tensors: Tensors) -> np.dtype:
     return np.dtype(functools.reduce(jnp.promote_types, dtypes) if dtypes else np.float32)
 
 
-def _default_dtype(config: DecoderConfig, tensors: Tensors) -> jax.typing.DTypeLike:
+def default_dtype(config: DecoderConfig, tensors: Tensors) -> jax.typing.DTypeLike:
+    """The dtype that `load` takes by itself: the checkpoint's, and float32 on a CPU.
+
+    Args:
+      config: from `open_checkpoint`.
+      tensors: from `open_checkpoint`.
+    """
     if jax.default_backend() == "cpu":
         return jnp.float32
     names: Names = FAMILIES[config.family].NAMES

@@ -16,14 +16,17 @@ from serving.api.settings import Settings
 Handler = Callable[[Interface, Request, Send], Awaitable[None]]
 
 
-def build_app(models: Models, settings: Settings | None = None) -> Door:
+def build_app(
+    models: Models, settings: Settings | None = None, *, keys: frozenset[str] = frozenset()
+) -> Door:
     """An ASGI application that serves models.
 
     Args:
       models: by name; they may be loading still.
-      settings: by default there are no keys and no rate limits.
+      settings: by default there are no rate limits.
+      keys: a request must bring one of these; empty: none is needed.
     """
-    interface = Interface(models, settings or Settings())
+    interface = Interface(models, settings or Settings(), keys)
 
     def route(path: str, handler: Handler, method: str = "GET") -> Route:
         return Route(path, _Endpoint(interface, handler), methods=[method])

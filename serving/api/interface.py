@@ -13,7 +13,7 @@ from serving.api.keys import Keys
 from serving.api.limits import Limiter
 from serving.api.logs import log
 from serving.api.metrics import Metrics
-from serving.api.registry import Models, Served
+from serving.api.registry import Models, ModelUnavailable, Served
 from serving.api.settings import Settings
 from serving.api.stored_responses import StoredResponses
 from serving.request import PromptTooLong, QueueFull
@@ -25,15 +25,22 @@ _GUESSED_TOKENS = 1024  # that a request is charged if it does not say how many 
 class Interface:
     """The state of one HTTP interface."""
 
-    def __init__(self, models: Models, settings: Settings) -> None:
+    def __init__(
+        self, models: Models, settings: Settings, keys: frozenset[str] = frozenset()
+    ) -> None:
         self.models = models
         self.settings = settings
         self.metrics = Metrics()
-        self.keys = Keys(settings.keys)
+        self.keys = Keys(keys)
         self.limiter = Limiter(settings.limits)
         self.stored = StoredResponses(settings.stored_responses)
         self.is_draining = False
         self._sessions: set[Session] = set()
+
+    def drain(self) -> None:
+        """Takes no more requests; those that wait for a model to load end with 503."""
+        self.is_draining = True
+        self.models.stop_loading()
 
     def cancel_all(self) -> None:
         """Ends every running text, when a server that drains has waited long enough."""
@@ -45,10 +52,11 @@ class Interface:
         """The model that a request names.
 
         Raises:
-          ApiError: 404, there is no such model; 503, the server is loading, or ending.
+          ApiError: 404, there is no such model; 503, the server is loading, or ending, or the
+            model does not load.
         """
         if self.is_draining:
-            raise ApiError(503, "the server is ending; ask another one", "server_ending")
+            raise _ending()
         if self.models.state != "ready":
             raise ApiError(
                 503,
@@ -61,6 +69,12 @@ class Interface:
                 served = await stack.enter_async_context(self.models.acquire(name))
             except KeyError:
                 raise unknown_model(name) from None
+            except ModelUnavailable as error:
+                if self.is_draining:
+                    raise _ending() from None
+                raise ApiError(
+                    503, str(error), "model_unavailable", headers={"x-should-retry": "false"}
+                ) from None
             yield served
 
     @contextlib.contextmanager
@@ -121,6 +135,10 @@ class Interface:
         """Writes a prompt or a text to the log, if that is wished."""
         if self.settings.log_prompts:
             log(event, id=request.scope["request_id"], text=text)
+
+
+def _ending() -> ApiError:
+    return ApiError(503, "the server is ending; ask another one", "server_ending")
 
 
 def _submit(served: Served, texts: list[TextRequest]) -> Session:

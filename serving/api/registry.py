@@ -58,12 +58,16 @@ class Served:
     fingerprint: str
 
 
+class ModelUnavailable(Exception):
+    """A model is not in memory and cannot be loaded; says why."""
+
+
 class Models(Protocol):
     """The models of a server; it may load them when they are asked for."""
 
     @property
     def state(self) -> State:
-        """Whether requests can be answered."""
+        """Whether requests can be answered: all models are loaded that are from the start."""
 
     @property
     def cards(self) -> Sequence[ModelCard]:
@@ -78,10 +82,18 @@ class Models(Protocol):
 
         Raises:
           KeyError: there is no such model.
+          ModelUnavailable: it does not load.
         """
 
-    def close(self, timeout: float) -> None:
-        """Closes every engine; running texts go on for up to `timeout` seconds."""
+    def stop_loading(self) -> None:
+        """Requests that wait for a model to load are refused, as are those to come."""
+
+    def close(self, timeout: float) -> bool:
+        """Closes every engine; running texts go on for up to `timeout` seconds.
+
+        Returns:
+          Whether no model is being loaded any more; a thread that loads cannot be stopped.
+        """
 
 
 class LoadedModels:
@@ -106,7 +118,11 @@ class LoadedModels:
         """A model; KeyError: there is no such model."""
         yield self._served[name]
 
-    def close(self, timeout: float) -> None:
+    def stop_loading(self) -> None:
+        """Does nothing: no request waits."""
+
+    def close(self, timeout: float) -> bool:
         """Closes every engine."""
         for one in self._served.values():
             one.engine.close(timeout)
+        return True

@@ -57,7 +57,7 @@ class HttpServer:
                 proxy_headers=False,
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=settings.grace + _PATIENCE,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=settings.drain_seconds + _PATIENCE,  # type: ignore[arg-type]
             )
         )
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -126,29 +126,32 @@ class HttpServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end, number)
         loading = _Loading(load, loop, self._drain)
-        await self._serve()
+        is_closed = await self._serve()
         if loading.error is not None:
             raise loading.error
-        if not loading.is_done:  # no thread can be stopped in the middle of a compilation
+        # No thread can be stopped in the middle of a compilation.
+        if not (loading.is_done and is_closed):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         return status
 
-    async def _serve(self) -> None:
+    async def _serve(self) -> bool:
+        """Whether no model is being loaded any more."""
         await self._server.serve([self._socket])
         interface = self.app.interface
-        await asyncio.to_thread(interface.models.close, _PATIENCE)
+        is_closed = await asyncio.to_thread(interface.models.close, _PATIENCE)
         log("ended")
+        return is_closed
 
     def _drain(self) -> None:
         """Takes no more requests; what runs may go on for the grace period."""
         interface = self.app.interface
         if not interface.is_draining:
-            interface.is_draining = True
+            interface.drain()
             self._server.should_exit = True
             if self._loop is not None:
-                self._loop.call_later(interface.settings.grace, interface.cancel_all)
+                self._loop.call_later(interface.settings.drain_seconds, interface.cancel_all)
 
 
 class _Loading:

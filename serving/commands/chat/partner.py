@@ -82,23 +82,18 @@ class LocalModel:
     def __init__(self, command: ChatCommand) -> None:
         prepare_devices(1, command.platform)
         # jax may be imported from here on.
-        from models.checkpoints.hub import find
-        from serving.arguments import ServeCommand
-        from serving.loading import load_served, name_of
+        from serving.arguments import ModelCommand, ModelOptions
+        from serving.loading import Checkpoint
+        from wsekern.wafer.launch import find_devices
 
         assert command.model is not None
-        serve = ServeCommand(
-            model=command.model,
-            max_streams=1,
-            platform=command.platform,
-            dtype=command.dtype,
-            weights=command.weights,
-        )
-        path = find(command.model)
-        self.name = name_of(path)
+        find_devices(command.platform)  # refuses a platform that is not there
+        options = ModelOptions(max_streams=1, dtype=command.dtype, weights=command.weights)
+        checkpoint = Checkpoint.find(ModelCommand(model=command.model, options=options), None)
+        self.name = checkpoint.name
         self._fields = command.fields
         with show_progress(f"loading {self.name}"):
-            self._served = load_served(serve, path, self.name)
+            self._served = checkpoint.load()
 
     async def answer(self, messages: Messages) -> AsyncGenerator[Chunk, None]:
         """See `Partner`."""

@@ -20,7 +20,7 @@ sys.path.insert(0, "tests")
 from scripted_engine import ScriptedEngine, build_server
 engine = ScriptedEngine(lambda prompt, params: b"x" * 30)
 engine.pause = 0.05
-server = build_server(engine, grace=float(sys.argv[1]))
+server = build_server(engine, drain_seconds=float(sys.argv[1]))
 print(server.port, flush=True)
 sys.exit(server.run(lambda: time.sleep(float(sys.argv[2]))))
 """

@@ -79,8 +79,9 @@ def apply_linears(x: Float[Array, "B T I"], *linears: Linear) -> tuple[Float[Arr
 def _products(
     x: Float[Array, "B T I"], weights: list[nnx.Param | QuantizedWeight]
 ) -> tuple[Float[Array, "B T _"], ...]:
-    if is_few_rows(x) and all(isinstance(w, nnx.Param) and w.axes[-1] == "in" for w in weights):
-        return tuple(multiply_few_rows(x, w[...].astype(x.dtype)) for w in weights)
+    plain = [weight for weight in weights if isinstance(weight, nnx.Param) and _is_out_in(weight)]
+    if is_few_rows(x) and len(plain) == len(weights):
+        return tuple(multiply_few_rows(x, weight[...].astype(x.dtype)) for weight in plain)
     rounding = [w for w in weights if isinstance(w, QuantizedWeight) and w.activations]
     if len(rounding) == len(weights):
         rows = round_rows(x, rounding[0].activations)
@@ -122,7 +123,11 @@ def multiply_few_rows(
 def in_out_weight(weight: nnx.Param) -> Float[Array, "I O"]:
     """A weight as `[in, out]`, in whichever order it is stored."""
     # Transposed tile by tile: nothing moves between PEs, and XLA folds it into the product.
-    return weight[...] if "in" == weight.axes[-2] else weight[...].T
+    return weight[...].T if _is_out_in(weight) else weight[...]
+
+
+def _is_out_in(weight: nnx.Param) -> bool:
+    return weight.axes[-1] == "in"
 
 
 class Norm(nnx.Module):

@@ -19,10 +19,11 @@ import numpy as np
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.text.tokenizer import Tokenizer, bytes_tokenizer
+from models.text.tokenizer import Tokenizer
+from serving.draft import Draft
 from serving.equality import find_shapes
 from serving.generation import Generation, wake
-from serving.launcher import Launcher
+from serving.launcher import MOST_GUESSING, Launcher
 from serving.pages import PagePool
 from serving.programs import DeviceSizes, Programs
 from serving.request import Delta, PromptTooLong, QueueFull, SamplingParams, TokenLogprobs
@@ -67,7 +68,7 @@ class Completion:
     """The tokens that a request made."""
 
     tokens: tuple[int, ...]
-    text: str
+    text: str  # "" without a tokenizer
     logprobs: tuple[TokenLogprobs, ...]
     finish: str  # "stop", "length", "cancelled" or "error"
     error: str
@@ -142,13 +143,14 @@ class Engine:
         page_tokens: int = PAGE_TOKENS,
         chunk: int = 128,
         lookup: bool = True,
+        draft: Decoder | None = None,
         folder: pathlib.Path | None = None,
     ) -> None:
         """Compiles, or loads, all programs; requests can come when this returns.
 
         Args:
           model: a decoder; with stacked layers, its programs are small.
-          tokenizer: of the model; by default a token is a byte.
+          tokenizer: of the model; None: completions have no text.
           wafer: where the model lies; by default the current wafer, or one device without one.
           max_streams: requests that run at once; others wait.
           max_waiting: requests that wait at most; more are refused.
@@ -160,6 +162,7 @@ class Engine:
           chunk: tokens of prompts that are read between two steps of decoding: a long prompt
             stalls running requests for as long as that takes.
           lookup: whether few requests guess ahead by prompt lookup.
+          draft: a small model with the same tokens, which guesses where lookup finds nothing.
           folder: where compiled programs are kept; None: nowhere.
 
         Raises:
@@ -170,8 +173,11 @@ class Engine:
         for name, value in (sizes | {"page_tokens": page_tokens}).items():
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be 1 or more")
-        self.tokenizer = bytes_tokenizer() if tokenizer is None else tokenizer
-        self.tokenizer.check(model.config.vocab)
+        self._tokenizer = tokenizer
+        vocab = model.config.vocab
+        if tokenizer is not None:
+            tokenizer.check(vocab)
+            vocab = min(vocab, tokenizer.vocab)
         self.config: DecoderConfig = model.config
         wafer = context.resolve(wafer)
         page_tokens = _whole_pages(page_tokens, wafer)
@@ -186,20 +192,26 @@ class Engine:
                 page_tokens=page_tokens,
                 slots=max_streams,
                 columns=-(-self.max_tokens // page_tokens),
-                vocab=min(self.tokenizer.vocab, self.config.vocab),
+                vocab=vocab,
             ),
             kv_dtype=dtype,
             wafer=wafer,
             folder=folder,
         )
-        shapes, self.is_exact = find_shapes(programs, max_streams, lookup=lookup)
+        guesses = lookup or draft is not None
+        shapes, self.is_exact = find_shapes(programs, max_streams, guesses=guesses)
         self.programs = programs
         self._pool = PagePool(pages, page_tokens)
         self._scheduler = Scheduler(self._pool, max_streams)
         self._launcher = Launcher(
-            self._scheduler, programs, shapes, self._deliver, guesses=lookup, chunk=chunk
+            self._scheduler,
+            programs,
+            shapes,
+            self._deliver,
+            chunk=chunk,
+            draft=None if draft is None else self._make_draft(draft, programs),
         )
-        self._lookup = lookup
+        self._guesses, self._lookup = guesses, lookup
         self._streams: dict[Generation, Stream] = {}
         self._delivered: dict[Generation, None] = {}
         self._inbox: collections.deque[Stream] = collections.deque()
@@ -264,7 +276,7 @@ class Engine:
             completions.append(
                 Completion(
                     tokens=tokens,
-                    text=self.tokenizer.decode(tokens),
+                    text="" if self._tokenizer is None else self._tokenizer.decode(tokens),
                     logprobs=tuple(one for delta in deltas for one in delta.logprobs),
                     finish=deltas[-1].finish or "error",
                     error=deltas[-1].error,
@@ -318,7 +330,8 @@ class Engine:
         generation = Generation(secrets.token_hex(12), self._cancel)
         generation.usage.prompt_tokens = len(prompt)
         penalties = (params.frequency_penalty, params.presence_penalty)
-        guesses = self._lookup and not any(penalties) and params.repetition_penalty == 1
+        may_guess = self._guesses and not any(penalties) and params.repetition_penalty == 1
+        looks_up = may_guess and self._lookup
         return Stream(
             generation=generation,
             params=params,
@@ -327,8 +340,24 @@ class Engine:
             length=len(prompt),
             seed=np.frombuffer(digest, np.uint32),
             arrival=0,
-            lookup=PromptLookup(params.prediction, prompt.tolist()) if guesses else None,
+            may_guess=may_guess,
+            lookup=PromptLookup(params.prediction, prompt.tolist()) if looks_up else None,
         )
+
+    def _make_draft(self, model: Decoder, programs: Programs) -> Draft:
+        if model.config.vocab < programs.sizes.vocab:
+            raise ValueError(
+                f"Engine: draft has {model.config.vocab} tokens, the model has "
+                f"{programs.sizes.vocab}; take a draft with the same tokenizer"
+            )
+        small = Programs(
+            model,
+            programs.sizes._replace(vocab=min(programs.sizes.vocab, model.config.vocab)),
+            kv_dtype=model.dtype,
+            wafer=programs.wafer,
+            folder=programs.folder,
+        )
+        return Draft(small, most=MOST_GUESSING, context=model.config.context)
 
     def _cancel(self, generation: Generation) -> None:
         with self._changed:

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from serving.batches import empty_batch
 from serving.launcher import GUESSES, MOST_GUESSING, READ_TOKENS
 from serving.programs import Programs, Shape, empty_rows
-from serving.steps import Batch
 from wsekern.atomic_write import atomic_write
 
 _ROWS = (8, 16, 32)  # least rows of a step that are tried
@@ -21,20 +21,20 @@ _TEXT = 36  # tokens of the text that every shape reads
 _READ = 28  # of these, how many are read before
 
 
-def find_shapes(programs: Programs, max_streams: int, *, lookup: bool) -> tuple[list[Shape], bool]:
+def find_shapes(programs: Programs, max_streams: int, *, guesses: bool) -> tuple[list[Shape], bool]:
     """The shapes that an engine uses, their programs prepared, and whether they are equal.
 
     Args:
       programs: of the model; its `least_rows` is set.
       max_streams: requests that run at once.
-      lookup: whether guesses are verified.
+      guesses: whether guesses are verified.
     """
     if jax.default_backend() != "cpu":
-        shapes = shapes_of(1, max_streams, lookup)
+        shapes = shapes_of(1, max_streams, guesses)
         for shape in shapes:
             programs.prepare(shape)
         return shapes, False
-    file = programs.file(f"equal{'-lookup' if lookup else ''}.json")
+    file = programs.file(f"equal{'-guesses' if guesses else ''}.json")
     known = _read(file)
     if known is not None:
         programs.least_rows, shapes = known
@@ -43,7 +43,7 @@ def find_shapes(programs: Programs, max_streams: int, *, lookup: bool) -> tuple[
         return shapes, True
     for rows in _ROWS:
         programs.least_rows = rows
-        shapes = shapes_of(rows, max_streams, lookup)
+        shapes = shapes_of(rows, max_streams, guesses)
         reading = [shape for shape in shapes if shape.T == READ_TOKENS and not shape.every][0]
         programs.prepare(reading)
         expected = _numbers(programs, reading, reading)
@@ -60,7 +60,7 @@ def find_shapes(programs: Programs, max_streams: int, *, lookup: bool) -> tuple[
             break
     programs.clear()
     shapes = [shape for shape in shapes if shape not in unequal]
-    widest = max(shapes_of(rows, max_streams, lookup), key=lambda s: (not s.every, s.B))
+    widest = max(shapes_of(rows, max_streams, guesses), key=lambda s: (not s.every, s.B))
     is_exact = widest in shapes
     if not is_exact:  # it is needed in any case
         programs.prepare(widest)
@@ -70,19 +70,19 @@ def find_shapes(programs: Programs, max_streams: int, *, lookup: bool) -> tuple[
     return shapes, is_exact
 
 
-def shapes_of(rows: int, max_streams: int, lookup: bool) -> list[Shape]:
+def shapes_of(rows: int, max_streams: int, guesses: bool) -> list[Shape]:
     """All shapes of steps of at least so many rows.
 
     Args:
       rows: B T of a step, at least.
       max_streams: requests that run at once.
-      lookup: whether guesses are verified.
+      guesses: whether guesses are verified.
     """
     shapes = {Shape(1, max(rows, READ_TOKENS))}
     streams = 1
     while True:
         shapes.add(Shape(streams, max(1, rows // streams)))
-        if lookup and streams <= MOST_GUESSING:
+        if guesses and streams <= MOST_GUESSING:
             shapes.add(Shape(streams, max(1 + GUESSES, rows // streams), every=True))
         if streams >= min(max_streams, READ_TOKENS):
             return sorted(shapes)
@@ -108,13 +108,8 @@ def _step(
 ) -> list[np.ndarray]:
     """Reads part of a text in every sequence of a step; the numbers of the last of them."""
     sizes, count = programs.sizes, end - begin
-    batch = Batch(
-        tokens=np.zeros((shape.B, shape.T), np.int32),
-        positions=np.full((shape.B, shape.T), -1, np.int32),
-        tables=np.tile(np.arange(sizes.columns, dtype=np.int32) % sizes.pages, (shape.B, 1)),
-        slots=np.full(shape.B, sizes.slots, np.int32),
-        chooses=np.array(True),
-    )
+    batch = empty_batch(shape, sizes)
+    batch.tables[:] = np.arange(sizes.columns) % sizes.pages
     batch.tokens[:, :count] = text[begin:end]
     batch.positions[:, :count] = np.arange(begin, end)
     rows = empty_rows(shape.rows, programs.vocab)

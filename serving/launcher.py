@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from serving.batches import empty_batch, place, set_row
+from serving.draft import DRAFTED, Draft
 from serving.programs import Programs, Shape, empty_rows
 from serving.request import Delta, Finish, Matcher, TokenLogprobs
 from serving.sampler import Chosen, Extras, Rows, count_prompt, no_extras
 from serving.scheduler import Scheduler, Stream
-from serving.steps import Batch
+from serving.speculation import Guess
 
 READ_TOKENS = 32  # of a prompt that one step reads
 GUESSES = 7  # tokens that are verified at once
@@ -31,7 +33,7 @@ class _Launched:
     streams: Sequence[Stream]
     chosen: Chosen
     # Of each stream, the guesses that are verified; None for a step without.
-    guesses: list[tuple[list[int], bool]] | None = None
+    guesses: list[Guess] | None = None
 
 
 Deliver = Callable[[Stream, Delta], None]
@@ -47,8 +49,8 @@ class Launcher:
         shapes: Sequence[Shape],
         deliver: Deliver,
         *,
-        guesses: bool,
         chunk: int,
+        draft: Draft | None = None,
     ) -> None:
         """No step is launched yet.
 
@@ -57,11 +59,11 @@ class Launcher:
           programs: has a program for each of `shapes`.
           shapes: of steps; those of one token a sequence may be padded to several.
           deliver: called with the new tokens of a request.
-          guesses: whether requests guess ahead by prompt lookup.
           chunk: tokens of prompts that are read between two decoding steps.
+          draft: guesses for requests that lookup finds nothing for.
         """
         self._scheduler, self._programs, self._deliver = scheduler, programs, deliver
-        self._guesses, self._chunk = guesses, chunk
+        self._draft, self._chunk = draft, chunk
         self._reads = sorted((s for s in shapes if s.B == 1 and not s.every), key=lambda s: s.T)
         decodes = sorted(s for s in shapes if not s.every and s.T < READ_TOKENS)
         # An engine of one stream may have no shape for decoding but that which reads prompts.
@@ -124,13 +126,11 @@ class Launcher:
 
     def _read(self, stream: Stream, tokens: int) -> None:
         shape = next(s for s in self._reads if tokens <= s.T)
-        batch = self._empty_batch(shape)
         begin, end = stream.computed, stream.computed + tokens
-        batch.tokens[0, :tokens] = stream.text[begin:end]
-        batch.positions[0, :tokens] = np.arange(begin, end)
         ends = end == stream.length
+        batch = empty_batch(shape, self._programs.sizes)
         batch.chooses[...] = ends
-        self._fill_sequence(batch, 0, stream)
+        place(batch, 0, stream, stream.text[begin:end], begin)
         rows, extras = self._rows_of(shape, [(0, stream, end)] if ends else [])
         chosen = self._programs.run(shape, batch, rows, extras)
         self.totals["steps"] += 1
@@ -144,18 +144,18 @@ class Launcher:
 
     def _decode(self) -> bool:
         decoding = [s for s in self._scheduler.running if not s.reads]
-        guessing = self._guesses and len(decoding) <= MOST_GUESSING and bool(self._verifies)
+        guessing = len(decoding) <= MOST_GUESSING and bool(self._verifies)
         ready = []
         for stream in decoding:
-            waits = stream.params.matcher is not None or (guessing and stream.lookup is not None)
+            waits = stream.params.matcher is not None or (guessing and stream.may_guess)
             if stream.room > 0 and not (waits and stream.in_flight):
                 ready.append(stream)
         ready = [s for s in ready if self._provide(s, s.computed + 1)]
         ready = [s for s in ready if s.slot is not None and not s.reads]  # none that was retracted
         if not ready:
             return False
-        guesses = [self._guess(stream) if guessing else ([], False) for stream in ready]
-        if any(tokens for tokens, _ in guesses):
+        guesses = self._guess(ready) if guessing else []
+        if any(guess.tokens for guess in guesses):
             self._verify(ready, guesses)
         else:
             most = self._decodes[-1].B
@@ -165,13 +165,11 @@ class Launcher:
 
     def _decode_together(self, streams: list[Stream]) -> None:
         shape = next(s for s in self._decodes if len(streams) <= s.B)
-        batch = self._empty_batch(shape)
-        for row, stream in enumerate(streams):
+        batch = empty_batch(shape, self._programs.sizes)
+        for b, stream in enumerate(streams):
             known = stream.text[stream.length - 1] if not stream.in_flight else -1
-            batch.tokens[row, 0] = known
-            batch.positions[row, 0] = stream.computed
-            self._fill_sequence(batch, row, stream)
-        listed = [(row, stream, stream.computed + 1) for row, stream in enumerate(streams)]
+            place(batch, b, stream, [known], stream.computed)
+        listed = [(b, stream, stream.computed + 1) for b, stream in enumerate(streams)]
         rows, extras = self._rows_of(shape, listed)
         chosen = self._programs.run(shape, batch, rows, extras)
         for stream in streams:
@@ -180,27 +178,43 @@ class Launcher:
         self._steps.append(_Launched(shape=shape, streams=streams, chosen=chosen))
         self.totals["steps"] += 1
 
-    def _guess(self, stream: Stream) -> tuple[list[int], bool]:
-        """The tokens that may come next, and whether they are of the request's prediction."""
-        if stream.lookup is None or stream.in_flight:
-            return [], False
-        tokens, predicted = stream.lookup.guess(min(GUESSES, stream.room - 1))
-        if stream.params.matcher is not None:
-            tokens = _allowed(stream.params.matcher, tokens)
-        if not self._scheduler.provide(stream, stream.computed + 1 + len(tokens)):
-            return [], False  # no page: not worth taking one from another request
-        return tokens, predicted
+    def _guess(self, streams: list[Stream]) -> list[Guess]:
+        """The tokens of each request that may come next; none where it cannot be said."""
+        guesses = [Guess([])] * len(streams)
+        drafting: dict[int, int] = {}  # tokens to guess for a request, by its place
+        for i, stream in enumerate(streams):
+            if not stream.may_guess or stream.in_flight:
+                continue
+            if stream.lookup is not None:
+                guesses[i] = stream.lookup.guess(min(GUESSES, stream.room - 1))
+            if not guesses[i].tokens and self._draft is not None:
+                most = min(DRAFTED, stream.room - 1)
+                if self._scheduler.provide(stream, stream.computed + 1 + most):
+                    drafting[i] = most
+        if drafting and self._draft is not None:
+            drafted = self._draft.guess([streams[i] for i in drafting], list(drafting.values()))
+            for i, tokens in zip(drafting, drafted, strict=True):
+                guesses[i] = Guess(tokens, is_drafted=True)
+        return [self._cut(*pair) for pair in zip(streams, guesses, strict=True)]
 
-    def _verify(self, streams: list[Stream], guesses: list[tuple[list[int], bool]]) -> None:
+    def _cut(self, stream: Stream, guess: Guess) -> Guess:
+        """The part of a guess that the request's grammar takes, and that there are pages for."""
+        if stream.params.matcher is not None:
+            guess = guess._replace(tokens=_allowed(stream.params.matcher, guess.tokens))
+        if not self._scheduler.provide(stream, stream.computed + 1 + len(guess.tokens)):
+            return Guess([])  # no page: not worth taking one from another request
+        return guess
+
+    def _verify(self, streams: list[Stream], guesses: list[Guess]) -> None:
         shape = next(s for s in self._verifies if len(streams) <= s.B)
-        batch = self._empty_batch(shape)
+        batch = empty_batch(shape, self._programs.sizes)
         listed = []
-        for b, (stream, (tokens, _)) in enumerate(zip(streams, guesses, strict=True)):
-            count = 1 + len(tokens)
-            batch.tokens[b, :count] = [stream.text[stream.length - 1], *tokens]
-            batch.positions[b, :count] = stream.computed + np.arange(count)
-            self._fill_sequence(batch, b, stream)
-            listed += [(b * shape.T + t, stream, stream.computed + 1 + t) for t in range(count)]
+        for b, (stream, guess) in enumerate(zip(streams, guesses, strict=True)):
+            tokens = [stream.text[stream.length - 1], *guess.tokens]
+            place(batch, b, stream, tokens, stream.computed)
+            listed += [
+                (b * shape.T + t, stream, stream.computed + 1 + t) for t in range(len(tokens))
+            ]
         rows, extras = self._rows_of(shape, listed, dict(zip(streams, guesses, strict=True)))
         chosen = self._programs.run(shape, batch, rows, extras)
         for stream in streams:
@@ -222,25 +236,11 @@ class Launcher:
                 return False
         return True
 
-    def _empty_batch(self, shape: Shape) -> Batch:
-        sizes = self._programs.sizes
-        return Batch(
-            tokens=np.zeros((shape.B, shape.T), np.int32),
-            positions=np.full((shape.B, shape.T), -1, np.int32),
-            tables=np.zeros((shape.B, sizes.columns), np.int32),
-            slots=np.full(shape.B, sizes.slots, np.int32),
-            chooses=np.array(True),
-        )
-
-    def _fill_sequence(self, batch: Batch, row: int, stream: Stream) -> None:
-        batch.tables[row, : len(stream.pages)] = stream.pages
-        batch.slots[row] = stream.slot
-
     def _rows_of(
         self,
         shape: Shape,
         listed: Sequence[tuple[int, Stream, int]],
-        guesses: dict[Stream, tuple[list[int], bool]] | None = None,
+        guesses: dict[Stream, Guess] | None = None,
     ) -> tuple[Rows, Extras | None]:
         """How the tokens of a step are chosen.
 
@@ -253,11 +253,7 @@ class Launcher:
         extras: Extras | None = None
         for row, stream, position in listed:
             params = stream.params
-            rows.slots[row], rows.seeds[row] = stream.slot, stream.seed
-            rows.positions[row], rows.temperature[row] = position, params.temperature
-            if params.temperature > 0:
-                rows.top_k[row] = min(params.top_k or self._programs.vocab, self._programs.vocab)
-                rows.top_p[row], rows.min_p[row] = params.top_p, params.min_p
+            set_row(rows, row, stream, position, self._programs.vocab)
             rows.frequency[row], rows.presence[row] = (
                 params.frequency_penalty,
                 params.presence_penalty,
@@ -278,9 +274,9 @@ class Launcher:
             if stream.params.matcher is not None and extras is not None:
                 rows.masked[...] = True
                 own = [row for row, one, _ in listed if one is stream]
-                guess, _ = (guesses or {}).get(stream, ([], False))
+                guess = (guesses or {}).get(stream, Guess([]))
                 try:
-                    _fill_masks(stream.params.matcher, extras.mask, own, guess)
+                    _fill_masks(stream.params.matcher, extras.mask, own, guess.tokens)
                 except ValueError as error:  # beyond the grammar's limits; the others go on
                     self.finish(stream, "error", str(error))
         return rows, extras
@@ -297,24 +293,24 @@ class Launcher:
                 if step.guesses is None:
                     self._take(stream, chosen, [i])
                     continue
-                guess, predicted = step.guesses[i]
-                self._take_verified(stream, chosen, i * step.shape.T, guess, predicted)
+                self._take_verified(stream, chosen, i * step.shape.T, step.guesses[i])
 
-    def _take_verified(
-        self, stream: Stream, chosen: Chosen, first: int, guess: list[int], predicted: bool
-    ) -> None:
-        right = 0
-        while right < len(guess) and chosen.tokens[first + right] == guess[right]:
+    def _take_verified(self, stream: Stream, chosen: Chosen, first: int, guess: Guess) -> None:
+        guessed, right = len(guess.tokens), 0
+        while right < guessed and chosen.tokens[first + right] == guess.tokens[right]:
             right += 1
         stream.computed += 1 + right
         usage = stream.generation.usage
-        self.totals["guessed_tokens"] += len(guess)
+        self.totals["guessed_tokens"] += guessed
         self.totals["accepted_tokens"] += right
-        if predicted:
+        if guess.is_predicted:
             usage.accepted_tokens += right
-            usage.rejected_tokens += len(guess) - right
-        if stream.lookup is not None:
-            stream.lookup.judge(len(guess), right)
+            usage.rejected_tokens += guessed - right
+        if guess.is_drafted:
+            if self._draft is not None and guessed:
+                self._draft.judge(stream, guessed, right)
+        elif stream.lookup is not None:
+            stream.lookup.judge(guessed, right)
         self._take(stream, chosen, range(first, first + right + 1))
 
     def _take(self, stream: Stream, chosen: Chosen, rows: Sequence[int]) -> None:

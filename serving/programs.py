@@ -82,7 +82,7 @@ class Programs:
         self._params, self._params_tree = jax.tree.flatten(params)
         self.vocab = config.vocab
         self._least_rows = 1
-        self._folder = folder
+        self.folder = folder
         self._programs: dict[Shape, Any] = {}
         self._no_extras: dict[int, Extras] = {}
         with self._entered():
@@ -139,7 +139,7 @@ class Programs:
 
     def file(self, name: str) -> pathlib.Path | None:
         """Where something is kept that depends on model, machine and versions; None: nowhere."""
-        return None if self._folder is None else self._folder / self._key / name
+        return None if self.folder is None else self.folder / self._key / name
 
     def forget(self, shape: Shape) -> None:
         """Drops the program of a shape from memory."""

@@ -43,7 +43,9 @@ class Stream:
     kept: int = 0  # full pages that are known by their hash
     passed_over: int = 0
     is_finished: bool = False
+    may_guess: bool = False  # whether its tokens may be guessed ahead
     lookup: PromptLookup | None = None
+    drafted: int = 0  # tokens that a draft model has read
 
     @property
     def tokens(self) -> np.ndarray:
@@ -160,7 +162,7 @@ class Scheduler:
         heapq.heappush(self._slots, stream.slot)
         self.running.remove(stream)
         stream.slot, stream.pages, stream.hashes = None, [], []
-        stream.computed = stream.kept = stream.in_flight = 0
+        stream.computed = stream.kept = stream.in_flight = stream.drafted = 0
 
     def _next(self, streams: list[Stream]) -> Stream:
         def key(stream: Stream) -> tuple[int, int]:

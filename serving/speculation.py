@@ -7,11 +7,20 @@ the text is the same with guesses and without, at any temperature.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _SHORTEST, _LONGEST = 3, 12  # tokens of the n-grams that are looked up
 _CANDIDATES = 8  # earlier places that are compared
 _PATIENCE = 4  # wrong guesses in a row after which guessing pauses
 _PAUSE = 16  # tokens
+
+
+class Guess(NamedTuple):
+    """Tokens that may come next, and who says so."""
+
+    tokens: list[int]
+    is_predicted: bool = False  # they are of the request's prediction
+    is_drafted: bool = False  # a draft model made them
 
 
 class PromptLookup:
@@ -31,14 +40,14 @@ class PromptLookup:
             self._append(token)
         self._pause = max(0, self._pause - len(tokens))
 
-    def guess(self, most: int) -> tuple[list[int], bool]:
-        """What followed the newest n-gram where it stood before, and whether in the prediction.
+    def guess(self, most: int) -> Guess:
+        """What followed the newest n-gram where it stood before.
 
         Args:
           most: the most tokens to guess; there may be none.
         """
         if self._pause or len(self._tokens) < _SHORTEST:
-            return [], False
+            return Guess([])
         best, begin = 0, -1
         for end in reversed(self._ends[tuple(self._tokens[-_SHORTEST:])][-_CANDIDATES - 1 : -1]):
             length = self._match(end)
@@ -47,8 +56,8 @@ class PromptLookup:
             if best == _LONGEST:
                 break
         if begin < 0:
-            return [], False
-        return self._tokens[begin : begin + most], begin < self._predicted
+            return Guess([])
+        return Guess(self._tokens[begin : begin + most], is_predicted=begin < self._predicted)
 
     def judge(self, guessed: int, right: int) -> None:
         """Takes note of how many of the guessed tokens were right."""

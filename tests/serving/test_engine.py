@@ -1,6 +1,7 @@
 """The engine: each request gets the text that it would get alone, and gives back what it took."""
 
 import asyncio
+import dataclasses
 import threading
 
 import jax
@@ -206,6 +207,42 @@ def test_a_grammar_without_a_token_left_ends_the_text(engine, prompts):
     params = SamplingParams(max_tokens=NEW, matcher=Refusing(NEW))
     (completion,) = engine.generate(prompts[:1], params)
     assert completion.finish == "stop" and len(completion.tokens) == 2
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=NEW, temperature=1, seed=2)])
+def test_a_draft_model_changes_no_text_and_is_always_right_if_it_is_the_model(
+    model, engine, prompts, folder, params
+):
+    expected = [engine.generate([prompt], params)[0].tokens for prompt in prompts]
+    with Engine(
+        model, max_streams=4, page_tokens=8, lookup=False, draft=model, folder=folder
+    ) as drafting:
+        assert drafting.is_exact
+        assert [drafting.generate([p], params)[0].tokens for p in prompts] == expected
+        totals = drafting.snapshot().totals
+        assert totals["guessed_tokens"] == totals["accepted_tokens"] > len(prompts) * NEW // 2
+        assert totals["steps"] < len(prompts) * NEW
+        assert [c.tokens for c in drafting.generate(prompts, params)] == expected
+        # The prefix that was found is one that the draft knows too.
+        assert drafting.generate(prompts[-1:], params)[0].tokens == expected[-1]
+        assert is_empty(drafting)
+
+
+def test_a_draft_of_another_model_changes_no_text(model, engine, prompts, folder, alone):
+    config = dataclasses.replace(CONFIG, layers=1, windows=(None,), context=48, tied=False)
+    other = jax.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(1)))()
+    with Engine(model, max_streams=4, page_tokens=8, draft=other, folder=folder) as drafting:
+        assert [c.tokens for c in drafting.generate(prompts[:3], GREEDY)] == alone[:3]
+        assert [c.tokens for c in drafting.generate(prompts, GREEDY)] == alone
+        totals = drafting.snapshot().totals
+        assert 0 <= totals["accepted_tokens"] < totals["guessed_tokens"]
+
+
+def test_a_draft_with_fewer_tokens_is_refused(model):
+    config = dataclasses.replace(CONFIG, vocab=128)
+    other = jax.jit(lambda: models.Decoder(config, rngs=nnx.Rngs(1)))()
+    with pytest.raises(ValueError, match="draft has 128 tokens, the model has 256"):
+        Engine(model, max_streams=2, page_tokens=8, draft=other)
 
 
 @pytest.mark.parametrize(

@@ -168,11 +168,13 @@ class Engine:
         Raises:
           ValueError: a number is out of range, or the tokenizer is not of the model.
         """
-        sizes = {"max_streams": max_streams, "max_waiting": max_waiting, "chunk": chunk}
-        sizes |= {} if kv_tokens is None else {"kv_tokens": kv_tokens}
-        for name, value in (sizes | {"page_tokens": page_tokens}).items():
-            if value < 1:
-                raise ValueError(f"Engine: {name}={value} must be 1 or more")
+        _check_sizes(
+            max_streams=max_streams,
+            max_waiting=max_waiting,
+            chunk=chunk,
+            page_tokens=page_tokens,
+            kv_tokens=1 if kv_tokens is None else kv_tokens,
+        )
         self._tokenizer = tokenizer
         vocab = model.config.vocab
         if tokenizer is not None:
@@ -435,3 +437,9 @@ class Engine:
             page_tokens=self._pool.page_tokens,
             totals=dict(self._launcher.totals) | {"retractions": self._scheduler.retractions},
         )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"Engine: {name}={value} must be 1 or more")

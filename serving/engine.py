@@ -176,34 +176,17 @@ class Engine:
             kv_tokens=1 if kv_tokens is None else kv_tokens,
         )
         self._tokenizer = tokenizer
-        vocab = model.config.vocab
-        if tokenizer is not None:
-            tokenizer.check(vocab)
-            vocab = min(vocab, tokenizer.vocab)
         self.config: DecoderConfig = model.config
         wafer = context.resolve(wafer)
-        page_tokens = _whole_pages(page_tokens, wafer)
         dtype = np.dtype(model.dtype if kv_dtype is None else kv_dtype)
-        pages = _count_pages(self.config, dtype, max_streams, kv_tokens, page_tokens)
-        self.max_tokens = min(self.config.context, pages * page_tokens)
+        page_tokens += -page_tokens % (1 if wafer is None else wafer.height)
+        sizes = _size_cache(model.config, tokenizer, max_streams, kv_tokens, page_tokens, dtype)
+        self.max_tokens = min(self.config.context, sizes.pages * page_tokens)
         self.max_streams, self.max_waiting = max_streams, max_waiting
-        programs = Programs(
-            model,
-            DeviceSizes(
-                pages=pages,
-                page_tokens=page_tokens,
-                slots=max_streams,
-                columns=-(-self.max_tokens // page_tokens),
-                vocab=vocab,
-            ),
-            kv_dtype=dtype,
-            wafer=wafer,
-            folder=folder,
-        )
-        guesses = lookup or draft is not None
+        programs = Programs(model, sizes, kv_dtype=dtype, wafer=wafer, folder=folder)
         shapes, self.is_exact = find_shapes(programs, max_streams, guesses=guesses)
         self.programs = programs
-        self._pool = PagePool(pages, page_tokens)
+        self._pool = PagePool(sizes.pages, page_tokens)
         self._scheduler = Scheduler(self._pool, max_streams)
         self._launcher = Launcher(
             self._scheduler,
@@ -443,3 +426,29 @@ def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"Engine: {name}={value} must be 1 or more")
+
+
+def _size_cache(
+    config: DecoderConfig,
+    tokenizer: Tokenizer | None,
+    max_streams: int,
+    kv_tokens: int | None,
+    page_tokens: int,
+    dtype: np.dtype,
+) -> DeviceSizes:
+    """What lies on the device: by default as many pages as 256 MB hold."""
+    vocab = config.vocab
+    if tokenizer is not None:
+        tokenizer.check(vocab)
+        vocab = min(vocab, tokenizer.vocab)
+    if kv_tokens is None:
+        token = 2 * config.layers * config.d_kv * dtype.itemsize
+        kv_tokens = min(max_streams * config.context, max(1024, _CACHE_BYTES // token))
+    pages = -(-kv_tokens // page_tokens)
+    return DeviceSizes(
+        pages=pages,
+        page_tokens=page_tokens,
+        slots=max_streams,
+        columns=-(-min(config.context, pages * page_tokens) // page_tokens),
+        vocab=vocab,
+    )

@@ -179,11 +179,12 @@ class Engine:
         self.config: DecoderConfig = model.config
         wafer = context.resolve(wafer)
         dtype = np.dtype(model.dtype if kv_dtype is None else kv_dtype)
-        page_tokens += -page_tokens % (1 if wafer is None else wafer.height)
+        page_tokens = _whole_pages(page_tokens, wafer)
         sizes = _size_cache(model.config, tokenizer, max_streams, kv_tokens, page_tokens, dtype)
         self.max_tokens = min(self.config.context, sizes.pages * page_tokens)
         self.max_streams, self.max_waiting = max_streams, max_waiting
         programs = Programs(model, sizes, kv_dtype=dtype, wafer=wafer, folder=folder)
+        guesses = lookup or draft is not None
         shapes, self.is_exact = find_shapes(programs, max_streams, guesses=guesses)
         self.programs = programs
         self._pool = PagePool(sizes.pages, page_tokens)
@@ -436,15 +437,12 @@ def _size_cache(
     page_tokens: int,
     dtype: np.dtype,
 ) -> DeviceSizes:
-    """What lies on the device: by default as many pages as 256 MB hold."""
+    """What lies on the device."""
     vocab = config.vocab
     if tokenizer is not None:
         tokenizer.check(vocab)
         vocab = min(vocab, tokenizer.vocab)
-    if kv_tokens is None:
-        token = 2 * config.layers * config.d_kv * dtype.itemsize
-        kv_tokens = min(max_streams * config.context, max(1024, _CACHE_BYTES // token))
-    pages = -(-kv_tokens // page_tokens)
+    pages = _count_pages(config, dtype, max_streams, kv_tokens, page_tokens)
     return DeviceSizes(
         pages=pages,
         page_tokens=page_tokens,

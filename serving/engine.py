@@ -45,6 +45,7 @@ class Slot:
     state: str  # "prefill" or "decode"
     prompt_tokens: int
     tokens: int  # made so far
+    most_tokens: int  # that it may make
     pages: int
 
 
@@ -60,6 +61,8 @@ class EngineSnapshot:
     pages_evictable: int
     pages_held: int
     page_tokens: int
+    page_kinds: str  # of each page by number: "h" held, "e" evictable, "." free
+    grid: tuple[int, int]  # height and width in PEs; 1, 1 without a wafer
     totals: dict[str, int]  # counters since the start
 
 
@@ -401,6 +404,7 @@ class Engine:
         wake([stream.generation for stream in streams])
 
     def _take_snapshot(self) -> EngineSnapshot:
+        wafer = self.programs.wafer
         return EngineSnapshot(
             slots=tuple(
                 Slot(
@@ -408,6 +412,7 @@ class Engine:
                     state="prefill" if stream.reads else "decode",
                     prompt_tokens=stream.prompt_tokens,
                     tokens=stream.made,
+                    most_tokens=len(stream.text) - stream.prompt_tokens,
                     pages=len(stream.pages),
                 )
                 for stream in self._scheduler.running
@@ -419,6 +424,8 @@ class Engine:
             pages_evictable=self._pool.evictable,
             pages_held=self._pool.held,
             page_tokens=self._pool.page_tokens,
+            page_kinds=self._pool.kinds,
+            grid=(1, 1) if wafer is None else (wafer.height, wafer.width),
             totals=dict(self._launcher.totals) | {"retractions": self._scheduler.retractions},
         )
 

@@ -27,6 +27,7 @@ class PagePool:
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._evictable: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._kinds = bytearray(b"." * pages)
 
     @property
     def free(self) -> int:
@@ -42,6 +43,11 @@ class PagePool:
     def held(self) -> int:
         """Pages in use."""
         return self.pages - self.free - self.evictable
+
+    @property
+    def kinds(self) -> str:
+        """What each page is, by number: `h` held, `e` evictable, `.` free."""
+        return self._kinds.decode()
 
     def hashes(self, tokens: np.ndarray, known: Sequence[bytes] = ()) -> list[bytes]:
         """The hash of each full page of a text.
@@ -67,6 +73,7 @@ class PagePool:
                 break
             self._evictable.pop(page, None)
             self._references[page] += 1
+            self._kinds[page] = ord("h")
             pages.append(page)
         return pages
 
@@ -84,6 +91,7 @@ class PagePool:
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
+            self._kinds[page] = ord("h")
         return pages
 
     def keep(self, page: int, hashed: bytes) -> None:
@@ -101,14 +109,17 @@ class PagePool:
                 continue
             if page in self._hash_of:
                 self._evictable[page] = None
+                self._kinds[page] = ord("e")
             else:
                 self._free.append(page)
+                self._kinds[page] = ord(".")
 
     def forget(self) -> None:
         """Frees every evictable page."""
         for page in self._evictable:
             del self._page_of[self._hash_of.pop(page)]
             self._free.append(page)
+            self._kinds[page] = ord(".")
         self._evictable.clear()
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
@@ -127,5 +138,7 @@ class PagePool:
                 f"pages: {self.free} free + {self.evictable} evictable + {len(references)} held "
                 f"are not {self.pages}"
             )
+        if [{p for p, kind in enumerate(self.kinds) if kind == k} for k in ".eh"] != kinds:
+            raise AssertionError(f"pages: {self.kinds} does not say what they are")
         if self._page_of != {hashed: page for page, hashed in self._hash_of.items()}:
             raise AssertionError("pages: hashes and pages do not match")

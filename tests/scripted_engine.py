@@ -24,6 +24,7 @@ class Slot:
     state: str
     prompt_tokens: int
     tokens: int
+    most_tokens: int
     pages: int
 
 
@@ -37,6 +38,8 @@ class Snapshot:
     pages_evictable: int = 0
     pages_held: int = 0
     page_tokens: int = 16
+    page_kinds: str = "." * 64
+    grid: tuple[int, int] = (1, 1)
     totals: dict[str, float] = dataclasses.field(default_factory=lambda: {"steps": 3.0})
 
 
@@ -96,6 +99,7 @@ class ScriptedEngine:
         self.logprob_of: dict[int, float] = {}  # -1 for other tokens
         self.running: dict[str, Generation] = {}
         self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.shown = Snapshot(())  # but for its slots
         self.lock = threading.Lock()
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Generation:
@@ -111,8 +115,8 @@ class ScriptedEngine:
         return generation
 
     def snapshot(self) -> Snapshot:
-        slots = tuple(Slot(name, "decode", 3, 1, 1) for name in self.running)
-        return Snapshot(slots)
+        slots = tuple(Slot(name, "decode", 3, 1, 8, 1) for name in self.running)
+        return dataclasses.replace(self.shown, slots=slots)
 
     def close(self, timeout: float) -> None:
         for generation in tuple(self.running.values()):

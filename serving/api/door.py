@@ -19,7 +19,7 @@ from serving.api.interface import Interface, send_bytes
 from serving.api.logs import log, log_exception
 
 _GONE = 499  # in logs and metrics: the client left before its answer
-_UNCOUNTED = {"/v1/tcp_warming", "/health", "/metrics"}
+_UNCOUNTED = {"/v1/tcp_warming", "/health", "/metrics", "/slots"}
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _EXPOSED = "x-request-id, retry-after, x-should-retry"
@@ -120,7 +120,9 @@ class Door:
         if error.code == "no_api_key" and scope["path"] == "/":
             error.status = 401  # so that a browser asks for the key, as a password
         if error.status == 401:
-            answer.headers["www-authenticate"] = 'Basic realm="wsekern"'
+            # A browser asks for a password when it opens the page; the page asks for it itself.
+            scheme = "Basic" if scope["path"] == "/" else "Bearer"
+            answer.headers["www-authenticate"] = f'{scheme} realm="wsekern"'
         await send_bytes(send, error.body(scope["request_id"]), status=error.status)
 
     async def _send_preflight(self, scope: Scope, send: Send) -> None:

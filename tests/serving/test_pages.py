@@ -27,7 +27,12 @@ def test_a_prefix_is_found_by_its_tokens_and_what_precedes_them():
     pool.release(pages)
     assert pool.match(pool.hashes(text(1, 2, 3, 4))) == pages
     assert pool.match(pool.hashes(text(3, 4, 1, 2))) == []
+    assert pool.kinds == "hh.."
     pool.check([pages])
+    pool.release(pages)
+    assert pool.kinds == "ee.."
+    pool.forget()
+    assert pool.kinds == "...."
 
 
 def test_the_least_recently_used_page_goes_first_and_a_text_loses_its_end_first():

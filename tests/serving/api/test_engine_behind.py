@@ -206,6 +206,21 @@ def test_a_client_that_leaves_frees_slots_and_pages(tiny, engine, stream):
         wait_until_idle(engine)
 
 
+def test_the_slots_say_what_is_held_and_how_far_a_text_may_go(tiny, engine):
+    generation = engine.submit(PROMPT, SamplingParams(max_tokens=900))
+    model: dict[str, Any] = {"slots": []}
+    end = time.monotonic() + 30
+    while not model["slots"]:
+        assert time.monotonic() < end
+        (model,) = httpx.get(f"{tiny.url}/slots?format=full").json()["models"]
+    (slot,) = model["slots"]
+    assert (slot["prompt_tokens"], slot["most_tokens"]) == (len(PROMPT), 900)
+    assert slot["pages"] == model["page_kinds"].count("h") == model["pages_held"]
+    assert model["page_kinds"].count(".") == model["pages_free"] and model["grid"] == [1, 1]
+    generation.cancel()
+    wait_until_idle(engine)
+
+
 def test_bad_input_reaches_no_engine(tiny, engine):
     asked: dict[str, Any]
     for asked in ({"max_tokens": 1025}, {"logit_bias": {"256": 1}}, {"messages": []}):

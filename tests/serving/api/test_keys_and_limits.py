@@ -59,6 +59,9 @@ def test_without_a_key_only_the_health_is_told(guarded, path, header):
 def test_a_browser_gives_the_key_as_a_password(guarded):
     answer = httpx.get(f"{guarded.url}/")
     assert answer.status_code == 401 and "Basic" in answer.headers["www-authenticate"]
+    # The page asks for a key itself, so nothing that it fetches may open the browser's dialog.
+    wrong = httpx.get(f"{guarded.url}/slots", headers={"authorization": "Bearer wrong"})
+    assert wrong.status_code == 401 and "Basic" not in wrong.headers["www-authenticate"]
     basic = base64.b64encode(b"me:key-two").decode()
     headers = {"authorization": f"Basic {basic}"}
     assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200

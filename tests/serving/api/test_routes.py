@@ -58,6 +58,12 @@ def test_a_connection_is_warmed_quickly_and_not_counted(server):
     assert "tcp_warming" not in httpx.get(f"{server.url}/metrics").text
 
 
+def test_what_is_asked_every_second_is_not_counted(server):
+    for path in ("/slots", "/health", "/metrics"):
+        assert httpx.get(f"{server.url}{path}").status_code == 200
+        assert f'route="{path}"' not in httpx.get(f"{server.url}/metrics").text
+
+
 def test_other_methods_and_paths_fail_in_the_same_form(server):
     for method, path, status in (
         ("GET", "/v1/chat/completions", 405),
@@ -145,6 +151,7 @@ def test_the_slots_are_shown(server, engine, openai_client):
     assert [slot["is_processing"] for slot in slots] == [True, False, False, False]
     (model,) = httpx.get(f"{server.url}/slots?format=full").json()["models"]
     assert len(model["slots"]) == 1 and model["pages_total"] == 64
+    assert len(model["page_kinds"]) == 64 and model["grid"] == [1, 1]
     stream.close()
 
 

@@ -76,7 +76,7 @@ class ModelCommand:
 class ServeCommand:
     """Serve models behind the API that clients of OpenAI and Cerebras speak.
 
-    Other commands, each with a --help: python -m serving bench | chat.
+    Other commands, each with a --help: python -m serving bench | chat | soak.
     """
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -95,6 +95,7 @@ NOT_RUN = {
     "python -m serving": "it serves until it is told to end; tests/serving/test_program.py runs it",
     "python -m serving bench": "it needs a server; tests/serving/commands/bench runs it",
     "python -m serving chat": "it reads lines; tests/serving/commands/chat runs it",
+    "python -m serving soak": "it loads a server for minutes; tests/serving/commands/soak runs it",
     "python examples/smollm2.py": "it downloads a model; tests/models/checkpoints has a test of it",
 }
 # What compiles for chips that are not there, by the compiler of TPUs.

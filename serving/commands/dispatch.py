@@ -13,6 +13,7 @@ from wsekern.interrupts import INTERRUPTED
 COMMANDS = {
     "bench": ("serving.commands.bench", "BenchCommand"),
     "chat": ("serving.commands.chat", "ChatCommand"),
+    "soak": ("serving.commands.soak", "SoakCommand"),
 }
 
 

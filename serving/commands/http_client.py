@@ -63,15 +63,19 @@ class HttpClient:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._idle: list[_Connection] = []
 
-    async def get(self, path: str) -> Any:
-        """The JSON at a path.
+    async def get(self, path: str, *, is_json: bool = True) -> Any:
+        """The JSON at a path, or its bytes.
+
+        Args:
+          path: of the route, with its query.
+          is_json: whether the answer is JSON.
 
         Raises:
           Refused: the answer is an error.
           OSError: the server is not there, or ends the connection.
         """
         async with self._request("GET", path, b"") as response:
-            return await response.json()
+            return await response.json() if is_json else await response.read()
 
     @contextlib.asynccontextmanager
     async def post(self, path: str, body: Any) -> "AsyncIterator[Response]":
@@ -150,8 +154,20 @@ class Response:
         self._connection = connection
 
     async def read(self) -> bytes:
-        """The whole body."""
-        return b"".join([piece async for piece in self._pieces()])
+        """The whole body.
+
+        Raises:
+          Refused: the answer is an error.
+          OSError: the server ends the connection.
+        """
+        body = b"".join([piece async for piece in self._pieces()])
+        if self.status < 400:
+            return body
+        try:
+            error = json.loads(body)
+        except ValueError:
+            error = {"message": body[:300].decode(errors="replace")}
+        raise _refusal(self.status, error)
 
     async def json(self) -> Any:
         """The whole body, which is JSON.
@@ -162,14 +178,9 @@ class Response:
         """
         body = await self.read()
         try:
-            value = json.loads(body)
+            return json.loads(body)
         except ValueError:
-            if self.status < 400:
-                raise Refused(self.status, f"the answer is no JSON: {body[:100]!r}") from None
-            value = {"message": body[:300].decode(errors="replace")}
-        if self.status >= 400:
-            raise _refusal(self.status, value)
-        return value
+            raise Refused(self.status, f"the answer is no JSON: {body[:100]!r}") from None
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The JSON of a stream's events, to the end of the body.
@@ -200,7 +211,7 @@ class Response:
             event = None
         if not isinstance(event, dict):
             raise Refused(self.status, f"an event is no JSON object: {data[:100]!r}")
-        if event.get("error"):
+        if event.get("error") or event.get("type") == "error":
             raise _refusal(event.get("status_code", self.status), event)
         return event
 

@@ -21,7 +21,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.text.tokenizer import Tokenizer
 from serving.draft import Draft
-from serving.equality import find_shapes
+from serving.equality import find_shapes, scoring_shape
 from serving.generation import Generation, wake
 from serving.launcher import MOST_GUESSING, Launcher
 from serving.pages import PagePool
@@ -73,6 +73,7 @@ class Completion:
     tokens: tuple[int, ...]
     text: str  # "" without a tokenizer
     logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]  # of the prompt's tokens but the first
     finish: str  # "stop", "length", "cancelled" or "error"
     error: str
 
@@ -190,12 +191,15 @@ class Engine:
         guesses = lookup or draft is not None
         shapes, self.is_exact = find_shapes(programs, max_streams, guesses=guesses)
         self.programs = programs
+        scores = scoring_shape(programs.least_rows)
+        programs.prepare(scores)
         self._pool = PagePool(sizes.pages, page_tokens)
         self._scheduler = Scheduler(self._pool, max_streams)
         self._launcher = Launcher(
             self._scheduler,
             programs,
             shapes,
+            scores,
             self._deliver,
             chunk=chunk,
             draft=None if draft is None else self._make_draft(draft, programs),
@@ -267,6 +271,7 @@ class Engine:
                     tokens=tokens,
                     text="" if self._tokenizer is None else self._tokenizer.decode(tokens),
                     logprobs=tuple(one for delta in deltas for one in delta.logprobs),
+                    prompt_logprobs=tuple(one for d in deltas for one in d.prompt_logprobs),
                     finish=deltas[-1].finish or "error",
                     error=deltas[-1].error,
                 )

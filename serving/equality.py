@@ -70,6 +70,15 @@ def find_shapes(programs: Programs, max_streams: int, *, guesses: bool) -> tuple
     return shapes, is_exact
 
 
+def scoring_shape(rows: int) -> Shape:
+    """The shape that says how likely the tokens of a prompt are.
+
+    Args:
+      rows: of a step, at least.
+    """
+    return Shape(1, max(1 + GUESSES, rows), every=True)
+
+
 def shapes_of(rows: int, max_streams: int, guesses: bool) -> list[Shape]:
     """All shapes of steps of at least so many rows.
 

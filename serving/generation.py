@@ -64,6 +64,7 @@ class Generation:
         return Delta(
             tokens=tuple(token for delta in deltas for token in delta.tokens),
             logprobs=tuple(one for delta in deltas for one in delta.logprobs),
+            prompt_logprobs=tuple(one for delta in deltas for one in delta.prompt_logprobs),
             finish=deltas[-1].finish,
             error=deltas[-1].error,
         )

@@ -34,6 +34,7 @@ class _Launched:
     chosen: Chosen
     # Of each stream, the guesses that are verified; None for a step without.
     guesses: list[Guess] | None = None
+    scored: int = 0  # tokens of a prompt that the step says the likelihood of; then it makes none
 
 
 Deliver = Callable[[Stream, Delta], None]
@@ -47,6 +48,7 @@ class Launcher:
         scheduler: Scheduler,
         programs: Programs,
         shapes: Sequence[Shape],
+        scores: Shape,
         deliver: Deliver,
         *,
         chunk: int,
@@ -58,6 +60,7 @@ class Launcher:
           scheduler: knows the requests.
           programs: has a program for each of `shapes`.
           shapes: of steps; those of one token a sequence may be padded to several.
+          scores: the shape that says how likely the tokens of a prompt are.
           deliver: called with the new tokens of a request.
           chunk: tokens of prompts that are read between two decoding steps.
           draft: guesses for requests that lookup finds nothing for.
@@ -69,6 +72,7 @@ class Launcher:
         # An engine of one stream may have no shape for decoding but that which reads prompts.
         self._decodes = decodes or self._reads
         self._verifies = sorted(s for s in shapes if s.every)
+        self._scores = scores
         self._steps: collections.deque[_Launched] = collections.deque()
         self.totals: collections.Counter[str] = collections.Counter()
 
@@ -103,15 +107,22 @@ class Launcher:
                 self._begin(stream)
                 if not stream.reads:
                     continue
-            tokens = min(stream.length - stream.computed, self._reads[-1].T)
+            unread = stream.length - stream.computed
+            scores = bool(stream.unscored) and unread > 1
+            tokens = min(unread - 1, self._scores.T) if scores else min(unread, self._reads[-1].T)
             if not self._provide(stream, stream.computed + tokens):
                 continue
-            self._read(stream, tokens)
+            if scores:
+                self._score(stream, tokens)
+            else:
+                self._read(stream, tokens)
             budget -= tokens
             launched = True
         return launched
 
     def _begin(self, stream: Stream) -> None:
+        if stream.unscored:
+            stream.scores.clear()  # it was retracted before all were known
         cached = self._scheduler.find_prefix(stream)
         usage = stream.generation.usage
         if not stream.made:
@@ -140,6 +151,22 @@ class Launcher:
         if ends:
             stream.in_flight = 1
             self._steps.append(_Launched(shape=shape, streams=[stream], chosen=chosen))
+        self._scheduler.keep_pages(stream)
+
+    def _score(self, stream: Stream, tokens: int) -> None:
+        """Reads part of a prompt, and says how likely the token after each was."""
+        begin, end = stream.computed, stream.computed + tokens
+        batch = empty_batch(self._scores, self._programs.sizes)
+        place(batch, 0, stream, stream.text[begin:end], begin)
+        rows = empty_rows(self._scores.rows, self._programs.vocab)
+        rows.forced[:tokens] = stream.text[begin + 1 : end + 1]
+        rows.logprobs[...] = True
+        chosen = self._programs.run(self._scores, batch, rows)
+        self.totals["steps"] += 1
+        stream.computed = end
+        self._steps.append(
+            _Launched(shape=self._scores, streams=[stream], chosen=chosen, scored=tokens)
+        )
         self._scheduler.keep_pages(stream)
 
     def _decode(self) -> bool:
@@ -289,11 +316,19 @@ class Launcher:
             for i, stream in enumerate(step.streams):
                 if stream.is_finished:
                     continue
+                if step.scored:
+                    self._take_scores(stream, chosen, step.scored)
+                    continue
                 stream.in_flight -= 1
                 if step.guesses is None:
                     self._take(stream, chosen, [i])
                     continue
                 self._take_verified(stream, chosen, i * step.shape.T, step.guesses[i])
+
+    def _take_scores(self, stream: Stream, chosen: Chosen, scored: int) -> None:
+        stream.scores += _logprobs(chosen, range(scored), stream.params.prompt_logprobs)
+        if not stream.unscored:
+            self._deliver(stream, Delta(prompt_logprobs=tuple(stream.scores)))
 
     def _take_verified(self, stream: Stream, chosen: Chosen, first: int, guess: Guess) -> None:
         guessed, right = len(guess.tokens), 0

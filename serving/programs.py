@@ -265,11 +265,12 @@ def empty_rows(rows: int, vocab: int) -> Rows:
     numbers = {name: np.zeros(rows, np.float32) for name in Rows._fields[3:10]}
     numbers |= {"top_k": np.full(rows, vocab, np.int32)}
     numbers |= {name: np.ones(rows, np.float32) for name in ("top_p", "repetition")}
-    flags = {name: np.array(False) for name in Rows._fields[10:]}
+    flags = {name: np.array(False) for name in Rows._fields[11:]}
     return Rows(
         slots=np.zeros(rows, np.int32),
         seeds=np.zeros((rows, 2), np.uint32),
         positions=np.zeros(rows, np.int32),
+        forced=np.full(rows, -1, np.int32),
         **numbers,
         **flags,
     )

@@ -54,6 +54,8 @@ class SamplingParams:
         the engine draws.
       stop_tokens: a text ends before one of these.
       logprobs: for each token its log-probability and those of so many alternatives; None: none.
+      prompt_logprobs: the same for each token of the prompt but the first; the prompt is then read
+        whole, whatever is in the cache.
       matcher: a grammar that the text must match.
       prediction: tokens that the text is expected to resemble; they make it faster where they do.
     """
@@ -71,6 +73,7 @@ class SamplingParams:
     seed: int | None = None
     stop_tokens: tuple[int, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     matcher: Matcher | None = None
     prediction: tuple[int, ...] = ()
 
@@ -91,6 +94,7 @@ class SamplingParams:
             "presence_penalty": (self.presence_penalty, -2, 2),
             "repetition_penalty": (self.repetition_penalty, 0.01, 100),
             "logprobs": (self.logprobs, 0, MOST_LOGPROBS),
+            "prompt_logprobs": (self.prompt_logprobs, 0, MOST_LOGPROBS),
         }
         for name, (value, low, high) in ranges.items():
             if value is not None and not low <= value <= high:
@@ -122,6 +126,7 @@ class Delta:
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if the request asked for them
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt, once
     finish: Finish | None = None  # of the last delta: why the text ended
     error: str = ""  # with finish="error": what went wrong
 

@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     frequency: Any
     presence: Any
     repetition: Any
+    forced: Any  # [R] int32: the token that is taken whatever is likely; -1: none
     logprobs: Any  # bool: whether any row needs log-probabilities
     penalized: Any  # bool: whether any row has a penalty
     biased: Any  # bool: whether any row has a bias
@@ -107,6 +108,7 @@ def choose_tokens(
         lambda: jnp.where(samples, _sample(scores, rows), greedy),
         lambda: greedy,
     )
+    tokens = jnp.where(rows.forced >= 0, rows.forced, tokens)
     logprobs, top_tokens, top_logprobs = lax.cond(
         rows.logprobs, _find_logprobs, _no_logprobs, logits, tokens
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from serving.pages import PagePool
-from serving.request import SamplingParams
+from serving.request import SamplingParams, TokenLogprobs
 from serving.speculation import PromptLookup
 
 _HEAD_START = 32  # tokens that a waiting prompt seems shorter each time another is taken first
@@ -46,6 +46,8 @@ class Stream:
     may_guess: bool = False  # whether its tokens may be guessed ahead
     lookup: PromptLookup | None = None
     drafted: int = 0  # tokens that a draft model has read
+    # Of the prompt's tokens but the first, how likely each was; of requests that ask.
+    scores: list[TokenLogprobs] = dataclasses.field(default_factory=list)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -61,6 +63,12 @@ class Stream:
     def room(self) -> int:
         """How many more tokens it may make, beyond those in flight."""
         return len(self.text) - self.length - self.in_flight
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt whose likelihood is asked for and not known."""
+        is_asked = self.params.prompt_logprobs is not None
+        return self.prompt_tokens - 1 - len(self.scores) if is_asked else 0
 
     @property
     def reads(self) -> bool:
@@ -107,7 +115,7 @@ class Scheduler:
         pool = self.pool
         stream.hashes = pool.hashes(stream.tokens)
         # The last token is computed in any case: its logits are needed.
-        usable = (stream.length - 1) // pool.page_tokens
+        usable = 0 if stream.unscored else (stream.length - 1) // pool.page_tokens
         stream.pages = pool.match(stream.hashes[:usable])
         stream.kept = len(stream.pages)
         stream.computed = stream.kept * pool.page_tokens

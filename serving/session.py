@@ -52,7 +52,8 @@ class TextRequest:
       group: the number of the prompt in its request; texts of one prompt share its cost.
       params: for the engine.
       answer: reads the tokens of this text alone.
-      is_empty: whether no token is wanted; the engine is not asked then.
+      is_empty: whether no token is wanted; the engine is asked for the likelihood of the prompt
+        only, if for anything.
     """
 
     prompt: Sequence[int]
@@ -89,6 +90,7 @@ class Choice:
         self.tokens = 0
         self.finish: Reason | None = None
         self._answer = request.answer
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of its tokens but the first
         self._chosen: list[Chosen] = []
 
     @property
@@ -127,6 +129,10 @@ class Choice:
         if delta.finish == "cancelled":
             raise GenerationCancelled(delta.error or "the server is ending")
         piece = Piece()
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        if self.request.is_empty:
+            self.finish = "length"
+            return Piece(finish="length")
         for index, token in enumerate(delta.tokens):
             logprobs = delta.logprobs[index] if delta.logprobs else None
             self._chosen.append(Chosen(token, logprobs))
@@ -170,9 +176,8 @@ class Session:
         self.choices: list[Choice] = []
         try:
             for request in requests:
-                generation = (
-                    None if request.is_empty else engine.submit(request.prompt, request.params)
-                )
+                is_asked = not request.is_empty or request.params.prompt_logprobs is not None
+                generation = engine.submit(request.prompt, request.params) if is_asked else None
                 self.choices.append(Choice(request, generation))
         except BaseException:
             self.cancel()

@@ -62,6 +62,10 @@ class Generation:
         tokens = list(engine.reply(self._prompt, params))
         room = engine.context - len(self._prompt)
         most = min(params.max_tokens or room, room)
+        if params.prompt_logprobs is not None:
+            likely = tuple((ord("~") + i, -3.0 - i) for i in range(params.prompt_logprobs))
+            scores = (TokenLogprobs(-2.0, likely),) * (len(self._prompt) - 1)
+            yield Delta(prompt_logprobs=scores)
         for index, token in enumerate(tokens[:most]):
             await asyncio.sleep(engine.pause)
             if self.is_cancelled:

@@ -75,6 +75,7 @@ def _prepare(asked: Mapping[str, Any], served: Served, most_choices: int) -> lis
                     choice=choice,
                     stop_tokens=text.stop_tokens,
                     logprobs=wants,
+                    prompt_logprobs=asked.get("logprobs") if asked.get("echo") else None,
                 ),
                 answer=text.completion(asked.get("stop", ())),
                 is_empty=room.most == 0,
@@ -182,8 +183,9 @@ class _CompletionWriter:
         if self.asked.get("return_raw_tokens"):
             choice |= {"text": None, "tokens": [*prompt, *(one.token for one in chosen)]}
         wants = self.asked.get("logprobs")
+        rated = map(Chosen, prompt[1:], source.prompt_logprobs)
         choice["logprobs"] = (
-            None if wants is None else self._logprobs(prompt, chosen, len(before), wants)
+            None if wants is None else self._logprobs(prompt, [*rated, *chosen], len(before), wants)
         )
         return choice | {"finish_reason": source.finish}
 
@@ -195,10 +197,17 @@ class _CompletionWriter:
     def _logprobs(
         self, prompt: Sequence[int], chosen: Sequence[Chosen], before: int, wants: int
     ) -> dict[str, Any]:
-        """The old form of log-probabilities; those of the prompt are not computed, and null."""
+        """The old form of log-probabilities; that of a prompt's first token is null.
+
+        Args:
+          prompt: its tokens, if they are echoed.
+          chosen: the tokens of the prompt but the first, and of the text.
+          before: characters of the prompt.
+          wants: how many alternatives of each token.
+        """
         name = self.served.text.token_text
-        tops: list[dict[str, float] | None] = [None] * len(prompt)
-        logprobs: list[float | None] = [None] * len(prompt)
+        tops: list[dict[str, float] | None] = [None] * len(prompt[:1])
+        logprobs: list[float | None] = [None] * len(prompt[:1])
         for one in chosen:
             if one.logprobs is None:
                 raise ApiError(500, "the engine gave no log-probabilities", "internal_error")
@@ -212,11 +221,12 @@ class _CompletionWriter:
         for token in prompt:
             offsets.append(min(place, before))
             place += len(self.served.text.decode([token]))
+        made = chosen[max(0, len(prompt) - 1) :]
         return {
-            "tokens": [name(token) for token in (*prompt, *(one.token for one in chosen))],
+            "tokens": [name(token) for token in (*prompt[:1], *(one.token for one in chosen))],
             "token_logprobs": logprobs,
             "top_logprobs": tops,
-            "text_offset": offsets + [before + one.offset for one in chosen],
+            "text_offset": offsets + [before + one.offset for one in made],
         }
 
 

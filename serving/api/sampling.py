@@ -73,6 +73,7 @@ def make_params(
     choice: int,
     stop_tokens: tuple[int, ...],
     logprobs: int | None,
+    prompt_logprobs: int | None = None,
     matcher: Matcher | None = None,
     prediction: tuple[int, ...] = (),
 ) -> SamplingParams:
@@ -85,6 +86,7 @@ def make_params(
       choice: the text's number among those of its prompt.
       stop_tokens: end the text.
       logprobs: how many alternatives of each token are reported; None: no probabilities.
+      prompt_logprobs: the same of the prompt's tokens.
       matcher: a grammar for this text alone.
       prediction: tokens that the text may resemble.
 
@@ -103,6 +105,7 @@ def make_params(
         seed=None if "seed" not in fields else choice_seed(fields["seed"], choice),
         stop_tokens=stop_tokens,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         matcher=matcher,
         prediction=prediction,
         **{name: fields[name] for name in _COPIED if name in fields},

@@ -123,6 +123,23 @@ def test_logprobs_are_those_of_the_model(model, engine, prompts):
     assert [token for token, _ in first.top] == np.argsort(-expected)[:3].tolist()
 
 
+def test_prompts_are_rated_as_the_model_rates_them(model, engine, prompts):
+    """Whatever is in the cache, and among other requests."""
+    params = SamplingParams(max_tokens=2, prompt_logprobs=2)
+    completions = engine.generate(prompts, [params] * len(prompts))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(completion.prompt_logprobs) == len(prompt) - 1 and len(completion.tokens) == 2
+        logits = jax.jit(lambda model, tokens: model(tokens))(model, np.array([prompt]))[0]
+        expected = np.asarray(jax.nn.log_softmax(logits))
+        for t, rated in enumerate(completion.prompt_logprobs):
+            assert rated.logprob == pytest.approx(expected[t, prompt[t + 1]], abs=1e-4)
+            best = sorted(expected[t])[-2:]
+            assert [value for _, value in rated.top] == pytest.approx(best[::-1], abs=1e-4)
+    (again,) = engine.generate(prompts[-1:], params)
+    assert again.prompt_logprobs == completions[-1].prompt_logprobs
+    assert is_empty(engine)
+
+
 def test_too_few_pages_retract_the_youngest_and_lose_nothing(model, folder, prompts):
     with Engine(
         model, max_streams=4, page_tokens=8, kv_tokens=128, lookup=False, folder=folder

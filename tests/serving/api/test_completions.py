@@ -53,8 +53,17 @@ def test_echo_and_logprobs_in_the_old_form(client):
     assert choice.text == "abHel"
     assert choice.logprobs.tokens == list("abHel")
     assert choice.logprobs.text_offset == [0, 1, 2, 3, 4]
-    assert choice.logprobs.token_logprobs == [None, None, -1.0, -1.0, -1.0]
+    assert choice.logprobs.token_logprobs == [None, -2.0, -1.0, -1.0, -1.0]
+    assert choice.logprobs.top_logprobs[1] == {"b": -2.0, "~": -3.0, "\x7f": -4.0}
     assert choice.logprobs.top_logprobs[2] == {"H": -1.0, "I": -2.0}
+
+
+def test_a_prompt_can_be_rated_without_a_token_more(client):
+    answer = complete(client, echo=True, logprobs=0, max_tokens=0)
+    (choice,) = answer.choices
+    assert choice.text == "ab" and choice.finish_reason == "length"
+    assert choice.logprobs.token_logprobs == [None, -2.0]
+    assert choice.logprobs.text_offset == [0, 1] and answer.usage.completion_tokens == 0
 
 
 def test_offsets_grow_over_a_stream(client):

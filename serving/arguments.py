@@ -102,6 +102,11 @@ class ServeCommand:
     recently and has no request; requests wait meanwhile. None: all."""
     idle_minutes: float | None = None
     """Minutes without a request after which a model leaves memory. None: never."""
+    prompt_cache: pathlib.Path | None = None
+    """Folder where prompts that were read are kept when a model leaves memory or the server ends:
+    they are found again when it is loaded next. None: nowhere."""
+    prompt_cache_mb: int = 1024
+    """Size of each model's file in that folder, at most, in 10^6 bytes."""
     each_model: tyro.conf.OmitArgPrefixes[ModelOptions] = ModelOptions()
     """How each model is kept and run."""
     http: tyro.conf.OmitArgPrefixes[Settings] = Settings()
@@ -117,6 +122,8 @@ class ServeCommand:
             raise ValueError(f"max_loaded={self.max_loaded} must be 1 or more")
         if self.idle_minutes is not None and not 0 < self.idle_minutes < math.inf:
             raise ValueError(f"idle_minutes={self.idle_minutes} must be above 0")
+        if self.prompt_cache_mb < 1:
+            raise ValueError(f"prompt_cache_mb={self.prompt_cache_mb} must be 1 or more")
 
 
 def parse(argv: Sequence[str] | None = None) -> ServeCommand:

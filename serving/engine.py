@@ -26,6 +26,7 @@ from serving.generation import Generation, wake
 from serving.launcher import MOST_GUESSING, Launcher
 from serving.pages import PagePool
 from serving.programs import DeviceSizes, Programs
+from serving.prompt_cache import PromptCache
 from serving.request import Delta, PromptTooLong, QueueFull, SamplingParams, TokenLogprobs
 from serving.scheduler import Scheduler, Stream
 from serving.speculation import PromptLookup
@@ -149,6 +150,7 @@ class Engine:
         lookup: bool = True,
         draft: Decoder | None = None,
         folder: pathlib.Path | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         """Compiles, or loads, all programs; requests can come when this returns.
 
@@ -168,6 +170,8 @@ class Engine:
           lookup: whether few requests guess ahead by prompt lookup.
           draft: a small model with the same tokens, which guesses where lookup finds nothing.
           folder: where compiled programs are kept; None: nowhere.
+          prompt_cache: where prompts that were read are kept from `close` to the next start; None:
+            nowhere.
 
         Raises:
           ValueError: a number is out of range, or the tokenizer is not of the model.
@@ -194,6 +198,9 @@ class Engine:
         scores = scoring_shape(programs.least_rows)
         programs.prepare(scores)
         self._pool = PagePool(sizes.pages, page_tokens)
+        self._prompt_cache = prompt_cache
+        if prompt_cache is not None:
+            prompt_cache.restore(programs, self._pool)
         self._scheduler = Scheduler(self._pool, max_streams)
         self._launcher = Launcher(
             self._scheduler,
@@ -295,6 +302,9 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            if self._prompt_cache is not None and self._failure is None:
+                self._prompt_cache.save(self.programs, self._pool)
+                self._prompt_cache = None
 
     def __enter__(self) -> "Engine":
         return self

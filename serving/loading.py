@@ -5,10 +5,12 @@ import hashlib
 import os
 import pathlib
 import time
+import urllib.parse
 
 from models.checkpoints.hub import find
 from models.checkpoints.reading import default_dtype, load, open_checkpoint, read_config
 from models.text.reading import load_tokenizer
+from models.text.tokenizer import Tokenizer
 from serving.api.app import build_app
 from serving.api.logs import write_logs
 from serving.api.registry import ModelCard, Served
@@ -16,6 +18,7 @@ from serving.api.server import HttpServer
 from serving.arguments import ModelCommand, ModelOptions, ServeCommand
 from serving.engine import Engine, find_max_tokens
 from serving.models_by_name import ModelsByName, ModelSource
+from serving.prompt_cache import PromptCache
 from serving.text.model_text import ModelText
 from wsekern.wafer.launch import find_devices, make_wafer
 from wsekern.wafer.wafer import Wafer
@@ -31,6 +34,8 @@ class Checkpoint:
       options: how it is kept and run.
       wafer: where it goes; None: one device.
       max_tokens: of a prompt and its text together.
+      prompt_folder: where prompts that were read are kept; None: nowhere.
+      prompt_bytes: of this model's file there, at most.
       created: when the server first knew it, in seconds since 1970.
     """
 
@@ -39,10 +44,19 @@ class Checkpoint:
     options: ModelOptions
     wafer: Wafer | None
     max_tokens: int
+    prompt_folder: pathlib.Path | None = None
+    prompt_bytes: int = 0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def find(cls, command: ModelCommand, wafer: Wafer | None) -> "Checkpoint":
+    def find(
+        cls,
+        command: ModelCommand,
+        wafer: Wafer | None = None,
+        *,
+        prompt_folder: pathlib.Path | None = None,
+        prompt_bytes: int = 0,
+    ) -> "Checkpoint":
         """Finds a model and reads its config.
 
         Raises:
@@ -59,7 +73,15 @@ class Checkpoint:
             kv_tokens=options.kv_tokens,
         )
         name = command.name or name_of(path)
-        return cls(path=path, name=name, options=options, wafer=wafer, max_tokens=max_tokens)
+        return cls(
+            path=path,
+            name=name,
+            options=options,
+            wafer=wafer,
+            max_tokens=max_tokens,
+            prompt_folder=prompt_folder,
+            prompt_bytes=prompt_bytes,
+        )
 
     def source(self) -> ModelSource:
         """What the server needs to load it."""
@@ -101,12 +123,20 @@ class Checkpoint:
             chunk=options.chunk,
             lookup=options.lookup,
             folder=program_folder(),
+            prompt_cache=self._prompt_cache(tokenizer),
         )
         text = ModelText(tokenizer, vocab=model.config.vocab, family=model.config.family)
         made_of = f"{model.config} {tokenizer.fingerprint} {options.weights} {options.dtype}"
         made_of += f" {options.kv_dtype}"
         fingerprint = f"fp_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
         return Served(card=self._card(text), engine=engine, text=text, fingerprint=fingerprint)
+
+    def _prompt_cache(self, tokenizer: Tokenizer) -> PromptCache | None:
+        if self.prompt_folder is None:
+            return None
+        # Quoted, a name of any characters names a file in this folder.
+        file = self.prompt_folder / f"{urllib.parse.quote(self.name, safe='')}.safetensors"
+        return PromptCache(file=file, most_bytes=self.prompt_bytes, made_by=tokenizer.fingerprint)
 
     def _card(self, text: ModelText) -> ModelCard:
         source = text.tokenizer.source
@@ -157,7 +187,17 @@ def serve(command: ServeCommand) -> int:
         find_devices(command.platform)  # refuses a platform that is not there
     else:
         wafer = make_wafer(command.wafer, command.platform)
-    checkpoints = [Checkpoint.find(model, wafer) for model in command.models]
+    if command.prompt_cache is not None:  # what is in it, nobody else should read
+        command.prompt_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    checkpoints = [
+        Checkpoint.find(
+            model,
+            wafer,
+            prompt_folder=command.prompt_cache,
+            prompt_bytes=command.prompt_cache_mb * 1_000_000,
+        )
+        for model in command.models
+    ]
     keys = read_keys(command.api_key_file)
     models = ModelsByName(
         [checkpoint.source() for checkpoint in checkpoints],

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+HASH_BYTES = 16
+
 
 class PagePool:
     """Pages by number, counted by reference.
@@ -59,7 +61,7 @@ class PagePool:
         hashes = list(known)
         for page in range(len(hashes), len(tokens) // self.page_tokens):
             begin = page * self.page_tokens
-            chained = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
+            chained = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=HASH_BYTES)
             chained.update(tokens[begin : begin + self.page_tokens].astype(np.int32).tobytes())
             hashes.append(chained.digest())
         return hashes
@@ -113,6 +115,23 @@ class PagePool:
             else:
                 self._free.append(page)
                 self._kinds[page] = ord(".")
+
+    def list_evictable(self) -> list[tuple[int, bytes]]:
+        """The evictable pages with their hashes, the one that goes first at the beginning."""
+        return [(page, self._hash_of[page]) for page in self._evictable]
+
+    def restore(self, hashes: Sequence[bytes]) -> list[int]:
+        """Pages that are evictable from now on, in the order of `list_evictable`.
+
+        Args:
+          hashes: of each; the pool has as many pages to give, and knows none of these.
+        """
+        pages = self.allocate(len(hashes))
+        assert pages is not None
+        for page, hashed in zip(pages, hashes, strict=True):
+            self.keep(page, hashed)
+            self.release([page])
+        return pages
 
     def forget(self) -> None:
         """Frees every evictable page."""

@@ -11,7 +11,7 @@ import hashlib
 import os
 import pathlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -169,6 +169,28 @@ class Programs:
         rows = jnp.arange(self._cache.layers) * self.sizes.pages + page
         return np.asarray(self._arrays[0][rows]), np.asarray(self._arrays[1][rows])
 
+    def write_page(self, page: int, parts: Sequence[np.ndarray]) -> None:
+        """Writes one page in every layer: `parts` are as `pages_of` gives them."""
+        rows = np.arange(self._cache.layers) * self.sizes.pages + page
+        arrays = list(self._arrays)
+        for index, part in enumerate(parts):
+            placed = jax.device_put(part, arrays[index].sharding)
+            with self._entered():
+                arrays[index] = _set_rows(arrays[index], rows, placed)
+        self._arrays = tuple(arrays)
+
+    @functools.cached_property
+    def page_key(self) -> str:
+        """A hash of all that the numbers in a page depend on, every weight among it."""
+        digest = hashlib.sha256(repr(self._numbers_parts()).encode())
+        for array in self._arrays[:2]:
+            digest.update(f"{array.shape[1:]} {array.dtype.name}".encode())
+        for leaf in self._params:
+            # Off the CPU JAX would keep a copy on the host as long as the array lives.
+            host = np.asarray(leaf if jax.default_backend() == "cpu" else jnp.copy(leaf))
+            digest.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         with self.wafer or contextlib.nullcontext():
@@ -228,25 +250,30 @@ class Programs:
     @property
     def _devices(self) -> list[jax.Device]:
         """The devices of a program, in its order."""
-        if self.wafer is None:
+        if self.wafer is None or self.wafer.mesh is None:  # virtual PEs live on one device
             return sorted(self._arrays[0].devices(), key=lambda device: device.id)
         return list(self.wafer.device_mesh.devices.flat)
 
     @functools.cached_property
     def _key(self) -> str:
         """A name for all that an executable depends on."""
+        parts = [*self._numbers_parts(), self.sizes]
+        parts += [(leaf.shape, leaf.dtype.name, str(leaf.sharding)) for leaf in self._arrays]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def _numbers_parts(self) -> list[Any]:
+        """What numbers depend on besides those that come in: code, machine and model."""
         parts: list[Any] = [
             jax.__version__,
             jax.lib.__version__,
             _sources(),
             os.environ.get("XLA_FLAGS", ""),
         ]
-        parts += [str(self._graph), str(self._params_tree), self.sizes, self.wafer, os.cpu_count()]
+        parts += [str(self._graph), str(self._params_tree), self.wafer, os.cpu_count()]
         parts += [(d.id, d.platform, d.device_kind) for d in self._devices]
         parts += [self._devices[0].client.platform_version]
-        leaves = (*self._params, *self._arrays)
-        parts += [(leaf.shape, leaf.dtype.name, str(leaf.sharding)) for leaf in leaves]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        parts += [(leaf.shape, leaf.dtype.name, str(leaf.sharding)) for leaf in self._params]
+        return parts
 
     def _extras_for(self, rows: int) -> Extras:
         if rows not in self._no_extras:
@@ -279,6 +306,11 @@ def empty_rows(rows: int, vocab: int) -> Rows:
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_row(counts: Array, slot: int, row: np.ndarray) -> Array:
     return counts.at[slot].set(row)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_rows(x: Array, rows: np.ndarray, values: Array) -> Array:
+    return x.at[rows].set(values)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

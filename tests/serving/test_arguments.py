@@ -120,6 +120,7 @@ def test_refuses_a_file(text, message, config, capsys):
         (["--model", "a", "--model", "b", "--name", "c"], "there are 2 of --model and 1 of --name"),
         (["--model", "a", "--max-loaded", "0"], "max_loaded=0 must be 1 or more"),
         (["--model", "a", "--idle-minutes", "0"], "idle_minutes=0.0 must be above 0"),
+        (["--model", "a", "--prompt-cache-mb", "0"], "prompt_cache_mb=0 must be 1 or more"),
         (["--model", "a", "--requests-minute", "0"], "requests_minute=0 must be at least 1"),
         (["--model", "a", "--most-body", "0"], "most_body=0 must be 1 or more"),
         (["--model", "a", "--ping", "0"], "ping=0.0 must be above 0 seconds"),

@@ -68,3 +68,18 @@ def test_the_books_balance_whatever_comes(requests):
             held.append(pages)
         pool.check(held)
         assert pool.free + pool.evictable + pool.held == 6
+
+
+def test_restored_pages_are_evictable_in_their_order():
+    pool, again = PagePool(4, 1), PagePool(3, 1)
+    for tokens in ((1, 2), (7,)):
+        pages = taken(pool, len(tokens))
+        for page, hashed in zip(pages, pool.hashes(text(*tokens)), strict=True):
+            pool.keep(page, hashed)
+        pool.release(pages)
+    listed = [hashed for _, hashed in pool.list_evictable()]
+    assert listed == [*reversed(pool.hashes(text(1, 2))), *pool.hashes(text(7))]
+    again.restore(listed)
+    assert [hashed for _, hashed in again.list_evictable()] == listed
+    again.check([])
+    assert len(again.match(pool.hashes(text(1, 2)))) == 2

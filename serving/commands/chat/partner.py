@@ -89,7 +89,7 @@ class LocalModel:
         assert command.model is not None
         find_devices(command.platform)  # refuses a platform that is not there
         options = ModelOptions(max_streams=1, dtype=command.dtype, weights=command.weights)
-        checkpoint = Checkpoint.find(ModelCommand(model=command.model, options=options), None)
+        checkpoint = Checkpoint.find(ModelCommand(model=command.model, options=options))
         self.name = checkpoint.name
         self._fields = command.fields
         with show_progress(f"loading {self.name}"):

@@ -43,8 +43,9 @@ class ModelOptions:
     kv_tokens: int | None = None
     """Tokens whose keys and values are kept, of all requests together. None: as many as 256 MB
     hold."""
-    kv_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of keys and values. None: that of the arithmetic."""
+    kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Dtype of keys and values: int8 takes a quarter of the memory of float32. None: that of the
+    arithmetic."""
     chunk: int = 128
     """Tokens of prompts that are read between two steps of the running requests."""
     lookup: bool = True

@@ -5,7 +5,6 @@ nor compiles.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
@@ -102,7 +101,7 @@ class Programs:
     @property
     def bytes_of_cache(self) -> int:
         """Bytes of keys and values, on all devices."""
-        return sum(array.nbytes for array in self._arrays[:2])
+        return sum(array.nbytes for array in self._arrays[:-2])
 
     @property
     def least_rows(self) -> int:
@@ -156,18 +155,17 @@ class Programs:
 
     def set_counts(self, slot: int, counts: np.ndarray) -> None:
         """Writes the counts of one slot's tokens, as `sampler.count_prompt` has them."""
-        k, v, last, all_counts = self._arrays
-        self._arrays = (k, v, last, _set_row(all_counts, slot, counts))
+        *others, all_counts = self._arrays
+        self._arrays = (*others, _set_row(all_counts, slot, counts))
 
     def clear(self) -> None:
         """Empties the cache; all keys and values are 0."""
-        k, v, last, counts = self._arrays
-        self._arrays = (_zeroed(k), _zeroed(v), _zeroed(last), _zeroed(counts))
+        self._arrays = tuple(map(_zeroed, self._arrays))
 
-    def pages_of(self, page: int) -> tuple[np.ndarray, np.ndarray]:
-        """The keys and values of one page in every layer, on the host."""
+    def pages_of(self, page: int) -> tuple[np.ndarray, ...]:
+        """The arrays of one page in every layer, on the host."""
         rows = jnp.arange(self._cache.layers) * self.sizes.pages + page
-        return np.asarray(self._arrays[0][rows]), np.asarray(self._arrays[1][rows])
+        return tuple(np.asarray(array[rows]) for array in self._arrays[:-2])
 
     def write_page(self, page: int, parts: Sequence[np.ndarray]) -> None:
         """Writes one page in every layer: `parts` are as `pages_of` gives them."""
@@ -201,7 +199,7 @@ class Programs:
         counts = jnp.zeros((self.sizes.slots + 1, self.vocab), jnp.int32)
         if self.wafer is not None:
             last, counts = (self.wafer.shard(x, jax.P()) for x in (last, counts))
-        return self._cache.k, self._cache.v, last, counts
+        return *self._cache.arrays, last, counts
 
     def _step(
         self,
@@ -215,8 +213,8 @@ class Programs:
         least_rows: int,
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._params_tree, params))
-        k, v, last, counts = arrays
-        state = State(dataclasses.replace(self._cache, k=k, v=v), last, counts)
+        *pages, last, counts = arrays
+        state = State(self._cache.with_arrays(tuple(pages)), last, counts)
         state, chosen = run_step(
             model,
             state,
@@ -227,7 +225,7 @@ class Programs:
             vocab=self.sizes.vocab,
             least_rows=least_rows,
         )
-        return (state.cache.k, state.cache.v, state.last, state.counts), tuple(chosen)
+        return (*state.cache.arrays, state.last, state.counts), tuple(chosen)
 
     def _arguments(self, shape: Shape) -> tuple[Any, ...]:
         batch = Batch(

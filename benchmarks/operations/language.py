@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import wsekern as wk
 from benchmarks.operations.case import OperandShapes, OperationCase
 from wsekern.kernels.attention.kv_cache import SLOTS
-from wsekern.kernels.attention.pages import KEYS, TOKENS, VALUES
+from wsekern.kernels.attention.pages import KEYS, SCALES, TOKENS, VALUES
 from wsekern.wafer.wafer import Wafer
 
 _B, _T, _N, _K, _H = 4, 1024, 32, 16, 128  # of attention
@@ -162,24 +161,28 @@ def _decoding(operands: OperandShapes) -> Iterator[OperationCase]:
     fill = lambda cache, k, v, lengths: cache.fill(k, v, lengths)  # noqa: E731
     yield case("KVCache.fill", fill, cache, prompts, prompts, lengths)
     yield case("KVCache.append and decode_attention", step, q, cache, new, new)
-    yield from _paging(operands, q, new)
+    yield _paging("KVPages.write and paged_attention", operands, q, new, operands.dtype)
+    yield _paging("KVPages.write and paged_attention, int8", operands, q, new, jnp.int8)
 
 
-def _paging(operands: OperandShapes, q: Any, new: Any) -> Iterator[OperationCase]:
+def _paging(
+    name: str, operands: OperandShapes, q: Any, new: Any, dtype: jax.typing.DTypeLike
+) -> OperationCase:
     wafer = operands.wafer
     tokens = 16 * wafer.height  # of a page
 
     def empty() -> wk.KVPages:
         sizes: dict[str, Any] = {"layers": 2, "pages": 256, "kv_heads": _K, "head_size": _H}
-        return wk.KVPages.empty(**sizes, page_tokens=tokens, heads=_N, dtype=operands.dtype)
+        return wk.KVPages.empty(**sizes, page_tokens=tokens, heads=_N, dtype=dtype)
 
     with wafer:
         shapes = jax.eval_shape(empty)
-    k, v = (
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wafer.sharding(spec))
-        for leaf, spec in ((shapes.k, KEYS), (shapes.v, VALUES))
+    cache = shapes.with_arrays(
+        tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wafer.sharding(spec))
+            for leaf, spec in zip(shapes.arrays, (KEYS, VALUES, SCALES, SCALES), strict=False)
+        )
     )
-    cache = dataclasses.replace(shapes, k=k, v=v)
     tables = operands.integers(8, 16, spec=P(None, None))
     positions = operands.integers(8, 1, spec=P(None, None))
 
@@ -192,9 +195,7 @@ def _paging(operands: OperandShapes, q: Any, new: Any) -> Iterator[OperationCase
     ]
     q, new = whole
     shapes_of_step = (q, cache, new, new, tables, positions)
-    yield OperationCase(
-        "KVPages.write and paged_attention", step, shapes_of_step, has_gradient=False
-    )
+    return OperationCase(name, step, shapes_of_step, has_gradient=False)
 
 
 def _cache_shapes(empty: Any, operands: OperandShapes) -> wk.KVCache:

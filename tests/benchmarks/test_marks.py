@@ -25,7 +25,7 @@ _NO_MOVE |= {"ring_order"}  # a list of Python's
 # One of each family, of those that compile in a second or two.
 SMALL = ["matmul", "matmul, summa", "matmul, cannon", "matmul, collective", "matmul, stationary"]
 SMALL += ["gemv", "attention, causal", "attention, causal, ulysses", "attention, window"]
-SMALL += ["KVPages.write and paged_attention"]
+SMALL += ["KVPages.write and paged_attention", "KVPages.write and paged_attention, int8"]
 SMALL += ["KVCache.append and decode_attention", "experts", "load_balance_loss", "embedding"]
 SMALL += ["rms_norm", "layer_norm", "cross_entropy", "rotary", "stencil of one step"]
 SMALL += ["stencil without overlap", "stencil_tile", "halo_exchange, reflect", "halo_tile", "cg"]

@@ -262,6 +262,24 @@ def test_a_draft_with_fewer_tokens_is_refused(model):
         Engine(model, max_streams=2, page_tokens=8, draft=other)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_texts_with_keys_and_values_in_fewer_bits(model, prompts, alone, folder, dtype):
+    """They are the same whatever runs beside them, and near those in float32."""
+    params = SamplingParams(max_tokens=NEW, prompt_logprobs=0)
+    with Engine(model, max_streams=4, page_tokens=8, folder=folder) as engine:
+        exact = engine.generate(prompts[-1:], params)[0].prompt_logprobs
+        whole = engine.programs.bytes_of_cache
+    with Engine(model, max_streams=4, page_tokens=8, kv_dtype=dtype, folder=folder) as engine:
+        each = [engine.generate([prompt], params)[0] for prompt in prompts]
+        together = engine.generate(prompts, params)
+        assert [c.tokens for c in together] == [c.tokens for c in each]
+        near = [rated.logprob for rated in each[-1].prompt_logprobs]
+        assert near == pytest.approx([rated.logprob for rated in exact], abs=0.05)
+        share = {"bfloat16": 0.5, "int8": (16 + 4) / 64}[dtype]
+        assert engine.programs.bytes_of_cache == whole * share
+        assert is_empty(engine)
+
+
 @pytest.mark.parametrize(
     "wafer",
     [

@@ -27,17 +27,17 @@ from wsekern.wafer.wafer import Wafer
 
 KEYS = P(None, COLS, None, ROWS)  # [L * P, K, H, S]
 VALUES = P(None, COLS, ROWS, None)  # [L * P, K, S, H]
+SCALES = P(None, COLS, ROWS)  # [L * P, K, S]
 TOKENS = P(None, None, COLS, None)  # [B, T, heads, H], the same in every row of PEs
 
 _MOST_ROWS = 32  # of one product
 
-_Keys = Float[Array, "pages K H S"]
-_Values = Float[Array, "pages K S H"]
+_Pages = tuple[Array, ...]  # keys and values; in eight bits, the scales of both too
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("k", "v"),
+    data_fields=("k", "v", "k_scale", "v_scale"),
     meta_fields=("layers", "heads", "kv_heads", "wafer"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +53,9 @@ class KVPages:
     equally many tokens of a sequence, plus or minus one. A PE holds 2 L P K H S / height elements,
     with K its share of the heads, L layers and P pages.
 
+    In int8 a token has a scale for its keys in each head, and one for its values: float32, the
+    largest magnitude over 127. That takes (H + 4) / 4 H of the memory of float32.
+
     A token whose values hold NaN or an infinity is kept with a key of NaN and values of 0. A query
     that sees it gets NaN; no other does, nor any sequence that takes the page later.
 
@@ -63,6 +66,8 @@ class KVPages:
     # Any: pytree operations put other things than arrays here.
     k: Any  # [L * P, K, H, S]: a product with queries needs no transposed copy
     v: Any  # [L * P, K, S, H]
+    k_scale: Any  # [L * P, K, S] float32 where keys are int8, else None
+    v_scale: Any
     layers: int
     heads: int
     kv_heads: int
@@ -92,28 +97,55 @@ class KVPages:
           heads: heads of the queries; by default `kv_heads`. Where key-value heads are fewer than
             PEs along x, they are repeated to share out the queries, as far as that costs a PE no
             memory.
-          dtype: of keys and values.
+          dtype: of keys and values: floating, or int8.
           wafer: where they live; by default the current wafer, and one device without one.
 
         Raises:
           ValueError: a size is not positive, `heads` is not a multiple of `kv_heads`,
-            `page_tokens` not one of the height, or `dtype` is not floating.
+            `page_tokens` not one of the height, or `dtype` is neither floating nor int8.
         """
+        in_int8 = jnp.dtype(dtype) == jnp.int8
         heads = kv_heads if heads is None else heads
         wafer = context.resolve(wafer)
         sizes = {"layers": layers, "pages": pages, "page_tokens": page_tokens}
         sizes |= {"kv_heads": kv_heads, "heads": heads, "head_size": head_size}
-        check_sizes("KVPages.empty", sizes, dtype)
+        check_sizes("KVPages.empty", sizes, jnp.float32 if in_int8 else dtype)
         if wafer is not None and page_tokens % wafer.height:
             raise ValueError(
                 f"KVPages.empty: page_tokens={page_tokens} is not a multiple of the wafer's "
                 f"height, {wafer.height}"
             )
-        cache = cls(k=None, v=None, layers=layers, heads=heads, kv_heads=kv_heads, wafer=wafer)
+        cache = cls(
+            k=None,
+            v=None,
+            k_scale=None,
+            v_scale=None,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            wafer=wafer,
+        )
         rows, K = layers * pages, kv_heads * cache.repeats
         k = _zeros((rows, K, head_size, page_tokens), dtype, KEYS, wafer)
         v = _zeros((rows, K, page_tokens, head_size), dtype, VALUES, wafer)
-        return dataclasses.replace(cache, k=k, v=v)
+        if not in_int8:
+            return dataclasses.replace(cache, k=k, v=v)
+        k_scale, v_scale = (
+            _zeros((rows, K, page_tokens), jnp.float32, SCALES, wafer) for _ in range(2)
+        )
+        return dataclasses.replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+
+    @property
+    def arrays(self) -> _Pages:
+        """Keys, values, and in int8 the scales of both."""
+        in_int8 = self.k_scale is not None
+        return (self.k, self.v, self.k_scale, self.v_scale) if in_int8 else (self.k, self.v)
+
+    def with_arrays(self, arrays: _Pages) -> KVPages:
+        """The cache with other keys, values and scales, in the order of `arrays`."""
+        k, v, *scales = arrays
+        k_scale, v_scale = scales or (None, None)
+        return dataclasses.replace(self, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
     @property
     def page_tokens(self) -> int:
@@ -142,7 +174,7 @@ class KVPages:
 
         Args:
           layer: which one, from 0.
-          k: keys, laid out `P(None, None, "x", None)`; cast to the cache's dtype.
+          k: keys, laid out `P(None, None, "x", None)`; cast or rounded to the cache's dtype.
           v: values, laid out likewise.
           tables: the pages of each sequence.
           positions: where each token stands in its sequence; -1 for one that is not written.
@@ -154,14 +186,13 @@ class KVPages:
         _check_tokens("KVPages.write", self, v, self.kv_heads, tables, positions)
         base = jnp.asarray(layer, jnp.int32) * self.pages
         if self.wafer is None:
-            k, v = _write(self.k, self.v, k, v, tables, positions, base, rows=None)
-            return dataclasses.replace(self, k=k, v=v)
+            return self.with_arrays(_write(self.arrays, k, v, tables, positions, base, rows=None))
         k, v = (self._lay_out(x, TOKENS) for x in (k, v))
         kernel = functools.partial(_write, rows=self.wafer.height)
-        specs = (KEYS, VALUES, TOKENS, TOKENS, P(), P(), P())
-        run = self.wafer.map(kernel, in_specs=specs, out_specs=(KEYS, VALUES))
-        k, v = run(self.k, self.v, k, v, tables, positions, base)
-        return dataclasses.replace(self, k=k, v=v)
+        specs = _specs(self)
+        in_specs = (specs, TOKENS, TOKENS, P(), P(), P())
+        run = self.wafer.map(kernel, in_specs=in_specs, out_specs=specs)
+        return self.with_arrays(run(self.arrays, k, v, tables, positions, base))
 
     def _lay_out(self, x: Float[Array, "B T K H"], spec: P) -> Float[Array, "B T _ H"]:
         """Keys or values, repeated and padded to the heads that the cache holds."""
@@ -229,14 +260,14 @@ def paged_attention(
         sinks = jnp.full(q.shape[2], -jnp.inf, jnp.float32)
     tables = tables + jnp.asarray(layer, jnp.int32) * cache.pages
     if cache.wafer is None:
-        return _attend(q, cache.k, cache.v, tables, positions, sinks, plan)
+        return _attend(q, cache.arrays, tables, positions, sinks, plan)
     wafer, shape, heads = cache.wafer, q.shape, cache.k.shape[1] * plan.group
     q = layout.pad(layout.resize(q, 2, heads), TOKENS, wafer)
     sinks = layout.pad(layout.resize(sinks, 0, heads), P(COLS), wafer)
-    specs = (TOKENS, KEYS, VALUES, P(), P(), P(COLS))
+    specs = (TOKENS, _specs(cache), P(), P(), P(COLS))
     kernel = functools.partial(_attend, plan=plan)
     out = wafer.map(kernel, in_specs=specs, out_specs=TOKENS)(
-        q, cache.k, cache.v, tables, positions, sinks
+        q, cache.arrays, tables, positions, sinks
     )
     return layout.crop(out, shape, TOKENS, wafer)
 
@@ -253,17 +284,22 @@ class PagesPlan:
     on_wafer: bool
 
 
+def _specs(cache: KVPages) -> tuple[P, ...]:
+    """The layout of each of the cache's arrays."""
+    return (KEYS, VALUES, SCALES, SCALES)[: len(cache.arrays)]
+
+
 def _write(
-    k: _Keys,
-    v: _Values,
+    pages: _Pages,
     new_k: Float[Array, "B T K H"],
     new_v: Float[Array, "B T K H"],
     tables: Int[Array, "B C"],
     positions: Int[Array, "B T"],
     base: Int[Array, ""],
     rows: int | None,
-) -> tuple[_Keys, _Values]:
+) -> _Pages:
     """The cache with new tokens; `rows` is the wafer's height, None on one device."""
+    k, v, *scales = pages
     row: Int[Array, ""] | int = 0 if rows is None else fabric.axis_index(ROWS)
     rows = 1 if rows is None else rows
     S = k.shape[-1] * rows
@@ -275,26 +311,38 @@ def _write(
     mine = (positions >= 0) & (offset % rows == row)
     page = jnp.where(mine, page, k.shape[0]).reshape(-1)
     entry = (offset // rows).reshape(-1)
-    new_k, new_v = (
-        x.astype(k.dtype).reshape(-1, *x.shape[2:]) for x in (new_k, new_v)
-    )  # [B T, K, H]
+    new_k, new_v = (x.reshape(-1, *x.shape[2:]) for x in (new_k, new_v))  # [B T, K, H]
     if len(page) == 1:
         # XLA turns a scatter of a single entry into an update that copies the whole cache.
         page = jnp.append(page, k.shape[0])
         entry, new_k, new_v = (jnp.concatenate([x, x]) for x in (entry, new_k, new_v))
-    k = k.at[page, :, :, entry].set(new_k, mode="drop")
-    return k, v.at[page, :, entry].set(new_v, mode="drop")
+    if scales:
+        (new_k, k_scale), (new_v, v_scale) = map(_round_heads, (new_k, new_v))
+        new_scales = zip(scales, (k_scale, v_scale), strict=True)
+        scales = [old.at[page, :, entry].set(new, mode="drop") for old, new in new_scales]
+    k = k.at[page, :, :, entry].set(new_k.astype(k.dtype), mode="drop")
+    return k, v.at[page, :, entry].set(new_v.astype(v.dtype), mode="drop"), *scales
+
+
+def _round_heads(
+    x: Float[Array, "tokens K H"],
+) -> tuple[Float[Array, "tokens K H"], Float[Array, "tokens K"]]:
+    """Whole numbers up to 127, and the scale of each head; NaN for a head that holds NaN."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1) / 127
+    rounded = jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None])
+    return jnp.where(jnp.isnan(rounded), 0, rounded), scale
 
 
 def _attend(
     q: Float[Array, "B T N H"],
-    k: _Keys,
-    v: _Values,
+    pages: _Pages,
     tables: Int[Array, "B C"],
     positions: Int[Array, "B T"],
     sinks: Float[Array, " N"],
     plan: PagesPlan,
 ) -> Float[Array, "B T N H"]:
+    in_int8 = len(pages) > 2
     B, T, N, H = q.shape
     K, G = N // plan.group, plan.group
     # Tokens and heads that share keys are the rows of one product.
@@ -304,16 +352,18 @@ def _attend(
         rows = jnp.concatenate([rows, rows], axis=2)
     R = rows.shape[2]
     row = fabric.axis_index(ROWS) if plan.on_wafer else 0
-    local = (jnp.arange(k.shape[-1]) * plan.rows + row)[None, None, None]  # [1, 1, 1, S]
+    local = (jnp.arange(pages[0].shape[-1]) * plan.rows + row)[None, None, None]  # [1, 1, 1, S]
     query = jnp.repeat(positions, G, axis=1)[:, None]  # [B, 1, T G]
     query = query if R == T * G else jnp.concatenate([query, query], axis=2)
 
     def step(page: Int[Array, ""], carry: _Sums) -> _Sums:
         peak, total, out = carry
         ids = lax.dynamic_index_in_dim(tables, page, axis=1, keepdims=False)
-        keys = k.at[ids].get(mode="promise_in_bounds").astype(q.dtype)
-        values = v.at[ids].get(mode="promise_in_bounds").astype(q.dtype)
+        k, v, *of_tokens = (x.at[ids].get(mode="promise_in_bounds") for x in pages)
+        keys, values = k.astype(q.dtype), v.astype(q.dtype)
         scores = _dot("bkrh,bkhs->bkrs", rows, keys) * plan.scale
+        if in_int8:
+            scores *= of_tokens[0][:, :, None]
         position = page * plan.page_tokens + local
         sees = position <= query[..., None]
         if plan.window is not None:
@@ -322,6 +372,7 @@ def _attend(
         new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
         shrink, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
         total = total * shrink + weights.sum(-1, keepdims=True)
+        weights = weights * of_tokens[1][:, :, None] if in_int8 else weights
         out = out * shrink + _dot("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
         return new_peak, total, out
 
@@ -329,8 +380,8 @@ def _attend(
     varying = fabric.varying if plan.on_wafer else lambda x: x
     zeros = jnp.zeros((B, K, R, 1), jnp.float32)
     sums = (zeros + LOWEST, zeros, jnp.zeros((B, K, R, H), jnp.float32))
-    pages = jnp.max(positions) // plan.page_tokens + 1
-    peak, total, out = lax.fori_loop(0, pages, step, jax.tree.map(varying, sums))
+    count = jnp.max(positions) // plan.page_tokens + 1
+    peak, total, out = lax.fori_loop(0, count, step, jax.tree.map(varying, sums))
     peak, total, out = (x[:, :, : T * G] for x in (peak, total, out))
     # A sink is one more score, that of no value.
     sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))

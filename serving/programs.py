@@ -181,7 +181,7 @@ class Programs:
     def page_key(self) -> str:
         """A hash of all that the numbers in a page depend on, every weight among it."""
         digest = hashlib.sha256(repr(self._numbers_parts()).encode())
-        for array in self._arrays[:2]:
+        for array in self._arrays[:-2]:
             digest.update(f"{array.shape[1:]} {array.dtype.name}".encode())
         for leaf in self._params:
             # Off the CPU JAX would keep a copy on the host as long as the array lives.

@@ -37,7 +37,7 @@ class Chromium:
         flags += ["--disable-background-networking", "--disable-component-update", "about:blank"]
         to_read, self._write = map(_above_ten, os.pipe())
         self._read, to_write = map(_above_ten, os.pipe())
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+        log = _above_ten(os.open(folder / "log", os.O_WRONLY | os.O_CREAT))
         # Not subprocess: its fork would warn of JAX's threads where it has to place descriptors.
         self._pid = os.posix_spawn(
             program,
@@ -218,7 +218,7 @@ class Tab:
 
 
 def _above_ten(descriptor: int) -> int:
-    """The same file by a number that the child's 3 and 4 do not overwrite."""
+    """The same file by a number that is none of the child's 1 to 4."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(descriptor)
     return moved

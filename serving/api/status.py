@@ -18,9 +18,7 @@ async def warm(interface: Interface, request: Request, send: Send) -> None:
 
 async def health(interface: Interface, request: Request, send: Send) -> None:
     """Says whether requests can be answered: 200, or 503 while loading, ending or broken."""
-    state = "ending" if interface.is_draining else interface.models.state
-    if state == "ready" and not all(x.engine.is_alive for x in interface.models.loaded.values()):
-        state = "failed"
+    state = _state(interface)
     is_ready = state == "ready"
     await send_object(send, {"status": "ok" if is_ready else state}, 200 if is_ready else 503)
 
@@ -32,12 +30,13 @@ async def metrics(interface: Interface, request: Request, send: Send) -> None:
 
 
 async def slots(interface: Interface, request: Request, send: Send) -> None:
-    """Sends what each slot of each model does; with `?format=full` the pages and the queue too."""
+    """Sends what each slot of each model does; with `?format=full` pages, queues and totals too."""
     form = request.query_params.get("format", "default")
     if form not in ("default", "full"):
         refuse("format", f"format is {form[:40]!r}; it must be default or full")
     if form == "full":
-        await send_object(send, {"models": _engines(interface)})
+        full = {"state": _state(interface), "models": _engines(interface)}
+        await send_object(send, full)
         return
     listed: list[dict[str, Any]] = []
     for engine in _engines(interface):
@@ -55,6 +54,14 @@ async def slots(interface: Interface, request: Request, send: Send) -> None:
                 | ({"request": slot["id"]} if is_processing else {})
             )
     await send_object(send, listed)
+
+
+def _state(interface: Interface) -> str:
+    """Whether requests can be answered: "ready", "loading", "ending" or "failed"."""
+    state = "ending" if interface.is_draining else interface.models.state
+    if state == "ready" and not all(x.engine.is_alive for x in interface.models.loaded.values()):
+        return "failed"
+    return state
 
 
 def _engines(interface: Interface) -> list[dict[str, Any]]:

@@ -290,6 +290,7 @@ def test_texts_with_keys_and_values_in_fewer_bits(model, prompts, alone, folder,
 def test_texts_on_a_wafer(model, prompts, alone, wafer):
     with Engine(model, max_streams=2, page_tokens=8, lookup=False, wafer=wafer()) as engine:
         assert [c.tokens for c in engine.generate(prompts[:5], GREEDY)] == alone[:5]
+        assert engine.snapshot().grid == (2, 2)
 
 
 def test_a_second_start_compiles_nothing_and_makes_the_same_texts(

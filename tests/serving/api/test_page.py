@@ -62,7 +62,11 @@ def test_an_answer_comes_with_its_figures(tab, engine):
     shows(tab, FIGURES, "tokens/s")
     assert tab.text(ANSWER) == "Hello there, how are you?"
     figures = tab.text(FIGURES)
-    assert "first token after" in figures and "25 made" in figures and "5 of them cached" in figures
+    assert (
+        "first token after" in figures
+        and "25 tokens made" in figures
+        and "5 of them cached" in figures
+    )
     assert tab.run("document.activeElement.id") == "text" and tab.text("#told").startswith("Hello")
     assert tab.complaints() == []
 
@@ -195,11 +199,21 @@ def test_a_server_that_goes_is_seen(browser, serving):
         shows(tab, "#state", "The server does not answer")
 
 
+def test_what_the_server_does_is_said(tab, server, engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(server.app.interface.models, "state", "loading")
+        shows(tab, "#state", "loading")
+    shows(tab, "#state", "ready")
+    engine.is_alive = False
+    shows(tab, "#state", "the engine has failed")
+
+
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(tab, server):
     interface = server.app.interface
     open_to_all, interface.keys = interface.keys, Keys(frozenset({"right"}))
     try:
         tab.until("!document.querySelector('#key-form').hidden")
+        shows(tab, "#state", "needs a key")
         for key in ("wrong", "right"):
             tab.click("#key")
             tab.type(key)
@@ -236,6 +250,7 @@ def test_the_theme_is_the_systems_until_it_is_chosen(tab):
 def test_every_width_shows_all_without_scrolling_sideways(tab, engine, width):
     engine.reply = lambda prompt, params: b"x" * 300 + b"\n```\n" + b"y" * 300 + b"\n```"
     tab.resize(width, 700)
+    tab.run("document.querySelector('#model').options[0].text = 'm'.repeat(60)")
     tab.click("#adjust")
     ask(tab, "z" * 300)
     shows(tab, FIGURES, "tokens/s")

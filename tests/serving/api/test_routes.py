@@ -149,7 +149,9 @@ def test_the_slots_are_shown(server, engine, openai_client):
     next(iter(stream))
     slots = httpx.get(f"{server.url}/slots").json()
     assert [slot["is_processing"] for slot in slots] == [True, False, False, False]
-    (model,) = httpx.get(f"{server.url}/slots?format=full").json()["models"]
+    full = httpx.get(f"{server.url}/slots?format=full").json()
+    (model,) = full["models"]
+    assert full["state"] == "ready"
     assert len(model["slots"]) == 1 and model["pages_total"] == 64
     assert len(model["page_kinds"]) == 64 and model["grid"] == [1, 1]
     stream.close()

@@ -38,7 +38,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def tiny(engine):
-    text = ModelText(engine.tokenizer, vocab=CONFIG.vocab)
+    text = ModelText(bytes_tokenizer(), vocab=CONFIG.vocab)
     card = ModelCard(name="tiny", context=engine.max_tokens)
     served = Served(card=card, engine=engine, text=text, fingerprint="fp_tiny")
     server = HttpServer(build_app(LoadedModels([served])), port=0)

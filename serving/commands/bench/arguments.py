@@ -43,8 +43,9 @@ class BenchCommand:
     exactly so many."""
     temperature: float = 0.0
     """0 takes the likeliest token; higher values sample more freely."""
-    seed: int = 0
-    """Of prompts, lengths and arrivals."""
+    seed: int | None = None
+    """Of prompts, lengths and arrivals. None: another one each time, so that a prefix cache helps
+    with none of a second run's prompts either."""
     prompts: pathlib.Path | None = None
     """A file with a prompt a line, sent in turn instead of random words."""
     body: str = "{}"

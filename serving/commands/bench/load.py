@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-import ssl
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +36,7 @@ class Load:
                 raise ValueError(f"prompts={command.prompts} has no line")
         self._prompts = PromptMaker(*command.prompt_range, lines)
         self.model = command.model or ""
+        self.seed = secrets.randbits(32) if command.seed is None else command.seed
         self.notes: list[str] = []  # what the report must say of the figures
         # Fields of some servers' APIs alone; `prepare` keeps those that this one takes.
         self._takes_least = self._takes_usage = True
@@ -53,7 +54,7 @@ class Load:
             if not listed:
                 raise ValueError(f"{self._client.url} lists no model; name one with --model")
             self.model = listed[0]["id"]
-        rng = random.Random(self._command.seed)
+        rng = random.Random(self.seed)
         few = await self._probe(words(FEW_WORDS, rng))
         many = await self._probe(words(MANY_WORDS, rng))
         if few.prompt_tokens is not None and many.prompt_tokens is not None:
@@ -80,7 +81,7 @@ class Load:
           concurrency: the most at once.
           timings: gets each request as it ends, so that an interrupted run has some.
         """
-        rng = random.Random(f"{self._command.seed} {concurrency}")
+        rng = random.Random(f"{self.seed} {concurrency}")
         start = time.monotonic()
         jobs = self._jobs(rng)
 
@@ -127,7 +128,7 @@ class Load:
             failure = f"{error.status} {error.code or error.message}"
         except TimeoutError:
             failure = f"no end after {self._command.timeout:g} s"
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:
             failure = error.strerror or str(error)
         ended = time.monotonic() - start
         return Timing(due=due, sent=sent, ended=ended, failure=failure[:_LONGEST_KIND])

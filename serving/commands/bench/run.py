@@ -102,7 +102,7 @@ def _report(
     Console(highlight=False).print(make_table(make_rows(levels), title))
     for note in notes:
         print(note)
-    head = {"model": load.model, "notes": notes, "command": _shown(command)}
+    head = {"model": load.model, "notes": notes, "command": _shown(command) | {"seed": load.seed}}
     if command.json is not None:
         write_json(command.json, head, found)
     if command.plot is not None:

@@ -70,6 +70,17 @@ def test_arrivals_are_random_in_time_and_the_same_for_a_seed(bench):
     assert dues[0][0] == 0 and len(set(dues[0])) == 12
 
 
+def test_prompts_are_others_in_each_run_unless_a_seed_is_given(bench, engine):
+    seeds = []
+    for flags in ([], [], ["--seed", "3"], ["--seed", "3"]):
+        status, found = bench("--requests", "2", "--concurrency", "1", *flags)
+        assert status == 0
+        seeds.append(found["command"]["seed"])
+    runs = [[bytes(prompt) for prompt, _ in engine.asked[n : n + 4]] for n in range(0, 16, 4)]
+    assert seeds[0] != seeds[1] and not set(runs[0]) & set(runs[1])
+    assert seeds[2:] == [3, 3] and runs[2] == runs[3]
+
+
 def test_failures_are_counted_by_kind(bench, engine, capsys):
     engine.error, engine.error_after = "the logits are NaN", 6  # probes make four tokens
     status, found = bench("--requests", "3", "--concurrency", "2", "--max-tokens", "8")

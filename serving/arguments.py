@@ -50,11 +50,16 @@ class ModelOptions:
     """Tokens of prompts that are read between two steps of the running requests."""
     lookup: bool = True
     """Whether few requests guess ahead, from what their texts have said already."""
+    draft: str | None = None
+    """A smaller model with the same tokenizer that guesses ahead for few requests: a folder, a
+    GGUF file, or an id on the hub. The texts stay the same."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of parameters and arithmetic. None: the checkpoint's; float32 on a CPU."""
     weights: Literal["int8", "int4", "stored"] | None = None
     """How weights are kept: in eight or four bits, or as the blocks of a GGUF file. None: in
     `dtype`."""
+    activations: Literal["int8", "int16"] | None = None
+    """With int8 weights: what the inputs of products are rounded to, for speed. None: nothing."""
 
     def __post_init__(self) -> None:
         for name in ("max_streams", "max_waiting", "chunk"):
@@ -62,6 +67,8 @@ class ModelOptions:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.kv_tokens is not None and self.kv_tokens < 1:
             raise ValueError(f"kv_tokens={self.kv_tokens} must be 1 or more")
+        if self.activations is not None and self.weights != "int8":
+            raise ValueError(f"activations={self.activations!r} needs weights='int8'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

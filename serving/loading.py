@@ -9,6 +9,7 @@ import urllib.parse
 
 from models.checkpoints.hub import find
 from models.checkpoints.reading import default_dtype, load, open_checkpoint, read_config
+from models.decoder import Decoder
 from models.text.reading import load_tokenizer
 from models.text.tokenizer import Tokenizer
 from serving.api.app import build_app
@@ -111,7 +112,14 @@ class Checkpoint:
         """
         options = self.options
         tokenizer = load_tokenizer(self.path)
-        model = load(self.path, options.dtype, self.wafer, weights=options.weights)
+        draft = self._load_draft(tokenizer)
+        model = load(
+            self.path,
+            options.dtype,
+            self.wafer,
+            weights=options.weights,
+            activations=options.activations,
+        )
         engine = Engine(
             model,
             tokenizer,
@@ -122,14 +130,27 @@ class Checkpoint:
             kv_dtype=options.kv_dtype,
             chunk=options.chunk,
             lookup=options.lookup,
+            draft=draft,
             folder=program_folder(),
             prompt_cache=self._prompt_cache(tokenizer),
         )
         text = ModelText(tokenizer, vocab=model.config.vocab, family=model.config.family)
         made_of = f"{model.config} {tokenizer.fingerprint} {options.weights} {options.dtype}"
-        made_of += f" {options.kv_dtype}"
+        made_of += f" {options.kv_dtype} {options.activations}"
         fingerprint = f"fp_{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
         return Served(card=self._card(text), engine=engine, text=text, fingerprint=fingerprint)
+
+    def _load_draft(self, tokenizer: Tokenizer) -> Decoder | None:
+        options = self.options
+        if options.draft is None:
+            return None
+        path = find(options.draft)
+        if load_tokenizer(path).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"draft={options.draft}: its tokenizer is not that of {self.path}; take a smaller "
+                "model of the same family"
+            )
+        return load(path, options.dtype, self.wafer)
 
     def _prompt_cache(self, tokenizer: Tokenizer) -> PromptCache | None:
         if self.prompt_folder is None:

@@ -124,6 +124,7 @@ def test_refuses_a_file(text, message, config, capsys):
         (["--model", "a", "--requests-minute", "0"], "requests_minute=0 must be at least 1"),
         (["--model", "a", "--most-body", "0"], "most_body=0 must be 1 or more"),
         (["--model", "a", "--ping", "0"], "ping=0.0 must be above 0 seconds"),
+        (["--model", "a", "--activations", "int8"], "activations='int8' needs weights='int8'"),
         (["--config", "/nowhere.toml"], "/nowhere.toml: No such file or directory"),
         (["--max-stream", "3"], "--max-streams"),
     ],

@@ -6,11 +6,13 @@ wait; so a model is never loaded twice at once, and who leaves while waiting sto
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -267,7 +269,7 @@ class ModelsByName:
                 model.stay = None
                 if not stay.served.done():
                     stay.served.set_exception(error)
-            gc.collect()
+            _give_memory_back()
             return
         with self._changed:
             is_wanted = not stay.served.done()  # it is done if the server is ending
@@ -287,5 +289,13 @@ class ModelsByName:
             model.stay, model.next = model.next, None
         stay.served.result().engine.close(timeout)
         stay.served = Future()  # nobody waits for it any more
-        gc.collect()  # an engine and its parts name each other
+        _give_memory_back()
         log("model unloaded", model=model.card.name)
+
+
+def _give_memory_back() -> None:
+    """Frees what nobody names, and gives it back to the system."""
+    gc.collect()  # an engine and its parts name each other
+    # glibc keeps what is freed: for a model of 200 MB, half of that and more.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -17,7 +17,11 @@ async def warm(interface: Interface, request: Request, send: Send) -> None:
 
 
 async def health(interface: Interface, request: Request, send: Send) -> None:
-    """Says whether requests can be answered: 200, or 503 while loading, ending or broken."""
+    """Says whether requests can be answered: 200, or 503 while loading, ending or broken.
+
+    Once the models of the start are loaded, it is 200: a model that is loaded when it is asked for,
+    or that has left memory, changes nothing.
+    """
     state = _state(interface)
     is_ready = state == "ready"
     await send_object(send, {"status": "ok" if is_ready else state}, 200 if is_ready else 503)
@@ -84,6 +88,8 @@ def _gauges(interface: Interface) -> list[tuple[str, str, str, dict[str, float]]
     ):
         values = {model: float(getattr(one, name)) for model, one in snapshots.items()}
         rows.append((f"wsekern_{name}", meaning, "gauge", values))
+    is_loaded = {card.name: float(card.name in snapshots) for card in interface.models.cards}
+    rows.append(("wsekern_model_loaded", "Whether a model is in memory.", "gauge", is_loaded))
     busy = {model: float(len(one.slots)) for model, one in snapshots.items()}
     rows.append(("wsekern_slots_busy", "Slots in use.", "gauge", busy))
     names = sorted({name for one in snapshots.values() for name in one.totals})

@@ -162,19 +162,22 @@ def _combine(file: pathlib.Path | None, given: dict[str, Any]) -> ServeCommand:
     if file is not None:
         top, tables = _read(file)
     values = top | given
-    command = _build(ServeCommand, values)
     if "model" in given or not tables:
+        command = _build(ServeCommand, values, file)
         models = _models_of(command)
     elif "name" in given:
         raise ValueError(f"name={given['name']}: {file} names its models; give --model too")
     else:
+        # What the top says of models need not make sense without their tables.
+        of_server = {k: v for k, v in values.items() if k not in _hints(ModelOptions)}
+        command = _build(ServeCommand, of_server, file)
         models = [
             ModelCommand(
                 model=table["model"],
                 name=table.get("name"),
-                options=_build(ModelOptions, top | table | given),
+                options=_build(ModelOptions, top | table | given, _where(file, number)),
             )
-            for table in tables
+            for number, table in enumerate(tables, 1)
         ]
     at_start = sum(one.options.load == "start" for one in models)
     if command.max_loaded is not None and at_start > command.max_loaded:
@@ -201,7 +204,7 @@ def _models_of(command: ServeCommand) -> list[ModelCommand]:
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The keys at the top of a file, and its tables of models, checked alone."""
+    """The keys at the top of a file, and its tables of models; their types are checked."""
     written = read_config(file)
     tables = written.pop("models", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -213,20 +216,15 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     of_model = {"model": str, "name": str} | _hints(ModelOptions)
     checked = []
     for number, table in enumerate(tables, 1):
-        where = f"{file}: [[models]] number {number}"
+        where = _where(file, number)
         checked.append(check_values(table, of_model, where))
         if "model" not in checked[-1]:
             raise ValueError(f'{where} has no model; say which, as in model = "FOLDER"')
-        _check_ranges(ModelOptions, checked[-1], where)
-    _check_ranges(ServeCommand, top, str(file))
     return top, checked
 
 
-def _check_ranges(kind: type, values: Mapping[str, Any], where: str) -> None:
-    try:
-        _build(kind, values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def _where(file: pathlib.Path | None, number: int) -> str:
+    return f"{file}: [[models]] number {number}"
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -249,12 +247,21 @@ def _flatten(command: Any) -> dict[str, Any]:
     return values
 
 
-def _build(kind: type, values: Mapping[str, Any]) -> Any:
-    """A command, or a part of one, from the values of flags by name; others are as by default."""
+def _build(kind: type, values: Mapping[str, Any], where: object) -> Any:
+    """A command, or a part of one, from the values of flags by name; others are as by default.
+
+    Args:
+      kind: the class.
+      values: by name; those of other classes are ignored.
+      where: the file that they are from, for messages; None: from flags alone.
+    """
     fields: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
-            fields[name] = _build(typing.cast(type, hint), values)
+            fields[name] = _build(typing.cast(type, hint), values, where)
         elif name in values:
             fields[name] = values[name]
-    return kind(**fields)
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(str(error) if where is None else f"{where}: {error}") from None

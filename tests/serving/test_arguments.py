@@ -69,6 +69,12 @@ def test_a_table_says_for_one_model_what_the_top_says_for_all(config):
     )
 
 
+def test_what_the_top_says_of_models_is_completed_by_their_tables(config):
+    text = 'activations = "int8"\n[[models]]\nmodel = "a"\nweights = "int8"'
+    (model,) = parse(config(text)).models
+    assert (model.options.weights, model.options.activations) == ("int8", "int8")
+
+
 def test_a_flag_wins_over_the_file(config):
     flags = [*config(TWO), "--port", "1", "--max_streams=9", "--no-lookup", "--host", "127.0.0.1"]
     command = parse(flags)

@@ -73,6 +73,7 @@ SMALL = {
     "python -m benchmarks matmul": "--grid 2x2 --sizes 64 --rounds 1",
     "python -m benchmarks overhead": "--rounds 1",
     "python -m benchmarks reliability": "--names none",
+    "python -m benchmarks serve": "--parts together --streams 1 --prompt 8 --new 4 --rounds 1",
     "python -m benchmarks shallow_water": "--cells 24 32 --grids 1x1 2x1 --steps 4 --rounds 1"
     " --days 0.01",
     "python -m benchmarks solvers": "--grid 2x1 --size 32 --rounds 1",
@@ -96,6 +97,7 @@ NOT_RUN = {
     "python -m serving bench": "it needs a server; tests/serving/commands/bench runs it",
     "python -m serving chat": "it reads lines; tests/serving/commands/chat runs it",
     "python -m serving soak": "it loads a server for minutes; tests/serving/commands/soak runs it",
+    "python examples/serve.py": "it downloads a model; tests/examples/test_serve.py runs it",
     "python examples/smollm2.py": "it downloads a model; tests/models/checkpoints has a test of it",
 }
 # What compiles for chips that are not there, by the compiler of TPUs.

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import models
+import serving
 import sharding
 import training
 import wsekern
@@ -44,7 +45,7 @@ def test_what_a_page_links_to_exists(page):
 
 
 @pytest.mark.parametrize(
-    "package", [wsekern, fabric, sharding, models, training], ids=lambda p: p.__name__
+    "package", [wsekern, fabric, sharding, models, training, serving], ids=lambda p: p.__name__
 )
 def test_the_reference_lists_every_public_name(package):
     pages = (ROOT / "docs" / "api").glob("*.md")

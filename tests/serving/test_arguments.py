@@ -1,5 +1,7 @@
 """Flags and the config file: each key is a flag, a flag wins, and what is wrong is named."""
 
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -53,6 +55,14 @@ def test_several_models_have_their_names_in_order():
         ModelCommand(model="x", name="one", options=options),
         ModelCommand(model="y", name="two", options=options),
     )
+
+
+def test_the_file_on_the_page_is_one(config):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "serving.md"
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    command = parse(config(block))
+    assert [model.options.load for model in command.models] == ["start", "asked"]
+    assert (command.max_loaded, command.http.limits.requests_minute) == (1, 60)
 
 
 def test_a_table_says_for_one_model_what_the_top_says_for_all(config):

@@ -134,7 +134,8 @@ class Engine:
 
     The text of a request that takes the likeliest tokens is the same to the last bit alone and
     among others, whatever is in the cache, and with and without guesses: `is_exact` says whether
-    that was found to hold on this machine.
+    that was found to hold on this machine. `max_tokens` is the most that a prompt and its text may
+    have together, and `config` the model's.
     """
 
     def __init__(

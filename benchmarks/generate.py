@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            _write(size, pathlib.Path(folder), options.dtype)
+            write_checkpoint(size, pathlib.Path(folder), options.dtype)
             for batch in options.batch:
                 title = f"{size}, {options.dtype}, batch {batch}, {options.prompt} tokens and "
                 title += f"{options.new} new"
@@ -72,7 +72,7 @@ def _with_rate(result: harness.Timing, tokens: int) -> harness.Timing:
     return dataclasses.replace(result, note=f"{rate} {result.note}".strip())
 
 
-def _write(size: str, folder: pathlib.Path, dtype: str) -> None:
+def write_checkpoint(size: str, folder: pathlib.Path, dtype: str) -> None:
     import jax
     from flax import nnx
 

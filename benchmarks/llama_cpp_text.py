@@ -1,11 +1,11 @@
-"""Greedy text from llama.cpp through its C interface: the peer on CPUs that `generate` times.
+"""Greedy text from llama.cpp through its C interface: the peer on CPUs.
 
-Needs `llama-cpp-python` and `gguf`.
+`generate` times it through `llama-cpp-python`, `serve` through `cyllama`; both need `gguf`.
 """
 
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,60 @@ def greedy(file: pathlib.Path, tokens: np.ndarray, new: int) -> Callable[[], Any
         return next_
 
     run()
+    return run
+
+
+def greedy_together(
+    file: pathlib.Path, streams: int, prompt: int, new: int
+) -> Callable[[Sequence[Sequence[int]]], list[list[int]]]:
+    """A function that continues as many prompts at once, as llama.cpp's server does it.
+
+    It is the library of `cyllama`, a wheel of llama.cpp, with a thread for each processor. Prompts
+    are read in batches of 512 tokens, and the likeliest token is chosen by llama.cpp itself.
+    """
+    from cyllama.llama import llama_cpp as cpp
+
+    cpp.disable_logging()
+    cpp.ggml_backend_load_all()
+    model_params = cpp.LlamaModelParams()
+    model_params.n_gpu_layers = 0
+    model = cpp.LlamaModel(str(file), model_params)
+    params = cpp.LlamaContextParams()
+    params.n_ctx = streams * (prompt + new)
+    params.n_seq_max = streams
+    params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+    context = cpp.LlamaContext(model, params)
+    sampler = cpp.LlamaSampler(cpp.LlamaSamplerChainParams())
+    sampler.add_greedy()
+    most = params.n_batch
+    batch = cpp.LlamaBatch(n_tokens=most, embd=0, n_seq_max=streams)
+
+    def step(entries: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Reads (token, position, sequence, chooses) of all; the tokens that follow."""
+        batch.reset()
+        for token, position, sequence, chooses in entries:
+            batch.add(token, position, [sequence], chooses)
+        context.decode(batch)
+        return [sampler.sample(context, i) for i, entry in enumerate(entries) if entry[3]]
+
+    def run(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        context.kv_cache_clear()
+        entries = [
+            (token, position, sequence, position == len(text) - 1)
+            for sequence, text in enumerate(prompts)
+            for position, token in enumerate(text)
+        ]
+        newest = [
+            token
+            for begin in range(0, len(entries), most)
+            for token in step(entries[begin:][:most])
+        ]
+        texts = [newest]
+        for made in range(new - 1):
+            newest = step([(t, prompt + made, b, True) for b, t in enumerate(newest)])
+            texts.append(newest)
+        return [list(tokens) for tokens in zip(*texts, strict=True)]
+
     return run
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import wsekern as wk
 from models.config import DecoderConfig, LayerKind
-from models.layers import Block, Norm, Sequence, is_few_rows, multiply_few_rows
+from models.layers import Block, Norm, Sequence
 from models.quantized import QuantizedTable
 from models.stack import scan, stack, unstack
 from sharding.rules import Home
@@ -175,12 +175,8 @@ class Decoder(nnx.Module):
         head = self.embedding if self.head is None else self.head
         if isinstance(head, QuantizedTable):
             return head.logits(hidden)
-        weight = head[...].astype(self.dtype)
-        if head.axes[0] != "vocab":
-            return wk.matmul(hidden, weight)
-        if is_few_rows(hidden):
-            return multiply_few_rows(hidden, weight)
-        return wk.matmul(hidden, weight.T)
+        weight = head[...].T if head.axes[0] == "vocab" else head[...]
+        return wk.matmul(hidden, weight.astype(self.dtype))
 
     def layers(self) -> Iterator[Block]:
         """The layers in order, each with arrays of its own: slices of the stacked ones."""

@@ -19,10 +19,7 @@ from models.config import DecoderConfig, LayerKind
 from models.quantized import QuantizedWeight, round_rows
 from models.rope import frequencies
 from models.sparse import SparseFeedForward, gated_activation
-from wsekern.wafer import context
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
-
-_FEW_ROWS = 64  # of a product
 
 _FEATURES = P(WAFERS, ROWS, COLS)  # [B, T, D]
 _HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
@@ -79,9 +76,6 @@ def apply_linears(x: Float[Array, "B T I"], *linears: Linear) -> tuple[Float[Arr
 def _products(
     x: Float[Array, "B T I"], weights: list[nnx.Param | QuantizedWeight]
 ) -> tuple[Float[Array, "B T _"], ...]:
-    plain = [weight for weight in weights if isinstance(weight, nnx.Param) and _is_out_in(weight)]
-    if is_few_rows(x) and len(plain) == len(weights):
-        return tuple(multiply_few_rows(x, weight[...].astype(x.dtype)) for weight in plain)
     rounding = [w for w in weights if isinstance(w, QuantizedWeight) and w.activations]
     if len(rounding) == len(weights):
         rows = round_rows(x, rounding[0].activations)
@@ -96,38 +90,10 @@ def _products(
     return wk.matmul(x, matrices, scales=of_scales)
 
 
-def is_few_rows(x: Float[Array, "B T I"]) -> bool:
-    """Whether a product of `x` on one device is better taken by `multiply_few_rows`."""
-    return context.resolve(None) is None and x.shape[0] * x.shape[1] <= _FEW_ROWS
-
-
-def multiply_few_rows(
-    x: Float[Array, "B T I"], weight: Float[Array, "O I"]
-) -> Float[Array, "B T O"]:
-    """`x @ weight.T` of few tokens, on one device.
-
-    XLA's CPU backend takes up to two thirds more time for it than for `weight @ x.T`, because it
-    makes a transposed copy of the weight. It would turn the factors round again without a barrier.
-    """
-
-    def weight_first(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
-        return jax.lax.optimization_barrier(weight @ x.T).T
-
-    rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.platform_dependent(
-        rows, weight, cpu=weight_first, default=lambda rows, weight: rows @ weight.T
-    )
-    return out.reshape(*x.shape[:-1], len(weight))
-
-
 def in_out_weight(weight: nnx.Param) -> Float[Array, "I O"]:
     """A weight as `[in, out]`, in whichever order it is stored."""
     # Transposed tile by tile: nothing moves between PEs, and XLA folds it into the product.
-    return weight[...].T if _is_out_in(weight) else weight[...]
-
-
-def _is_out_in(weight: nnx.Param) -> bool:
-    return weight.axes[-1] == "in"
+    return weight[...] if "in" == weight.axes[-2] else weight[...].T
 
 
 class Norm(nnx.Module):

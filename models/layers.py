@@ -19,6 +19,7 @@ from models.config import DecoderConfig, LayerKind
 from models.quantized import QuantizedWeight, round_rows
 from models.rope import frequencies
 from models.sparse import SparseFeedForward, gated_activation
+from wsekern.kernels.dense.norm import sum_features
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 _FEATURES = P(WAFERS, ROWS, COLS)  # [B, T, D]
@@ -122,7 +123,8 @@ class HeadNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         wide = x.astype(jnp.float32)
-        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        tokens = x.shape[0] * x.shape[1]
+        mean = sum_features(wide * wide, rows=tokens) / x.shape[-1]
         scale = self.scale[...].astype(jnp.float32)[None, None, None]
         return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
 

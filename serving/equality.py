@@ -16,7 +16,7 @@ from serving.launcher import GUESSES, MOST_GUESSING, READ_TOKENS
 from serving.programs import Programs, Shape, empty_rows
 from wsekern.atomic_write import atomic_write
 
-_ROWS = (8, 16, 32)  # least rows of a step that are tried
+_ROWS = (2, 8, 16, 32)  # least rows of a step that are tried
 _TEXT = 36  # tokens of the text that every shape reads
 _READ = 28  # of these, how many are read before
 

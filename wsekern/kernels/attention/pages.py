@@ -21,6 +21,7 @@ from wsekern import fabric
 from wsekern.kernels.attention.kv_cache import check_sizes, repeated_heads
 from wsekern.kernels.attention.kv_rows import mark_not_finite
 from wsekern.kernels.attention.mask import LOWEST
+from wsekern.kernels.dense.norm import add_halves
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
@@ -371,7 +372,7 @@ def _attend(
         scores = jnp.where(sees, scores, -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
         shrink, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
-        total = total * shrink + weights.sum(-1, keepdims=True)
+        total = total * shrink + weights
         weights = weights * of_tokens[1][:, :, None] if in_int8 else weights
         out = out * shrink + _dot("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
         return new_peak, total, out
@@ -379,10 +380,12 @@ def _attend(
     # In a kernel, what a loop begins with must differ from PE to PE, as what it ends with does.
     varying = fabric.varying if plan.on_wafer else lambda x: x
     zeros = jnp.zeros((B, K, R, 1), jnp.float32)
-    sums = (zeros + LOWEST, zeros, jnp.zeros((B, K, R, H), jnp.float32))
+    totals = jnp.zeros((B, K, R, len(local[0, 0, 0])), jnp.float32)  # of each place in a page
+    sums = (zeros + LOWEST, totals, jnp.zeros((B, K, R, H), jnp.float32))
     count = jnp.max(positions) // plan.page_tokens + 1
     peak, total, out = lax.fori_loop(0, count, step, jax.tree.map(varying, sums))
-    peak, total, out = (x[:, :, : T * G] for x in (peak, total, out))
+    # In one order: XLA's CPU backend would sum few rows in another one than many.
+    peak, total, out = (x[:, :, : T * G] for x in (peak, add_halves(total), out))
     # A sink is one more score, that of no value.
     sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))
     highest = jnp.maximum(_reduce_rows(peak, "max", plan), sink)
@@ -394,7 +397,7 @@ def _attend(
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-_Sums = tuple[Float[Array, "B K R 1"], Float[Array, "B K R 1"], Float[Array, "B K R H"]]
+_Sums = tuple[Float[Array, "B K R 1"], Float[Array, "B K R S"], Float[Array, "B K R H"]]
 
 
 def _reduce_rows(

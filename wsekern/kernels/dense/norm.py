@@ -23,6 +23,9 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.wafer import Wafer
 
 _FEATURES = P(COLS)
+_FEW_ROWS = 64
+_NARROW = 256  # features
+_COLUMNS = 8  # of ones: of fewer, a product has another order
 
 
 def rms_norm(
@@ -298,6 +301,45 @@ def _row_axes(x: Float[Array, "*batch Tt Dt"]) -> str | tuple[str, ...]:
     return (WAFERS, ROWS) if x.ndim > 2 else ROWS
 
 
+def sum_features(
+    x: Float[Array, "*batch T D"], *, rows: int | None = None
+) -> Float[Array, "*batch T 1"]:
+    """The sum of each row, on one device; on a CPU, that of few rows does not depend on how many.
+
+    XLA's CPU backend sums a small array in another order than a large one. A product with ones, or
+    additions one by one, have the same order always. So a model that decodes few tokens makes the
+    same bits of a token alone and among others.
+
+    Args:
+      x: float32.
+      rows: those that are few or many; by default those of `x`.
+    """
+    D = x.shape[-1]
+    if (x.size // max(1, D) if rows is None else rows) > _FEW_ROWS:
+        return jnp.sum(x, -1, keepdims=True)
+
+    def in_one_order(x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T 1"]:
+        if D <= _NARROW:
+            return add_halves(x)
+        ones = jnp.ones((D, _COLUMNS), x.dtype)
+        summed = lax.dot(x.reshape(-1, D), ones, precision=lax.Precision.HIGHEST)
+        return summed[:, :1].reshape(*x.shape[:-1], 1)
+
+    return lax.platform_dependent(
+        x, cpu=in_one_order, default=lambda x: jnp.sum(x, -1, keepdims=True)
+    )
+
+
+def add_halves(x: Float[Array, "*batch D"]) -> Float[Array, "*batch 1"]:
+    """The sum of the last dimension, one half added to the other until one column is left."""
+    while (D := x.shape[-1]) > 1:
+        half = D // 2
+        rest = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        x = jnp.concatenate([x, rest], axis=-1) if D % 2 else x
+    return x
+
+
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
 # Checkpointed, because plain autodiff would keep x in float32 too.
 @functools.partial(jax.jit, static_argnames=("eps", "features"), inline=True)
@@ -306,7 +348,7 @@ def _local_rms(
     x: Float[Array, "*batch T D"], scale: Float[Array, " D"], eps: float, features: int
 ) -> Float[Array, "*batch T D"]:
     x32 = x.astype(jnp.float32)
-    mean = jnp.sum(x32 * x32, -1, keepdims=True) / features
+    mean = sum_features(x32 * x32) / features
     return (x32 * lax.rsqrt(mean + eps) * _rowwise(scale, x)).astype(x.dtype)
 
 
@@ -320,8 +362,8 @@ def _local_layer(
     features: int,
 ) -> Float[Array, "*batch T D"]:
     x32 = x.astype(jnp.float32)[..., :features]
-    mean = jnp.mean(x32, -1, keepdims=True)
-    variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
+    mean = sum_features(x32) / features
+    variance = sum_features(jnp.square(x32 - mean)) / features
     y = (x32 - mean) * lax.rsqrt(variance + eps) * _rowwise(scale[:features], x)
     if bias is not None:
         y = y + _rowwise(bias[:features], x)

@@ -92,11 +92,12 @@ class ServeBench:
 
     def engine(self, **options: Any) -> Any:
         """An engine of the model; `weights` and `activations` go to the loader."""
-        import models
+        from serving.arguments import ModelOptions
         from serving.engine import Engine
+        from serving.loading import load_model
 
         kinds = {k: options.pop(k) for k in ("weights", "activations") if k in options}
-        model = models.load(self.folder, **kinds)
+        model = load_model(self.folder, ModelOptions(**kinds), None)
         return Engine(model, max_streams=max(self.options.streams), **options)
 
     def params(self, new: int | None = None) -> Any:
@@ -161,7 +162,7 @@ def time_first_tokens(bench: ServeBench) -> tuple[str, Rows]:
         for one in others:
             one.cancel()
         burst = sorted(first(bench.prompts(most), 16))
-        long = [engine.submit(p, bench.params(1)) for p in bench.prompts(4, 1500)]
+        long = [engine.submit(p, bench.params(1)) for p in bench.prompts(4, 900)]
         short = first(bench.prompts(4, 16))
         for generation in long:
             for _ in generation:
@@ -188,7 +189,7 @@ def time_first_tokens(bench: ServeBench) -> tuple[str, Rows]:
     )
     rows.append(
         {
-            "request": "16 tokens, behind four prompts of 1,500",
+            "request": "16 tokens, behind four prompts of 900",
             "median": _ms(short),
             "worst": _ms([max(short)]),
             "note": f"the long ones: {_ms(behind)}",
@@ -205,10 +206,14 @@ def time_overhead(bench: ServeBench) -> tuple[str, Rows]:
     with bench.engine(lookup=False, tokenizer=bytes_tokenizer()) as engine:
         bare = _bare_loop(bench, engine)
         with _server(bench, engine) as ask:
-            times: dict[str, list[float]] = {"bare padded steps": [], "engine": [], "HTTP, streamed": []}
+            times: dict[str, list[float]] = {
+                "bare padded steps": [],
+                "engine": [],
+                "HTTP, streamed": [],
+            }
             for _ in range(options.rounds):
                 # Each another prompt: none finds another's in the cache.
-                a, b, c = (bytes(np.asarray(p) % 95 + 32) for p in bench.prompts(3))
+                a, b, c = (bytes(t % 95 + 32 for t in p) for p in bench.prompts(3))
                 times["bare padded steps"].append(_seconds(bare, list(a)))
                 times["engine"].append(_seconds(engine.generate, [list(b)], bench.params()))
                 times["HTTP, streamed"].append(_seconds(ask, c.decode()))

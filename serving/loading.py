@@ -7,6 +7,8 @@ import pathlib
 import time
 import urllib.parse
 
+import jax
+
 from models.checkpoints.hub import find
 from models.checkpoints.reading import default_dtype, load, open_checkpoint, read_config
 from models.decoder import Decoder
@@ -18,11 +20,14 @@ from serving.api.registry import ModelCard, Served
 from serving.api.server import HttpServer
 from serving.arguments import ModelCommand, ModelOptions, ServeCommand
 from serving.engine import Engine, find_max_tokens
+from serving.equality import find_order
 from serving.models_by_name import ModelsByName, ModelSource
 from serving.prompt_cache import PromptCache
 from serving.text.model_text import ModelText
 from wsekern.wafer.launch import find_devices, make_wafer
 from wsekern.wafer.wafer import Wafer
+
+_MOST_APART = 16  # layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +118,7 @@ class Checkpoint:
         options = self.options
         tokenizer = load_tokenizer(self.path)
         draft = self._load_draft(tokenizer)
-        model = load(
-            self.path,
-            options.dtype,
-            self.wafer,
-            weights=options.weights,
-            activations=options.activations,
-        )
+        model = load_model(self.path, options, self.wafer)
         engine = Engine(
             model,
             tokenizer,
@@ -171,6 +170,30 @@ class Checkpoint:
             tools=text.syntax.tools_in_template,
             quantization=self.options.weights,
         )
+
+
+def load_model(path: pathlib.Path, options: ModelOptions, wafer: Wafer | None) -> Decoder:
+    """A checkpoint's model, its weights as an engine reads them fastest.
+
+    On a CPU a scan copies the weights of every layer before it reads them. So the few layers of a
+    small model lie apart; of many, the programs would take too much memory.
+
+    Raises:
+      ValueError: it does not load; says why.
+    """
+    config, tensors = open_checkpoint(path)
+    order = None
+    if wafer is None and options.weights is None and jax.default_backend() == "cpu":
+        order = find_order(config, options.dtype or default_dtype(config, tensors))
+    return load(
+        path,
+        options.dtype,
+        wafer,
+        weights=options.weights,
+        activations=options.activations,
+        order=order,
+        stacked=order is None or config.layers > _MOST_APART,
+    )
 
 
 def name_of(path: pathlib.Path) -> str:

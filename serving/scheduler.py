@@ -179,8 +179,8 @@ class Scheduler:
 
         chosen = min(streams, key=key)
         for stream in streams:
+            # The chosen one keeps its head start: of equal prompts, the first is read to its end.
             stream.passed_over += stream is not chosen
-        chosen.passed_over = 0
         return chosen
 
     def _pages_for(self, tokens: int) -> int:

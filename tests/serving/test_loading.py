@@ -21,7 +21,8 @@ from models.config import DecoderConfig
 from serving.api.app import build_app
 from serving.api.server import HttpServer
 from serving.arguments import ModelCommand, ModelOptions
-from serving.loading import Checkpoint
+from serving.equality import find_order
+from serving.loading import Checkpoint, load_model
 from serving.models_by_name import ModelsByName
 from serving.request import SamplingParams
 
@@ -173,3 +174,22 @@ def test_a_signal_ends_a_server_that_loads(when):
             assert code == ("loading" if when == "start" else "server_ending")
         finally:
             process.kill()
+
+
+def test_layers_of_a_small_model_lie_apart_and_its_products_have_equal_bits(folder):
+    model = load_model(folder / "a", OPTIONS, None)
+    assert not model.config.stacked and model.config.weights == find_order(CONFIG, "float32")
+    rounded = load_model(folder / "a", dataclasses.replace(OPTIONS, weights="int8"), None)
+    assert rounded.config.stacked
+
+
+def test_a_draft_is_loaded_beside_its_model(folder):
+    options = dataclasses.replace(OPTIONS, draft=str(folder / "b"))
+    served = Checkpoint.find(ModelCommand(model=str(folder / "a"), options=options)).load()
+    with served.engine as engine:
+        (completion,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=6))
+        assert len(completion.tokens) == 6
+    assert engine.snapshot().totals["guessed_tokens"]
+    missing = dataclasses.replace(OPTIONS, draft="/nowhere")
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        Checkpoint.find(ModelCommand(model=str(folder / "a"), options=missing)).load()

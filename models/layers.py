@@ -19,9 +19,10 @@ from models.config import DecoderConfig, LayerKind
 from models.quantized import QuantizedWeight, round_rows
 from models.rope import frequencies
 from models.sparse import SparseFeedForward, gated_activation
-from wsekern.kernels.dense.norm import sum_features
+from wsekern.kernels.attention.pages import add_halves
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
+_FEW_TOKENS = 64
 _FEATURES = P(WAFERS, ROWS, COLS)  # [B, T, D]
 _HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 
@@ -123,8 +124,11 @@ class HeadNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         wide = x.astype(jnp.float32)
-        tokens = x.shape[0] * x.shape[1]
-        mean = sum_features(wide * wide, rows=tokens) / x.shape[-1]
+        squares = wide * wide
+        # The same bits for a token alone as among a few others.
+        is_few = x.shape[0] * x.shape[1] <= _FEW_TOKENS
+        total = add_halves(squares) if is_few else jnp.sum(squares, axis=-1, keepdims=True)
+        mean = total / x.shape[-1]
         scale = self.scale[...].astype(jnp.float32)[None, None, None]
         return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
 

@@ -21,7 +21,6 @@ from wsekern import fabric
 from wsekern.kernels.attention.kv_cache import check_sizes, repeated_heads
 from wsekern.kernels.attention.kv_rows import mark_not_finite
 from wsekern.kernels.attention.mask import LOWEST
-from wsekern.kernels.dense.norm import add_halves
 from wsekern.wafer import context, layout
 from wsekern.wafer.axes import COLS, ROWS
 from wsekern.wafer.wafer import Wafer
@@ -273,6 +272,19 @@ def paged_attention(
     return layout.crop(out, shape, TOKENS, wafer)
 
 
+def add_halves(x: Float[Array, "*batch D"]) -> Float[Array, "*batch 1"]:
+    """The sum of the last dimension, one half added to the other until one column is left.
+
+    Its order does not depend on how many sums there are, as that of `jnp.sum` does on a CPU.
+    """
+    while (D := x.shape[-1]) > 1:
+        half = D // 2
+        rest = x[..., 2 * half :]
+        x = x[..., :half] + x[..., half : 2 * half]
+        x = jnp.concatenate([x, rest], axis=-1) if D % 2 else x
+    return x
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagesPlan:
     """What every PE does."""
@@ -384,7 +396,6 @@ def _attend(
     sums = (zeros + LOWEST, totals, jnp.zeros((B, K, R, H), jnp.float32))
     count = jnp.max(positions) // plan.page_tokens + 1
     peak, total, out = lax.fori_loop(0, count, step, jax.tree.map(varying, sums))
-    # In one order: XLA's CPU backend would sum few rows in another one than many.
     peak, total, out = (x[:, :, : T * G] for x in (peak, add_halves(total), out))
     # A sink is one more score, that of no value.
     sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))

@@ -24,7 +24,6 @@ from wsekern.wafer.wafer import Wafer
 
 _FEATURES = P(COLS)
 _FEW_ROWS = 64
-_NARROW = 256  # features
 _COLUMNS = 8  # of ones: of fewer, a product has another order
 
 
@@ -301,43 +300,24 @@ def _row_axes(x: Float[Array, "*batch Tt Dt"]) -> str | tuple[str, ...]:
     return (WAFERS, ROWS) if x.ndim > 2 else ROWS
 
 
-def sum_features(
-    x: Float[Array, "*batch T D"], *, rows: int | None = None
-) -> Float[Array, "*batch T 1"]:
+def _sum_features(x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T 1"]:
     """The sum of each row, on one device; on a CPU, that of few rows does not depend on how many.
 
-    XLA's CPU backend sums a small array in another order than a large one. A product with ones, or
-    additions one by one, have the same order always. So a model that decodes few tokens makes the
-    same bits of a token alone and among others.
-
-    Args:
-      x: float32.
-      rows: those that are few or many; by default those of `x`.
+    XLA's CPU backend sums a small array in another order than a large one; a product with ones has
+    one order. So a model that decodes few tokens makes the same bits of one alone and among others.
     """
     D = x.shape[-1]
-    if (x.size // max(1, D) if rows is None else rows) > _FEW_ROWS:
+    if x.size > _FEW_ROWS * D:
         return jnp.sum(x, -1, keepdims=True)
 
-    def in_one_order(x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T 1"]:
-        if D <= _NARROW:
-            return add_halves(x)
+    def by_product(x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T 1"]:
         ones = jnp.ones((D, _COLUMNS), x.dtype)
         summed = lax.dot(x.reshape(-1, D), ones, precision=lax.Precision.HIGHEST)
         return summed[:, :1].reshape(*x.shape[:-1], 1)
 
     return lax.platform_dependent(
-        x, cpu=in_one_order, default=lambda x: jnp.sum(x, -1, keepdims=True)
+        x, cpu=by_product, default=lambda x: jnp.sum(x, -1, keepdims=True)
     )
-
-
-def add_halves(x: Float[Array, "*batch D"]) -> Float[Array, "*batch 1"]:
-    """The sum of the last dimension, one half added to the other until one column is left."""
-    while (D := x.shape[-1]) > 1:
-        half = D // 2
-        rest = x[..., 2 * half :]
-        x = x[..., :half] + x[..., half : 2 * half]
-        x = jnp.concatenate([x, rest], axis=-1) if D % 2 else x
-    return x
 
 
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
@@ -348,7 +328,7 @@ def _local_rms(
     x: Float[Array, "*batch T D"], scale: Float[Array, " D"], eps: float, features: int
 ) -> Float[Array, "*batch T D"]:
     x32 = x.astype(jnp.float32)
-    mean = sum_features(x32 * x32) / features
+    mean = _sum_features(x32 * x32) / features
     return (x32 * lax.rsqrt(mean + eps) * _rowwise(scale, x)).astype(x.dtype)
 
 
@@ -362,8 +342,8 @@ def _local_layer(
     features: int,
 ) -> Float[Array, "*batch T D"]:
     x32 = x.astype(jnp.float32)[..., :features]
-    mean = sum_features(x32) / features
-    variance = sum_features(jnp.square(x32 - mean)) / features
+    mean = _sum_features(x32) / features
+    variance = _sum_features(jnp.square(x32 - mean)) / features
     y = (x32 - mean) * lax.rsqrt(variance + eps) * _rowwise(scale[:features], x)
     if bias is not None:
         y = y + _rowwise(bias[:features], x)

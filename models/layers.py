@@ -20,9 +20,11 @@ from models.quantized import QuantizedWeight, round_rows
 from models.rope import frequencies
 from models.sparse import SparseFeedForward, gated_activation
 from wsekern.kernels.attention.pages import add_halves
+from wsekern.wafer import context
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
 _FEW_TOKENS = 64
+_COLUMNS = 8  # of ones: with fewer, a product has another order
 _FEATURES = P(WAFERS, ROWS, COLS)  # [B, T, D]
 _HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]
 
@@ -98,6 +100,10 @@ def in_out_weight(weight: nnx.Param) -> Float[Array, "I O"]:
     return weight[...] if "in" == weight.axes[-2] else weight[...].T
 
 
+def _is_few(x: Float[Array, "B T ..."]) -> bool:
+    return x.shape[0] * x.shape[1] <= _FEW_TOKENS
+
+
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the features."""
 
@@ -109,10 +115,35 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.d_model), axes=("feature",)) if centered else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if _is_few(x) and context.resolve(None) is None:
+            return jax.lax.platform_dependent(x, cpu=self._of_few, default=self._of_any)
+        return self._of_any(x)
+
+    def _of_any(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.kind == "rms":
             return wk.rms_norm(x, self.scale[...], eps=self.eps)
         bias = None if self.bias is None else self.bias[...]
         return wk.layer_norm(x, self.scale[...], bias, eps=self.eps)
+
+    def _of_few(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The same bits for a token alone as among a few others.
+
+        XLA's CPU backend sums a small array in another order than a large one. A product with
+        ones has one order.
+        """
+        wide, D = x.astype(jnp.float32), x.shape[-1]
+        ones = jnp.ones((D, _COLUMNS), jnp.float32)
+
+        def mean(x: Float[Array, "B T D"]) -> Float[Array, "B T 1"]:
+            return ((x.reshape(-1, D) @ ones)[:, :1] / D).reshape(*x.shape[:2], 1)
+
+        if self.kind == "layer":
+            wide = wide - mean(wide)
+        normal = wide * jax.lax.rsqrt(mean(wide * wide) + self.eps)
+        out = normal * self.scale[...].astype(jnp.float32)[None, None]
+        if self.bias is not None:
+            out = out + self.bias[...].astype(jnp.float32)[None, None]
+        return out.astype(x.dtype)
 
 
 class HeadNorm(nnx.Module):
@@ -125,9 +156,8 @@ class HeadNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         wide = x.astype(jnp.float32)
         squares = wide * wide
-        # The same bits for a token alone as among a few others.
-        is_few = x.shape[0] * x.shape[1] <= _FEW_TOKENS
-        total = add_halves(squares) if is_few else jnp.sum(squares, axis=-1, keepdims=True)
+        # Of few tokens, the same bits whatever their number, as in `Norm`.
+        total = add_halves(squares) if _is_few(x) else jnp.sum(squares, axis=-1, keepdims=True)
         mean = total / x.shape[-1]
         scale = self.scale[...].astype(jnp.float32)[None, None, None]
         return (wide * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)

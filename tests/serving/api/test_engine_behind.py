@@ -207,6 +207,7 @@ def test_a_client_that_leaves_frees_slots_and_pages(tiny, engine, stream):
 
 
 def test_the_slots_say_what_is_held_and_how_far_a_text_may_go(tiny, engine):
+    wait_until_idle(engine)
     generation = engine.submit(PROMPT, SamplingParams(max_tokens=900))
     model: dict[str, Any] = {"slots": []}
     end = time.monotonic() + 30

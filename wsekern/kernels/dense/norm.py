@@ -23,8 +23,6 @@ from wsekern.wafer.axes import COLS, ROWS, WAFERS
 from wsekern.wafer.wafer import Wafer
 
 _FEATURES = P(COLS)
-_FEW_ROWS = 64
-_COLUMNS = 8  # of ones: of fewer, a product has another order
 
 
 def rms_norm(
@@ -300,26 +298,6 @@ def _row_axes(x: Float[Array, "*batch Tt Dt"]) -> str | tuple[str, ...]:
     return (WAFERS, ROWS) if x.ndim > 2 else ROWS
 
 
-def _sum_features(x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T 1"]:
-    """The sum of each row, on one device; on a CPU, that of few rows does not depend on how many.
-
-    XLA's CPU backend sums a small array in another order than a large one; a product with ones has
-    one order. So a model that decodes few tokens makes the same bits of one alone and among others.
-    """
-    D = x.shape[-1]
-    if x.size > _FEW_ROWS * D:
-        return jnp.sum(x, -1, keepdims=True)
-
-    def by_product(x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T 1"]:
-        ones = jnp.ones((D, _COLUMNS), x.dtype)
-        summed = lax.dot(x.reshape(-1, D), ones, precision=lax.Precision.HIGHEST)
-        return summed[:, :1].reshape(*x.shape[:-1], 1)
-
-    return lax.platform_dependent(
-        x, cpu=by_product, default=lambda x: jnp.sum(x, -1, keepdims=True)
-    )
-
-
 # Jitted, so that a call outside jit is one program; inlined, so that inside it adds nothing.
 # Checkpointed, because plain autodiff would keep x in float32 too.
 @functools.partial(jax.jit, static_argnames=("eps", "features"), inline=True)
@@ -328,7 +306,7 @@ def _local_rms(
     x: Float[Array, "*batch T D"], scale: Float[Array, " D"], eps: float, features: int
 ) -> Float[Array, "*batch T D"]:
     x32 = x.astype(jnp.float32)
-    mean = _sum_features(x32 * x32) / features
+    mean = jnp.sum(x32 * x32, -1, keepdims=True) / features
     return (x32 * lax.rsqrt(mean + eps) * _rowwise(scale, x)).astype(x.dtype)
 
 
@@ -342,8 +320,8 @@ def _local_layer(
     features: int,
 ) -> Float[Array, "*batch T D"]:
     x32 = x.astype(jnp.float32)[..., :features]
-    mean = _sum_features(x32) / features
-    variance = _sum_features(jnp.square(x32 - mean)) / features
+    mean = jnp.mean(x32, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
     y = (x32 - mean) * lax.rsqrt(variance + eps) * _rowwise(scale[:features], x)
     if bias is not None:
         y = y + _rowwise(bias[:features], x)

@@ -95,7 +95,7 @@ def find_order(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Literal["i
     outer = {(I, config.d_model) for I in (config.d_attention, config.d_ff)}
     rng = np.random.default_rng(0)
     product = jax.jit(lambda x, weight: x @ weight)
-    for I, O in inner | outer:
+    for I, O in sorted(inner | outer):
         x, weight = (
             jax.numpy.asarray(rng.standard_normal(shape, np.float32), dtype)
             for shape in ((32, I), (I, O))

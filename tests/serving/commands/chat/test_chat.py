@@ -149,6 +149,8 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal, server, engine):
     assert "tokens/s" in read_until("> ").partition("stopped; ")[2]
     while engine.running:
         time.sleep(0.01)
+    # A Ctrl-C between readline's prompt and its wait for input is seen with the next key only.
+    time.sleep(0.5)
     type_text("\x03")
     read_until("Ctrl-D or /quit ends")
     type_text("More\n")

@@ -34,6 +34,8 @@ class SoakCommand:
     """What the server calls the model. None: the first that it lists."""
     minutes: float = 20.0
     """How long the load lasts."""
+    requests: int | None = None
+    """End earlier, after so many requests. None: only when the time is over."""
     concurrency: int = 48
     """Clients that send one request after the other."""
     seed: int = 0
@@ -48,8 +50,9 @@ class SoakCommand:
             raise ValueError("url and pid belong together: give both, or neither")
         if not (self.minutes > 0 and math.isfinite(self.minutes)):
             raise ValueError(f"minutes={self.minutes} must be positive")
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency={self.concurrency} must be 1 or more")
+        for name, value in (("requests", self.requests), ("concurrency", self.concurrency)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
         if self.json is not None:
             check_writable(self.json)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import math
 import random
 import time
 
@@ -19,10 +20,13 @@ class Load:
     Args:
       client: of the server.
       asker: makes the requests.
+      most: requests in all; None: no limit.
     """
 
-    def __init__(self, client: HttpClient, asker: Asker) -> None:
+    def __init__(self, client: HttpClient, asker: Asker, most: int | None = None) -> None:
         self._client, self._asker = client, asker
+        self._most = math.inf if most is None else most
+        self._begun = 0
         self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter()  # kind, outcome
         self.failures: collections.Counter[str] = collections.Counter()
 
@@ -38,12 +42,13 @@ class Load:
             await self._send(kind, rng)
 
     async def send_until(self, end: float, seed: str) -> None:
-        """Sends random requests until `time.monotonic()` is `end`."""
+        """Sends random requests until `time.monotonic()` is `end`, or all are sent."""
         rng = random.Random(seed)
-        while time.monotonic() < end:
+        while time.monotonic() < end and self._begun < self._most:
             await self._send(self._asker.choose(rng), rng)
 
     async def _send(self, kind: str, rng: random.Random) -> None:
+        self._begun += 1
         shot = self._asker.make(kind, rng)
         try:
             outcome = await self._outcome(shot)

@@ -105,11 +105,10 @@ class Soak:
 
     async def _soak(self, client: HttpClient, pid: int, asker: Asker) -> None:
         """Raises ProcessLookupError if the server's process ends."""
-        self._load = load = Load(client, asker)
+        self._load = load = Load(client, asker, self._command.requests)
         await load.send_each(self._command.seed)
         before, _ = await _rest(client, pid)
-        minutes = f"{self._command.minutes:g} minutes of {self._command.concurrency} clients"
-        print(f"{asker.model} at {client.url}, {minutes}", flush=True)
+        print(f"{asker.model} at {client.url}, {self._length()}", flush=True)
         await self._send(load, pid)
         after, engines = await _rest(client, pid, before)
         samples = self._samples
@@ -119,8 +118,13 @@ class Soak:
         self.checks.append(check_held(engines))
         self.checks.append(check_answers(load.outcomes, load.failures))
 
+    def _length(self) -> str:
+        command = self._command
+        requests = "" if command.requests is None else f"{command.requests:,} requests in at most "
+        return f"{requests}{command.minutes:g} minutes of {command.concurrency} clients"
+
     async def _send(self, load: Load, pid: int) -> None:
-        """Sends from all clients until the time is over, or Ctrl-C."""
+        """Sends from all clients until the time is over, all is sent, or Ctrl-C."""
         seconds = 60 * self._command.minutes
         end = time.monotonic() + seconds
         clients = [
@@ -128,7 +132,7 @@ class Soak:
             for number in range(self._command.concurrency)
         ]
         try:
-            await self._watch(load, pid, seconds)
+            await self._watch(load, pid, seconds, clients)
             await asyncio.wait(clients, timeout=_LAST_ANSWERS)
         except asyncio.CancelledError:  # Ctrl-C; what follows may still take its time
             self.is_interrupted = True
@@ -140,17 +144,21 @@ class Soak:
             if isinstance(error, Exception):
                 raise error
 
-    async def _watch(self, load: Load, pid: int, seconds: float) -> None:
-        """Takes samples, and prints a line a minute."""
+    async def _watch(
+        self, load: Load, pid: int, seconds: float, clients: Sequence[asyncio.Task[None]]
+    ) -> None:
+        """Takes samples, and prints a line a minute, until the clients end or the time is over."""
         start = time.monotonic()
         every = max(0.5, seconds / _MOST_SAMPLES)
         next_line = _LINES
         while (now := time.monotonic() - start) < seconds:
+            if all(client.done() for client in clients):
+                return
             self._samples.append(Sample(time=now, holdings=look_at(pid), requests=load.requests))
             if now >= next_line:
                 print(_line(self._samples, sum(load.failures.values())), flush=True)
                 next_line += _LINES
-            await asyncio.sleep(min(every, max(0.0, seconds - now)))
+            await asyncio.wait(clients, timeout=min(every, max(0.0, seconds - now)))
 
     def write(self, path: pathlib.Path, is_good: bool) -> None:
         """Writes the verdict, the counts and the samples as JSON; OSError: it cannot."""

@@ -56,7 +56,7 @@ def goodness(found):
 
 
 def test_every_kind_is_answered_as_it_must_be(soak, engine):
-    status, out, found = soak("--minutes", "0.02")
+    status, out, found = soak("--minutes", "9", "--requests", "120")
     good = goodness(found)
     assert good.pop("memory") == (status == 0)  # of the process that runs the tests
     assert good == {"file descriptors": True, "held when idle": True, "answers": True}
@@ -64,6 +64,8 @@ def test_every_kind_is_answered_as_it_must_be(soak, engine):
     assert set(found["outcomes"]["bad input"]) == {"refused"}
     assert found["outcomes"]["chat"]["answered"] > 0
     assert found["samples"] and "scripted at http://127.0.0.1:" in out
+    assert "120 requests in at most 9 minutes of 4 clients" in out
+    assert sum(sum(counts.values()) for counts in found["outcomes"].values()) == 120
     params = [params for _, params in engine.asked]
     assert any(one.matcher is not None for one in params)
     assert any(one.temperature > 0 for one in params)
@@ -231,6 +233,7 @@ def test_file_descriptors_and_slots_are_compared_with_the_beginning():
         (["--url", "http://a"], "url and pid belong together"),
         (["--model", "a", "--minutes", "0"], "minutes=0.0 must be positive"),
         (["--model", "a", "--concurrency", "0"], "concurrency=0 must be 1 or more"),
+        (["--model", "a", "--requests", "0"], "requests=0 must be 1 or more"),
     ],
 )
 def test_refuses_arguments(flags, message, capsys):

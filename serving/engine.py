@@ -215,7 +215,7 @@ class Engine:
             chunk=chunk,
             draft=None if draft is None else self._make_draft(draft, programs),
         )
-        self._guesses, self._lookup = guesses, lookup
+        self._lookup = lookup
         self._streams: dict[Generation, Stream] = {}
         self._delivered: dict[Generation, None] = {}
         self._inbox: collections.deque[Stream] = collections.deque()
@@ -337,9 +337,6 @@ class Engine:
         digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
         generation = Generation(secrets.token_hex(12), self._cancel)
         generation.usage.prompt_tokens = len(prompt)
-        penalties = (params.frequency_penalty, params.presence_penalty)
-        may_guess = self._guesses and not any(penalties) and params.repetition_penalty == 1
-        looks_up = may_guess and self._lookup
         return Stream(
             generation=generation,
             params=params,
@@ -348,8 +345,7 @@ class Engine:
             length=len(prompt),
             seed=np.frombuffer(digest, np.uint32),
             arrival=0,
-            may_guess=may_guess,
-            lookup=PromptLookup(params.prediction, prompt.tolist()) if looks_up else None,
+            lookup=PromptLookup(params.prediction, prompt.tolist()) if self._lookup else None,
         )
 
     def _make_draft(self, model: Decoder, programs: Programs) -> Draft:

@@ -174,7 +174,7 @@ class Launcher:
         guessing = len(decoding) <= MOST_GUESSING and bool(self._verifies)
         ready = []
         for stream in decoding:
-            waits = stream.params.matcher is not None or (guessing and stream.may_guess)
+            waits = stream.params.matcher is not None or guessing
             if stream.room > 0 and not (waits and stream.in_flight):
                 ready.append(stream)
         ready = [s for s in ready if self._provide(s, s.computed + 1)]
@@ -210,8 +210,6 @@ class Launcher:
         guesses = [Guess([])] * len(streams)
         drafting: dict[int, int] = {}  # tokens to guess for a request, by its place
         for i, stream in enumerate(streams):
-            if not stream.may_guess or stream.in_flight:
-                continue
             if stream.lookup is not None:
                 guesses[i] = stream.lookup.guess(min(GUESSES, stream.room - 1))
             if not guesses[i].tokens and self._draft is not None:

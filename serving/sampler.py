@@ -85,6 +85,7 @@ def choose_tokens(
     rows: Rows,
     extras: Extras,
     vocab: int,
+    guessed: Int[Array, "R guesses"] | None = None,
 ) -> Chosen:
     """The next token of each row, and how likely it was.
 
@@ -94,11 +95,13 @@ def choose_tokens(
       rows: how each row chooses.
       extras: biases and grammars.
       vocab: tokens from this number on are never chosen: the tokenizer lacks them.
+      guessed: tokens that a row's text has besides those in `counts`, if it comes to that row; V
+        where there are fewer.
     """
     logits = logits.astype(jnp.float32)
     logits = jnp.where(jnp.arange(logits.shape[1])[None] < vocab, logits, -jnp.inf)
     finite = jnp.isfinite(logits.max(-1))  # the maximum of a row with NaN is NaN
-    scores = lax.cond(rows.penalized, _penalize, lambda x, *_: x, logits, counts, rows)
+    scores = lax.cond(rows.penalized, _penalize, lambda x, *_: x, logits, counts, rows, guessed)
     scores = lax.cond(rows.biased, _add_bias, lambda x, _: x, scores, extras)
     scores = lax.cond(rows.masked, _apply_mask, lambda x, _: x, scores, extras)
     greedy = argmax(scores)
@@ -138,9 +141,14 @@ def _in_blocks(x: Float[Array, "R V"], fill: float) -> Float[Array, "R n block"]
 
 
 def _penalize(
-    logits: Float[Array, "R V"], counts: Int[Array, "slots V"], rows: Rows
+    logits: Float[Array, "R V"],
+    counts: Int[Array, "slots V"],
+    rows: Rows,
+    guessed: Int[Array, "R guesses"] | None,
 ) -> Float[Array, "R V"]:
     counts = counts[rows.slots]
+    if guessed is not None:
+        counts = counts.at[jnp.arange(len(counts))[:, None], guessed].add(1, mode="drop")
     in_text = counts % _IN_PROMPT
     repetition = rows.repetition[:, None]
     again = jnp.where(logits > 0, logits / repetition, logits * repetition)

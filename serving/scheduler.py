@@ -43,7 +43,6 @@ class Stream:
     kept: int = 0  # full pages that are known by their hash
     passed_over: int = 0
     is_finished: bool = False
-    may_guess: bool = False  # whether its tokens may be guessed ahead
     lookup: PromptLookup | None = None
     drafted: int = 0  # tokens that a draft model has read
     # Of the prompt's tokens but the first, how likely each was; of requests that ask.

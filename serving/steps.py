@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import wsekern as wk
 from models.decoder import Decoder
@@ -57,8 +57,8 @@ def run_step(
       batch: B T tokens.
       rows: how tokens are chosen; B of them, or B T with `every`.
       extras: biases and grammars of the same rows.
-      every: whether each token of the batch has one that follows; else only the last of each
-        sequence.
+      every: whether each token of the batch has one that follows, which a guess in the batch may
+        be; else only the last of each sequence.
       vocab: how many tokens the tokenizer has.
       least_rows: of the head's product; fewer are padded.
     """
@@ -72,17 +72,39 @@ def run_step(
         last = jnp.argmax(batch.positions, axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
 
+    guessed = _guessed_before(tokens, state.counts.shape[1]) if every else None
+
     def choose() -> Chosen:
-        return _choose(model, x, state.counts, rows, extras, vocab, least_rows)
+        return _choose(model, x, state.counts, rows, extras, guessed, vocab, least_rows)
 
     chosen = lax.cond(batch.chooses, choose, lambda: _zeros_like(choose))
     last, counts = state.last, state.counts
-    if not every:
-        # A slot that makes no token is the last one, which nobody reads.
-        slot = jnp.where(batch.chooses & (batch.positions.max(1) >= 0), batch.slots, len(last) - 1)
+    # A slot that makes no token is the last one, which nobody reads.
+    nobody = len(last) - 1
+    if every:
+        is_new = _joins_text(chosen, tokens, batch.positions) & (rows.forced < 0)
+        slot = jnp.where(is_new, jnp.repeat(batch.slots, tokens.shape[1]), nobody)
+    else:
+        slot = jnp.where(batch.chooses & (batch.positions.max(1) >= 0), batch.slots, nobody)
         last = last.at[slot].set(chosen.tokens)
-        counts = counts.at[slot, chosen.tokens].add(1)
+    counts = counts.at[slot, chosen.tokens].add(1)
     return State(cache, last, counts), chosen
+
+
+def _guessed_before(tokens: Int[Array, "B T"], nothing: int) -> Int[Array, "R guesses"]:
+    """Of each token of the batch, the guesses that it follows; `nothing` where there are fewer."""
+    B, T = tokens.shape
+    is_before = jnp.tril(jnp.ones((T, T - 1), bool), -1)
+    return jnp.where(is_before[None], tokens[:, None, 1:], nothing).reshape(B * T, T - 1)
+
+
+def _joins_text(
+    chosen: Chosen, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> Bool[Array, " R"]:
+    """Which tokens are chosen for good: those up to, and in place of, the first wrong guess."""
+    right = (chosen.tokens.reshape(tokens.shape)[:, :-1] == tokens[:, 1:]) & (positions[:, 1:] >= 0)
+    all_right = jnp.cumprod(right.astype(jnp.int32), axis=1) == 1
+    return ((positions >= 0) & jnp.pad(all_right, ((0, 0), (1, 0)), constant_values=True)).ravel()
 
 
 def _choose(
@@ -91,13 +113,14 @@ def _choose(
     counts: Int[Array, "slots V"],
     rows: Rows,
     extras: Extras,
+    guessed: Int[Array, "R guesses"] | None,
     vocab: int,
     least_rows: int,
 ) -> Chosen:
     def choose(padded_rows: int) -> Chosen:
         padded = jnp.pad(x, ((0, padded_rows - len(x)), (0, 0), (0, 0)))
         logits = model.logits(padded)[: len(x), 0]
-        return choose_tokens(logits, counts, rows, extras, vocab)
+        return choose_tokens(logits, counts, rows, extras, vocab, guessed)
 
     # XLA's CPU backend sums a product of few rows in another order than one of many.
     padded_rows = max(len(x), least_rows)

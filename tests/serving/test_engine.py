@@ -12,7 +12,7 @@ from flax import nnx
 import models
 import wsekern as wk
 from models.config import DecoderConfig
-from serving import equality
+from serving import equality, launcher
 from serving.engine import Engine
 from serving.request import PromptTooLong, SamplingParams
 
@@ -157,6 +157,24 @@ def test_guesses_from_a_prediction_are_taken_over(engine, prompts, alone):
     tokens = [token for delta in generation for token in delta.tokens]
     assert tuple(tokens) == alone[4]
     assert generation.usage.accepted_tokens > 0
+
+
+def test_penalties_count_guessed_tokens(engine, prompts, alone, monkeypatch):
+    """A text with penalties is the same with guesses, and beside a text that is guessed."""
+    penalties = SamplingParams(
+        max_tokens=40, repetition_penalty=1.2, frequency_penalty=0.1, presence_penalty=0.1
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(launcher, "MOST_GUESSING", 0)
+        (plain,) = engine.generate(prompts[4:5], penalties)
+    assert plain.tokens[:NEW] != alone[4]
+    predicted = dataclasses.replace(penalties, prediction=(*prompts[4][-3:], *plain.tokens))
+    generation = engine.submit(prompts[4], predicted)
+    assert tuple(token for delta in generation for token in delta.tokens) == plain.tokens
+    assert generation.usage.accepted_tokens > 0
+    other = dataclasses.replace(GREEDY, prediction=(*prompts[5][-3:], *alone[5]))
+    beside, _ = engine.generate(prompts[4:6], [penalties, other])
+    assert beside.tokens == plain.tokens
 
 
 def test_equal_prefixes_are_read_once(engine, prompts):

@@ -124,11 +124,11 @@ class Launcher:
         if stream.unscored:
             stream.scores.clear()  # it was retracted before all were known
         cached = self._scheduler.find_prefix(stream)
-        usage = stream.generation.usage
-        if not stream.made:
-            usage.cached_tokens = cached
-        self.totals["cached_tokens"] += cached
-        self.totals["prompt_tokens"] += stream.length
+        if not stream.is_counted:
+            stream.is_counted = True
+            stream.generation.usage.cached_tokens = cached
+            self.totals["cached_tokens"] += cached
+            self.totals["prompt_tokens"] += stream.prompt_tokens
         if _is_penalized(stream):
             assert stream.slot is not None
             prompt, text = np.split(stream.tokens, [stream.prompt_tokens])

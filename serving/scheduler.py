@@ -42,6 +42,7 @@ class Stream:
     in_flight: int = 0
     kept: int = 0  # full pages that are known by their hash
     passed_over: int = 0
+    is_counted: bool = False  # whether totals have its prompt, which may be read again
     is_finished: bool = False
     lookup: PromptLookup | None = None
     drafted: int = 0  # tokens that a draft model has read

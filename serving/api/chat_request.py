@@ -80,6 +80,7 @@ def prepare_chat(
                 prompt,
                 tools=tools,
                 stops=fields.get("stop", ()),
+                min_tokens=room.least,
                 parallel_calls=_is_parallel(fields),
                 raw_reasoning=layout == "raw",
             ),

@@ -77,7 +77,7 @@ def _prepare(asked: Mapping[str, Any], served: Served, most_choices: int) -> lis
                     logprobs=wants,
                     prompt_logprobs=asked.get("logprobs") if asked.get("echo") else None,
                 ),
-                answer=text.completion(asked.get("stop", ())),
+                answer=text.completion(asked.get("stop", ()), min_tokens=room.least),
                 is_empty=room.most == 0,
             )
             for choice in range(best_of)

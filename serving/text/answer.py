@@ -33,15 +33,21 @@ class Answer:
     Args:
       parser: of the model's markup.
       stops: stop strings.
+      min_tokens: a stop string that ends in one of so many first tokens does not count.
       parallel_calls: whether more than one tool may be called.
     """
 
     def __init__(
-        self, parser: Parser, stops: Sequence[str] = (), *, parallel_calls: bool = True
+        self,
+        parser: Parser,
+        stops: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        parallel_calls: bool = True,
     ) -> None:
         self._parser = parser
         self._stops = StopStrings(stops)
-        self._parallel_calls = parallel_calls
+        self._min_tokens, self._parallel_calls = min_tokens, parallel_calls
         self._tokens = 0
         self._given = self._written = 0  # characters of content to the stop strings, and from them
         self._held: list[tuple[TokenPlace, int]] = []  # with the content's length after each
@@ -65,11 +71,11 @@ class Answer:
             if self.is_over:
                 break
             before = self._given
+            self._tokens += 1
             parts += self._cut(self._parser.feed([token]))
             if not self._parser.is_marker(token):
-                place = TokenPlace(self._tokens, self._parser.channel, before)
+                place = TokenPlace(self._tokens - 1, self._parser.channel, before)
                 self._held.append((place, self._given))
-            self._tokens += 1
             if not self._parallel_calls and self.calls and self._parser.channel != "tool":
                 self.is_over = True
         return Written(merge(parts), self._ready())
@@ -93,7 +99,7 @@ class Answer:
                 break
             if isinstance(part, Content):
                 self._given += len(part.text)
-                text = self._stops.feed(part.text)
+                text = self._stops.feed(part.text, may_end=self._tokens > self._min_tokens)
                 self._written += len(text)
                 self.is_over = self.stop is not None
                 if text:

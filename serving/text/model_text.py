@@ -88,6 +88,7 @@ class ModelText:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         stops: Sequence[str] = (),
+        min_tokens: int = 0,
         parallel_calls: bool = True,
         raw_reasoning: bool = False,
     ) -> Answer:
@@ -97,6 +98,7 @@ class ModelText:
           prompt: what `chat` gave.
           tools: the client's; none if tool_choice is "none".
           stops: stop strings.
+          min_tokens: before so many, no stop string ends the answer.
           parallel_calls: whether more than one tool may be called.
           raw_reasoning: whether reasoning is part of the content.
         """
@@ -108,7 +110,7 @@ class ModelText:
             thinking=prompt.thinking,
             raw=raw_reasoning,
         )
-        return Answer(parser, stops, parallel_calls=parallel_calls)
+        return Answer(parser, stops, min_tokens=min_tokens, parallel_calls=parallel_calls)
 
     def grammar(
         self,
@@ -188,6 +190,7 @@ class ModelText:
             raise ValueError(f"the grammar has {len(lark):,} characters; {MOST_LARK:,} is the most")
         return self._compiler.compile(lark)
 
-    def completion(self, stops: Sequence[str] = ()) -> Answer:
+    def completion(self, stops: Sequence[str] = (), *, min_tokens: int = 0) -> Answer:
         """Takes the tokens that go on from a bare prompt: everything is content."""
-        return Answer(Parser(Markup(self.vocabulary, ()), PlainReader()), stops)
+        parser = Parser(Markup(self.vocabulary, ()), PlainReader())
+        return Answer(parser, stops, min_tokens=min_tokens)

@@ -24,16 +24,22 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None  # the stop string that ended the text
 
-    def feed(self, text: str) -> str:
-        """What can be written now; nothing after a match."""
+    def feed(self, text: str, *, may_end: bool = True) -> str:
+        """What can be written now; nothing after a match.
+
+        Args:
+          text: the next piece.
+          may_end: whether a stop string that ends in this piece ends the text.
+        """
         if self.matched is not None:
             return ""
+        held = len(self._held)
         text = self._held + text
         # The end first, then the beginning: as if the text came character by character.
         matches = [
             (start + len(stop), start, stop)
             for stop in self._stops
-            if (start := text.find(stop)) >= 0
+            if may_end and (start := text.find(stop, max(0, held + 1 - len(stop)))) >= 0
         ]
         if matches:
             _, start, self.matched = min(matches)

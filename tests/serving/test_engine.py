@@ -148,7 +148,9 @@ def test_too_few_pages_retract_the_youngest_and_lose_nothing(model, folder, prom
         each = [small.generate([prompt], long)[0].tokens for prompt in prompts]
         assert [c.tokens for c in small.generate(prompts, long)] == each
         assert is_empty(small)
-        assert small.snapshot().totals["retractions"] > 0
+    totals = small.snapshot().totals
+    assert totals["retractions"] > 0
+    assert totals["prompt_tokens"] == 2 * sum(map(len, prompts)) + 1  # that of `is_empty`
 
 
 def test_guesses_from_a_prediction_are_taken_over(engine, prompts, alone):

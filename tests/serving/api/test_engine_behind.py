@@ -129,6 +129,8 @@ def test_biases_stops_and_least_lengths(tiny):
     assert stopped["choices"][0]["message"]["content"] == ""
     assert stopped["choices"][0]["finish_reason"] == "stop"
     assert stopped["usage"]["completion_tokens"] == 2
+    later = post(tiny, **body, stop=["zz"], min_tokens=3).json()
+    assert later["choices"][0]["message"]["content"] == "zz"
     whole = complete(tiny, max_tokens=-1, min_tokens=-1)
     assert whole["choices"][0]["finish_reason"] == "length"
     assert whole["usage"]["total_tokens"] == CONFIG.context

@@ -45,6 +45,16 @@ def test_a_stop_string_ends_the_content_and_its_tokens(bare, size):
     assert [place.offset for place in places] == [0, 0, 0, *range(1, 8)]
 
 
+def test_a_stop_string_counts_once_min_tokens_are_made(bare):
+    for least, content in ((0, ""), (2, "z"), (3, "zz"), (5, "zzzzz")):
+        answer = bare.completion(["zz"], min_tokens=least)
+        parts, _ = fed(answer, list(b"zzzzz"))
+        assert "".join(part.text for part in parts) == content, least
+        assert answer.stop == ("zz" if least < 5 else None)
+    answer = bare.completion(["abcd", "bc"], min_tokens=3)  # "abc" may begin the longer one
+    assert fed(answer, list(b"abcx"))[0] == [Content("abcx")]
+
+
 def test_tokens_wait_for_the_text_they_belong_to(bare):
     answer = bare.completion(["END"])
     assert answer.feed(list(b"xEN")) == ([Content("x")], [(0, "content", 0)])

@@ -28,7 +28,8 @@ def main(
       restore_interrupt: undoes `end_at_interrupt`.
 
     Returns:
-      The exit status: 0 after SIGTERM, 130 after Ctrl-C, or 2 if it is refused.
+      The exit status: 0 after SIGTERM, 130 after Ctrl-C, 2 if it is refused, or 1 if an engine
+      fails.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

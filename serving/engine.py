@@ -232,6 +232,11 @@ class Engine:
         """Whether the engine takes requests."""
         return not self._closing and self._failure is None
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that ended the engine, such as XLA's without memory; None: there was none."""
+        return self._failure
+
     def submit(self, prompt: Sequence[int] | np.ndarray, params: SamplingParams) -> Generation:
         """Lets a request join; its tokens come from iterating over what is returned.
 

@@ -100,6 +100,7 @@ class ScriptedEngine:
         self.error, self.error_after = "", 0
         self.queue_is_full = False
         self.is_alive = True
+        self.failure: BaseException | None = None
         self.logprob_of: dict[int, float] = {}  # -1 for other tokens
         self.running: dict[str, Generation] = {}
         self.asked: list[tuple[list[int], SamplingParams]] = []

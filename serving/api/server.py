@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -14,9 +15,12 @@ import uvicorn
 from serving.api.connections import MOST_HEADER_BYTES, make_protocol
 from serving.api.door import Door
 from serving.api.logs import log
+from wsekern.error_line import error_line
 from wsekern.interrupts import INTERRUPTED
 
+ENGINE_FAILED = 1  # exit status
 _PATIENCE = 5.0  # seconds more than the grace until what still runs is dropped
+_WATCH = 0.5  # seconds between two looks at the engines
 
 
 class _Server(uvicorn.Server):
@@ -84,7 +88,8 @@ class HttpServer:
           load: called in another thread when the server listens; it loads the models.
 
         Returns:
-          The exit status: 0 after SIGTERM, 130 after Ctrl-C.
+          The exit status: 0 after SIGTERM, 130 after Ctrl-C, 1 after an engine has failed. No
+          engine works again, so a supervisor must start another process.
 
         Raises:
           Exception: what `load` raises; the server ends then.
@@ -126,15 +131,29 @@ class HttpServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end, number)
         loading = _Loading(load, loop, self._drain)
+        watching = asyncio.create_task(self._watch())
         is_closed = await self._serve()
         if loading.error is not None:
             raise loading.error
+        if watching.done():
+            status = ENGINE_FAILED
         # No thread can be stopped in the middle of a compilation.
         if not (loading.is_done and is_closed):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         return status
+
+    async def _watch(self) -> None:
+        """Drains, and returns, when an engine has failed."""
+        while True:
+            for name, served in self.app.interface.models.loaded.items():
+                if (error := served.engine.failure) is not None:
+                    text = f"{type(error).__name__}: {error_line(str(error))}"
+                    log("engine failed, ending", level=logging.ERROR, model=name, error=text)
+                    self._drain()
+                    return
+            await asyncio.sleep(_WATCH)
 
     async def _serve(self) -> bool:
         """Whether no model is being loaded any more."""

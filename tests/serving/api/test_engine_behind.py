@@ -9,6 +9,7 @@ from typing import Any
 
 import cerebras.cloud.sdk
 import httpx
+import jax
 import jax.numpy as jnp
 import openai
 import pytest
@@ -19,8 +20,8 @@ from models.decoder import Decoder
 from models.text.tokenizer import bytes_tokenizer
 from serving.api.app import build_app
 from serving.api.registry import LoadedModels, ModelCard, Served
-from serving.api.server import HttpServer
-from serving.engine import Engine
+from serving.api.server import ENGINE_FAILED, HttpServer
+from serving.engine import Engine, EngineClosed
 from serving.request import SamplingParams
 from serving.text.model_text import ModelText
 
@@ -33,20 +34,31 @@ PROMPT = list(b"user: Hi\nassistant:")
 
 
 @pytest.fixture(scope="module")
-def engine():
+def make_engine(tmp_path_factory):
+    """Makes engines of the same model; all but the first find their programs."""
     model = Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32)
     assert isinstance(model.embedding, nnx.Param)
     model.embedding[...] = model.embedding[...].at[NAN].set(jnp.nan)
-    with Engine(model, bytes_tokenizer(), max_streams=4, kv_tokens=4096) as engine:
+    folder = tmp_path_factory.mktemp("programs")
+    return lambda: Engine(model, bytes_tokenizer(), max_streams=4, kv_tokens=4096, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine):
+    with make_engine() as engine:
         yield engine
+
+
+def server_of(engine):
+    text = ModelText(bytes_tokenizer(), vocab=CONFIG.vocab)
+    card = ModelCard(name="tiny", context=engine.max_tokens)
+    served = Served(card=card, engine=engine, text=text, fingerprint="fp_tiny")
+    return HttpServer(build_app(LoadedModels([served])), port=0)
 
 
 @pytest.fixture(scope="module")
 def tiny(engine):
-    text = ModelText(bytes_tokenizer(), vocab=CONFIG.vocab)
-    card = ModelCard(name="tiny", context=engine.max_tokens)
-    served = Served(card=card, engine=engine, text=text, fingerprint="fp_tiny")
-    server = HttpServer(build_app(LoadedModels([served])), port=0)
+    server = server_of(engine)
     server.start()
     yield server
     server.stop()
@@ -226,6 +238,29 @@ def test_logits_of_nan_fail_their_request_alone(tiny, engine, monkeypatch):
         assert "generation_failed" in one.result().text and "not finite" in one.result().text
     assert complete(tiny, **healthy)["choices"][0]["tokens"] == alone
     wait_until(engine, busy=False)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_program_fails_ends_the_server(make_engine, monkeypatch, caplog):
+    with make_engine() as broken, concurrent.futures.ThreadPoolExecutor() as threads:
+        run = broken.programs.run
+
+        def fail(*step):
+            if len(broken._streams) == 6:  # both requests are there
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory is left")
+            return run(*step)
+
+        monkeypatch.setattr(broken.programs, "run", fail)
+        server = server_of(broken)
+        asked = [threads.submit(post, server, stream=stream, n=3) for stream in (False, True)]
+        assert server.run() == ENGINE_FAILED
+        answers = [one.result() for one in asked]
+        assert [answer.status_code for answer in answers] == [500, 200]
+        assert all("the engine has failed" in answer.text for answer in answers)
+        assert "engine failed" in caplog.text
+        assert isinstance(broken.failure, jax.errors.JaxRuntimeError)
+        with pytest.raises(EngineClosed):
+            broken.submit([1], SamplingParams())
 
 
 @pytest.mark.parametrize("stream", [True, False])

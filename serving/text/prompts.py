@@ -288,9 +288,9 @@ def _one_call_each(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for i, call in enumerate(calls):
             first = message if i == 0 else {"role": "assistant", "content": ""}
             divided.append({**first, "tool_calls": [call]})
-            mine = [one for one in results if one.get("tool_call_id") == call.get("id")]
-            divided += mine
-            results = [one for one in results if one not in mine]
+            id = call.get("id")
+            divided += [one for one in results if one.get("tool_call_id") == id]
+            results = [one for one in results if one.get("tool_call_id") != id]
         divided += results
     return divided
 

@@ -106,6 +106,15 @@ def test_a_prompt_that_fills_the_context_is_not_tried_again(openai_client):
     assert refusal.value.response.headers["x-should-retry"] == "false"
 
 
+def test_a_template_that_passes_its_limits_for_these_messages(serving, engine):
+    loop = "{% for m in messages %}{% for _ in messages %}{{ m.content }}{% endfor %}{% endfor %}"
+    with serving(engine, loop) as quadratic:
+        answer = post(quadratic, ASKED | {"messages": [HI | {"content": "x" * 20}] * 2000})
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_messages")
+    assert "more than 10,000,000 characters" in answer.json()["message"]
+    assert not engine.asked
+
+
 def test_a_queue_that_is_full(openai_client, engine):
     engine.queue_is_full = True
     with pytest.raises(openai.RateLimitError) as refusal:

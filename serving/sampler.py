@@ -56,7 +56,7 @@ class Chosen(NamedTuple):
     """The tokens of a step."""
 
     tokens: Any  # [R] int32
-    sure: Any  # [R] bool: no rounding would make another token the likeliest
+    sure: Any  # [R] bool: no rounding would make another token the likeliest; of one row only
     finite: Any  # [R] bool; False: the row's logits hold NaN, its token means nothing
     logprobs: Any  # [R] float32, of the tokens; 0 where no row asked
     top_tokens: Any  # [R, MOST_LOGPROBS] int32
@@ -99,36 +99,53 @@ def choose_tokens(
         where there are fewer.
     """
     logits = logits.astype(jnp.float32)
-    logits = jnp.where(jnp.arange(logits.shape[1])[None] < vocab, logits, -jnp.inf)
-    finite = jnp.isfinite(logits.max(-1))  # the maximum of a row with NaN is NaN
-    scores = lax.cond(rows.penalized, _penalize, lambda x, *_: x, logits, counts, rows, guessed)
-    scores = lax.cond(rows.biased, _add_bias, lambda x, _: x, scores, extras)
-    scores = lax.cond(rows.masked, _apply_mask, lambda x, _: x, scores, extras)
-    greedy = argmax(scores)
+    if vocab < logits.shape[1]:
+        logits = jnp.where(jnp.arange(logits.shape[1])[None] < vocab, logits, -jnp.inf)
     samples = rows.temperature > 0
-    tokens = lax.cond(
-        samples.any(),
-        lambda: jnp.where(samples, _sample(scores, rows), greedy),
-        lambda: greedy,
-    )
+    likeliest, highest = _find_highest(logits)
+
+    def choose() -> tuple[Int[Array, " R"], Bool[Array, " R"]]:
+        scores = lax.cond(rows.penalized, _penalize, lambda x, *_: x, logits, counts, rows, guessed)
+        scores = lax.cond(rows.biased, _add_bias, lambda x, _: x, scores, extras)
+        scores = lax.cond(rows.masked, _apply_mask, lambda x, _: x, scores, extras)
+        greedy, _ = _find_highest(scores)
+        tokens = lax.cond(
+            samples.any(),
+            lambda: jnp.where(samples, _sample(scores, rows), greedy),
+            lambda: greedy,
+        )
+        return tokens, is_sure(scores, greedy)
+
+    # Of rows that all take the likeliest token, the logits are read once and not copied.
+    differs = samples.any() | rows.penalized | rows.biased | rows.masked
+    tokens, sure = lax.cond(differs, choose, lambda: (likeliest, is_sure(logits, likeliest)))
     tokens = jnp.where(rows.forced >= 0, rows.forced, tokens)
     logprobs, top_tokens, top_logprobs = lax.cond(
         rows.logprobs, _find_logprobs, _no_logprobs, logits, tokens
     )
-    sure = is_sure(scores, greedy)
-    return Chosen(tokens, sure, finite, logprobs, top_tokens, top_logprobs)
+    # The maximum of a row with NaN is NaN.
+    return Chosen(tokens, sure, jnp.isfinite(highest), logprobs, top_tokens, top_logprobs)
 
 
-def argmax(scores: Float[Array, "R V"]) -> Int[Array, " R"]:
-    """The first of the highest scores of each row; XLA's CPU backend takes 20 times as long."""
+def _find_highest(scores: Float[Array, "R V"]) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
+    """The first of the highest scores of each row, and that score.
+
+    XLA's CPU backend takes 20 times as long for an `argmax` of whole rows.
+    """
     blocks = _in_blocks(scores, -jnp.inf)
-    block = jnp.argmax(blocks.max(-1), -1)
+    highest = blocks.max(-1)
+    block = jnp.argmax(highest, -1)
     inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * _BLOCK + jnp.argmax(inner, -1)).astype(jnp.int32)
+    return (block * _BLOCK + jnp.argmax(inner, -1)).astype(jnp.int32), highest.max(-1)
 
 
 def is_sure(scores: Float[Array, "R V"], tokens: Int[Array, " R"]) -> Bool[Array, " R"]:
-    """Whether no rounding of the model's last product would make another token the likeliest."""
+    """Whether no rounding of the model's last product would make another token the likeliest.
+
+    Of several rows it is not asked for, and False.
+    """
+    if len(scores) > 1:
+        return jnp.zeros(len(scores), bool)
     others = jnp.arange(scores.shape[1])[None] != tokens[:, None]
     best = scores.max(-1)
     second = jnp.where(others, scores, -jnp.inf).max(-1)

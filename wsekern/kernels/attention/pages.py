@@ -35,7 +35,7 @@ TOKENS = P(None, None, COLS, None)  # [B, T, heads, H], the same in every row of
 _LOG2_E = math.log2(math.e)
 _MOST_ROWS = 32  # of one product
 
-_Pages = tuple[Array, ...]  # keys and values; in eight bits, the scales of both too
+_Pages = tuple[Array, ...]  # keys and values, in eight bits also scales; or sums of pages
 
 
 @functools.partial(
@@ -448,8 +448,8 @@ def _add_pages_in_place(
     return lax.cond(is_own & (2 * B * count > P), in_place, by_page)
 
 
-def _take(arrays: tuple[Array, ...], ids: Int[Array, " B"]) -> Any:
-    return tuple(x.at[ids].get(mode="promise_in_bounds") for x in arrays)
+def _take(pages: _Pages, ids: Int[Array, " B"]) -> _Pages:
+    return tuple(x.at[ids].get(mode="promise_in_bounds") for x in pages)
 
 
 def _sum_pages(

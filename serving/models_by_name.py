@@ -271,6 +271,7 @@ class ModelsByName:
                     stay.served.set_exception(error)
             _give_memory_back()
             return
+        _give_memory_back()
         with self._changed:
             is_wanted = not stay.served.done()  # it is done if the server is ending
             if is_wanted:
@@ -296,6 +297,6 @@ class ModelsByName:
 def _give_memory_back() -> None:
     """Frees what nobody names, and gives it back to the system."""
     gc.collect()  # an engine and its parts name each other
-    # glibc keeps what is freed: for a model of 200 MB, half of that and more.
+    # glibc keeps what is freed: for a model of 200 MB half of that and more, as much of a compiler.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

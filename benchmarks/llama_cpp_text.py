@@ -6,19 +6,15 @@
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.checkpoints.gguf import LLAMA
-from models.checkpoints.tensors import open_folder
-from models.config import DecoderConfig
-
-# Where two names of GGUF mean one of ours, the first is Llama's.
-_NAMES = {theirs: name for name, theirs in reversed(LLAMA.items())}
+if TYPE_CHECKING:  # who times or measures llama.cpp alone needs no jax
+    from models.config import DecoderConfig
 
 
-def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) -> None:
+def write_gguf(folder: pathlib.Path, config: "DecoderConfig", file: pathlib.Path) -> None:
     """Writes a Llama's safetensors as GGUF, without a tokenizer.
 
     GGUF wants the rows of queries and keys in another order. They are left as they are, so the
@@ -26,6 +22,11 @@ def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) 
     """
     import gguf
 
+    from models.checkpoints.gguf import LLAMA
+    from models.checkpoints.tensors import open_folder
+
+    # Where two names of GGUF mean one of ours, the first is Llama's.
+    names = {theirs: name for name, theirs in reversed(LLAMA.items())}
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.d_model)
@@ -49,7 +50,7 @@ def write_gguf(folder: pathlib.Path, config: DecoderConfig, file: pathlib.Path) 
         if short and len(shape) == 1:  # GGUF has no 16-bit norms
             array, short = array.astype(np.float32), False
         writer.add_tensor(
-            f"{layer}{_NAMES[module]}.{end}",
+            f"{layer}{names[module]}.{end}",
             np.ascontiguousarray(array).view(np.uint8) if short else np.ascontiguousarray(array),
             raw_dtype=gguf.GGMLQuantizationType.BF16 if short else None,
         )

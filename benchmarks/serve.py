@@ -2,8 +2,8 @@
 
 A random Llama answers random prompts greedily. `solo` is `models.generate` with one prompt and no
 padding, what a script would do; `llama.cpp` is its library in the same process, without a server.
-Everything runs in turn in one process, and ratios are medians over the rounds. Command:
-`python -m benchmarks serve`
+Everything runs in turn in one process, and ratios are medians over the rounds. Commands:
+`python -m benchmarks serve`, and `python -m benchmarks serve --parts stored memory --gguf FILE`.
 """
 
 import asyncio
@@ -23,7 +23,10 @@ from rich.table import Table
 from benchmarks import harness
 from benchmarks.generate import SIZES, write_checkpoint
 
-Part = Literal["together", "first", "overhead", "guesses", "weights"]
+Part = Literal["together", "first", "overhead", "guesses", "weights", "stored", "memory"]
+
+
+_OF_FILES = frozenset({"stored", "memory"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,9 @@ class ServeOptions:
     """Time the inference engine on one device. llama.cpp is timed if cyllama and gguf are there."""
 
     parts: tuple[Part, ...] = ("together", "first", "overhead", "guesses", "weights")
-    """What is timed."""
+    """What is measured; `stored` and `memory` need `gguf`."""
+    gguf: pathlib.Path | None = None
+    """A model's GGUF file, which is served in its own blocks and in int4."""
     size: str = "42m"
     """Size of the model: 42m, 125m."""
     streams: tuple[int, ...] = (1, 8, 32)
@@ -48,6 +53,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r} is none of {', '.join(SIZES)}")
+        if self.gguf is None and (wanting := _OF_FILES.intersection(self.parts)):
+            raise ValueError(f"parts={min(wanting)} needs gguf, the file that is served")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,13 +68,15 @@ def main(argv: list[str] | None = None) -> None:
         "overhead": time_overhead,
         "guesses": time_guesses,
         "weights": time_weights,
+        "stored": time_stored,
+        "memory": measure_memory,
     }
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(options.size, pathlib.Path(folder), "float32")
-        bench = ServeBench(options, pathlib.Path(folder))
         tables = {}
         for part in options.parts:
-            title, rows = parts[part](bench)
+            file = options.gguf if part in _OF_FILES else None
+            title, rows = parts[part](ServeBench(options, file or pathlib.Path(folder)))
             tables[title] = rows
             _show(title, rows)
     if options.json:
@@ -80,9 +89,11 @@ Rows = list[dict[str, str]]
 class ServeBench:
     """A model on disk, its prompts, and what is made of it."""
 
-    def __init__(self, options: ServeOptions, folder: pathlib.Path) -> None:
-        self.options, self.folder = options, folder
-        self.vocab = SIZES[options.size]["vocab"]
+    def __init__(self, options: ServeOptions, path: pathlib.Path) -> None:
+        from models.checkpoints.reading import read_config
+
+        self.options, self.path = options, path
+        self.vocab = read_config(path).vocab
         self._rng = np.random.default_rng(0)
 
     def prompts(self, count: int, tokens: int | None = None) -> list[list[int]]:
@@ -97,7 +108,7 @@ class ServeBench:
         from serving.loading import load_model
 
         kinds = {k: options.pop(k) for k in ("weights", "activations") if k in options}
-        model = load_model(self.folder, ModelOptions(**kinds), None)
+        model = load_model(self.path, ModelOptions(**kinds), None)
         return Engine(model, max_streams=max(self.options.streams), **options)
 
     def params(self, new: int | None = None) -> Any:
@@ -289,12 +300,54 @@ def time_weights(bench: ServeBench) -> tuple[str, Rows]:
     return f"{options.size}: one stream by weights", rows
 
 
+def time_stored(bench: ServeBench) -> tuple[str, Rows]:
+    """A GGUF file as it is stored and in int4, beside llama.cpp on the same file."""
+    options, rows, kinds = bench.options, [], ("stored", "int4")
+    tokens = max(options.streams) * (options.prompt + options.new + 32)  # whole pages of each
+    engines = {k: bench.engine(lookup=False, weights=k, kv_tokens=tokens) for k in kinds}
+    for streams in options.streams:
+        runs = {k: lambda p, e=e: e.generate(p, bench.params()) for k, e in engines.items()}
+        peer = _llama_cpp(bench, streams)
+        if peer is not None:
+            runs["llama.cpp"] = peer
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.rounds):
+            prompts = bench.prompts(streams)
+            for name, run in runs.items():
+                times[name].append(_seconds(run, prompts))
+        made = streams * options.new
+        row = {"streams": str(streams)}
+        row |= {f"{k}, tokens/s": f"{made / statistics.median(t):,.0f}" for k, t in times.items()}
+        if peer is not None:
+            row |= {f"{k} over llama.cpp": _ratio(times["llama.cpp"], times[k]) for k in kinds}
+        rows.append(row)
+    for engine in engines.values():
+        engine.close()
+    return f"{bench.path.name}, {options.prompt} tokens in, {options.new} out", rows
+
+
+def measure_memory(bench: ServeBench) -> tuple[str, Rows]:
+    """Resident memory of servers of a GGUF file, and of llama.cpp with it."""
+    from benchmarks import resident
+
+    streams = min(8, max(bench.options.streams))
+    rows: Rows = []
+    for weights in ("stored", "int4"):
+        first, second = resident.measure_server(bench.path, weights, streams)
+        row = {"way": f"serving, --weights {weights}", "resident": _mb(second)}
+        rows.append(row | {"at its first start, which compiles": _mb(first)})
+    if _llama_cpp_is_there():
+        memory = resident.measure_llama_cpp(bench.path, streams)
+        rows.append({"way": "llama.cpp in a Python", "resident": _mb(memory)})
+    return f"{bench.path.name}: {streams} streams, {resident.TOKENS} tokens of cache", rows
+
+
 def _solo(bench: ServeBench) -> Callable[[Sequence[int]], Any]:
     import jax.numpy as jnp
 
     import models
 
-    model = models.load(bench.folder, stacked=False)
+    model = models.load(bench.path, stacked=False)
 
     def run(prompt: Sequence[int]) -> Any:
         new = bench.options.new
@@ -305,19 +358,25 @@ def _solo(bench: ServeBench) -> Callable[[Sequence[int]], Any]:
 
 
 def _llama_cpp(bench: ServeBench, streams: int) -> Callable[[Any], Any] | None:
-    try:
-        import cyllama  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        harness.console().print(f"llama.cpp is not timed: {error}")
+    if not _llama_cpp_is_there():
         return None
     from benchmarks.llama_cpp_text import greedy_together, write_gguf
     from models.checkpoints.reading import read_config
 
-    file = bench.folder / "model.gguf"
+    file = bench.path if bench.path.is_file() else bench.path / "model.gguf"
     if not file.exists():
-        write_gguf(bench.folder, read_config(bench.folder), file)
+        write_gguf(bench.path, read_config(bench.path), file)
     return greedy_together(file, streams, bench.options.prompt, bench.options.new)
+
+
+def _llama_cpp_is_there() -> bool:
+    try:
+        import cyllama  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        harness.console().print(f"llama.cpp is not measured: {error}")
+        return False
+    return True
 
 
 def _bare_loop(bench: ServeBench, engine: Any) -> Callable[[Sequence[int]], Any]:
@@ -392,6 +451,10 @@ def _ratio(over: Sequence[float], under: Sequence[float]) -> str:
     """The median of the rounds' ratios, with the lowest and the highest."""
     ratios = sorted(a / b for a, b in zip(over, under, strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _ms(seconds: Sequence[float]) -> str:

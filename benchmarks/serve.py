@@ -8,6 +8,7 @@ Everything runs in turn in one process, and ratios are medians over the rounds. 
 
 import asyncio
 import dataclasses
+import functools
 import pathlib
 import statistics
 import tempfile
@@ -306,7 +307,9 @@ def time_stored(bench: ServeBench) -> tuple[str, Rows]:
     tokens = max(options.streams) * (options.prompt + options.new + 32)  # whole pages of each
     engines = {k: bench.engine(lookup=False, weights=k, kv_tokens=tokens) for k in kinds}
     for streams in options.streams:
-        runs = {k: lambda p, e=e: e.generate(p, bench.params()) for k, e in engines.items()}
+        runs: dict[str, Callable[[Any], Any]] = {
+            k: functools.partial(e.generate, params=bench.params()) for k, e in engines.items()
+        }
         peer = _llama_cpp(bench, streams)
         if peer is not None:
             runs["llama.cpp"] = peer

@@ -31,7 +31,7 @@ from wsekern.wafer.wafer import Wafer
 
 # By default XLA widens or copies all weights of a layer before it multiplies by one of them. One
 # after another, they take a third of the memory, and steps of 8 tokens up to a third less time.
-_IN_TURN = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_IN_TURN: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _FLOORS = ("wsekern", "sharding", "models", "serving")
 
 

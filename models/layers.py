@@ -23,7 +23,7 @@ from wsekern.kernels.attention.pages import add_halves
 from wsekern.wafer import context
 from wsekern.wafer.axes import COLS, ROWS, WAFERS
 
-_FEW_TOKENS = 64
+_FEW_TOKENS = 128
 _COLUMNS = 8  # of ones: with fewer, a product has another order
 _FEATURES = P(WAFERS, ROWS, COLS)  # [B, T, D]
 _HEADS = P(WAFERS, ROWS, COLS, None)  # [B, T, N, H]

@@ -197,7 +197,7 @@ class Engine:
         self.max_streams, self.max_waiting = max_streams, max_waiting
         programs = Programs(model, sizes, kv_dtype=dtype, wafer=wafer, folder=folder)
         guesses = lookup or draft is not None
-        shapes, self.is_exact = find_shapes(programs, max_streams, guesses=guesses)
+        shapes, self.is_exact = find_shapes(programs, max_streams, guesses=guesses, chunk=chunk)
         self.programs = programs
         scores = scoring_shape(programs.least_rows)
         programs.prepare(scores)

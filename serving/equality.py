@@ -14,7 +14,7 @@ import numpy as np
 
 from models.config import DecoderConfig
 from serving.batches import empty_batch
-from serving.launcher import GUESSES, MOST_GUESSING, READ_TOKENS
+from serving.launcher import GUESSES, MOST_GUESSING, MOST_READ_TOKENS, READ_TOKENS
 from serving.programs import Programs, Shape, empty_rows
 from wsekern.atomic_write import atomic_write
 
@@ -23,20 +23,24 @@ _TEXT = 36  # tokens of the text that every shape reads
 _READ = 28  # of these, how many are read before
 
 
-def find_shapes(programs: Programs, max_streams: int, *, guesses: bool) -> tuple[list[Shape], bool]:
+def find_shapes(
+    programs: Programs, max_streams: int, *, guesses: bool, chunk: int
+) -> tuple[list[Shape], bool]:
     """The shapes that an engine uses, their programs prepared, and whether they are equal.
 
     Args:
       programs: of the model; its `least_rows` is set.
       max_streams: requests that run at once.
       guesses: whether guesses are verified.
+      chunk: tokens of prompts that are read between two steps of decoding.
     """
+    wide = [Shape(1, MOST_READ_TOKENS)] if chunk >= MOST_READ_TOKENS else []
     if jax.default_backend() != "cpu":
-        shapes = shapes_of(1, max_streams, guesses)
+        shapes = shapes_of(1, max_streams, guesses) + wide
         for shape in shapes:
             programs.prepare(shape)
         return shapes, False
-    file = programs.file(f"equal{'-guesses' if guesses else ''}.json")
+    file = programs.file(f"equal{'-guesses' * guesses}{'-wide' * len(wide)}.json")
     known = _read(file)
     if known is not None:
         programs.least_rows, shapes = known
@@ -61,6 +65,12 @@ def find_shapes(programs: Programs, max_streams: int, *, guesses: bool) -> tuple
                     break
         if not unequal or rows == _ROWS[-1]:
             break
+    for shape in wide:  # what it reads, narrow ones can read
+        programs.prepare(shape)
+        if _equal(expected, trial.numbers(shape)):
+            shapes.append(shape)
+        else:
+            programs.forget(shape)
     programs.clear()
     shapes = [shape for shape in shapes if shape not in unequal]
     widest = max(shapes_of(rows, max_streams, guesses), key=lambda s: (not s.every, s.B))

@@ -21,6 +21,7 @@ from serving.scheduler import Scheduler, Stream
 from serving.speculation import Guess
 
 READ_TOKENS = 32  # of a prompt that one step reads
+MOST_READ_TOKENS = 128  # that a step reads of a long one, where that changes no bit
 GUESSES = 7  # tokens that are verified at once
 MOST_GUESSING = 4  # requests that guess; more of them use the machine as well without
 
@@ -109,16 +110,24 @@ class Launcher:
                     continue
             unread = stream.length - stream.computed
             scores = bool(stream.unscored) and unread > 1
-            tokens = min(unread - 1, self._scores.T) if scores else min(unread, self._reads[-1].T)
+            shape = self._scores if scores else self._shape_to_read(unread, budget)
+            tokens = min(unread - scores, shape.T)
             if not self._provide(stream, stream.computed + tokens):
                 continue
             if scores:
                 self._score(stream, tokens)
             else:
-                self._read(stream, tokens)
+                self._read(stream, tokens, shape)
             budget -= tokens
             launched = True
         return launched
+
+    def _shape_to_read(self, unread: int, budget: int) -> Shape:
+        """The shape of the next step of a prompt: a wide one, if it is nearly full."""
+        widest = self._reads[-1]
+        if READ_TOKENS < widest.T <= budget and unread > widest.T - READ_TOKENS:
+            return widest
+        return next(s for s in self._reads if s.T >= min(unread, READ_TOKENS))
 
     def _begin(self, stream: Stream) -> None:
         if stream.unscored:
@@ -135,8 +144,7 @@ class Launcher:
             counts = count_prompt(self._programs.vocab, prompt, text)
             self._programs.set_counts(stream.slot, counts)
 
-    def _read(self, stream: Stream, tokens: int) -> None:
-        shape = next(s for s in self._reads if tokens <= s.T)
+    def _read(self, stream: Stream, tokens: int, shape: Shape) -> None:
         begin, end = stream.computed, stream.computed + tokens
         ends = end == stream.length
         batch = empty_batch(shape, self._programs.sizes)

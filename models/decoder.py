@@ -178,6 +178,12 @@ class Decoder(nnx.Module):
         weight = head[...].T if head.axes[0] == "vocab" else head[...]
         return wk.matmul(hidden, weight.astype(self.dtype))
 
+    @property
+    def has_exact_head(self) -> bool:
+        """Whether the head sums integers, so that logits do not depend on the number of rows."""
+        head = self.embedding if self.head is None else self.head
+        return isinstance(head, QuantizedTable) and head.activations is not None
+
     def layers(self) -> Iterator[Block]:
         """The layers in order, each with arrays of its own: slices of the stacked ones."""
         for stage in self.stages:

@@ -182,9 +182,11 @@ def load_model(path: pathlib.Path, options: ModelOptions, wafer: Wafer | None) -
       ValueError: it does not load; says why.
     """
     config, tensors = open_checkpoint(path)
-    order = None
-    if wafer is None and options.weights is None and jax.default_backend() == "cpu":
+    on_cpu, order = wafer is None and jax.default_backend() == "cpu", None
+    if on_cpu and options.weights is None:
         order = find_order(config, options.dtype or default_dtype(config, tensors))
+    # What a product widens is copied in any case.
+    widens = options.weights is not None and options.activations is None
     return load(
         path,
         options.dtype,
@@ -192,7 +194,7 @@ def load_model(path: pathlib.Path, options: ModelOptions, wafer: Wafer | None) -
         weights=options.weights,
         activations=options.activations,
         order=order,
-        stacked=order is None or config.layers > _MOST_APART,
+        stacked=not on_cpu or widens or config.layers > _MOST_APART,
     )
 
 

@@ -123,8 +123,8 @@ def _choose(
         return choose_tokens(logits, counts, rows, extras, vocab, guessed)
 
     # XLA's CPU backend sums a product of few rows in another order than one of many.
-    padded_rows = max(len(x), least_rows)
-    if len(x) > 1 or least_rows == 1:
+    padded_rows = len(x) if model.has_exact_head else max(len(x), least_rows)
+    if len(x) > 1 or padded_rows == 1:
         return choose(padded_rows)
     # One row alone takes a third of the time, which decides where no rounding can: for the
     # likeliest token, if it is likelier than all others by far.

@@ -7,12 +7,10 @@ many. So steps are padded to row counts that were found equal on this machine, f
 import json
 import pathlib
 from collections.abc import Iterable
-from typing import Literal
 
 import jax
 import numpy as np
 
-from models.config import DecoderConfig
 from serving.batches import empty_batch
 from serving.launcher import GUESSES, MOST_GUESSING, MOST_READ_TOKENS, READ_TOKENS
 from serving.programs import Programs, Shape, empty_rows
@@ -52,13 +50,12 @@ def find_shapes(
         shapes = shapes_of(rows, max_streams, guesses)
         reading = [shape for shape in shapes if shape.T == READ_TOKENS and not shape.every][0]
         programs.prepare(reading)
-        trial = _Trial(programs, reading, max(shapes, key=lambda s: s.B))
-        expected = trial.numbers(reading)
+        expected = _numbers(programs, reading, reading)
         # The shapes with the fewest rows first: they are the likeliest to differ.
         unequal = []
         for shape in sorted(shapes, key=lambda s: s.B * s.T):
             programs.prepare(shape)
-            if not _equal(expected, trial.numbers(shape)):
+            if not _equal(expected, _numbers(programs, shape, reading)):
                 unequal.append(shape)
                 programs.forget(shape)
                 if rows != _ROWS[-1]:
@@ -67,7 +64,7 @@ def find_shapes(
             break
     for shape in wide:  # what it reads, narrow ones can read
         programs.prepare(shape)
-        if _equal(expected, trial.numbers(shape)):
+        if _equal(expected, _numbers(programs, shape, reading)):
             shapes.append(shape)
         else:
             programs.forget(shape)
@@ -92,31 +89,6 @@ def scoring_shape(rows: int) -> Shape:
     return Shape(1, max(1 + GUESSES, rows), every=True)
 
 
-def find_order(config: DecoderConfig, dtype: jax.typing.DTypeLike) -> Literal["in_out", "out_in"]:
-    """The order of weights on a CPU: the faster one, if its products do not depend on the rows.
-
-    Of some sizes, XLA's CPU backend sums a product of few rows in another order than one of 32.
-    Where a weight is `[out, in]` it never did.
-
-    Args:
-      config: of the model.
-      dtype: of its products.
-    """
-    inner = {(config.d_model, O) for O in (config.d_attention, config.d_kv, config.d_ff)}
-    outer = {(I, config.d_model) for I in (config.d_attention, config.d_ff)}
-    rng = np.random.default_rng(0)
-    product = jax.jit(lambda x, weight: x @ weight)
-    for I, O in sorted(inner | outer):
-        x, weight = (
-            jax.numpy.asarray(rng.standard_normal(shape, np.float32), dtype)
-            for shape in ((32, I), (I, O))
-        )
-        whole = np.asarray(product(x, weight))
-        if any((np.asarray(product(x[:rows], weight)) != whole[:rows]).any() for rows in (2, 8)):
-            return "out_in"
-    return "in_out"
-
-
 def shapes_of(rows: int, max_streams: int, guesses: bool) -> list[Shape]:
     """All shapes of steps of at least so many rows.
 
@@ -136,58 +108,35 @@ def shapes_of(rows: int, max_streams: int, guesses: bool) -> list[Shape]:
         streams *= 2
 
 
-class _Trial:
-    """A text that steps of every shape continue.
-
-    It begins so far on, and if there are enough pages, every sequence has so many of its own, that
-    attention reads pages where they lie, if a step may do so.
-    """
-
-    def __init__(self, programs: Programs, reading: Shape, widest: Shape) -> None:
-        """Reads the text up to its last page.
-
-        Args:
-          programs: of the model.
-          reading: the shape that reads it.
-          widest: of the shapes that are tried, that of the most sequences.
-        """
-        sizes = programs.sizes
-        self._programs, self._reading = programs, reading
-        self._pages = -(-_TEXT // sizes.page_tokens)  # that are compared
-        enough = sizes.pages // (2 * widest.B) + 1
-        self._pages_each = max(self._pages, enough if enough <= sizes.columns else 0)
-        self._first = self._pages_each - self._pages
-        self._begin = self._first * sizes.page_tokens
-        self._text = np.random.default_rng(0).integers(0, sizes.vocab, self._begin + _TEXT)
-        for begin in range(0, self._begin, reading.T):
-            self._step(reading, begin, min(begin + reading.T, self._begin))
-
-    def numbers(self, shape: Shape) -> list[np.ndarray]:
-        """What steps of a shape make of it: the likeliest tokens of its end, keys and values."""
-        begin, end = self._begin + _READ, self._begin + _TEXT
-        self._step(self._reading, self._begin, begin)
+def _numbers(programs: Programs, shape: Shape, reading: Shape) -> list[np.ndarray]:
+    """What steps of a shape make of a text: keys, values, and the likeliest tokens of its end."""
+    text = np.random.default_rng(0).integers(0, programs.sizes.vocab, _TEXT)
+    _step(programs, reading, text, 0, _READ)
+    if shape == reading:
+        numbers = _step(programs, shape, text, _READ, _TEXT)
+    else:
         width = shape.T if shape.every or shape.B == 1 else 1
-        for start in range(begin, end, width):
-            numbers = self._step(shape, start, min(start + width, end))
-        pages = range(self._first, self._first + self._pages)
-        return [*numbers, *(x for page in pages for x in self._programs.pages_of(page))]
+        for begin in range(_READ, _TEXT, width):
+            numbers = _step(programs, shape, text, begin, min(begin + width, _TEXT))
+    pages = -(-_TEXT // programs.sizes.page_tokens)
+    return [*numbers, *(x for page in range(pages) for x in programs.pages_of(page))]
 
-    def _step(self, shape: Shape, begin: int, end: int) -> list[np.ndarray]:
-        """Reads part of the text in every sequence of a step; the numbers of the last of them."""
-        sizes, count = self._programs.sizes, end - begin
-        batch = empty_batch(shape, sizes)
-        columns = np.arange(min(self._pages_each, sizes.columns))
-        has_own = shape.B * self._pages_each <= sizes.pages
-        others = np.arange(shape.B)[::-1, None] * has_own  # the last one has the text's pages
-        batch.tables[:, : len(columns)] = (self._pages_each * others + columns) % sizes.pages
-        batch.tokens[:, :count] = self._text[begin:end]
-        batch.positions[:, :count] = np.arange(begin, end)
-        rows = empty_rows(shape.rows, self._programs.vocab)
-        rows.logprobs[...] = True
-        rows.slots[:] = sizes.slots
-        chosen = self._programs.run(shape, batch, rows)
-        last = (shape.B - 1) * shape.T + count - 1 if shape.every else shape.B - 1
-        return [np.asarray(x)[last] for x in (chosen.tokens, chosen.logprobs, chosen.top_logprobs)]
+
+def _step(
+    programs: Programs, shape: Shape, text: np.ndarray, begin: int, end: int
+) -> list[np.ndarray]:
+    """Reads part of a text in every sequence of a step; the numbers of the last of them."""
+    sizes, count = programs.sizes, end - begin
+    batch = empty_batch(shape, sizes)
+    batch.tables[:] = np.arange(sizes.columns) % sizes.pages
+    batch.tokens[:, :count] = text[begin:end]
+    batch.positions[:, :count] = np.arange(begin, end)
+    rows = empty_rows(shape.rows, programs.vocab)
+    rows.logprobs[...] = True
+    rows.slots[:] = sizes.slots
+    chosen = programs.run(shape, batch, rows)
+    last = (shape.B - 1) * shape.T + count - 1 if shape.every else shape.B - 1
+    return [np.asarray(x)[last] for x in (chosen.tokens, chosen.logprobs, chosen.top_logprobs)]
 
 
 def _equal(a: Iterable[np.ndarray], b: Iterable[np.ndarray]) -> bool:

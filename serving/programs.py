@@ -7,7 +7,6 @@ nor compiles.
 import contextlib
 import functools
 import hashlib
-import itertools
 import os
 import pathlib
 import pickle
@@ -90,6 +89,7 @@ class Programs:
         self._no_extras: dict[int, Extras] = {}
         empty = functools.partial(
             wk.KVPages.empty,
+            layers=config.layers,
             pages=sizes.pages,
             page_tokens=sizes.page_tokens,
             kv_heads=config.kv_heads,
@@ -99,11 +99,10 @@ class Programs:
             wafer=wafer,
         )
         with self._entered():
-            makers = [functools.partial(empty, layers=len(k) * n) for k, n in config.stages]
             if self._is_one_cpu:
-                self._caches = tuple(jax.tree.map(_zeros, jax.eval_shape(make)) for make in makers)
+                self._cache = jax.tree.map(_zeros, jax.eval_shape(empty))
             else:
-                self._caches = tuple(make() for make in makers)
+                self._cache = empty()
         self._arrays = self._first_arrays()
         self.compiled = self.loaded = 0  # programs so far
 
@@ -175,31 +174,21 @@ class Programs:
 
     def pages_of(self, page: int) -> tuple[np.ndarray, ...]:
         """One page in every layer, on the host: keys, values, and in int8 the scales of both."""
-        stages = [
-            [np.asarray(array[rows]) for array in cache.arrays]
-            for cache, rows in zip(self._caches_now(), self._rows_of(page), strict=True)
-        ]
-        return tuple(map(np.concatenate, zip(*stages, strict=True)))
+        rows = self._rows_of(page)
+        return tuple(np.asarray(array[rows]) for array in self._arrays[:-2])
 
     def write_page(self, page: int, parts: Sequence[np.ndarray]) -> None:
         """Writes one page in every layer: `parts` are as `pages_of` gives them."""
-        ends = np.cumsum([cache.layers for cache in self._caches])[:-1]
-        stages = zip(*(np.split(part, ends) for part in parts), strict=True)
-        pieces = [piece for stage in stages for piece in stage]
-        rows = [rows for rows in self._rows_of(page) for _ in parts]
-        arrays = list(self._arrays)
-        for index, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
-            placed = jax.device_put(piece, arrays[index].sharding)
+        rows, arrays = self._rows_of(page), list(self._arrays)
+        for index, part in enumerate(parts):
+            placed = jax.device_put(part, arrays[index].sharding)
             with self._entered():
-                arrays[index] = _set_rows(arrays[index], row, placed)
+                arrays[index] = _set_rows(arrays[index], rows, placed)
         self._arrays = tuple(arrays)
 
-    def _rows_of(self, page: int) -> list[np.ndarray]:
-        """The rows of each stage's arrays that hold one page."""
-        return [np.arange(cache.layers) * self.sizes.pages + page for cache in self._caches]
-
-    def _caches_now(self) -> tuple[wk.KVPages, ...]:
-        return _with_arrays(self._caches, self._arrays[:-2])
+    def _rows_of(self, page: int) -> np.ndarray:
+        """The rows of the cache's arrays that hold one page."""
+        return np.arange(self._cache.layers) * self.sizes.pages + page
 
     @functools.cached_property
     def page_key(self) -> str:
@@ -228,7 +217,7 @@ class Programs:
         last, counts = (_zeros(jax.ShapeDtypeStruct(shape, jnp.int32)) for shape in shapes)
         if self.wafer is not None:
             last, counts = (self.wafer.shard(x, jax.P()) for x in (last, counts))
-        return *_arrays_of(self._caches), last, counts
+        return *self._cache.arrays, last, counts
 
     def _step(
         self,
@@ -243,7 +232,7 @@ class Programs:
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._params_tree, params))
         *pages, last, counts = arrays
-        state = State(_with_arrays(self._caches, pages), last, counts)
+        state = State(self._cache.with_arrays(tuple(pages)), last, counts)
         state, chosen = run_step(
             model,
             state,
@@ -254,7 +243,7 @@ class Programs:
             vocab=self.sizes.vocab,
             least_rows=least_rows,
         )
-        return (*_arrays_of(state.caches), state.last, state.counts), tuple(chosen)
+        return (*state.cache.arrays, state.last, state.counts), tuple(chosen)
 
     def _arguments(self, shape: Shape) -> tuple[Any, ...]:
         batch = Batch(
@@ -312,18 +301,6 @@ class Programs:
                 extras = Extras(*(wafer.shard(jnp.asarray(x), jax.P()) for x in extras))
             self._no_extras[rows] = extras
         return self._no_extras[rows]
-
-
-def _arrays_of(caches: Sequence[wk.KVPages]) -> list[Any]:
-    return [array for cache in caches for array in cache.arrays]
-
-
-def _with_arrays(caches: Sequence[wk.KVPages], arrays: Sequence[Any]) -> tuple[wk.KVPages, ...]:
-    """The caches with other arrays, in the order of `_arrays_of`."""
-    rest = iter(arrays)
-    return tuple(
-        cache.with_arrays(tuple(itertools.islice(rest, len(cache.arrays)))) for cache in caches
-    )
 
 
 def empty_rows(rows: int, vocab: int) -> Rows:

@@ -23,7 +23,7 @@ from serving.sampler import Chosen, Extras, Rows, choose_tokens
 class State(NamedTuple):
     """What lies on the device from step to step; donated to each."""
 
-    caches: tuple[wk.KVPages, ...]  # one for each stage of the model
+    cache: wk.KVPages
     last: Int[Array, " slots"]  # the newest token of each slot
     counts: Int[Array, "slots V"]  # of the tokens in each slot's text, for penalties
 
@@ -63,7 +63,7 @@ def run_step(
       least_rows: of the head's product; fewer are padded.
     """
     tokens = jnp.where(batch.tokens < 0, state.last[batch.slots][:, None], batch.tokens)
-    caches, x = _through_layers(model, state.caches, tokens, batch)
+    cache, x = _through_layers(model, state.cache, tokens, batch)
     x = model.norm(x)  # of all tokens alike: of some, it would be summed in another order
     R = len(rows.slots)
     if every:
@@ -88,7 +88,7 @@ def run_step(
         slot = jnp.where(batch.chooses & (batch.positions.max(1) >= 0), batch.slots, nobody)
         last = last.at[slot].set(chosen.tokens)
     counts = counts.at[slot, chosen.tokens].add(1)
-    return State(caches, last, counts), chosen
+    return State(cache, last, counts), chosen
 
 
 def _guessed_before(tokens: Int[Array, "B T"], nothing: int) -> Int[Array, "R guesses"]:
@@ -139,9 +139,9 @@ def _zeros_like(choose: Callable[[], Chosen]) -> Chosen:
 
 
 def _through_layers(
-    model: Decoder, caches: tuple[wk.KVPages, ...], tokens: Int[Array, "B T"], batch: Batch
-) -> tuple[tuple[wk.KVPages, ...], Float[Array, "B T D"]]:
-    """The caches with the new tokens, and their features after the last layer."""
+    model: Decoder, cache: wk.KVPages, tokens: Int[Array, "B T"], batch: Batch
+) -> tuple[wk.KVPages, Float[Array, "B T D"]]:
+    """The cache with the new tokens, and their features after the last layer."""
     sequence = Sequence(positions=jnp.maximum(batch.positions, 0))
 
     def period(period: Any, carry: tuple) -> tuple[tuple, None]:
@@ -167,8 +167,8 @@ def _through_layers(
             layer = layer + 1
         return (x, cache, layer), None
 
-    x, written = model.embed(tokens, sequence), []
-    for stage, cache in zip(model.stages, caches, strict=True):
-        (x, cache, _), _ = scan(stage, period, (x, cache, jnp.int32(0)), remat=False)
-        written.append(cache)
-    return tuple(written), x
+    carry = model.embed(tokens, sequence), cache, jnp.int32(0)
+    for stage in model.stages:
+        carry, _ = scan(stage, period, carry, remat=False)
+    x, cache, _ = carry
+    return cache, x

@@ -85,9 +85,7 @@ def test_a_step_fits_sixteen_chips_and_copies_no_cache(shape, dtype):
             )
 
         jitted = jax.jit(step, donate_argnums=1)
-        compiled = jitted.lower(
-            params, State((cache,), slots, counts), batch, rows, extras
-        ).compile()
+        compiled = jitted.lower(params, State(cache, slots, counts), batch, rows, extras).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     own = sum(x.size * x.dtype.itemsize for x in pages) / wafer.size

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,10 +30,9 @@ VALUES = P(None, COLS, ROWS, None)  # [L * P, K, S, H]
 SCALES = P(None, COLS, ROWS)  # [L * P, K, S]
 TOKENS = P(None, None, COLS, None)  # [B, T, heads, H], the same in every row of PEs
 
-_LOG2_E = math.log2(math.e)
 _MOST_ROWS = 32  # of one product
 
-_Pages = tuple[Array, ...]  # keys and values, in eight bits also scales; or sums of pages
+_Pages = tuple[Array, ...]  # keys and values; in eight bits, the scales of both too
 
 
 @functools.partial(
@@ -258,8 +255,6 @@ def paged_attention(
         page_tokens=cache.page_tokens,
         rows=1 if cache.wafer is None else cache.wafer.height,
         on_wafer=cache.wafer is not None,
-        # A layer's part of an array would be copied.
-        in_place=cache.wafer is None and cache.layers == 1 and cache.k.dtype == q.dtype,
     )
     if sinks is None:
         sinks = jnp.full(q.shape[2], -jnp.inf, jnp.float32)
@@ -300,7 +295,6 @@ class PagesPlan:
     page_tokens: int  # of all rows of PEs
     rows: int
     on_wafer: bool
-    in_place: bool  # whether pages may be read where they lie
 
 
 def _specs(cache: KVPages) -> tuple[P, ...]:
@@ -361,171 +355,60 @@ def _attend(
     sinks: Float[Array, " N"],
     plan: PagesPlan,
 ) -> Float[Array, "B T N H"]:
+    in_int8 = len(pages) > 2
     B, T, N, H = q.shape
     K, G = N // plan.group, plan.group
     # Tokens and heads that share keys are the rows of one product.
     rows = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
-    queries = jnp.repeat(positions, G, axis=1)
-    kernel = functools.partial(_add_pages, plan=plan)
-    arguments = rows, queries, tables, pages
-    # A sequence has at most C pages; a layer that has far more would be read in vain.
-    if T == 1 and plan.in_place and 2 * tables.size > len(pages[0]):
-        kernel = functools.partial(_add_pages_in_place, plan=plan)
-        by_page = functools.partial(_add_pages, plan=plan)
-        sums = lax.platform_dependent(*arguments, cpu=kernel, default=by_page)
-    else:
-        sums = kernel(*arguments)
-    peak, total, out = sums
-    total = add_halves(total)
+    if T * G == 1:
+        # XLA's CPU backend sums a product of one row in another order than one of several.
+        rows = jnp.concatenate([rows, rows], axis=2)
+    R = rows.shape[2]
+    row = fabric.axis_index(ROWS) if plan.on_wafer else 0
+    local = (jnp.arange(pages[0].shape[-1]) * plan.rows + row)[None, None, None]  # [1, 1, 1, S]
+    query = jnp.repeat(positions, G, axis=1)[:, None]  # [B, 1, T G]
+    query = query if R == T * G else jnp.concatenate([query, query], axis=2)
+
+    def step(page: Int[Array, ""], carry: _Sums) -> _Sums:
+        peak, total, out = carry
+        ids = lax.dynamic_index_in_dim(tables, page, axis=1, keepdims=False)
+        k, v, *of_tokens = (x.at[ids].get(mode="promise_in_bounds") for x in pages)
+        keys, values = k.astype(q.dtype), v.astype(q.dtype)
+        scores = _dot("bkrh,bkhs->bkrs", rows, keys) * plan.scale
+        if in_int8:
+            scores *= of_tokens[0][:, :, None]
+        position = page * plan.page_tokens + local
+        sees = position <= query[..., None]
+        if plan.window is not None:
+            sees &= position > query[..., None] - plan.window
+        scores = jnp.where(sees, scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
+        shrink, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak)
+        total = total * shrink + weights
+        weights = weights * of_tokens[1][:, :, None] if in_int8 else weights
+        out = out * shrink + _dot("bkrs,bksh->bkrh", weights.astype(q.dtype), values)
+        return new_peak, total, out
+
+    # In a kernel, what a loop begins with must differ from PE to PE, as what it ends with does.
+    varying = fabric.varying if plan.on_wafer else lambda x: x
+    zeros = jnp.zeros((B, K, R, 1), jnp.float32)
+    totals = jnp.zeros((B, K, R, len(local[0, 0, 0])), jnp.float32)  # of each place in a page
+    sums = (zeros + LOWEST, totals, jnp.zeros((B, K, R, H), jnp.float32))
+    count = jnp.max(positions) // plan.page_tokens + 1
+    peak, total, out = lax.fori_loop(0, count, step, jax.tree.map(varying, sums))
+    peak, total, out = (x[:, :, : T * G] for x in (peak, add_halves(total), out))
     # A sink is one more score, that of no value.
-    sink = jnp.tile(_LOG2_E * sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))
+    sink = jnp.tile(sinks.astype(jnp.float32).reshape(1, K, G, 1), (1, 1, T, 1))
     highest = jnp.maximum(_reduce_rows(peak, "max", plan), sink)
-    sums_of_row = jnp.concatenate([out, total], axis=-1) * jnp.exp2(peak - highest)
+    sums_of_row = jnp.concatenate([out, total], axis=-1) * jnp.exp(peak - highest)
     summed = _reduce_rows(sums_of_row, "sum", plan)
-    total = summed[..., H:] + jnp.exp2(sink - highest)
+    total = summed[..., H:] + jnp.exp(sink - highest)
     # Not `total > 0`: a total that is NaN must give NaN.
     out = jnp.where(total == 0, 0, summed[..., :H] / jnp.where(total == 0, 1, total))
     return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
-# Of scores in base 2 the highest, rounded up; the weights of a page's places relative to it; the
-# weighted values.
 _Sums = tuple[Float[Array, "B K R 1"], Float[Array, "B K R S"], Float[Array, "B K R H"]]
-
-
-def _add_pages(
-    rows: Float[Array, "B K R H"],
-    queries: Int[Array, "B R"],
-    tables: Int[Array, "B C"],
-    pages: _Pages,
-    plan: PagesPlan,
-) -> _Sums:
-    """The sums of each sequence's pages, one page of all sequences after another."""
-
-    def take(ids: Int[Array, " B"], column: Int[Array, ""]) -> _Sums:
-        taken = _take(pages, ids)
-        return _sum_pages(rows, queries, taken, jnp.full_like(ids, column), plan)
-
-    return _add(take, rows, queries, tables, pages, plan)
-
-
-def _add_pages_in_place(
-    rows: Float[Array, "B K R H"],
-    queries: Int[Array, "B R"],
-    tables: Int[Array, "B C"],
-    pages: _Pages,
-    plan: PagesPlan,
-) -> _Sums:
-    """What `_add_pages` gives, to the last bit; reads all pages where they lie, if most are used.
-
-    Copies of pages take XLA's CPU backend twice as long as reading every page once.
-    """
-    P, (B, C) = len(pages[0]), tables.shape
-    # Whose page it is, and which: entry c of table b is b C + c.
-    entry = jnp.arange(B * C).reshape(B, C)
-    is_used = jnp.arange(C)[None] * plan.page_tokens <= queries[:, :1]
-    owner = jnp.full(P, -1).at[jnp.where(is_used, tables, P)].set(entry, mode="drop")
-    is_own = jnp.where(is_used, owner[tables] == entry, True).all()
-
-    def in_place() -> _Sums:
-        b, column = jnp.maximum(owner, 0) // C, jnp.maximum(owner, 0) % C
-        query = jnp.where(owner[:, None] < 0, -1, queries[b])
-        sums = _sum_pages(rows[b], query, pages, column, plan)
-
-        def take(ids: Int[Array, " B"], column: Int[Array, ""]) -> _Sums:
-            # Beyond its last page, a table may name one of another sequence.
-            is_own = (column * plan.page_tokens <= queries[:, :1])[:, None, :, None]
-            peak, weights, values = _take(sums, ids)
-            weights, values = (jnp.where(is_own, x, 0) for x in (weights, values))
-            return jnp.where(is_own, peak, LOWEST), weights, values
-
-        return _add(take, rows, queries, tables, pages, plan)
-
-    def by_page() -> _Sums:
-        return _add_pages(rows, queries, tables, pages, plan)
-
-    count = jnp.max(queries) // plan.page_tokens + 1
-    return lax.cond(is_own & (2 * B * count > P), in_place, by_page)
-
-
-def _take(pages: _Pages, ids: Int[Array, " B"]) -> _Pages:
-    return tuple(x.at[ids].get(mode="promise_in_bounds") for x in pages)
-
-
-def _sum_pages(
-    rows: Float[Array, "P K R H"],
-    queries: Int[Array, "P R"],
-    pages: _Pages,
-    column: Int[Array, " P"],
-    plan: PagesPlan,
-) -> _Sums:
-    """The sums of P pages, each with queries of its own.
-
-    Args:
-      rows: queries that share keys.
-      queries: their positions; -1: it sees no page.
-      pages: keys and values; in int8 also scales.
-      column: which page of its sequence each is.
-      plan: the attention's.
-    """
-    k, v, *scales = pages
-    R = rows.shape[2]
-    # XLA's CPU backend sums a product of one row in another order than one of several.
-    padded = jnp.concatenate([rows, rows], axis=2) if R == 1 else rows
-    row = fabric.axis_index(ROWS) if plan.on_wafer else 0
-    local = jnp.arange(k.shape[-1]) * plan.rows + row
-    scale = plan.scale * _LOG2_E
-    scores = _dot("pkrh,pkhs->pkrs", padded, k.astype(rows.dtype))[:, :, :R] * scale
-    if scales:
-        scores *= scales[0][:, :, None]
-    # [P, 1, 1, S] and [P, 1, R, 1]
-    position = (column[:, None] * plan.page_tokens + local[None])[:, None, None]
-    query = queries[:, None, :, None]
-    sees = position <= query
-    if plan.window is not None:
-        sees &= position > query - plan.window
-    scores = jnp.where(sees, scores, -jnp.inf)
-    peak = jnp.maximum(jnp.ceil(scores.max(-1, keepdims=True)), LOWEST)
-    weights = jnp.exp2(scores - peak)
-    of_values = (weights * scales[1][:, :, None] if scales else weights).astype(rows.dtype)
-    of_values = jnp.concatenate([of_values, of_values], axis=2) if R == 1 else of_values
-    return peak, weights, _dot("pkrs,pksh->pkrh", of_values, v.astype(rows.dtype))[:, :, :R]
-
-
-def _add(
-    take: Callable[[Int[Array, " B"], Int[Array, ""]], _Sums],
-    rows: Float[Array, "B K R H"],
-    queries: Int[Array, "B R"],
-    tables: Int[Array, "B C"],
-    pages: _Pages,
-    plan: PagesPlan,
-) -> _Sums:
-    """The sums of all pages of each sequence; `take` gives those of one page of each."""
-
-    def step(column: Int[Array, ""], carry: _Sums) -> _Sums:
-        peak, total, out = carry
-        ids = lax.dynamic_index_in_dim(tables, column, axis=1, keepdims=False)
-        page_peak, weights, values = take(ids, column)
-        new_peak = jnp.maximum(peak, page_peak)
-        # Products with powers of two are exact: it does not matter which of them LLVM fuses with
-        # the sum.
-        shrink, grow = _power_of_two(peak - new_peak), _power_of_two(page_peak - new_peak)
-        return new_peak, total * shrink + weights * grow, out * shrink + values * grow
-
-    B, K, R, H = rows.shape
-    zeros = jnp.zeros((B, K, R, 1), jnp.float32)
-    totals = jnp.zeros((B, K, R, pages[0].shape[-1]), jnp.float32)  # of each place in a page
-    first = (zeros + LOWEST, totals, jnp.zeros((B, K, R, H), jnp.float32))
-    # In a kernel, what a loop begins with must differ from PE to PE, as what it ends with does.
-    varying = fabric.varying if plan.on_wafer else lambda x: x
-    count = jnp.max(queries) // plan.page_tokens + 1
-    return lax.fori_loop(0, count, step, jax.tree.map(varying, first))
-
-
-def _power_of_two(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """2 to the power of whole numbers up to 0; 0 for those below -126."""
-    exponent = jnp.maximum(x, -127).astype(jnp.int32) + 127
-    return lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
 def _reduce_rows(
@@ -535,8 +418,8 @@ def _reduce_rows(
 
 
 def _dot(
-    subscripts: str, a: Float[Array, "P K R _"], b: Shaped[Array, "P K _ _"]
-) -> Float[Array, "P K R _"]:
+    subscripts: str, a: Float[Array, "B K R _"], b: Shaped[Array, "B K _ _"]
+) -> Float[Array, "B K R _"]:
     # XLA's CPU backend sums products of more rows in another order.
     tiles = [a[:, :, i : i + _MOST_ROWS] for i in range(0, a.shape[2], _MOST_ROWS)]
     products = [jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32) for a in tiles]

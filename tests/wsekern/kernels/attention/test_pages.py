@@ -1,7 +1,5 @@
 """Attention over pages: equal to plain attention, whoever owns which page, on every grid."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,33 +53,6 @@ def check(wafer, window=None, dtype=np.float32):
 @pytest.mark.parametrize("window", [None, 3])
 def test_on_one_device(window):
     check(None, window)
-
-
-@pytest.mark.parametrize("group", [1, 4])
-def test_pages_that_are_read_where_they_lie_give_the_same_bits(group):
-    rng = np.random.default_rng(0)
-    K, G, C = 2, group, 3
-    one = wk.KVPages.empty(layers=1, pages=16, page_tokens=S, kv_heads=K, heads=K * G, head_size=H)
-    one = one.with_arrays(
-        tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in one.arrays)
-    )
-    q = jnp.asarray(rng.standard_normal((4, 1, K * G, H)), jnp.float32)
-    positions = jnp.array([[11], [5], [-1], [7]], jnp.int32)
-    tables = jnp.asarray(rng.permutation(16)[: 4 * C].reshape(4, C), jnp.int32)
-    tables = tables.at[1, 2].set(tables[0, 1])  # beyond the sequence's last page
-
-    @jax.jit
-    def run(cache, tables):
-        return wk.paged_attention(q, cache, 0, tables, positions, window=6)
-
-    def by_page(cache, tables):
-        # Of two layers, none is read where it lies.
-        two = dataclasses.replace(cache, layers=2)
-        return run(two.with_arrays(tuple(jnp.concatenate([x, x]) for x in cache.arrays)), tables)
-
-    shared = tables.at[1, 1].set(tables[0, 0])
-    for one_table in (tables, shared):
-        np.testing.assert_array_equal(run(one, one_table), by_page(one, one_table))
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (4, 1), (1, 4), (2, 4)])

@@ -20,6 +20,7 @@ from serving.api.registry import ModelCard, Served
 from serving.api.server import HttpServer
 from serving.arguments import ModelCommand, ModelOptions, ServeCommand
 from serving.engine import Engine, find_max_tokens
+from serving.equality import find_order
 from serving.models_by_name import ModelsByName, ModelSource
 from serving.prompt_cache import PromptCache
 from serving.text.model_text import ModelText
@@ -175,24 +176,25 @@ def load_model(path: pathlib.Path, options: ModelOptions, wafer: Wafer | None) -
     """A checkpoint's model, its weights as an engine reads them fastest.
 
     On a CPU a scan copies the weights of every layer before it reads them. So the few layers of a
-    small model lie apart; of many, the programs would take too much memory. Weights are [out, in]:
-    then the bits of a product do not depend on how many rows it has, from two on.
+    small model lie apart; of many, the programs would take too much memory.
 
     Raises:
       ValueError: it does not load; says why.
     """
-    on_cpu = wafer is None and jax.default_backend() == "cpu"
+    config, tensors = open_checkpoint(path)
+    on_cpu, order = wafer is None and jax.default_backend() == "cpu", None
+    if on_cpu and options.weights is None:
+        order = find_order(config, options.dtype or default_dtype(config, tensors))
     # What a product widens is copied in any case.
     widens = options.weights is not None and options.activations is None
-    is_deep = read_config(path).layers > _MOST_APART
     return load(
         path,
         options.dtype,
         wafer,
         weights=options.weights,
         activations=options.activations,
-        order="out_in" if on_cpu else None,
-        stacked=not on_cpu or widens or is_deep,
+        order=order,
+        stacked=not on_cpu or widens or config.layers > _MOST_APART,
     )
 
 

@@ -78,7 +78,7 @@ def load(
         two such products, and loses nothing more.
       order: of a weight's two dimensions in memory, if it is not quantized; None: the file's. On a
         CPU, the bits of a product with "out_in" do not depend on the number of rows, from two on;
-        with "in_out" they may, and products of 2 to 32 rows take 0.87 to 0.92 of the time.
+        with "in_out" they may, and a step of 2 to 32 rows takes 0.87 to 0.92 of the time.
       stacked: True stacks layers of one kind in one array, which training scans; False gives each
         layer arrays of its own, which saves `generate` a copy.
       remat: whether the backward pass recomputes each layer instead of storing its values.

@@ -21,6 +21,7 @@ from models.config import DecoderConfig
 from serving.api.app import build_app
 from serving.api.server import HttpServer
 from serving.arguments import ModelCommand, ModelOptions
+from serving.equality import find_order
 from serving.loading import Checkpoint, load_model
 from serving.models_by_name import ModelsByName
 from serving.request import SamplingParams
@@ -177,7 +178,7 @@ def test_a_signal_ends_a_server_that_loads(when):
 
 def test_layers_of_a_small_model_lie_apart_and_its_products_have_equal_bits(folder):
     model = load_model(folder / "a", OPTIONS, None)
-    assert not model.config.stacked and model.config.weights == "out_in"
+    assert not model.config.stacked and model.config.weights == find_order(CONFIG, "float32")
     rounded = load_model(folder / "a", dataclasses.replace(OPTIONS, weights="int8"), None)
     assert rounded.config.stacked
     options = dataclasses.replace(OPTIONS, weights="int8", activations="int8")

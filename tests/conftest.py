@@ -120,6 +120,14 @@ def _without_grid(value: object) -> str:
     return str([part for part in parts if not (isinstance(part, str) and part in GRIDS)])
 
 
+@pytest.fixture
+def quick_collection():
+    """Lets `gc.collect` look only at what the test makes, not at a worker's millions of objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def absent_chips_stay_out_of_the_cache(request):
     """JAX's cache on disk would keep a program for them, and could not read it again."""

@@ -198,7 +198,7 @@ def marked(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [marked(c) for c in COMMANDS if not starts(c, NOT_RUN)])
-def test_it_runs_to_its_end(command, place, monkeypatch):
+def test_it_runs_to_its_end(command, place, monkeypatch, quick_collection):
     monkeypatch.chdir(place)
     monkeypatch.setenv("WSEKERN_CACHE", str(place / "cache"))
     monkeypatch.setattr(sys, "argv", ["command"])

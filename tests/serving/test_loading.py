@@ -26,6 +26,8 @@ from serving.loading import Checkpoint, load_model
 from serving.models_by_name import ModelsByName
 from serving.request import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
 CONFIG = DecoderConfig(
     vocab=256, d_model=32, d_ff=64, layers=1, heads=2, kv_heads=1, context=64, tied=True
 )

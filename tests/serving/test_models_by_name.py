@@ -11,6 +11,8 @@ import pytest
 from serving.api.registry import ModelCard, ModelUnavailable, Served
 from serving.models_by_name import ModelsByName, ModelSource
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
+
 
 class FakeEngine:
     is_alive = True

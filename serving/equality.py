@@ -34,7 +34,8 @@ def find_shapes(
       guesses: whether guesses are verified.
       chunk: tokens of prompts that are read between two steps of decoding.
     """
-    wide = [Shape(1, MOST_READ_TOKENS)] if chunk >= MOST_READ_TOKENS else []
+    room = programs.sizes.columns * programs.sizes.page_tokens
+    wide = [Shape(1, MOST_READ_TOKENS)] if min(chunk, room) >= MOST_READ_TOKENS else []
     if jax.default_backend() != "cpu":
         shapes = shapes_of(1, max_streams, guesses) + wide
         for shape in shapes:

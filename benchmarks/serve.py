@@ -25,9 +25,7 @@ from benchmarks import harness
 from benchmarks.generate import SIZES, write_checkpoint
 
 Part = Literal["together", "first", "overhead", "guesses", "weights", "stored", "memory"]
-
-
-_OF_FILES = frozenset({"stored", "memory"})
+_OF_FILES = frozenset({"stored", "memory"})  # parts that serve the file `gguf`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,8 @@ class Launcher:
             unread = stream.length - stream.computed
             scores = bool(stream.unscored) and unread > 1
             shape = self._scores if scores else self._shape_to_read(unread, budget)
-            tokens = min(unread - scores, shape.T)
+            # The last token is read by the step that makes the next one.
+            tokens = min(unread - 1 if scores else unread, shape.T)
             if not self._provide(stream, stream.computed + tokens):
                 continue
             if scores:
